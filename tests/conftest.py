@@ -1,0 +1,62 @@
+"""Fixtures that several test files share: everything is built in memory, nothing is downloaded."""
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789.,;:?!'-")
+WORDS = """the a of to in is are was on how do i my what where when who why does it you can not and for with from
+man woman child dog cat is playing eating running guitar piano rice road street water music horse ball
+password reset account change computer open close start stop night day train station rain snow price money""".split()
+
+
+def make_tokenizer():
+    "A WordPiece fast tokenizer over some fifty words and all letters, so that any lower-case English text has tokens."
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = list(dict.fromkeys(SPECIAL + LETTERS + ["##" + c for c in LETTERS if c.isalnum()] + WORDS + ["##s", "##ing", "##ed"]))
+    core = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+
+
+def make_backbone(vocab_size: int):
+    "A random BERT with 2 layers, 32 wide, no dropout, the same weights each time."
+    import torch
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(0)
+        return BertModel(config).eval()
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_backbone(tiny_tokenizer):
+    return make_backbone(len(tiny_tokenizer))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    "The folder with real data; a test that asks for it is skipped where it is absent."
+    folder = Path(os.environ.get("CONTRASTIVE_ST_DATA", ROOT / ".." / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip("no real data: set CONTRASTIVE_ST_DATA or put it in ../shared/data")
+    return folder

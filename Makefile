@@ -27,8 +27,8 @@ train: $(READY)  ## train on the embedded corpus: measures before and after, wri
 	$(BIN)/contrastive-st train $(RECIPE) --out $(OUT) --overwrite
 
 test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
-	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 notebooks: $(READY)  ## re-execute all notebooks in place, export the library and clean
 	$(BIN)/python tools/notebooks.py

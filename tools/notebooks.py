@@ -5,12 +5,14 @@
     python tools/notebooks.py --flags "slow" nbs/tutorials/nli_to_stsb.ipynb
 
 A cell that nbdev_test would skip (`#| eval: false`, or a flag of `tst_flags` that was not given) keeps its committed output.
+The repository's address in links and in the install cell for Colab is written anew from settings.ini.
 """
 import argparse
 import os
 import re
 import sys
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
@@ -20,15 +22,30 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def settings() -> dict[str, str]:
+    parser = ConfigParser(delimiters="=")
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def readdress(nb, cfg: dict[str, str]) -> None:
+    "Put the address of settings.ini into every link to the repository, and into the install cell after the title."
+    address = re.compile(rf"https://github\.com/[\w.-]+/{re.escape(cfg['repo'])}\b")
+    for cell in nb.cells:
+        cell.source = address.sub(cfg["git_url"], cell.source)
+    install = f"#| hide\n#| eval: false\n# On Colab, run this first.\n%pip install -q git+{cfg['git_url']}@{cfg['branch']}"
+    nb.cells = [c for c in nb.cells if c.id != "install"]
+    place = 2 if any(c.id == "default-exp" for c in nb.cells[:2]) else 1
+    nb.cells.insert(place, nbformat.v4.new_code_cell(install, id="install"))
+
+
 def flags_of(source: str) -> set[str]:
     "The directives at the top of a cell: '#| slow' gives {'slow'}, '#| eval: false' gives {'eval: false'}."
     return {m[1].strip() for m in re.finditer(r"^#\|\s*(.+)$", source, re.M)}
 
 
 def skipped_flags(forced: str) -> set[str]:
-    parser = ConfigParser(delimiters="=")
-    parser.read(ROOT / "settings.ini", encoding="utf-8")
-    return {"eval: false"} | set(parser["DEFAULT"]["tst_flags"].split()) - set(forced.split())
+    return {"eval: false"} | set(settings()["tst_flags"].split()) - set(forced.split())
 
 
 def as_output(out) -> nbformat.NotebookNode:
@@ -50,14 +67,14 @@ def execute(path: Path, forced: str = "") -> tuple[str, float, str]:
     sys.path.insert(0, str(ROOT))
     start, skip, shell, error = time.time(), skipped_flags(forced), CaptureShell(path, mpl_format="png"), ""
     nb = nbformat.read(path, as_version=4)
+    readdress(nb, settings())
     for cell in (c for c in nb.cells if c.cell_type == "code" and not flags_of(c.source) & skip):
         cell.outputs = [as_output(o) for o in shell.run(cell.source)]
         cell.execution_count = None
         if str(ROOT.parent) in str(cell.outputs):
             error = f"cell {cell.id} prints a path of this machine"
         if shell.exc:
-            error = "".join(cell.outputs[-1].get("traceback", [])) if cell.outputs else str(shell.exc)
-            error = f"cell {cell.id}: {error or shell.exc!r}"
+            error = f"cell {cell.id}: " + "".join(traceback.format_exception(shell.exc))
             break
     if not error:
         nbformat.write(nb, path)
@@ -70,6 +87,8 @@ def main() -> int:
     parser.add_argument("--flags", default="", help="run cells with these flags too, e.g. 'slow'")
     parser.add_argument("--workers", type=int, default=2)
     args, failed = parser.parse_args(), 0
+    if len(args.notebooks) > 1 and args.workers > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")   # notebooks share the cores; threads that fight for them cost more than they bring
     with ProcessPoolExecutor(args.workers, max_tasks_per_child=1) as pool:
         for name, seconds, error in pool.map(execute, [p.resolve() for p in args.notebooks], [args.flags] * len(args.notebooks)):
             print(f"{name:32} {seconds:6.1f} s  {'FAILED' if error else 'ok'}", flush=True)

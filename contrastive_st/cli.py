@@ -59,9 +59,12 @@ def parse_changes(
     tables = {}
     for change in changes:
         try:
-            recipes.merge(tables, tomllib.loads(change))
+            said = tomllib.loads(change)
         except tomllib.TOMLDecodeError:
-            raise ValueError(f"--set {change}: write key=value as in the recipe, e.g. train.lr=1e-4 or test.sts='\"sts.tsv\"'") from None
+            said = {}
+        if not said or change.lstrip().startswith("["):
+            raise ValueError(f"--set {change}: write key=value as in the recipe, e.g. train.lr=1e-4 or title='\"mine\"'")
+        recipes.merge(tables, said)
     return tables
 
 # %% ../nbs/13_cli.ipynb #measure
@@ -209,12 +212,13 @@ def summary(
     for name, scores in (("evaluation", metrics), ("test", metrics["test"])):
         if scores["before"]:
             lines += [f"\n{name}, with 95% intervals", score_table({"before": scores["before"], "after": scores["after"]})]
+    model = shlex.quote(f"{out}/model")
     program = "contrastive-st" if shutil.which("contrastive-st") else _near(Path(sys.executable).parent / "contrastive-st")
     python = "python" if shutil.which("contrastive-st") else _near(Path(sys.executable))
     return "\n".join(lines + [
         f"\nWritten to {out}: model/ metrics.json similarity.png mixture.json history.json tensorboard/", "Next:",
-        f"  {program} search {out}/model {_near(corpus) if corpus else 'texts.txt'} {shlex.quote(question)}",
-        f"  {python} -c \"from sentence_transformers import SentenceTransformer; print(SentenceTransformer('{out}/model').encode('hello').shape)\""])
+        f"  {program} search {model} {shlex.quote(_near(corpus)) if corpus else 'texts.txt'} {shlex.quote(question)}",
+        f"  {python} -c \"import sys; from sentence_transformers import SentenceTransformer as S; print(S(sys.argv[1]).encode('hello').shape)\" {model}"])
 
 
 def _near(path):
@@ -228,7 +232,7 @@ def inspect(
     recipe: _RecipeArg,
     data: _Data = None,
     set: _Changes = [],
-    sample: Annotated[int, typer.Option(help="Global batches to look into.")] = 8,
+    sample: Annotated[int, typer.Option(min=1, help="Global batches to look into.")] = 8,
 ):
     "Print what a run of the recipe would see: shares, epochs, negatives, duplicates, truncation, padding."
     from contrastive_st import mixture as mixing
@@ -263,7 +267,13 @@ def read_texts(
     "Read the texts of a file; raise `ValueError` naming the line that is not right."
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give a .txt with one text a line, or a corpus.jsonl")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")    # not splitlines, which also cuts at U+2028 and form feeds
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8") from None
+    lines = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    if not lines:
+        raise ValueError(f"{path}: the file is empty; give at least one text")
     if path.suffix != ".jsonl":
         return lines
     return [_corpus_text(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -272,9 +282,12 @@ def read_texts(
 def _corpus_text(path, number, line):
     try:
         row = json.loads(line)
-        return f"{row.get('title', '')} {row['text']}".strip()
+        title, text = row.get("title") or "", row["text"]
     except (json.JSONDecodeError, KeyError, AttributeError):
-        raise ValueError(f"{path}:{number}: expected an object with a \"text\"; mend the line or give a .txt with one text a line") from None
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"{path}:{number}: expected an object with a \"text\"; mend the line or give a .txt with one text a line")
+    return f"{title} {text}".strip()
 
 # %% ../nbs/13_cli.ipynb #encode
 @app.command()
@@ -288,7 +301,8 @@ def encode(
     "Write the embeddings of a file's texts, in file order."
     lines = read_texts(texts)
     embeddings = _encoder(model).encode(lines, batch_size=batch_size, progress=progress)
-    np.save(out, embeddings)
+    with open(out, "wb") as file:     # an open file keeps its name as it is
+        np.save(file, embeddings)
     typer.echo(f"{embeddings.shape[0]} texts, {embeddings.shape[1]} dimensions -> {out}")
 
 # %% ../nbs/13_cli.ipynb #search
@@ -304,7 +318,7 @@ def search(
 
     passages, encoder = read_texts(corpus), _encoder(model)
     index = encoder.encode(passages, progress=False)
-    for query in queries or (line.strip() for line in sys.stdin):
+    for query in queries or (line.strip() for line in sys.stdin if line.strip()):
         scores, found = semantic_search(encoder.encode([query], progress=False), index, top_k)
         typer.secho(query, bold=True)
         for score, i in zip(scores[0], found[0]):

@@ -39,7 +39,7 @@ class DataPlan:
     folder: str = ""                                         # data folder, relative to the recipe; "" = must be given when the run starts
     batch_size: Annotated[int, Field(gt=0)] = 1024           # rows of the global batch
     datasets_per_batch: Annotated[int, Field(gt=0)] = 2      # sub-batches in each global batch
-    seed: int = 0                                            # of the order
+    seed: Annotated[int, Field(ge=0)] = 0                    # of the order
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -88,28 +88,33 @@ def build(
 ) -> Any:                    # an instance of `record`
     "Make a record from a table; raise `ValueError` naming file, key and what to do."
     try:
-        return TypeAdapter(record).validate_json(json.dumps(table, default=str))   # JSON: lists may fill tuples
+        return TypeAdapter(record).validate_json(json.dumps(table, default=lambda date: [str(date)]))   # a list, so that no text key takes it
     except ValidationError as error:
-        raise ValueError(f"{where}: {_sentence(record, error.errors()[0])}") from None
+        unknown_first = sorted(error.errors(), key=lambda e: e["type"] not in _UNKNOWN)  # a misspelt key is also a missing one
+        raise ValueError(f"{where}: {_sentence(record, unknown_first[0])}") from None
+
+# %% ../nbs/12_recipes.ipynb #sentence
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def _sentence(record, problem):
-    "One readable sentence for pydantic's first complaint."
-    key, kind = ".".join(str(part) for part in problem["loc"] if "[" not in str(part)), problem["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(key.split(".")[-1], _names(record, key.split(".")[:-1]), 1)
-        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else f"; the keys are {', '.join(_names(record, key.split('.')[:-1]))}")
+    "One readable sentence for a complaint of pydantic."
+    path, kind = [str(p) for p in problem["loc"] if "[" not in str(p) and p not in ("str", "list")], problem["type"]
+    if kind in _UNKNOWN:
+        names = _names(record, path[:-1])
+        near = difflib.get_close_matches(path[-1], names, 1)
+        return f"unknown key '{'.'.join(path)}'; " + (f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}")
     if kind in ("missing", "missing_argument"):
-        return f"key '{key}' is missing; add it"
+        return f"key '{'.'.join(path)}' is missing; add it"
     value = "" if kind == "value_error" else f", not {problem['input']!r}"
-    return f"{key}: ".removeprefix(": ") + problem["msg"].removeprefix("Value error, ").replace("Input should", "should") + value
+    return (f"{'.'.join(path)}: " if path else "") + problem["msg"].removeprefix("Value error, ").replace("Input should", "should") + value
 
 
 def _names(record, path):
-    "Field names of the record that `path` leads to."
+    "Keys of the table that `path` leads to."
     for part in path:
         record = record.__dataclass_fields__[part].type
-    return list(record.__dataclass_fields__)
+    return [name for name in record.__dataclass_fields__ if name not in ("path", "text")]
 
 # %% ../nbs/12_recipes.ipynb #merge
 def merge(
@@ -132,13 +137,17 @@ def load(
     path = packaged if packaged.is_file() else Path(name_or_path)
     if not path.is_file():
         raise ValueError(f"there is no recipe '{name_or_path}'; give the path of a .toml file, or the name 'quickstart'")
-    text = path.read_text(encoding="utf-8")
     try:
-        table = tomllib.loads(text)
+        text = path.read_text(encoding="utf-8-sig")
+        table = merge(tomllib.loads(text), changes)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
-    text += f"\n# changed for this run: {json.dumps(changes)}\n" if changes else ""
-    return build(Recipe, merge(table, changes) | {"path": str(path), "text": text}, str(path))
+    for key in {"path", "text"} & table.keys():
+        raise ValueError(f"{path}: unknown key '{key}'; the keys are {', '.join(_names(Recipe, []))}")
+    text += f"\n# changed for this run: {json.dumps(changes, default=str)}\n" if changes else ""
+    return build(Recipe, table | {"path": str(path), "text": text}, str(path))
 
 # %% ../nbs/12_recipes.ipynb #folder
 def data_folder(
@@ -175,4 +184,7 @@ def open_mixture(
     "Open a recipe's datasets as a mixture."
     d, folder = recipe.data, data_folder(recipe, given)
     config = inside(folder, d.mix, f"{recipe.path}: data.mix") if isinstance(d.mix, str) else d.mix
-    return Mixture.from_config(config, folder, d.batch_size, d.datasets_per_batch, d.seed)
+    try:
+        return Mixture.from_config(config, folder, d.batch_size, d.datasets_per_batch, d.seed)
+    except ValueError as error:     # an inline list has no file of its own to name
+        raise ValueError(str(error).replace("data config", f"{recipe.path}: data.mix", 1) if isinstance(d.mix, list) else str(error)) from None

@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,26 +34,29 @@ from .model import SentenceEncoder
 from .tokens import Tokens
 
 # %% ../nbs/07_trainer.ipynb #config
+_FINITE = Field(gt=0, allow_inf_nan=False)
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainConfig:
     "Hold every number the training loop depends on; a wrong value raises a `ValueError` that names it."
     steps: Annotated[int, Field(gt=0)] = 1000          # optimiser steps, one global batch each
-    lr: Annotated[float, Field(gt=0)] = 2e-5           # peak learning rate of AdamW
+    lr: Annotated[float, _FINITE] = 2e-5               # peak learning rate of AdamW
     warmup: Annotated[int, Field(ge=0)] = 500          # optimiser steps of linear warm-up, then linear decay
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # AdamW's, on weight matrices only
     clip: Annotated[float, Field(gt=0)] = 1.0          # largest global norm of the gradient
-    scale: Annotated[float, Field(gt=0)] = 20.0        # multiplies cosine; = 1/temperature
+    scale: Annotated[float, _FINITE] = 20.0            # multiplies cosine; = 1/temperature
     symmetric: bool = True                             # pairs: mean of both directions; triplets always use one
-    similarity: str = "cos"                            # "cos" or "dot"
+    similarity: Literal["cos", "dot"] = "cos"          # of embeddings
     mask_same: bool = True                             # equal texts are never negatives of each other
-    widths: tuple[int, ...] = ()                       # Matryoshka widths; () = full width only
+    widths: tuple[Annotated[int, Field(gt=0)], ...] = ()   # Matryoshka widths; () = full width only
     bf16: bool = False                                 # autocast the encoder to bfloat16; the loss stays in fp32
     log_every: Annotated[int, Field(gt=0)] = 10        # steps between log lines
     eval_every: Annotated[int, Field(ge=0)] = 0        # steps between evaluations; 0 = before and after only
     save_every: Annotated[int, Field(ge=0)] = 0        # steps between checkpoints; 0 = with each evaluation
     metric: str = ""                                   # keep the model that is best by this metric; "" = keep the last
     patience: Annotated[int, Field(ge=0)] = 0          # evaluations without a better `metric` before stopping; 0 = never
-    seed: int = 0                                      # of dropout
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0    # of dropout
 
     def __post_init__(self):
         if self.warmup >= self.steps:
@@ -62,8 +65,8 @@ class TrainConfig:
             raise ValueError(f"metric is {self.metric!r} but eval_every is 0; set eval_every, or drop metric to keep the last model")
         if self.patience and not self.metric:
             raise ValueError(f"patience is {self.patience} but metric is empty; name the metric that has to improve")
-        if self.save_every and self.eval_every and self.metric and self.save_every % self.eval_every:
-            raise ValueError(f"save_every is {self.save_every}, not a multiple of eval_every {self.eval_every}; the best model could be lost")
+        if self.metric and self.save_every not in (0, self.eval_every):
+            raise ValueError(f"save_every is {self.save_every} but eval_every is {self.eval_every}; with a metric leave save_every 0, so that each measured model is kept")
 
 # %% ../nbs/07_trainer.ipynb #schedule
 def lr_factor(
@@ -112,6 +115,11 @@ class _Checkpointed(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.model, resume_from_checkpoint)
+        state = TrainerState.load_from_json(Path(resume_from_checkpoint) / "trainer_state.json")
+        kept = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                vars(callback).update(kept)     # its patience goes on where it was
 
     def _load_best_model(self):
         load_weights(self.model, self.state.best_model_checkpoint)
@@ -163,6 +171,8 @@ class _ContrastiveTrainer(_Checkpointed):
         if "loss" in logs:
             logs |= self.counts.take()
             check_health(logs, self.state.global_step, self.config)
+        elif "train_loss" in logs:   # the end of training: covers the steps after the last log line
+            check_health({"loss": logs["train_loss"]}, self.state.global_step, self.config)
         super().log(logs, start_time)
 
 # %% ../nbs/07_trainer.ipynb #means
@@ -196,7 +206,7 @@ def check_health(
 ) -> None:
     "Raise `ValueError` if the loss is not finite; warn if the embeddings have collapsed."
     if not math.isfinite(logs["loss"]):
-        raise ValueError(f"the loss became {logs['loss']} between steps {step - config.log_every} and {step}; lower lr ({config.lr:g}), or train without bf16")
+        raise ValueError(f"the loss became {logs['loss']} between steps {max(step - config.log_every, 0)} and {step}; lower lr ({config.lr:g}), or train without bf16")
     if logs.get("mean_cosine", 0) > 0.99:
         warnings.warn("the embeddings have collapsed: the mean cosine between texts is above 0.99; lower lr or raise scale", stacklevel=2)
 
@@ -206,7 +216,7 @@ def _arguments(config, folder):
     every, save = config.eval_every, config.save_every or config.eval_every
     args = TrainingArguments(
         output_dir=str(folder), max_steps=config.steps, learning_rate=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.clip,
-        optim="adamw_torch", bf16=config.bf16, seed=config.seed, logging_steps=config.log_every, logging_nan_inf_filter=False, logging_first_step=True,
+        optim="adamw_torch", use_cpu=not torch.accelerator.is_available(), bf16=config.bf16, seed=config.seed, logging_steps=config.log_every, logging_nan_inf_filter=False, logging_first_step=True,
         eval_strategy="steps" if every else "no", eval_steps=every or None, save_strategy="steps" if save else "no", save_steps=save or 1,
         save_total_limit=2, load_best_model_at_end=bool(config.metric), metric_for_best_model=config.metric or None, greater_is_better=True if config.metric else None,
         ignore_data_skip=True, disable_tqdm=True, report_to="none", remove_unused_columns=False, ddp_find_unused_parameters=False,
@@ -255,14 +265,18 @@ def claim(
 ) -> Path:                    # the directory, made
     "Make the run directory; raise `ValueError` if it holds a run and neither flag is given, or none to resume."
     out = Path(out)
+    if resume and overwrite:
+        raise ValueError("resume continues a run and overwrite deletes it; pass one of them")
     if resume and not last_checkpoint(out):
         raise ValueError(f"{out} holds no checkpoint to resume from; start the run without resume, and with save_every or eval_every set")
-    if (out / "config.json").exists() and not (resume or overwrite):
+    if (out / "versions.json").exists() and not (resume or overwrite):
         raise ValueError(f"{out} already holds a run; choose another directory, or pass resume to continue it, or overwrite to delete it")
+    if (out / "config.json").exists() and not (out / "versions.json").exists():
+        raise ValueError(f"{out} holds a config.json that is not a run's, perhaps a model; choose another directory")
     if make:
         out.mkdir(parents=True, exist_ok=True)
         for entry in map(out.joinpath, _RUN_ENTRIES if overwrite and not resume else ()):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
     return out
 
 # %% ../nbs/07_trainer.ipynb #versions
@@ -277,25 +291,40 @@ def _versions(device):
 def _write(out, **records):
     "Write each record as NAME.json, readable and in a stable order."
     for name, record in records.items():
+        record = json.loads(json.dumps(record), parse_constant=lambda word: None)   # NaN is not JSON: null
         (out / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read(out, name):
     return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
 
+# %% ../nbs/07_trainer.ipynb #identity
+def _identity(trainer):
+    "What makes a run that run: its configuration and its data, as JSON gives them back."
+    m = trainer.mixture
+    mix = [{"name": s.name, "lines": len(s), "weight": w} for s, w in zip(m.sources, m.weights)]
+    data = {"batch_size": m.batch_size, "datasets_per_batch": m.datasets_per_batch, "data_seed": m.seed, "mix": mix}
+    return json.loads(json.dumps(asdict(trainer.config) | data))
+
+
+def _check_same(out, trainer):
+    "Raise `ValueError` unless the run in `out` has the configuration and data of this one."
+    there, now = _read(out, "config"), _identity(trainer)
+    differ = [f"{k} was {there.get(k)!r}, now {v!r}" for k, v in now.items() if there.get(k) != v]
+    if differ:
+        raise ValueError(f"{out} was trained with another configuration or other data ({'; '.join(differ)}); resume with the same recipe and data, or start in a new directory")
+
 # %% ../nbs/07_trainer.ipynb #begin
 def _begin(out, trainer, recipe, resume):
-    "Record a new run and evaluate the untrained encoder, or check that a resumed run is the same; returns the metrics before."
-    config = json.loads(json.dumps(asdict(trainer.config)))      # as JSON gives it back: tuples are lists
+    "Record a new run and measure the untrained encoder, or check that a resumed run is the same; returns the metrics before."
     if resume:
-        there = _read(out, "config")
-        differ = [f"{k} was {there.get(k)!r}, now {v!r}" for k, v in config.items() if there.get(k) != v]
-        if differ:
-            raise ValueError(f"{out} was trained with another configuration ({'; '.join(differ)}); resume with the same, or start in a new directory")
+        _check_same(out, trainer)
         return _read(out, "metrics")
     before = {"before": trainer.evaluate_encoder(trainer.model), "test": {"before": trainer.test_encoder(trainer.model)}}
-    mix = [{"name": s.name, "lines": len(s), "weight": w} for s, w in zip(trainer.mixture.sources, trainer.mixture.weights)]
-    _write(out, config=config, data_config=mix, versions=_versions(trainer.args.device), metrics=before)
+    if trainer.config.metric not in ("", *before["before"]):
+        raise ValueError(f"metric is {trainer.config.metric!r}, but the evaluation measures {', '.join(before['before']) or 'nothing'}; name one of these")
+    config = _identity(trainer)
+    _write(out, config=config, data_config=config["mix"], versions=_versions(trainer.args.device), metrics=before)
     if recipe:
         (out / "recipe.toml").write_text(recipe, encoding="utf-8")
     return before
@@ -338,12 +367,15 @@ def train(
     progress: bool = True,                   # show the progress bar and the log lines
 ) -> dict:                                   # "before", "after", "test", "steps", "best_step", "seconds", "pairs_per_second"
     "Train `encoder` on the batches of `mixture`; raises `ValueError` if `out` holds another run."
-    main = int(os.environ.get("RANK", 0)) == 0
+    if max(config.widths, default=0) > encoder.width:
+        raise ValueError(f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones")
+    main, mode = int(os.environ.get("RANK", 0)) == 0, encoder.training
     out = claim(out, resume, overwrite) if main else Path(out)
     trainer = _trainer(encoder, mixture, config, out, evaluate or _nothing, test or _nothing, callbacks, progress)
     before = _begin(out, trainer, recipe, resume) if main else {}
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+    encoder.train(mode)
     return _finish(out, trainer, before, time.time() - start) if main else {}
 
 

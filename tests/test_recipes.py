@@ -1,0 +1,360 @@
+"""Recipes: what a reader can get wrong in a file is said with the file, the key and what to do."""
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from contrastive_st import recipes
+from contrastive_st.recipes import DataPlan, EvaluationPlan, Recipe, build, data_folder, inside, load, merge, open_mixture
+from contrastive_st.trainer import TrainConfig
+
+GOOD = """
+title = "a test"
+
+[model]
+name = "encoder"
+
+[data]
+mix = "data_config.json"
+folder = "data"
+batch_size = 4
+datasets_per_batch = 1
+
+[train]
+steps = 6
+warmup = 1
+lr = 1e-3
+
+[evaluation]
+sts = "sts.tsv"
+"""
+
+
+def rows(n, word="dog"):
+    return "".join(json.dumps([f"question {i} about a {word}", f"answer {i} about a {word}"]) + "\n" for i in range(n))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A good recipe with its data: pairs.jsonl of 8 rows, more.jsonl of 8, graded pairs."
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "pairs.jsonl").write_text(rows(8))
+    (data / "more.jsonl").write_text(rows(8, "cat"))
+    (data / "data_config.json").write_text(json.dumps([{"name": "pairs.jsonl", "weight": 1}, {"name": "more.jsonl", "weight": 3}]))
+    (data / "sts.tsv").write_text("score\tsentence1\tsentence2\n5\ta dog\tthe dog\n0\ta dog\train\n")
+    (tmp_path / "outside.jsonl").write_text(rows(8, "spy"))
+    (tmp_path / "good.toml").write_text(GOOD)
+    return tmp_path
+
+
+@pytest.fixture
+def bad(folder, monkeypatch):
+    "Write a recipe and go through everything a run checks before it starts; returns the message."
+    monkeypatch.setenv("HOME", str(folder))  # stores of this test stay here
+
+    def refuse(text, changes={}, name="bad.toml"):
+        (folder / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError) as caught:
+            recipe = load(folder / name, changes)
+            build(TrainConfig, recipe.train, f"{recipe.path}: train")
+            open_mixture(recipe)
+            for key, plan in (("evaluation", recipe.evaluation), ("test", recipe.test)):
+                for field in ("sts", "retrieval"):
+                    if value := getattr(plan, field):
+                        inside(recipe.folder(), value, f"{recipe.path}: {key}.{field}")
+        message = str(caught.value)
+        assert name in message, f"the file is not named: {message}"
+        assert "\n" not in message and len(message) < 400 + 3 * len(str(folder)), message
+        assert "pydantic" not in message and "errors.pydantic.dev" not in message and "Input should" not in message
+        return message
+    return refuse
+
+
+def changed(old, new=""):
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+# ---- good ones ----
+
+def test_a_good_recipe_in_full(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    recipe = load(folder / "good.toml")
+    assert (recipe.title, recipe.model.name, recipe.evaluation.sts, recipe.test) == ("a test", "encoder", "sts.tsv", EvaluationPlan())
+    assert recipe.model.pooling is None and recipe.model.max_length is None and recipe.data.seed == 0
+    assert recipe.text == GOOD and recipe.path == str(folder / "good.toml") and recipe.folder().resolve() == (folder / "data").resolve()
+    assert build(TrainConfig, recipe.train, "x") == TrainConfig(steps=6, warmup=1, lr=1e-3)
+    mixture = recipe.mixture()
+    assert [s.name for s in mixture.sources] == ["pairs.jsonl", "more.jsonl"] and mixture.weights == [1, 3]
+    assert (mixture.batch_size, mixture.datasets_per_batch, mixture.seed) == (4, 1, 0)
+
+
+def test_inline_mixes_folders_and_lists(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    inline = changed('mix = "data_config.json"', 'mix = [{name = "more.jsonl", weight = 2, lines = 8}]')
+    (folder / "inline.toml").write_text(inline.replace("lr = 1e-3", "widths = [8, 16]"))
+    recipe = load(folder / "inline.toml")
+    assert [s.name for s in recipe.mixture().sources] == ["more.jsonl"]
+    assert build(TrainConfig, recipe.train, "x").widths == (8, 16)
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "more.jsonl").write_text(rows(5))
+    with pytest.warns(UserWarning, match="8 lines, the file has 5"):
+        assert [len(s) for s in recipe.mixture(folder / "elsewhere").sources] == [5]
+    assert data_folder(recipe, folder / "elsewhere") == folder / "elsewhere"
+
+
+def test_the_packaged_recipe_loads_and_opens(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # from anywhere
+    recipe = load("quickstart")
+    config = build(TrainConfig, recipe.train, "x")
+    assert config.steps > config.warmup and recipe.mixture().batch(config.steps - 1).examples
+    for plan in (recipe.evaluation, recipe.test):
+        for name in (plan.sts, plan.retrieval):
+            assert not name or inside(recipe.folder(), name, "x").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_recipe_of_the_repository(path, shared_data):
+    recipe = load(path)
+    build(TrainConfig, recipe.train, "x")
+    assert recipe.title and recipe.data.batch_size % recipe.data.datasets_per_batch == 0
+    for plan in (recipe.evaluation, recipe.test):
+        for name in (plan.sts, plan.retrieval):
+            assert not name or inside(shared_data, name, path.name).exists()
+
+
+def test_recipes_load_without_any_data():
+    found = sorted((ROOT / "recipes").glob("*.toml"))
+    assert ROOT / "recipes" / "nli.toml" in found
+    for path in found:
+        build(TrainConfig, load(path).train, "x")
+
+
+def test_nli_opens_on_the_real_data(shared_data):
+    mixture = load(ROOT / "recipes" / "nli.toml").mixture(shared_data)
+    assert {len(e) for e in mixture.batch(0).examples} == {3}
+
+
+# ---- unknown keys ----
+
+@pytest.mark.parametrize("text, words", [
+    (changed('title = "a test"', 'titel = "a test"'), ["titel", "title"]),
+    (GOOD + "\n[tests]\nsts = 'x'\n", ["tests", "test"]),
+    (changed("name =", "nam ="), ["model.nam", "name"]),
+    (changed("batch_size", "batchsize"), ["data.batchsize", "batch_size"]),
+    (changed("steps = 6", "step = 6"), ["train", "step", "steps"]),
+    (changed("lr = 1e-3", "learning_rate_of_adam = 1e-3"), ["train", "learning_rate_of_adam", "warmup"]),
+    (changed('sts = "sts.tsv"', 'stsb = "sts.tsv"'), ["evaluation.stsb", "sts"]),
+    (GOOD + "\n[test]\nretreival = 'x'\n", ["test.retreival", "retrieval"]),
+    (changed('title = "a test"', 'title = "a test"\npath = "p"'), ["path"]),
+    (changed('title = "a test"', 'title = "a test"\ntext = "t"'), ["text"]),
+    (changed('mix = "data_config.json"', 'mix = [{nam = "pairs.jsonl", weight = 1}]'), ["mix", "nam", "name"]),
+])
+def test_unknown_keys_are_named_with_the_nearest_known(bad, text, words):
+    message = bad(text)
+    assert all(word in message for word in words), message
+    assert "unknown key" in message
+
+
+# ---- wrong types and values ----
+
+@pytest.mark.parametrize("text, words", [
+    (changed('title = "a test"', "title = 5"), ["title", "string", "5"]),
+    (changed('title = "a test"', "title = 2024-01-01"), ["title"]),
+    (changed('[model]\nname = "encoder"\n').replace('title = "a test"', 'title = "a test"\nmodel = "encoder"'), ["model"]),
+    (changed('name = "encoder"', "name = 7"), ["model.name"]),
+    (changed('name = "encoder"', 'name = "encoder"\npooling = 1'), ["model.pooling"]),
+    (changed('name = "encoder"', 'name = "encoder"\nnormalize = "yes"'), ["model.normalize"]),
+    (changed('name = "encoder"', 'name = "encoder"\nmax_length = 2'), ["model.max_length", "2"]),
+    (changed('name = "encoder"', 'name = "encoder"\nmax_length = 64.0'), ["model.max_length"]),
+    (changed('mix = "data_config.json"', "mix = 5"), ["data.mix:"]),
+    (changed('mix = "data_config.json"', "mix = [1, 2]"), ["data.mix"]),
+    (changed("batch_size = 4", "batch_size = 0"), ["data.batch_size", "0"]),
+    (changed("batch_size = 4", "batch_size = 4.5"), ["data.batch_size", "4.5"]),
+    (changed("batch_size = 4", 'batch_size = "4"'), ["data.batch_size"]),
+    (changed("batch_size = 4", "batch_size = true"), ["data.batch_size"]),
+    (changed("datasets_per_batch = 1", "datasets_per_batch = -1"), ["data.datasets_per_batch"]),
+    (changed("datasets_per_batch = 1", "seed = 1.5"), ["data.seed"]),
+    (changed("datasets_per_batch = 1", "datasets_per_batch = 1\nseed = -1"), ["seed"]),
+    (changed('folder = "data"', "folder = 3"), ["data.folder"]),
+    (changed("[train]\nsteps = 6\nwarmup = 1\nlr = 1e-3\n").replace('title = "a test"', 'title = "a test"\ntrain = 5'), ["train"]),
+    (changed("steps = 6", 'steps = "6"'), ["train", "steps"]),
+    (changed("steps = 6", "steps = 6.0"), ["train", "steps"]),
+    (changed("lr = 1e-3", 'lr = "1e-3"'), ["train", "lr"]),
+    (changed("lr = 1e-3", "lr = nan"), ["train", "lr"]),
+    (changed("lr = 1e-3", "lr = -0.1"), ["train", "lr", "-0.1"]),
+    (changed("lr = 1e-3", "symmetric = 1"), ["train", "symmetric"]),
+    (changed("lr = 1e-3", "widths = [8, 'x']"), ["train", "widths"]),
+    (changed("lr = 1e-3", "widths = 8"), ["train", "widths"]),
+    (changed("lr = 1e-3", 'similarity = "cosine"'), ["train", "similarity"]),
+    (changed("warmup = 1", "warmup = 6"), ["train", "warmup is 6", "6"]),
+    (changed("warmup = 1", ""), ["train", "warmup is 500", "6"]),
+    (changed("lr = 1e-3", 'metric = "spearman"'), ["train", "metric", "eval_every"]),
+    (changed("lr = 1e-3", "patience = 2"), ["train", "patience", "metric"]),
+    (changed('sts = "sts.tsv"', "sts = 1"), ["evaluation.sts"]),
+    (changed('[evaluation]\nsts = "sts.tsv"').replace('title = "a test"', 'title = "a test"\nevaluation = "sts.tsv"'), ["evaluation"]),
+])
+def test_wrong_types_and_values_are_named(bad, text, words):
+    message = bad(text)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("gone, key",
+    [('title = "a test"\n', "title"), ('[model]\nname = "encoder"\n', "model"), ('name = "encoder"\n', "model.name"),
+                                       ('mix = "data_config.json"\n', "data.mix")])
+def test_missing_keys_are_named(bad, gone, key):
+    message = bad(changed(gone))
+    assert f"'{key}' is missing" in message
+
+
+# ---- the mix ----
+
+@pytest.mark.parametrize("mix, words", [
+    ('[{name = "pairs.jsonl", weight = -1}]', ["dataset 1", "pairs.jsonl", "weight is -1"]),
+    ('[{name = "pairs.jsonl", weight = 1}, {name = "more.jsonl", weight = "2"}]', ["dataset 2", "more.jsonl", "weight"]),
+    ('[{name = "pairs.jsonl", weight = nan}]', ["dataset 1", "weight"]),
+    ('[{name = "pairs.jsonl", weight = 0}]', ["weight is 0"]),
+    ('[{name = "pairs.jsonl"}]', ["dataset 1", "'weight' is missing"]),
+    ('[{weight = 1}]', ["dataset 1", "'name' is missing"]),
+    ("[]", ["at least one dataset"]),
+    ('[{name = "../outside.jsonl", weight = 1}]', ["dataset 1", "leaves the data folder"]),
+    ('[{name = "/etc/passwd", weight = 1}]', ["dataset 1", "leaves the data folder"]),
+    ('[{name = "pears.jsonl", weight = 1}]', ["dataset 1", "no such file", "pairs.jsonl"]),
+    ('[{name = "pairs.jsonl", weight = 1}, {name = "pairs.jsonl", weight = 1}]', ["dataset 2", "again"]),
+    ('"../outside.json"', ["data.mix", "leaves the data folder"]),
+    ('"/etc/hostname"', ["data.mix", "leaves the data folder"]),
+    ('"data_conf.json"', ["data.mix", "data_conf.json"]),
+])
+def test_mixes_that_are_not_right_name_recipe_and_entry(bad, folder, mix, words):
+    (folder / "outside.json").write_text("[]")
+    message = bad(changed('"data_config.json"', mix))
+    assert all(word in message for word in words), message
+    assert "mix" in message, f"the key is not named: {message}"
+
+
+@pytest.mark.parametrize("content, words", [
+    ('[{"name": "pairs.jsonl", "weight": -1}]', ["data_config.json", "dataset 1", "weight is -1"]),
+    ('[{"name": "../outside.jsonl", "weight": 1}]', ["data_config.json", "dataset 1", "leaves the data folder"]),
+    ('{"name": "pairs.jsonl"}', ["data_config.json", "list"]), ("[", ["data_config.json", "JSON"]),
+])
+def test_mixes_in_a_file_name_that_file(folder, monkeypatch, content, words):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "data" / "data_config.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load(folder / "good.toml").mixture()
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_batch_that_no_dataset_fills_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(ValueError, match="8 rows are fewer than the 16"):
+        load(folder / "good.toml", {"data": {"batch_size": 16}}).mixture()
+    with pytest.raises(ValueError, match="datasets_per_batch"):
+        load(folder / "good.toml", {"data": {"datasets_per_batch": 3}}).mixture()
+
+
+# ---- paths ----
+
+@pytest.mark.parametrize("table, field", [("evaluation", "sts"), ("evaluation", "retrieval"), ("test", "sts"), ("test", "retrieval")])
+@pytest.mark.parametrize("value", ["../outside.jsonl", "/etc", "sub/../../outside.jsonl", "link"])
+def test_paths_that_leave_the_data_folder(bad, folder, table, field, value):
+    (folder / "data" / "link").symlink_to(folder / "outside.jsonl")
+    message = bad(changed('[evaluation]\nsts = "sts.tsv"\n', f"[{table}]\n{field} = '{value}'\n"))
+    assert f"{table}.{field}" in message and "leaves the data folder" in message and value in message
+
+
+def test_paths_that_are_not_there(bad):
+    message = bad(changed('"sts.tsv"', '"tsts.tsv"'))
+    assert "evaluation.sts" in message and "tsts.tsv" in message
+
+
+@pytest.mark.parametrize("value", ["nowhere", "data/sts.tsv"])
+def test_data_folders_that_are_not_there(bad, value):
+    message = bad(changed('folder = "data"', f'folder = "{value}"'))
+    assert "data folder" in message and value in message and "--data" in message
+
+
+def test_a_recipe_without_a_data_folder_needs_one(folder):
+    (folder / "none.toml").write_text(changed('folder = "data"\n'))
+    with pytest.raises(ValueError, match="none.toml.*--data"):
+        load(folder / "none.toml").folder()
+    assert load(folder / "none.toml").folder(folder / "data") == folder / "data"
+    with pytest.raises(ValueError, match="none.toml.*nowhere"):
+        load(folder / "none.toml").folder(folder / "nowhere")
+
+
+# ---- the file ----
+
+@pytest.mark.parametrize("text, words",
+    [("title = ", ["TOML"]), ("title = 'a'\n[model\n", ["TOML", "line 2"]), ("title = 'a'\ntitle = 'b'\n", ["TOML"]), ("{}", ["TOML"])])
+def test_invalid_toml(bad, text, words):
+    message = bad(text)
+    assert all(word in message for word in words)
+
+
+def test_an_empty_recipe(bad):
+    assert "'title' is missing" in bad("") and "missing" in bad("# nothing\n")
+
+
+@pytest.mark.parametrize("name", ["absent.toml", "nowhere/absent.toml", "", ".", "quick", "data"])
+def test_missing_files(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="no recipe|not a file") as caught:
+        load(name)
+    assert f"'{name}'" in str(caught.value)
+
+
+def test_a_recipe_that_is_not_utf8(folder):
+    (folder / "latin.toml").write_bytes("title = 'Müller'".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.toml.*UTF-8"):
+        load(folder / "latin.toml")
+
+
+def test_a_recipe_with_a_byte_order_mark(folder):
+    (folder / "bom.toml").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load(folder / "bom.toml").title == "a test"
+
+
+def test_windows_line_ends(folder):
+    (folder / "crlf.toml").write_bytes(GOOD.replace("\n", "\r\n").encode())
+    assert load(folder / "crlf.toml").data.batch_size == 4
+
+
+# ---- changes ----
+
+def test_merge_lays_tables_over_tables():
+    table = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert merge(table, {"a": {"c": {"d": 4, "f": 5}}, "e": {"g": 6}, "h": 7}) == {"a": {"b": 1, "c": {"d": 4, "f": 5}}, "e": {"g": 6}, "h": 7}
+    assert merge({"a": {"b": 1}}, {"a": 2}) == {"a": 2} and merge({}, {}) == {}
+
+
+def test_changes_reach_the_recipe_and_its_record(folder):
+    changes = {"train": {"lr": 5e-4, "bf16": True}, "data": {"batch_size": 8}, "test": {"sts": "sts.tsv"}, "title": "Tür"}
+    recipe = load(folder / "good.toml", changes)
+    assert build(TrainConfig, recipe.train, "x") == TrainConfig(steps=6, warmup=1, lr=5e-4, bf16=True)
+    assert recipe.data == DataPlan("data_config.json", "data", 8, 1) and recipe.test.sts == "sts.tsv" and recipe.title == "Tür"
+    assert changes["train"] == {"lr": 5e-4, "bf16": True} and load(folder / "good.toml").data.batch_size == 4  # nothing is left behind
+    assert recipe.text.startswith(GOOD) and json.loads(recipe.text.split("changed for this run: ")[1]) == changes
+    assert tomllib.loads(recipe.text)["title"] == "a test"  # the record is still a recipe
+
+
+@pytest.mark.parametrize("changes, words", [({"train": {"stepz": 1}}, ["stepz", "steps"]), ({"dat": {"mix": "x"}}, ["dat"]), ({"data": 5}, ["data"]),
+                                            ({"data": {"batch_size": "many"}}, ["data.batch_size"])])
+def test_changes_are_checked_like_the_file(bad, changes, words):
+    message = bad(GOOD, changes)
+    assert all(word in message for word in words)
+
+
+def test_a_date_among_the_changes_is_an_error_of_the_user(folder):
+    with pytest.raises(ValueError, match="title"):
+        load(folder / "good.toml", tomllib.loads("title = 2024-01-01"))
+
+
+def test_plans_are_frozen():
+    with pytest.raises(Exception, match="frozen|cannot assign"):
+        DataPlan("x").mix = "y"
+    assert Recipe.__dataclass_params__.frozen and recipes.ModelPlan("x").name == "x" and Path(recipes.__file__).exists()

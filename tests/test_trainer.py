@@ -1,0 +1,739 @@
+"""The training loop against a plain loop and the peer; resuming, stopping, keeping the best, refusing, several processes."""
+import gc
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, WORDS, make_backbone, make_tokenizer
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from contrastive_st.data import Source
+from contrastive_st.mixture import Mixture
+from contrastive_st.model import SentenceEncoder
+from contrastive_st.trainer import TrainConfig, check_health, claim, last_checkpoint, lr_factor, mean_cosine, train
+
+RECORDS = {"config.json", "data_config.json", "versions.json", "metrics.json", "history.json", "mixture.json"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    "Tiny models are faster on one thread; each run ends in a garbage collection, which need not look at what is imported."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    "The loop tells TensorBoard its folder through the environment; put it back."
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+
+
+# ---- hand-made input ----
+
+def make_encoder(dropout=0.0):
+    "The tiny encoder of conftest, the same weights each time."
+    tokenizer = make_tokenizer()
+    encoder = SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64)
+    for layer in encoder.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = dropout
+    return encoder
+
+
+def sentences(n, seed):
+    "n different sentences of 3 to 9 words."
+    rng, found = np.random.default_rng(seed), {}
+    while len(found) < n:
+        found[" ".join(rng.choice(WORDS, rng.integers(3, 10)))] = None
+    return list(found)
+
+
+def make_source(columns=2, rows=40, name="pairs", seed=1, copies=1):
+    "A source in memory; with copies > 1 every anchor and every positive occurs that often, beside other partners."
+    texts = sentences(rows * columns, seed)
+    names = ["anchor", "positive", "negative", *(f"negative_{k}" for k in range(2, columns - 1))][:columns]
+    table = {name: texts[i * rows:(i + 1) * rows] for i, name in enumerate(names)}
+    if copies > 1:
+        table["anchor"] = [table["anchor"][i // copies] for i in range(rows)]
+        table["positive"] = [table["positive"][(i // copies + i % copies) % (rows // copies)] for i in range(rows)]
+    return Source(Dataset.from_dict(table), name)
+
+
+def make_mixture(columns=2, batch_size=8, datasets_per_batch=1, seed=0, **source):
+    return Mixture([make_source(columns, **source)], [1.0], batch_size, datasets_per_batch, seed)
+
+
+def config(steps=4, **changes):
+    return TrainConfig(**{"steps": steps, "warmup": 0, "lr": 1e-3, "log_every": 1} | changes)
+
+
+def weights(encoder):
+    return {name: value.clone() for name, value in encoder.state_dict().items()}
+
+
+def read(out, name):
+    "A record, as strict JSON: NaN and Infinity are no JSON."
+    def refuse(word): raise AssertionError(f"{name}.json holds {word}, which other JSON readers refuse")
+    return json.loads((Path(out) / f"{name}.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def losses(out):
+    return {line["step"]: line["loss"] for line in read(out, "history") if "loss" in line}
+
+
+def checkpoints(out):
+    return sorted(int(p.name.split("-")[1]) for p in (Path(out) / "checkpoints").glob("checkpoint-*"))
+
+
+class Crash(Exception):
+    "What an interrupted run ends with."
+
+
+class At(TrainerCallback):
+    "Call `action(control, model)` when `step` steps are done."
+    def __init__(self, step, action): self.step, self.action = step, action
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action(control, model)
+
+
+def crash(control, model): raise Crash
+def stop(control, model): control.should_training_stop = True
+
+
+def poison(control, model):
+    with torch.no_grad():
+        model.backbone.embeddings.LayerNorm.weight[0] = float("nan")
+
+
+class Scores:
+    "An evaluation whose answers are known beforehand: the first is given before training."
+    def __init__(self, *values, name="score"): self.values, self.name, self.seen = list(values), name, []
+
+    def __call__(self, encoder):
+        self.seen.append(weights(encoder))
+        return {self.name: self.values[min(len(self.seen), len(self.values)) - 1]}
+
+
+# ---- the same numbers as a loop written by hand ----
+
+def plain_loss(columns, texts, scale, symmetric, similarity, mask_same):
+    "InfoNCE with loops over rows and columns; texts as (B, C) strings."
+    if similarity == "cos":
+        columns = [F.normalize(c, dim=-1) for c in columns]
+    B, known = len(texts), {}
+    for row in texts:
+        known.setdefault(row[0], {row[0]}).add(row[1])
+    candidates = torch.cat([columns[1], torch.stack(columns[2:], 1).flatten(0, 1)]) if len(columns) > 2 else columns[1]
+    candidate_texts = [row[1] for row in texts] + [text for row in texts for text in row[2:]]
+    scores = scale * columns[0] @ candidates.T
+    if mask_same:
+        banned = [[n != i and candidate_texts[n] in known[texts[i][0]] for n in range(len(candidates))] for i in range(B)]
+        scores = scores.masked_fill(torch.tensor(banned), -math.inf)
+    there = sum(scores[i].logsumexp(0) - scores[i, i] for i in range(B)) / B
+    back = sum(scores[:, i].logsumexp(0) - scores[i, i] for i in range(B)) / B if symmetric and len(columns) == 2 else there
+    return (there + back) / 2
+
+
+def plain_loop(encoder, mixture, c):
+    "Train without the library's loop, loss, schedule or token layout; returns the loss of each step."
+    decay = [p for p in encoder.parameters() if p.ndim > 1]
+    rest = [p for p in encoder.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=c.lr)
+    encoder.train()
+    found = []
+    for step in range(c.steps):
+        texts = mixture.batch(step).examples
+        columns = []
+        for column in zip(*texts):
+            cut = encoder.tokenizer(list(column), padding=True, truncation=True, max_length=64, return_tensors="pt")
+            columns.append(encoder.embed(cut["input_ids"], cut["attention_mask"]))
+        loss = sum(plain_loss([x[:, :w] for x in columns], texts, c.scale, c.symmetric, c.similarity, c.mask_same) for w in c.widths or (None,))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), c.clip)
+        up, down = (step + 1) / c.warmup if c.warmup else 1, (c.steps - step) / (c.steps - c.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * min(up, down, 1)
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def distance(one, other, start):
+    "How far two trained states are apart, in shares of the way they went. Key biases change no output, so noise moves them."
+    names = [n for n in start if not n.endswith("key.bias")]
+    apart = sum((one[n] - other[n]).square().sum() for n in names).sqrt()
+    return float(apart / sum((one[n] - start[n]).square().sum() for n in names).sqrt())
+
+
+@pytest.mark.parametrize("columns, copies, changes", [
+    (2, 1, {}), (2, 1, {"symmetric": False}), (3, 1, {}), (4, 1, {"symmetric": False, "warmup": 2}),
+    (2, 4, {}), (2, 4, {"mask_same": False}), (2, 4, {"symmetric": False}), (3, 4, {}), (3, 4, {"mask_same": False}),
+    (2, 1, {"widths": (8, 32)}), (3, 4, {"widths": (4, 16, 32)}), (2, 1, {"widths": (8,), "symmetric": False}),
+    (2, 1, {"similarity": "dot", "scale": 5.0}), (2, 1, {"clip": 0.05, "weight_decay": 0.5, "warmup": 3}),
+])
+def test_losses_and_weights_equal_a_plain_loop(tmp_path, columns, copies, changes):
+    c, mixture = config(5, **changes), make_mixture(columns, copies=copies)
+    ours, plain = make_encoder(), make_encoder()
+    start = weights(ours)
+    train(ours, mixture, c, tmp_path, progress=False)
+    expected = plain_loop(plain, mixture, c)
+    assert list(losses(tmp_path).values()) == pytest.approx(expected, rel=1e-5)
+    assert distance(weights(ours), weights(plain), start) < 2e-3  # Adam lets rounding grow where gradients are near zero
+    if copies > 1:
+        masked = [line["masked"] for line in read(tmp_path, "history") if "loss" in line]
+        assert all(m > 0 for m in masked) if c.mask_same else not any(masked)
+
+
+def test_losses_equal_sentence_transformers(tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from torch.utils.data import SequentialSampler
+
+    steps, B, mixture = 5, 8, make_mixture(3)
+    encoder = make_encoder()
+    encoder.save_pretrained(tmp_path / "start")
+    train(encoder, mixture, config(steps, mask_same=False, symmetric=False), tmp_path / "ours", progress=False)
+
+    def in_order(dataset, batch_size, drop_last, **_):
+        return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
+
+    rows = [example for step in range(steps) for example in mixture.batch(step).examples]
+    peer = st.SentenceTransformer(str(tmp_path / "start"), device="cpu")
+    args = st.SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "peer"), per_device_train_batch_size=B, num_train_epochs=1, learning_rate=1e-3, lr_scheduler_type="linear",
+        warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        batch_sampler=in_order, optim="adamw_torch")
+    job = st.SentenceTransformerTrainer(model=peer, args=args,
+        train_dataset=Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), zip(*rows)))),
+                                        loss=MultipleNegativesRankingLoss(peer, scale=20.0))
+    job.train()
+    theirs = [line["loss"] for line in job.state.log_history if "loss" in line]
+    assert len(theirs) == steps and list(losses(tmp_path / "ours").values()) == pytest.approx(theirs, abs=1e-4)
+    text = sentences(10, 99)
+    np.testing.assert_allclose(encoder.encode(text, progress=False), peer.encode(text), atol=1e-4)
+
+
+# ---- schedule and optimiser ----
+
+def test_schedule_values():
+    factors = [lr_factor(s, 10, 4) for s in range(10)]
+    assert factors == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert [lr_factor(s, 4, 0) for s in range(4)] == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4])
+    assert lr_factor(0, 1, 0) == 1 and min(lr_factor(s, 300, 299) for s in range(300)) > 0
+
+
+def test_the_optimiser_uses_the_schedule_and_spares_vectors_from_decay(tmp_path):
+    rates, groups = [], {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append({g["lr"] for g in optimizer.param_groups})
+            groups.update({g["weight_decay"]: {p.ndim for p in g["params"]} for g in optimizer.param_groups})
+            assert isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW)
+
+    train(make_encoder(), make_mixture(), config(7, warmup=3, weight_decay=0.1), tmp_path, callbacks=[Look()], progress=False)
+    assert [len(r) for r in rates] == [1] * 7
+    assert [r.pop() for r in rates] == pytest.approx([1e-3 * lr_factor(s, 7, 3) for s in range(7)])
+    assert groups == {0.1: {2}, 0.0: {1}}
+
+
+def test_same_call_same_weights_and_the_seed_is_of_dropout(tmp_path):
+    after = []
+    for i, seed in enumerate((3, 3, 4)):
+        encoder = make_encoder(dropout=0.1)
+        torch.rand(i)  # the caller's random state must not matter
+        train(encoder, make_mixture(), config(3, seed=seed), tmp_path / str(i), progress=False)
+        after.append(weights(encoder))
+    assert all(torch.equal(after[0][n], after[1][n]) for n in after[0])
+    assert any(not torch.equal(after[0][n], after[2][n]) for n in after[0])
+
+
+def test_bf16_trains_in_fp32_weights_near_the_fp32_losses(tmp_path):
+    for name, bf16 in (("fp32", False), ("bf16", True)):
+        encoder = make_encoder()
+        train(encoder, make_mixture(), config(4, bf16=bf16), tmp_path / name, progress=False)
+        assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    full, half = (list(losses(tmp_path / n).values()) for n in ("fp32", "bf16"))
+    assert half != full and half == pytest.approx(full, rel=0.05)
+
+
+# ---- resume ----
+
+def counted(mixture):
+    "The mixture, and the list of the steps it is asked for."
+    asked, batch = [], mixture.batch
+    def ask(step, *args, **kwargs):
+        asked.append(step)
+        return batch(step, *args, **kwargs)
+    mixture.batch = ask
+    return mixture, asked
+
+
+@pytest.mark.parametrize("way, changes", [
+    (stop, {}), (crash, {}), (crash, {"bf16": True}), (stop, {"bf16": True, "warmup": 5}),
+    (crash, {"eval_every": 2, "save_every": 0, "metric": "score"}),
+])
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, way, changes):
+    c = config(8, **{"save_every": 2, "weight_decay": 0.01} | changes)
+    mixed = lambda: Mixture([make_source(), make_source(3, name="triplets", seed=2)], [1.0, 1.0], 8, 2)
+    evaluate = lambda e: {"score": float(e.encode(["a dog", "the rain in the street"], progress=False)[0, 0])}
+    whole, parts = make_encoder(dropout=0.1), make_encoder(dropout=0.1)
+    mixture, asked = counted(mixed())
+    train(whole, mixture, c, tmp_path / "whole", evaluate, progress=False)
+    assert asked == list(range(8))
+
+    mixture, asked = counted(mixed())
+    try:
+        train(parts, mixture, c, tmp_path / "parts", evaluate, callbacks=[At(5, way)], progress=False)
+    except Crash:
+        pass
+    assert asked == list(range(5)) and last_checkpoint(tmp_path / "parts").endswith("checkpoint-4")
+    parts = make_encoder(dropout=0.1)  # a new process knows nothing but the run directory
+    torch.manual_seed(12345)
+    mixture, asked = counted(mixed())
+    metrics = train(parts, mixture, c, tmp_path / "parts", evaluate, resume=True, progress=False)
+    assert asked == list(range(4, 8))  # nothing is replayed, nothing is left out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and list(losses(tmp_path / "parts")) == list(range(1, 9))
+    assert all(torch.equal(value, weights(parts)[name]) for name, value in weights(whole).items())
+    there = read(tmp_path / "whole", "metrics")
+    assert {k: there[k] for k in ("before", "after", "test", "steps", "best_step")} == {
+        k: metrics[k] for k in ("before", "after", "test", "steps", "best_step")}
+
+
+def test_resuming_twice_and_resuming_a_finished_run(tmp_path):
+    c, whole = config(6, save_every=2), make_encoder(dropout=0.1)
+    train(whole, make_mixture(), c, tmp_path / "whole", progress=False)
+    train(make_encoder(dropout=0.1), make_mixture(), c, tmp_path / "parts", callbacks=[At(2, stop)], progress=False)
+    train(make_encoder(dropout=0.1), make_mixture(), c, tmp_path / "parts", callbacks=[At(4, stop)], resume=True, progress=False)
+    for _ in range(2):  # the second time there is nothing left to do
+        encoder = make_encoder(dropout=0.1)
+        metrics = train(encoder, make_mixture(), c, tmp_path / "parts", resume=True, progress=False)
+        assert metrics["steps"] == 6 and all(torch.equal(v, weights(encoder)[n]) for n, v in weights(whole).items())
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    "A run of 6 steps with a checkpoint after 2, stopped at 3."
+    out = tmp_path_factory.mktemp("stopped")
+    train(make_encoder(), make_mixture(), config(6, save_every=2), out, callbacks=[At(3, stop)], progress=False)
+    return out
+
+
+def snapshot(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.parent.name != "tensorboard"}
+
+
+@pytest.mark.parametrize("changes, named",
+    [({"lr": 2e-3}, "lr was 0.001, now 0.002"), ({"steps": 7}, "steps was 6, now 7"), ({"widths": (8,)}, "widths"),
+                                            ({"seed": 1}, "seed"), ({"bf16": True}, "bf16")])
+def test_resume_refuses_another_configuration(stopped, changes, named):
+    before = snapshot(stopped)
+    with pytest.raises(ValueError, match=f"another configuration.*{named}"):
+        train(make_encoder(), make_mixture(), config(**{"steps": 6, "save_every": 2} | changes), stopped, resume=True, progress=False)
+    assert snapshot(stopped) == before
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"batch_size": 4}, {"datasets_per_batch": 2}, {"rows": 44}, {"name": "others"}])
+def test_resume_refuses_another_order_of_the_data(stopped, changes):
+    "Step s of the run must be step s of the same run: another seed, batch size or file is another run."
+    before = snapshot(stopped)
+    with pytest.raises(ValueError, match=str(next(iter(changes))) if "rows" not in changes and "name" not in changes else "pairs|others"):
+        train(make_encoder(), make_mixture(**changes), config(6, save_every=2), stopped, resume=True, progress=False)
+    assert snapshot(stopped) == before
+
+
+def test_resume_needs_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
+        train(make_encoder(), make_mixture(), config(), tmp_path / "nothing", resume=True, progress=False)
+    assert not (tmp_path / "nothing").exists()
+    train(make_encoder(), make_mixture(), config(2), tmp_path / "unsaved", progress=False)
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
+        train(make_encoder(), make_mixture(), config(2), tmp_path / "unsaved", resume=True, progress=False)
+
+
+def test_a_run_that_was_moved_resumes_and_finds_its_best_model(tmp_path):
+    c, scores = config(6, eval_every=2, metric="score"), Scores(0.1, 0.9, 0.2)
+    with pytest.raises(Crash):
+        train(make_encoder(), make_mixture(), c, tmp_path / "here", scores, callbacks=[At(5, crash)], progress=False)
+    (tmp_path / "here").rename(tmp_path / "there")
+    encoder = make_encoder()
+    metrics = train(encoder, make_mixture(), c, tmp_path / "there", Scores(0.3), resume=True, progress=False)
+    assert metrics["best_step"] == 2 and all(torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[1].items())
+
+
+def test_patience_is_counted_across_an_interruption(tmp_path):
+    falling = (0.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # before, then after each step: patience 2 ends the run at step 3
+    c = config(6, eval_every=1, metric="score", patience=2)
+    assert train(make_encoder(), make_mixture(), c, tmp_path / "whole", Scores(*falling), progress=False)["steps"] == 3
+    with pytest.raises(Crash):
+        train(make_encoder(), make_mixture(), c, tmp_path / "parts", Scores(*falling), callbacks=[At(3, crash)], progress=False)
+    assert checkpoints(tmp_path / "parts")[-1] == 2
+    metrics = train(make_encoder(), make_mixture(), c, tmp_path / "parts", Scores(*falling[3:]), resume=True, progress=False)
+    assert metrics["steps"] == 3
+
+
+# ---- evaluation, early stopping, the best model ----
+
+def test_evaluation_happens_before_during_and_after(tmp_path):
+    scores, tests = Scores(0.1, 0.2, 0.3, 0.4), Scores(0.5, 0.6)
+    metrics = train(make_encoder(), make_mixture(), config(4, eval_every=2), tmp_path, scores, tests, progress=False)
+    assert (metrics["before"], metrics["after"]) == ({"score": 0.1}, {"score": 0.4}) and len(scores.seen) == 4
+    assert metrics["test"] == {"before": {"score": 0.5}, "after": {"score": 0.6}} and len(tests.seen) == 2
+    assert [(line["step"], line["eval_score"]) for line in read(tmp_path, "history") if "eval_score" in line] == [(2, 0.2), (4, 0.3)]
+    assert read(tmp_path, "metrics") == metrics
+    start = weights(make_encoder())
+    assert all(torch.equal(v, scores.seen[0][n]) and torch.equal(v, tests.seen[0][n]) for n, v in start.items())  # before = untrained
+
+
+@pytest.mark.parametrize("curve, best, steps",
+    [((0.2, 0.8, 0.5, 0.4, 0.3), 2, 6), ((0.2, 0.3, 0.4, 0.5, 0.6), 8, 8), ((-3.0, -2.0, -1.0, -1.5, -1.2), 4, 8)])
+def test_early_stopping_and_the_best_model(tmp_path, curve, best, steps):
+    scores, encoder = Scores(*curve), make_encoder()
+    metrics = train(encoder, make_mixture(), config(8, eval_every=2, metric="score", patience=2), tmp_path, scores, progress=False)
+    assert (metrics["best_step"], metrics["steps"]) == (best, steps)
+    kept, saved = scores.seen[best // 2], SentenceEncoder.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(v, weights(encoder)[n]) and torch.equal(v, weights(saved)[n]) for n, v in kept.items())
+    assert best in checkpoints(tmp_path) and len(checkpoints(tmp_path)) <= 2
+
+
+def test_without_a_metric_the_last_model_is_kept(tmp_path):
+    scores, encoder = Scores(0.1, 0.9, 0.2), make_encoder()
+    metrics = train(encoder, make_mixture(), config(4, eval_every=2), tmp_path, scores, progress=False)
+    assert all(torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[2].items()) and metrics["best_step"] is None
+
+
+def test_the_best_model_is_kept_or_the_configuration_refused_when_saves_are_rarer_than_evaluations(tmp_path):
+    scores, encoder = Scores(0.1, 0.9, 0.5, 0.4, 0.3), make_encoder()
+    try:
+        c = config(8, eval_every=2, save_every=4, metric="score")
+    except ValueError as error:
+        assert "save_every" in str(error)
+        return
+    metrics = train(encoder, make_mixture(), c, tmp_path, scores, progress=False)
+    assert metrics["best_step"] == 2 and all(torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[1].items())
+
+
+@pytest.mark.parametrize("evaluate", [None, Scores(0.5, name="spearman")])
+def test_a_metric_that_nothing_measures_is_refused_before_training(tmp_path, evaluate):
+    mixture, asked = counted(make_mixture())
+    with pytest.raises(ValueError, match="score"):
+        train(make_encoder(), mixture, config(4, eval_every=2, metric="score"), tmp_path, evaluate, progress=False)
+    assert not asked
+
+
+# ---- the run directory ----
+
+def test_a_directory_that_holds_a_run_is_refused_and_overwrite_takes_only_its_own(tmp_path):
+    out = tmp_path / "runs" / "one"
+    train(make_encoder(), make_mixture(), config(2, save_every=1), out, recipe="title = 'a'\n", progress=False)
+    assert (out / "recipe.toml").read_text() == "title = 'a'\n"
+    foreign = [out / "notes.txt", out / "plots" / "loss.png", out.parent / "beside.txt"]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    before = snapshot(out)
+    with pytest.raises(ValueError, match="already holds a run.*resume.*overwrite"):
+        train(make_encoder(), make_mixture(), config(2), out, progress=False)
+    assert snapshot(out) == before
+    train(make_encoder(), make_mixture(), config(3), out, overwrite=True, progress=False)
+    assert all(path.read_text() == "mine" for path in foreign)
+    assert not (out / "recipe.toml").exists() and not checkpoints(out) and list(losses(out)) == [1, 2, 3]
+
+
+def test_overwrite_leaves_a_model_directory_alone(tmp_path):
+    "A model directory has a config.json too, but it is no run."
+    make_encoder().save_pretrained(tmp_path / "precious")
+    before = snapshot(tmp_path / "precious")
+    try:
+        claim(tmp_path / "precious", overwrite=True)
+    except ValueError:
+        pass
+    assert snapshot(tmp_path / "precious") == before
+
+
+def test_claim_only_checks_when_told_so(tmp_path):
+    claim(tmp_path / "new", make=False)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((ValueError, OSError)):
+        claim(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x")
+    assert claim(tmp_path / "full") == tmp_path / "full"  # other files are no run
+
+
+def test_overwrite_and_links(tmp_path):
+    "A link in the run directory is removed, never what it leads to."
+    train(make_encoder(), make_mixture(), config(2), tmp_path / "run", progress=False)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "kept.txt").write_text("mine")
+    link = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(link, ignore_errors=True)
+    link.symlink_to(tmp_path / "disk", target_is_directory=True)
+    claim(tmp_path / "run", overwrite=True)
+    assert (tmp_path / "disk" / "kept.txt").read_text() == "mine" and not link.is_symlink()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A finished run of 4 steps with two checkpoints, evaluation and a recipe."
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(make_encoder(), make_mixture(), config(4, save_every=2, eval_every=2, widths=(8, 32)), out, Scores(0.1, 0.2), Scores(0.3),
+        recipe="# r\n", progress=False)
+    return out
+
+
+def test_the_run_directory_holds_every_record(finished):
+    assert RECORDS | {"recipe.toml", "model", "checkpoints", "tensorboard"} == {p.name for p in finished.iterdir()}
+    found = {name: read(finished, name.removesuffix(".json")) for name in RECORDS}
+    assert found["config.json"]["widths"] == [8, 32] and found["config.json"]["steps"] == 4
+    assert found["data_config.json"] == [{"name": "pairs", "lines": 40, "weight": 1.0}]
+    assert found["versions.json"]["torch"] == torch.__version__ and found["versions.json"]["device"] == "cpu"
+    assert found["mixture.json"]["steps"] == 4 and found["mixture.json"]["datasets"][0]["epochs"] == pytest.approx(4 * 8 / 40)
+    assert {"before", "after", "test", "steps", "best_step", "seconds", "pairs_per_second"} == set(found["metrics.json"])
+    line = next(line for line in found["history.json"] if "loss" in line)
+    assert {"loss", "grad_norm", "learning_rate", "masked", "truncated", "mean_cosine", "step"} <= set(line) and line["truncated"] == 0
+
+
+def test_records_are_json_even_when_a_dataset_is_never_drawn(tmp_path):
+    mixture = Mixture([make_source(), make_source(3, name="triplets", seed=2)], [1e6, 1.0], 8, 1)
+    assert {len(mixture.batch(s).examples[0]) for s in range(2)} == {2}
+    train(make_encoder(), mixture, config(2), tmp_path, progress=False)
+    assert all(read(tmp_path, name.removesuffix(".json")) is not None for name in sorted(RECORDS))
+
+
+def test_nothing_written_needs_pickle(finished):
+    files = [p for p in finished.rglob("*") if p.is_file()]
+    assert not [p for p in files if p.suffix in (".bin", ".pkl", ".pickle", ".ckpt")]
+    assert not [p for p in (finished / "model").rglob("*") if p.suffix in (".pt", ".pth")]
+    states = [p for p in files if p.suffix in (".pt", ".pth")]
+    assert {p.name for p in states} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    # the state of numpy's generator is an array; building one is all that transformers allows beside tensors
+    from transformers.trainer_pt_utils import safe_globals
+    for path in states:
+        with safe_globals():
+            torch.load(path, weights_only=True)
+
+
+def test_the_model_and_every_checkpoint_open_in_sentence_transformers(finished):
+    st = pytest.importorskip("sentence_transformers")
+    texts = ["a dog is playing", "How do I reset my password?", "snow"]
+    assert checkpoints(finished) == [2, 4]
+    for folder in (finished / "model", *sorted((finished / "checkpoints").iterdir())):
+        ours, peer = SentenceEncoder.from_pretrained(folder), st.SentenceTransformer(str(folder), device="cpu")
+        np.testing.assert_allclose(ours.encode(texts, progress=False), peer.encode(texts), atol=1e-6)
+    last, model = (SentenceEncoder.from_pretrained(finished / name) for name in ("checkpoints/checkpoint-4", "model"))
+    assert all(torch.equal(v, weights(model)[n]) for n, v in weights(last).items())
+
+
+def test_tensorboard_events(finished):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert list((finished / "tensorboard").rglob("events.out.tfevents.*"))
+    events = reading.EventAccumulator(str(finished / "tensorboard")).Reload()
+    assert {"train/loss", "train/mean_cosine", "eval/score"} <= set(events.Tags()["scalars"])
+    assert [round(e.value, 4) for e in events.Scalars("train/loss")] == [round(v, 4) for v in losses(finished).values()]
+
+
+def test_log_lines_cover_log_every_steps(tmp_path):
+    train(make_encoder(), make_mixture(), config(7), tmp_path / "each", progress=False)
+    train(make_encoder(), make_mixture(), config(7, log_every=3), tmp_path / "third", progress=False)
+    each, third = losses(tmp_path / "each"), losses(tmp_path / "third")
+    assert third[1] == pytest.approx(each[1]) and third[3] == pytest.approx((each[2] + each[3]) / 2)
+    assert third[6] == pytest.approx(sum(each[s] for s in (4, 5, 6)) / 3)
+
+
+def test_silence(tmp_path, capfd):
+    train(make_encoder(), make_mixture(), config(2), tmp_path, progress=False)
+    out, err = capfd.readouterr()
+    assert not out and "loss" not in err and "it/s" not in err
+
+
+def test_the_encoder_stays_in_the_mode_it_came_in(tmp_path):
+    encoder = make_encoder(dropout=0.5)
+    assert not encoder.training
+    train(encoder, make_mixture(), config(2), tmp_path, progress=False)
+    assert not any(layer.training for layer in encoder.modules()), "dropout is left on: calling the trained encoder gives another vector each time"
+
+
+# ---- health ----
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(tmp_path):
+    with pytest.raises(ValueError, match="nan between steps 2 and 4; lower lr"):
+        train(make_encoder(), make_mixture(), config(8, log_every=2), tmp_path, callbacks=[At(3, poison)], progress=False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_loss_that_is_not_finite_at_once(tmp_path):
+    encoder = make_encoder()
+    poison(None, encoder)
+    with pytest.raises(ValueError, match="the loss became nan") as caught:
+        train(encoder, make_mixture(), config(4, log_every=10), tmp_path, progress=False)
+    assert "-" not in str(caught.value).split("between")[1].split(";")[0], "steps before the first do not exist"
+
+
+@pytest.mark.parametrize("steps, log_every", [(4, 10), (15, 10)])
+def test_a_loss_that_is_not_finite_after_the_last_log_line(tmp_path, steps, log_every):
+    with pytest.raises(ValueError, match="the loss became nan"):
+        train(make_encoder(), make_mixture(), config(steps, log_every=log_every), tmp_path, callbacks=[At(steps - 2, poison)], progress=False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_huge_learning_rate_ends_in_an_error_or_finite_weights(tmp_path):
+    encoder = make_encoder()
+    try:
+        train(encoder, make_mixture(), config(6, lr=1e30), tmp_path, progress=False)
+    except ValueError as error:
+        assert "lower lr (1e+30)" in str(error)
+    else:
+        assert all(v.isfinite().all() for v in weights(encoder).values())
+
+
+def test_collapse_is_noticed(tmp_path, capsys, recwarn):
+    train(make_encoder(), make_mixture(), config(3), tmp_path / "sound", progress=False)
+    assert "collapsed" not in capsys.readouterr().out + " ".join(str(w.message) for w in recwarn)
+    encoder = make_encoder()
+    with torch.no_grad():  # one word, no order: all texts are nearly the same
+        encoder.backbone.embeddings.word_embeddings.weight[:] = encoder.backbone.embeddings.word_embeddings.weight[7].clone()
+        encoder.backbone.embeddings.position_embeddings.weight.zero_()
+    train(encoder, make_mixture(), config(4, lr=1e-9, warmup=2), tmp_path / "collapsed", progress=False)
+    said = capsys.readouterr().out + " ".join(str(w.message) for w in recwarn)
+    assert "the mean cosine between texts" in said and "collapsed" in said and "lower lr" in said
+    assert read(tmp_path / "collapsed", "history")[-2]["mean_cosine"] > 0.999
+
+
+def test_mean_cosine_is_the_mean_of_all_cosines():
+    x = torch.randn(9, 5)
+    assert mean_cosine(x).item() == pytest.approx(np.mean([[F.cosine_similarity(a, b, dim=0).item() for a in x] for b in x]), abs=1e-6)
+    with pytest.raises(ValueError, match="became inf"):
+        check_health({"loss": math.inf, "mean_cosine": 0.1}, 20, config())
+
+
+# ---- data of every kind ----
+
+def test_pairs_and_triplets_train_together(tmp_path):
+    mixture = Mixture([make_source(), make_source(3, name="triplets", seed=2), make_source(5, name="hard", seed=3)], [1.0, 1.0, 1.0], 8, 2)
+    assert {len(mixture.batch(s).examples[0]) for s in range(12)} == {2, 3, 5}
+    encoder = make_encoder()
+    train(encoder, mixture, config(12), tmp_path, progress=False)
+    assert len(losses(tmp_path)) == 12 and all(v.isfinite().all() for v in weights(encoder).values())
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_a_batch_of_duplicates_trains(tmp_path, columns):
+    table = {"anchor": ["a dog"] * 16, "positive": ["the dog is playing"] * 16} | ({"negative": ["a dog"] * 16} if columns == 3 else {})
+    mixture = Mixture([Source(Dataset.from_dict(table), "same", check=False)], [1.0], 8, 1)
+    encoder = make_encoder()
+    train(encoder, mixture, config(3), tmp_path, progress=False)
+    assert list(losses(tmp_path).values()) == pytest.approx([0, 0, 0], abs=1e-6)
+    assert all(v.isfinite().all() for v in weights(encoder).values())
+    assert {line["masked"] for line in read(tmp_path, "history") if "loss" in line} == {7.0 if columns == 2 else 15.0}
+
+
+def test_texts_that_are_cut_are_counted(tmp_path):
+    table = {"anchor": [("dog " * 100) + str(i) for i in range(8)], "positive": [f"the cat {i}" for i in range(8)]}
+    train(make_encoder(), Mixture([Source(Dataset.from_dict(table), "long")], [1.0], 8, 1), config(1), tmp_path, progress=False)
+    assert [line["truncated"] for line in read(tmp_path, "history") if "loss" in line] == [0.5]
+
+
+def test_learning_happens(tmp_path):
+    encoder = make_encoder()
+    train(encoder, make_mixture(rows=16), config(40, lr=3e-3), tmp_path, progress=False)
+    found = list(losses(tmp_path).values())
+    assert np.mean(found[-5:]) < 0.5 * np.mean(found[:3])
+
+
+# ---- configuration ----
+
+@pytest.mark.parametrize("changes, named", [
+    ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"), ({"steps": True}, "steps"), ({"lr": 0.0}, "lr"), ({"lr": -1e-5}, "lr"),
+    ({"lr": "1e-4"}, "lr"),
+    ({"lr": math.nan}, "lr"), ({"lr": math.inf}, "lr"), ({"clip": 0.0}, "clip"), ({"scale": -20.0}, "scale"), ({"scale": math.inf}, "scale"),
+    ({"weight_decay": -0.1}, "weight_decay"), ({"warmup": -1}, "warmup"), ({"warmup": 4}, "warmup is 4 steps but the run has 4"),
+    ({"metric": "spearman"}, "eval_every"), ({"patience": 2}, "metric"), ({"eval_every": -1}, "eval_every"), ({"log_every": 0}, "log_every"),
+    ({"similarity": "cosine"}, "similarity"), ({"widths": (0, 8)}, "widths"), ({"widths": (-8,)}, "widths"), ({"seed": -1}, "seed"),
+    ({"step": 5}, "step"), ({"eval_every": 2, "save_every": 3, "metric": "m"}, "save_every is 3"), ({"symmetric": "no"}, "symmetric"),
+])
+def test_wrong_configurations_are_refused_by_name(changes, named):
+    with pytest.raises((ValueError, TypeError), match=named) as caught:
+        config(**changes)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_widths_above_the_model_are_refused_before_the_directory_is_taken(tmp_path):
+    with pytest.raises(ValueError, match="64"):
+        train(make_encoder(), make_mixture(), config(2, widths=(16, 64)), tmp_path / "run", progress=False)
+    train(make_encoder(), make_mixture(), config(2, widths=(16, 32)), tmp_path / "run", progress=False)  # try again, same place
+
+
+# ---- several processes ----
+
+SCRIPT = """
+import json, sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+out = {out!r}
+written = []
+def note(event, args):
+    if event == "open" and isinstance(args[0], str) and args[0].startswith(out) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        written.append(args[0])
+    if event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree") and str(args[0]).startswith(out):
+        written.append(f"{{event}} {{args[0]}}")
+sys.addaudithook(note)
+from test_trainer import *
+rank = int(os.environ["RANK"])
+mixture = Mixture([make_source(copies=2), make_source(3, name="triplets", seed=2)], [1.0, 1.0], 8, 2)
+result = train(make_encoder(), mixture, config(4, save_every=2, eval_every=2, metric="score"), out, Scores(0.1, 0.2, 0.3), progress=False)
+with open({notes!r} + str(rank), "w") as file: json.dump({{"result": result, "written": written}}, file)
+"""
+
+
+def torchrun(tmp_path, script, processes=2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "script.py").write_text(script)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_addr", "127.0.0.1",
+                           "--master_port", str(port), str(tmp_path / "script.py")], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_are_one_run(tmp_path):
+    out, notes = tmp_path / "two", str(tmp_path / "notes")
+    done = torchrun(tmp_path, SCRIPT.format(paths=[str(Path(__file__).parent), str(ROOT)], out=str(out), notes=notes))
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, start = make_encoder(), weights(make_encoder())
+    mixture = Mixture([make_source(copies=2), make_source(3, name="triplets", seed=2)], [1.0, 1.0], 8, 2)
+    assert {len(mixture.batch(s).examples[0]) for s in range(4)} == {2, 3}
+    train(alone, mixture, config(4, save_every=2, eval_every=2, metric="score"), tmp_path / "one", Scores(0.1, 0.2, 0.3), progress=False)
+    assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    norms = [[line["grad_norm"] for line in read(o, "history") if "loss" in line] for o in (out, tmp_path / "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # gradients, before Adam makes their size disappear
+    both = SentenceEncoder.from_pretrained(out / "model")
+    assert distance(weights(both), weights(alone), start) < 5e-4  # Adam moves weights with tiny gradients by their rounding
+
+    first, second = (json.loads(Path(notes + str(rank)).read_text()) for rank in (0, 1))
+    assert second["result"] == {} and first["result"] == read(out, "metrics") and first["written"]
+    assert [w for w in second["written"] if "rng_state_1" not in w and "os.mkdir" not in w] == []
+    own, same = ({p.relative_to(o).as_posix() for p in o.rglob("*") if p.is_file() and not p.name.startswith(("events.out", "rng_state"))}
+                 for o in (out, tmp_path / "one"))
+    assert own == same and len(list(out.rglob("events.out*"))) == 1

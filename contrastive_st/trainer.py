@@ -34,18 +34,15 @@ from .model import SentenceEncoder
 from .tokens import Tokens
 
 # %% ../nbs/07_trainer.ipynb #config
-_FINITE = Field(gt=0, allow_inf_nan=False)
-
-
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainConfig:
     "Hold every number the training loop depends on; a wrong value raises a `ValueError` that names it."
     steps: Annotated[int, Field(gt=0)] = 1000          # optimiser steps, one global batch each
-    lr: Annotated[float, _FINITE] = 2e-5               # peak learning rate of AdamW
+    lr: Annotated[float, Field(gt=0, lt=10)] = 2e-5    # peak learning rate of AdamW
     warmup: Annotated[int, Field(ge=0)] = 500          # optimiser steps of linear warm-up, then linear decay
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # AdamW's, on weight matrices only
     clip: Annotated[float, Field(gt=0)] = 1.0          # largest global norm of the gradient
-    scale: Annotated[float, _FINITE] = 20.0            # multiplies cosine; = 1/temperature
+    scale: Annotated[float, Field(gt=0, lt=1e6)] = 20.0   # multiplies cosine; = 1/temperature
     symmetric: bool = True                             # pairs: mean of both directions; triplets always use one
     similarity: Literal["cos", "dot"] = "cos"          # of embeddings
     mask_same: bool = True                             # equal texts are never negatives of each other

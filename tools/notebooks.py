@@ -34,9 +34,9 @@ def readdress(nb, cfg: dict[str, str]) -> None:
     for cell in nb.cells:
         cell.source = address.sub(cfg["git_url"], cell.source)
     install = f"#| hide\n#| eval: false\n# On Colab, run this first.\n%pip install -q git+{cfg['git_url']}@{cfg['branch']}"
-    nb.cells = [c for c in nb.cells if c.id != "install"]
+    nb.cells = [c for c in nb.cells if c.id != "colab-install"]
     place = 2 if any(c.id == "default-exp" for c in nb.cells[:2]) else 1
-    nb.cells.insert(place, nbformat.v4.new_code_cell(install, id="install"))
+    nb.cells.insert(place, nbformat.v4.new_code_cell(install, id="colab-install"))
 
 
 def flags_of(source: str) -> set[str]:

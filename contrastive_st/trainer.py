@@ -277,12 +277,20 @@ def claim(
     return out
 
 # %% ../nbs/07_trainer.ipynb #versions
+def _processor(device):
+    "The name of the chip that computes."
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")      # on Linux platform.processor() knows the architecture only
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def _versions(device):
     "Software and hardware of a run, for its record."
     packages = ("contrastive_st", "torch", "transformers", "accelerate", "datasets", "grain", "numpy")
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), **{p: version(p) for p in packages},
-            "device": str(device), "processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+            "device": str(device), "processor": _processor(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 # %% ../nbs/07_trainer.ipynb #write
 def _write(out, **records):

@@ -27,6 +27,7 @@ train: $(READY)  ## train on the embedded corpus: measures before and after, wri
 	$(BIN)/contrastive-st train $(RECIPE) --out $(OUT) --overwrite
 
 test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
+	$(BIN)/ruff check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 

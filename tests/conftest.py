@@ -1,4 +1,5 @@
 """Fixtures that several test files share: everything is built in memory, nothing is downloaded."""
+import gc
 import os
 from pathlib import Path
 
@@ -44,6 +45,20 @@ def make_backbone(vocab_size: int):
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(0)
         return BertModel(config).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    "Tiny models are faster on one thread; each run ends in a garbage collection, which need not look at what is imported."
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The command line as a user meets it: a run from recipe to search, and one sentence for everything that can be mended."""
 import contextlib
-import gc
 import gzip
 import io
 import json
@@ -53,18 +52,6 @@ retrieval = "retrieval"
 sts = "sts.tsv"
 """
 THINGS = "dog cat man woman child horse guitar piano rice road street water music ball train rain snow money".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    "Tiny models are faster on one thread; each run ends in a garbage collection, which need not look at what is imported."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 def jsonl(path, rows):

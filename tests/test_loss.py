@@ -14,15 +14,6 @@ from contrastive_st.loss import gather, info_nce, matryoshka, same_text
 B, D = 6, 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Tiny tensors: threads would only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def batch(seed=0, b=B, d=D, k=0, dtype=torch.float32, noise=1.0):
     "Anchors, positives that resemble them, and k negatives per row (None for k = 0), all leaves with gradients."
     g = torch.Generator().manual_seed(seed)

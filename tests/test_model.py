@@ -17,15 +17,6 @@ TEXTS = ["a dog is playing", "How do I reset my password?", "", "snow", "the man
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Tiny models are faster on one thread."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def encoder(tiny_backbone, tiny_tokenizer):
     return SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64)

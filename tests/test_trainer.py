@@ -1,5 +1,4 @@
 """The training loop against a plain loop and the peer; resuming, stopping, keeping the best, refusing, several processes."""
-import gc
 import json
 import math
 import os
@@ -23,18 +22,6 @@ from contrastive_st.model import SentenceEncoder
 from contrastive_st.trainer import TrainConfig, check_health, claim, last_checkpoint, lr_factor, mean_cosine, train
 
 RECORDS = {"config.json", "data_config.json", "versions.json", "metrics.json", "history.json", "mixture.json"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    "Tiny models are faster on one thread; each run ends in a garbage collection, which need not look at what is imported."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

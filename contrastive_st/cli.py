@@ -204,7 +204,7 @@ def summary(
     recipe,         # recipes.Recipe: what was trained
     metrics: dict,  # as trainer.train returns them
     out: Path,      # run directory
-    corpus: Path | None,  # passages to search; None = the user's own
+    corpus: Path | None,  # passages to search; None = the user's own, one a line
     question: str,  # to ask of them
 ) -> str:           # lines to print
     "Say what a run achieved and what to type next."
@@ -217,7 +217,7 @@ def summary(
     python = "python" if shutil.which("contrastive-st") else _near(Path(sys.executable))
     return "\n".join(lines + [
         f"\nWritten to {out}: model/ metrics.json similarity.png mixture.json history.json tensorboard/", "Next:",
-        f"  {program} search {model} {shlex.quote(_near(corpus)) if corpus else 'texts.txt'} {shlex.quote(question)}",
+        f"  {program} search {model} {shlex.quote(_near(corpus)) if corpus else 'YOUR_TEXTS.txt'} {shlex.quote(question)}",
         f"  {python} -c \"import sys; from sentence_transformers import SentenceTransformer as S; print(S(sys.argv[1]).encode('hello').shape)\" {model}"])
 
 
@@ -242,7 +242,7 @@ def inspect(
     config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
     mixture, encoder = recipe.mixture(data), recipe.encoder()
     typer.echo(f"{recipe.title}: {config.steps} steps of {mixture.batch_size} examples, {mixture.datasets_per_batch} datasets in each global batch\n")
-    typer.echo(mixing.report_table(mixture.report(config.steps, sample)))
+    typer.echo(mixing.report_table(mixture.report(config.steps, sample, tokens.text_identity)))
     typer.echo("\n" + token_summary(tokens.Tokens(encoder.tokenizer, encoder.max_length), [mixture.batch(s) for s in range(sample)]))
 
 # %% ../nbs/13_cli.ipynb #token-summary

@@ -72,7 +72,7 @@ def draw_window(weights:tuple[float, ...], # one per choice, > 0
                 k:int=1, # draws in a step
                 window:int=0, # which 64 steps
                 key:int=0, # seed of the arrangement
-               )->tuple[np.ndarray, np.ndarray]: # choice, (WINDOW, k) int; its how-manieth turn that is, (WINDOW, k) int
+               )->tuple[np.ndarray, np.ndarray]: # choice, (WINDOW, k) int; which turn of it that is, (WINDOW, k) int
     "Arrange the draws of one window; a choice whose share is at most 1/k does not repeat within a step."
     start, stop = (np.array(draw_counts(weights, w * WINDOW * k)) for w in (window, window + 1))
     order = _permutation(len(weights), "choices", key, window)
@@ -100,7 +100,7 @@ def _draw(weights, k, step, key):
     return list(zip(choice[step % WINDOW].tolist(), turn[step % WINDOW].tolist()))
 
 def _pool_of(pools, step, seed):
-    "The pool of a step, and the how-manieth batch of that pool it is."
+    "The pool of a step, and which batch of that pool it is."
     [(p, n)] = _draw(tuple(sum(pool.weights) for pool in pools), 1, step, _key("pools", seed))
     return pools[p], n
 

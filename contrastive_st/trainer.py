@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import loss as contrastive
 from .model import SentenceEncoder
-from .tokens import Tokens
+from .tokens import Tokens, text_identity
 
 # %% ../nbs/07_trainer.ipynb #config
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -72,7 +72,7 @@ def lr_factor(
     warmup: int,  # steps of linear warm-up
 ) -> float:       # in (0, 1]
     "Return the share of the peak learning rate that `step` uses."
-    return min((step + 1) / max(warmup, 1), (steps - step) / (steps - warmup), 1.0)
+    return min((step + 1) / max(warmup, 1), (steps - step) / (steps - warmup))
 
 # %% ../nbs/07_trainer.ipynb #steps
 class _Steps(IterableDataset):
@@ -136,8 +136,8 @@ class _ContrastiveTrainer(_Checkpointed):
 
     def __init__(self, encoder, mixture, config, evaluate, test, **kwargs):
         super().__init__(model=encoder, eval_dataset=[], **kwargs)
-        self.mixture, self.config, self.evaluate_encoder, self.test_encoder = mixture, config, evaluate, test
-        self.counts, self.first_step = _Means(), 0
+        self.mixture, self.config, self.counts, self.first_step = mixture, config, _Means(), 0
+        self.evaluate_encoder, self.test_encoder = evaluate, test
 
     def get_train_dataloader(self):
         tokens, ranks = Tokens(self.model.tokenizer, self.model.max_length), (self.args.process_index, self.args.world_size)
@@ -168,7 +168,7 @@ class _ContrastiveTrainer(_Checkpointed):
         if "loss" in logs:
             logs |= self.counts.take()
             check_health(logs, self.state.global_step, self.config)
-        elif "train_loss" in logs:   # the end of training: covers the steps after the last log line
+        elif "train_loss" in logs:   # at the end: covers the steps after the last log line
             check_health({"loss": logs["train_loss"]}, self.state.global_step, self.config)
         super().log(logs, start_time)
 
@@ -344,7 +344,7 @@ def _finish(out, trainer, before, seconds):
                "test": {"before": before["test"]["before"], "after": trainer.test_encoder(trainer.model)},
                "steps": state.global_step, "best_step": state.best_global_step,
                "seconds": round(seconds, 1), "pairs_per_second": round(steps * pairs / seconds, 1)}
-    _write(out, metrics=metrics, history=state.log_history, mixture=trainer.mixture.report(state.global_step))
+    _write(out, metrics=metrics, history=state.log_history, mixture=trainer.mixture.report(state.global_step, identity=text_identity))
     return metrics
 
 # %% ../nbs/07_trainer.ipynb #make-trainer

@@ -76,5 +76,5 @@ def shared_data() -> Path:
     "The folder with real data; a test that asks for it is skipped where it is absent."
     folder = Path(os.environ.get("CONTRASTIVE_ST_DATA", ROOT / ".." / "shared" / "data")).resolve()
     if not folder.is_dir():
-        pytest.skip("no real data: set CONTRASTIVE_ST_DATA or put it in ../shared/data")
+        pytest.skip("no real data here: set CONTRASTIVE_ST_DATA to the folder that has it")
     return folder

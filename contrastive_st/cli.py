@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'parse_changes', 'measures', 'score_table', 'evaluate', 'similarity_figure', 'sample_pairs',
-           'similarity', 'train', 'summary', 'inspect', 'token_summary', 'read_texts', 'encode', 'search']
+           'similarity', 'train', 'model_card', 'summary', 'inspect', 'report_figure', 'prepare', 'read_texts',
+           'encode', 'search']
 
 # %% ../nbs/13_cli.ipynb #imports-export
 import json
@@ -29,6 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 _Model = Annotated[str, typer.Argument(help="Model directory, hub id, or 'sentence-transformers/all-MiniLM-L6-v2'.")]
 _RecipeArg = Annotated[str, typer.Argument(help="Recipe: a .toml file, or 'quickstart'.")]
 _Data = Annotated[Path | None, typer.Option(help="Folder with the recipe's data, if the recipe names none.")]
+_Store = Annotated[Path | None, typer.Option(help="Folder that `prepare` filled, to read the training data from.")]
 _Changes = Annotated[list[str], typer.Option("--set", help="Change a key of the recipe, e.g. --set train.steps=50. May be repeated.")]
 _Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 
@@ -178,6 +180,7 @@ def train(
     recipe: _RecipeArg,
     out: Annotated[Path, typer.Option(help="Run directory to fill.")] = Path("runs/latest"),
     data: _Data = None,
+    store: _Store = None,
     set: _Changes = [],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT from its last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in OUT first.")] = False,
@@ -189,7 +192,7 @@ def train(
     trainer.claim(out, resume, overwrite, make=False)
     recipe = recipes.load(recipe, parse_changes(set))
     config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
-    folder, mixture = recipe.folder(data), recipe.mixture(data)
+    folder, mixture = recipe.folder(data), recipe.mixture(data, store)
     during, test = _paths(recipe, folder, recipe.evaluation, "evaluation"), _paths(recipe, folder, recipe.test, "test")
     asked = test[1] or during[1]
     encoder, pairs = recipe.encoder(), sample_pairs(mixture, asked)
@@ -197,7 +200,27 @@ def train(
     metrics = trainer.train(encoder, mixture, config, out, measures(*during), measures(*test), resume, overwrite, recipe.text, progress=progress)
     if metrics:
         similarity_figure(heat | {"after training": similarity(encoder, *pairs)}, out / "similarity.png")
+        (out / "model" / "README.md").write_text(model_card(recipe, metrics, out), encoding="utf-8")
         typer.echo(summary(recipe, metrics, out, asked / "corpus.jsonl" if asked else None, pairs[0][0]))
+
+# %% ../nbs/13_cli.ipynb #model-card
+def model_card(
+    recipe,         # recipes.Recipe: what was trained
+    metrics: dict,  # as trainer.train returns them
+    out: Path,      # run directory, with mixture.json
+) -> str:           # Markdown with hub metadata
+    "Write the card of a trained model: use, training data as the run accounted for it, evaluation, recipe."
+    from contrastive_st.mixture import report_table
+
+    report = json.loads((out / "mixture.json").read_text(encoding="utf-8"))
+    scores = [f"{name}, with 95% intervals\n\n```\n{score_table({'before': s['before'], 'after': s['after']})}\n```"
+              for name, s in (("On the evaluation set", metrics), ("On the test set", metrics["test"])) if s["before"]]
+    return "\n\n".join([
+        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\ntags:\n- sentence-transformers\n- feature-extraction\n- sentence-similarity\n---",
+        f"# {recipe.title}", "A sentence embedding model trained contrastively with contrastive_st.",
+        "## Use", "```python\nfrom sentence_transformers import SentenceTransformer\nmodel = SentenceTransformer(\"model\")  # this folder\nembeddings = model.encode([\"a text\", \"another\"])\n```",
+        "## Training data", f"```\n{report_table(report)}\n```", *(["## Evaluation", *scores] if scores else []),
+        "## Recipe", f"```toml\n{recipe.text.strip()}\n```"]) + "\n"
 
 # %% ../nbs/13_cli.ipynb #summary
 def summary(
@@ -231,34 +254,106 @@ def _near(path):
 def inspect(
     recipe: _RecipeArg,
     data: _Data = None,
+    store: _Store = None,
     set: _Changes = [],
     sample: Annotated[int, typer.Option(min=1, help="Global batches to look into.")] = 8,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of shares and epochs to this PNG.")] = None,
 ):
     "Print what a run of the recipe would see: shares, epochs, negatives, duplicates, truncation, padding."
-    from contrastive_st import mixture as mixing
     from contrastive_st import recipes, tokens, trainer
+    from contrastive_st.mixture import report_table
 
     recipe = recipes.load(recipe, parse_changes(set))
     config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
-    mixture, encoder = recipe.mixture(data), recipe.encoder()
-    typer.echo(f"{recipe.title}: {config.steps} steps of {mixture.batch_size} examples, {mixture.datasets_per_batch} datasets in each global batch\n")
-    typer.echo(mixing.report_table(mixture.report(config.steps, sample, tokens.text_identity)))
-    typer.echo("\n" + token_summary(tokens.Tokens(encoder.tokenizer, encoder.max_length), [mixture.batch(s) for s in range(sample)]))
+    mixture, encoder = recipe.mixture(data, store), recipe.encoder()
+    report = trainer.run_report(mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), config.steps, sample)
+    typer.echo(f"{recipe.title}\n\n{report_table(report)}")
+    if plot:
+        report_figure(report, plot)
+        typer.echo(f"\nplot: {plot}")
 
-# %% ../nbs/13_cli.ipynb #token-summary
-def token_summary(
-    tokens,         # tokens.Tokens
-    batches: list,  # mixture.GlobalBatch
-) -> str:           # lines of text
-    "Say how long the texts are, how many are cut, and what padding to the longest would waste."
-    cut = [tokens(batch) for batch in batches]
-    real = sum(int(c.lengths.sum()) for c in cut)
-    padded = sum(int(c.lengths.max()) * len(c.lengths) for c in cut)
-    texts = sum(len(c.lengths) for c in cut)
-    truncated = sum(int(c.truncated.sum()) for c in cut)
-    return (f"word pieces per text: {real / texts:.1f} on average\n"
-            f"cut at {tokens.max_length} word pieces: {truncated} of {texts} texts ({truncated / texts:.1%})\n"
-            f"padding to the longest text of a batch would waste {1 - real / padded:.0%} of the computation")
+# %% ../nbs/13_cli.ipynb #report-figure
+def report_figure(
+    report: dict,      # of mixture.Mixture.report
+    path: str | Path,  # PNG to write
+    most: int = 30,    # datasets to show; the others share the last row
+) -> None:
+    "Draw what each dataset was asked to give, what it gives, and how often its rows are seen."
+    from matplotlib.figure import Figure
+
+    ranked = sorted(report["datasets"], key=lambda d: -d["asked"])
+    shown, rest = ranked[:most], ranked[most:]
+    names = [d["name"] for d in shown] + ([f"{len(rest)} more"] if rest else [])
+    total = lambda key: [100 * d[key] for d in shown] + ([100 * sum(d[key] for d in rest)] if rest else [])
+    figure = Figure(figsize=(9, 1.2 + 0.28 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    y = np.arange(len(names))
+    left.barh(y - 0.2, total("asked"), 0.4, label="asked")
+    left.barh(y + 0.2, total("realised"), 0.4, label="realised")
+    left.set(yticks=y, yticklabels=names, xlabel="share of rows (%)", title=f"Shares in {report['steps']:,} steps of {report['batch_size']:,}")
+    left.invert_yaxis()
+    left.legend()
+    right.barh(y[:len(shown)], [max(d["epochs"], 1e-3) for d in shown], 0.6, color="tab:gray")
+    right.set(xscale="log", xlabel="times each row is seen", title="Epochs")
+    right.axvline(100, color="tab:red", lw=1, ls=":", label="100: too often")
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+# %% ../nbs/13_cli.ipynb #prepare
+@app.command()
+def prepare(
+    config: Annotated[str, typer.Argument(help="A data_config.json, or a recipe: a .toml file, or 'quickstart'.")],
+    out: Annotated[Path, typer.Option(help="Folder of stores to fill; not the data folder.")],
+    data: Annotated[Path | None, typer.Option(help="Folder that the names in CONFIG are relative to, if not CONFIG's own.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Model directory or hub id: store the token ids of its tokenizer too.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text; longer ones are cut. None: what the model says.")] = None,
+    on_error: Annotated[str, typer.Option(help="'skip' lists bad rows in rejects.jsonl and goes on, 'raise' stops at the first.")] = "skip",
+    workers: Annotated[int, typer.Option(min=1, help="Processes; one dataset is read by one process.")] = os.cpu_count() or 1,
+    progress: _Progress = True,
+):
+    "Write the datasets of a config into Arrow stores, once; what is there and up to date is left alone."
+    from contrastive_st import data as reading
+    from contrastive_st import mixture, store
+
+    config, folder = _config(config, data)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"--out {out} is the data folder; choose another folder for the stores")
+    entries = mixture.read_config(config, folder, weighed=False)
+    for e in entries:
+        if reading.is_store(e.path):
+            raise ValueError(f"{e.path} is prepared already; give --data the folder with the files")
+    total = sum(e.lines for e in entries) if all(e.lines for e in entries) else None
+    wanted = [{"name": e.name, "path_or_hub_id": e.path, "columns": e.columns, "split": e.split} for e in entries]
+    summaries = reading.prepare(wanted, out, on_error, workers, total, progress)
+    if tokenizer:
+        _tokenise(out, summaries, tokenizer, max_length, progress)
+    listed = [{"name": e.name, "lines": summaries[e.name]["rows"]} | ({} if e.weight is None else {"weight": e.weight}) for e in entries]
+    (out / "data_config.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    typer.echo(store.summary_table(summaries) + f"\n\nWritten to {out}. Next: contrastive-st train RECIPE --store {shlex.quote(str(out))}")
+
+
+def _config(config, data):
+    "The data config that an argument names, and the folder of its data."
+    from contrastive_st import recipes
+
+    if not config.endswith(".json"):
+        return recipes.data_config(recipes.load(config), data)
+    return Path(config), data or Path(config).parent
+
+
+def _tokenise(out, summaries, tokenizer, max_length, progress):
+    "Store the token ids of every prepared dataset."
+    from tqdm.auto import tqdm
+
+    from contrastive_st.data import store_folder
+    from contrastive_st.model import SentenceEncoder
+    from contrastive_st.tokens import Tokens
+
+    encoder = SentenceEncoder.from_pretrained(tokenizer, max_length=max_length)
+    tokens = Tokens(encoder.tokenizer, encoder.max_length)
+    with tqdm(total=sum(s["rows"] for s in summaries.values()), unit=" rows", unit_scale=True, disable=not progress, desc="tokenising") as bar:
+        for name in summaries:
+            tokens.prepare(store_folder(out, name), bar.update)
 
 # %% ../nbs/13_cli.ipynb #read-texts
 def read_texts(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'batch_loss', 'load_weights', 'mean_cosine', 'check_health', 'log_line', 'last_checkpoint',
-           'claim', 'train']
+           'claim', 'run_report', 'train']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
 import json
@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import loss as contrastive
 from .model import SentenceEncoder
-from .tokens import Tokens, text_identity
+from .tokens import Tokens, feed, token_report
 
 # %% ../nbs/07_trainer.ipynb #config
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -54,6 +54,7 @@ class TrainConfig:
     metric: str = ""                                   # keep the model that is best by this metric; "" = keep the last
     patience: Annotated[int, Field(ge=0)] = 0          # evaluations without a better `metric` before stopping; 0 = never
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0    # of dropout
+    workers: Annotated[int, Field(ge=0)] = 1           # background threads that read and tokenise the next batches; 0 = none
 
     def __post_init__(self):
         if self.warmup >= self.steps:
@@ -78,12 +79,12 @@ def lr_factor(
 class _Steps(IterableDataset):
     "Yield the token batch of each step from `start()` to `steps`."
 
-    def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1):
-        self.mixture, self.tokens, self.steps, self.start, self.rank, self.ranks = mixture, tokens, steps, start, rank, ranks
+    def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1, workers=0):
+        self.mixture, self.tokens, self.steps, self.start, self.slice, self.workers = mixture, tokens, steps, start, (rank, ranks), workers
 
-    def __iter__(self):
-        for step in range(self.start(), self.steps):
-            yield self.tokens(self.mixture.batch(step, self.rank, self.ranks))._asdict()
+    def _make(self, step): return self.tokens(self.mixture.batch(step, *self.slice))._asdict()
+
+    def __iter__(self): return feed(self._make, range(self.start(), self.steps), self.workers)
 
 # %% ../nbs/07_trainer.ipynb #columns
 def batch_loss(
@@ -141,7 +142,7 @@ class _ContrastiveTrainer(_Checkpointed):
 
     def get_train_dataloader(self):
         tokens, ranks = Tokens(self.model.tokenizer, self.model.max_length), (self.args.process_index, self.args.world_size)
-        steps = _Steps(self.mixture, tokens, self.config.steps, self._begin, *ranks)
+        steps = _Steps(self.mixture, tokens, self.config.steps, self._begin, *ranks, self.config.workers)
         return DataLoader(steps, batch_size=None, generator=torch.Generator())   # its own: the global one belongs to dropout
 
     def _begin(self):
@@ -288,7 +289,7 @@ def _processor(device):
 
 def _versions(device):
     "Software and hardware of a run, for its record."
-    packages = ("contrastive_st", "torch", "transformers", "accelerate", "datasets", "grain", "numpy")
+    packages = ("contrastive_st", "torch", "transformers", "accelerate", "datasets", "pyarrow", "numpy")
     return {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), **{p: version(p) for p in packages},
             "device": str(device), "processor": _processor(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
@@ -309,7 +310,8 @@ def _identity(trainer):
     m = trainer.mixture
     mix = [{"name": s.name, "lines": len(s), "weight": w} for s, w in zip(m.sources, m.weights)]
     data = {"batch_size": m.batch_size, "datasets_per_batch": m.datasets_per_batch, "data_seed": m.seed, "mix": mix}
-    return json.loads(json.dumps(asdict(trainer.config) | data))
+    config = {k: v for k, v in asdict(trainer.config).items() if k != "workers"}   # how batches are made ready does not change them
+    return json.loads(json.dumps(config | data))
 
 
 def _check_same(out, trainer):
@@ -344,8 +346,19 @@ def _finish(out, trainer, before, seconds):
                "test": {"before": before["test"]["before"], "after": trainer.test_encoder(trainer.model)},
                "steps": state.global_step, "best_step": state.best_global_step,
                "seconds": round(seconds, 1), "pairs_per_second": round(steps * pairs / seconds, 1)}
-    _write(out, metrics=metrics, history=state.log_history, mixture=trainer.mixture.report(state.global_step, identity=text_identity))
+    _write(out, metrics=metrics, history=state.log_history, mixture=run_report(trainer.mixture, Tokens(trainer.model.tokenizer, trainer.model.max_length), state.global_step))
     return metrics
+
+# %% ../nbs/07_trainer.ipynb #run-report
+def run_report(
+    mixture,          # mixture.Mixture
+    tokens: Tokens,   # of the model
+    steps: int,       # length of the run, 1 or more
+    sample: int = 8,  # global batches to look into, spread over the run
+) -> dict:            # the mixture's report, and under "tokens" that of `token_report`
+    "Account for a run's data: shares, epochs, negatives, duplicates, truncation, padding."
+    batches = [tokens(mixture.batch(n * steps // sample)) for n in range(min(sample, steps))]
+    return mixture.report(steps, sample) | {"tokens": token_report(batches, tokens)}
 
 # %% ../nbs/07_trainer.ipynb #make-trainer
 def _trainer(encoder, mixture, config, out, evaluate, test, callbacks, progress):

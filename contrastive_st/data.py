@@ -8,6 +8,7 @@ __all__ = ['Example', 'read_examples', 'Source', 'is_hub_id', 'load_source', 'is
 
 # %% ../nbs/00_data.ipynb #imports
 import csv
+import gzip
 import hashlib
 import importlib.resources
 import io
@@ -16,11 +17,12 @@ import multiprocessing
 import operator
 import re
 import warnings
-from collections import Counter
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,15 @@ from .store import REJECTS, SUMMARY, Store, column_names, text_identity, write_s
 # %% ../nbs/00_data.ipynb #lines
 Example = tuple[str, ...]  # (anchor, positive, *hard negatives): C texts
 
+class _Unzipped(io.RawIOBase):
+    "The bytes of a gzip file, block by block, to be buffered."
+    def __init__(self, path): self._file = igzip.open(path)
+    def readable(self): return True
+    def readinto(self, block): return self._file.readinto1(block)
+    def close(self):
+        self._file.close()
+        super().close()
+
 def _open(path):
     "Open for reading bytes, through gzip when the name says so; name and content must agree."
     with open(path, "rb") as file: head = file.read(2)
@@ -47,16 +58,26 @@ def _open(path):
         raise ValueError(f"{path}: the name ends in .gz but the content is not gzip; run `gzip` on it or drop .gz from the name")
     if zipped and not named:
         raise ValueError(f"{path}: the content is gzip but the name does not say so; rename it to {path.name}.gz")
-    return io.BufferedReader(igzip.open(path), 2**20) if zipped else open(path, "rb")
+    return io.BufferedReader(_Unzipped(path), 2**20) if zipped else open(path, "rb")
+
+# %% ../nbs/00_data.ipynb #raw-lines
+def _damaged_line(path, n=0):
+    "The number of the line in which gzip data breaks off; the slow reader gives every line before it."
+    try:
+        with gzip.open(path) as file:
+            for n, _ in enumerate(file, 1): pass
+    except (EOFError, OSError, zlib.error): pass
+    return n + 1
 
 def _raw_lines(path):
     "Yield (line number, bytes) of each line."
     n = 0
-    with _open(path) as file:
-        try:
+    try:
+        with _open(path) as file:
             for n, raw in enumerate(file, 1): yield n, raw
-        except (EOFError, IsalError, igzip.BadGzipFile):
-            raise ValueError(f"{path}:{n + 1}: the gzip data is cut off or damaged here; fetch the file again") from None
+    except (EOFError, IsalError, igzip.BadGzipFile):
+        raise ValueError(f"{path}:{_damaged_line(path)}: the gzip data is cut off or damaged here; fetch the file again") from None
+    except OSError as error: raise ValueError(f"{path}:{n + 1}: cannot be read ({error.strerror or error}); mend the disk or the permissions") from None
 
 def _decoded(n, raw, reject):
     "The text of a line without its line end; None, and a reject, if it is not UTF-8."
@@ -84,10 +105,12 @@ class _Rejects:
             way_out = ", or leave bad rows out and count them with on_error='skip'" if self.on_error else ""
             raise ValueError(f"{self.path}:{line}: {problem}{way_out}")
         self.skipped += 1
-        if len(self.first) < 3: self.first.append(f"\n  line {line}: {problem}")
+        if len(self.first) < 3: self.first.append((line, problem))
         if self.note: self.note(line, "empty" if isinstance(problem, _Empty) else "malformed", str(problem))
 
-    def __str__(self): return f"{self.path}: {self.skipped} bad rows skipped, the first:{''.join(self.first)}"
+def _report(path, kept, skipped, first):
+    "One line with both counts, then the first faults: (line, problem)."
+    return f"{path}: {kept} rows kept, {skipped} bad rows skipped, the first:" + "".join(f"\n  line {line}: {problem}" for line, problem in first)
 
 # %% ../nbs/00_data.ipynb #json
 def _jsonl(path, columns, reject, after=0):
@@ -128,13 +151,15 @@ def _csv(path, columns, reject, after=0):
     "Yield (line, {column: cell}); the line is the one on which the record begins."
     csv.field_size_limit(2**31 - 1)  # for the whole process; the default, 131,072 characters, is no limit of the format
     def records(seen=0):
-        def feed():
+        def feed():  # broken bytes become half characters, so that the record is rejected as a whole and its quotes still count
             nonlocal seen
-            for seen, text in _lines(path, reject): yield text + "\n"
+            for seen, raw in _raw_lines(path): yield raw.decode("utf-8-sig" if seen == 1 else "utf-8", "surrogateescape").rstrip("\r\n") + "\n"
         reader, start = csv.reader(feed(), strict=True), 1
         try:
             for cells in reader:
-                if cells: yield start, cells
+                broken = next((c for c in cells if not c.isascii() and re.search("[\udc80-\udcff]", c)), None)
+                if broken is not None: reject(start, f"{broken.encode('utf-8', 'surrogateescape')[:40]} is not UTF-8; save the file as UTF-8")
+                elif cells: yield start, cells
                 start = seen + 1
         except csv.Error as error:
             raise ValueError(f"{path}:{start}: not CSV ({error}); close the quote that opens here, double quotes inside cells") from None
@@ -161,8 +186,13 @@ def _parquet(path, columns, reject, after=0):
     names = tuple(file.schema_arrow.names)
     try: wanted = None if "texts" in names and not columns else list(dict.fromkeys(_choose(names, columns)))
     except ValueError as error: raise ValueError(f"{path}: {error}") from None
-    rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=4096, columns=wanted))
-    yield from enumerate(rows, 1)
+    row = 1
+    try:
+        for batch in file.iter_batches(batch_size=4096, columns=wanted):
+            if row + len(batch) > after: yield from enumerate(batch.to_pylist(), row)
+            row += len(batch)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}:{row}: the Parquet data is damaged in this row or soon after it ({error}); fetch or write it again") from None
 
 _READERS: dict[str, Callable] = {".jsonl": _jsonl, ".json": _json, ".tsv": _tsv, ".csv": _csv, ".parquet": _parquet}
 
@@ -233,9 +263,9 @@ def _rows(path, columns, reject, after=0):
     "Yield (line, raw row) of the lines above `after`."
     return ((line, row) for line, row in _READERS[_kind(path)](path, columns, reject, after) if line > after)
 
-def _examples(rows, columns, reject, width=None):
-    "Yield (line, checked example) for raw rows, all of one length; bad rows go to `reject`."
-    origin = "an earlier one" if width else None
+def _examples(rows, columns, reject, first=None):
+    "Yield (line, checked example) for raw rows, all of one length; bad rows go to `reject`. `first`: line and length of the first row, if it was read before."
+    origin, width = first or (None, None)
     for line, row in rows:
         try:
             found = [_checked(texts) for texts in _texts(row, columns)]
@@ -246,7 +276,9 @@ def _examples(rows, columns, reject, width=None):
             continue
         if width is None: width, origin = len(found[0]), line
         for example in found: yield line, example
-    if width is None: raise ValueError(f"{reject.path}: no example in this file; fill it or leave it out{f'. {reject}' if reject.skipped else ''}")
+    if width is None:
+        found = ". " + _report(reject.path, 0, reject.skipped, reject.first) if reject.skipped else ""
+        raise ValueError(f"{reject.path}: no example in this file; fill it or leave it out{found}")
 
 # %% ../nbs/00_data.ipynb #read-public
 def read_examples(
@@ -260,8 +292,9 @@ def read_examples(
 
 def _warned(path, columns, reject):
     "Yield the examples, then warn if rows were skipped."
-    for _, example in _examples(_rows(path, columns, reject), columns, reject): yield example
-    if reject.skipped: warnings.warn(str(reject), stacklevel=2)
+    kept = 0
+    for kept, (_, example) in enumerate(_examples(_rows(path, columns, reject), columns, reject), 1): yield example
+    if reject.skipped: warnings.warn(_report(path, kept, reject.skipped, reject.first), stacklevel=2)
 
 def _checked_columns(columns):
     "None, or a tuple of at least two names or of at least two positions."
@@ -354,8 +387,11 @@ def _check_negatives(alike, width, where):
 # %% ../nbs/00_data.ipynb #store
 def _cache_path(path, columns, on_error, cache_dir):
     "Where the store of a file belongs in the cache."
+    folder = Path(cache_dir or "~/.cache/contrastive_st").expanduser()
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ValueError(f"{folder}: cannot be made ({error.strerror}); name another folder with cache_dir=") from None
     digest = hashlib.blake2b(json.dumps([str(path.resolve()), columns, on_error]).encode(), digest_size=6).hexdigest()
-    return Path(cache_dir or "~/.cache/contrastive_st").expanduser() / f"{re.sub(r'[^A-Za-z0-9_-]', '_', path.name)}-{digest}.store"
+    return folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', path.name)}-{digest}.store"
 
 def _opened(place, columns, split):
     "What a file or a hub dataset is made of, and a function that reads its raw rows."
@@ -369,9 +405,9 @@ def _opened(place, columns, split):
 def _stored(place, folder, columns=None, split="train", on_error="raise", told=lambda rows: None):
     "The store of a file or a hub dataset, written if it is not there or not up to date."
     origin, rows = _opened(place, columns, split)
-    def read(after, width, note):
+    def read(after, first, note):
         reject = _Rejects(place, on_error, note)
-        return _examples(rows(reject, after), columns, reject, width)
+        return _examples(rows(reject, after), columns, reject, first)
     def check(summary): _check_negatives({c for c, n in enumerate(summary["distinct"].values()) if n == 1}, len(summary["columns"]), place)
     return write_store(folder, origin | {"columns": list(columns or ()), "on_error": on_error}, read, check, told)
 
@@ -420,7 +456,8 @@ def is_store(
 def _spoken(store):
     "The store, after a warning if bad rows were left out of it."
     if n := sum(store.summary["rejected"].values()):
-        warnings.warn(f"{store.summary['origin']['file']}: {len(store)} rows kept, {n} bad rows skipped; {store.folder / REJECTS} has their lines and faults", stacklevel=3)
+        with open(store.folder / REJECTS, encoding="utf-8") as file: first = [(r["line"], r["problem"]) for r in map(json.loads, islice(file, 3))]
+        warnings.warn(_report(store.summary["origin"]["file"], len(store), n, first) + f"\nall of them are in {store.folder / REJECTS}", stacklevel=3)
     return store
 
 # %% ../nbs/00_data.ipynb #hub-rows
@@ -438,19 +475,37 @@ def store_folder(
     "Name the folder of a dataset's store."
     return Path(out) / f"{name.replace('/', '--')}.store"
 
-_written = None  # rows written by all processes of a `prepare`
-
-def _share(counter):
-    global _written
-    _written = counter
-
-def _prepare_one(out, on_error, name, path_or_hub_id, columns=None, split="train"):
+def _prepare_one(out, on_error, told, name, path_or_hub_id, columns=None, split="train"):
     "Prepare one dataset; returns its summary, or what is wrong with it."
-    def told(rows):
-        with _written.get_lock(): _written.value += rows
     try: return _stored(path_or_hub_id, store_folder(out, name), _checked_columns(columns), split, on_error, told).summary
     except ValueError as error: return str(error)
 
+def _share(counter):
+    "In a worker process: where to count written rows."
+    global _written
+    _written = counter
+
+def _count(rows):
+    with _written.get_lock(): _written.value += rows
+
+def _in_processes(jobs, workers, told):
+    "The results of `_prepare_one(*args, _count, **wanted)` for each (args, wanted), in order."
+    spawn = multiprocessing.get_context("spawn")
+    counter, seen = spawn.Value("q", 0), 0
+    pool = ProcessPoolExecutor(workers, spawn, _share, (counter,))
+    try:
+        jobs = [pool.submit(_prepare_one, *args, _count, **wanted) for args, wanted in jobs]
+        waiting = True
+        while waiting:
+            waiting = wait(jobs, 0.2).not_done
+            now = counter.value
+            told(now - seen)
+            seen = now
+        return [job.result() for job in jobs]
+    except BrokenProcessPool: raise ValueError("a worker process died, perhaps for lack of memory; run again with fewer workers: finished shards are kept") from None
+    finally: pool.shutdown(cancel_futures=True)  # an interrupt does not begin the next dataset
+
+# %% ../nbs/00_data.ipynb #prepare-public
 def prepare(
     wanted:Sequence[dict], # datasets: {"name", "path_or_hub_id"[, "columns", "split"]}, as `load_source` takes them
     out:str|Path, # folder of stores
@@ -461,20 +516,13 @@ def prepare(
 )->dict[str, dict]: # the summary of each dataset, by name
     "Write each dataset into a store of its own; what is there and up to date is left alone."
     _Rejects("", on_error)
-    twice = [names for names in Counter(store_folder(out, w["name"]) for w in wanted).items() if names[1] > 1]
-    if twice: raise ValueError(f"two datasets would share the store {twice[0][0]}; rename one of them")
-    spawn = multiprocessing.get_context("spawn")
-    counter = spawn.Value("q", 0)
+    stores = [store_folder(out, w["name"]) for w in wanted]
+    if shared := {store for store in stores if stores.count(store) > 1}:
+        who = ", ".join(repr(w["name"]) for w, store in zip(wanted, stores) if store == min(shared))
+        raise ValueError(f"datasets {who} would share the store {min(shared)}; rename one, or leave it out")
     with tqdm(total=total, unit=" rows", unit_scale=True, disable=not progress, desc="reading") as bar:
-        if workers > 1 and len(wanted) > 1: pool = ProcessPoolExecutor(min(workers, len(wanted)), spawn, _share, (counter,))
-        else: pool = ThreadPoolExecutor(1, initializer=_share, initargs=(counter,))
-        with pool:
-            jobs = [pool.submit(_prepare_one, out, on_error, **w) for w in wanted]
-            waiting = True
-            while waiting:
-                waiting = wait(jobs, 0.2).not_done
-                bar.update(counter.value - bar.n)
-        results = [job.result() for job in jobs]
+        if min(workers, len(wanted)) > 1: results = _in_processes([((out, on_error), w) for w in wanted], min(workers, len(wanted)), bar.update)
+        else: results = [_prepare_one(out, on_error, bar.update, **w) for w in wanted]
     problems = [r for r in results if isinstance(r, str)]
     if problems: raise ValueError("\n".join(problems))
     return dict(zip((w["name"] for w in wanted), results))

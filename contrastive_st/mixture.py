@@ -10,9 +10,9 @@ __all__ = ['WINDOW', 'permute', 'epoch_order', 'draw_counts', 'draw_window', 'Pl
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from fractions import Fraction
 from functools import cached_property, lru_cache
 from hashlib import blake2b
+from numbers import Real
 from operator import index
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -35,6 +35,14 @@ def _hash(x):
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
+def _feistel(x, a, b, rounds):
+    "Scramble numbers below a * b one to one: shift the left digit (below a) and the right one (below b) by hashes of each other."
+    left, right = x // b, x % b
+    for even, odd in zip(rounds[::2], rounds[1::2]):
+        left = (left + _hash(right + even) % a) % a
+        right = (right + _hash(left + odd) % b) % b
+    return left * b + right
+
 def permute(positions:np.ndarray, # numbers below `n`, (P,)
             n:int, # how many numbers there are, 1 or more
             key:int, # 512 bits; another key, another permutation
@@ -42,16 +50,10 @@ def permute(positions:np.ndarray, # numbers below `n`, (P,)
     "Scramble numbers below `n` one to one: a table of sorted hashes if n is small, else a Feistel network of eight rounds."
     rounds = np.frombuffer(key.to_bytes(64, "little"), "<u8")
     if n <= 256: return np.argsort(_hash(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + rounds[0]), kind="stable")[positions]
-    a = np.uint64(math.isqrt(n - 1) + 1)                # digits: left < a, right < b, and a * b is n or little more
+    a = np.uint64(math.isqrt(n - 1) + 1)  # a * b is n or little more
     b = np.uint64(-(-n // int(a)))
-    def scramble(x):
-        left, right = x // b, x % b
-        for even, odd in zip(rounds[::2], rounds[1::2]):
-            left = (left + _hash(right + even) % a) % a
-            right = (right + _hash(left + odd) % b) % b
-        return left * b + right
-    x = scramble(np.asarray(positions).astype(np.uint64))
-    while (out := x >= n).any(): x[out] = scramble(x[out])  # the few beyond n walk on until they are back
+    x = _feistel(np.asarray(positions).astype(np.uint64), a, b, rounds)
+    while (out := x >= n).any(): x[out] = _feistel(x[out], a, b, rounds)  # the few beyond n walk on until they are back
     return x.astype(np.int64)
 
 # %% ../nbs/01_mixture.ipynb #epoch-order
@@ -69,15 +71,22 @@ def epoch_order(positions:Sequence[int], # places in the endless order: [e * row
     return found
 
 # %% ../nbs/01_mixture.ipynb #draw-counts
+def _whole_weights(weights):
+    "The same weights as whole numbers, exactly, so that no rounding of floats can move a draw."
+    ratios = [w.as_integer_ratio() for w in weights]
+    common = math.lcm(*(below for _, below in ratios))
+    return [above * (common // below) for above, below in ratios]
+
 def draw_counts(weights:Sequence[float], # one per choice, > 0
                 n:int, # number of draws
                )->list[int]: # draws of each choice; they sum to n
     "Count how often each choice is drawn among the first `n` draws."
-    counts, rest = [0] * len(weights), sum(map(Fraction, weights))
+    counts, weights = [0] * len(weights), _whole_weights(weights)
+    rest = sum(weights)
     for i in sorted(range(len(weights)), key=lambda i: -weights[i]):  # largest first: no count is off by more than about one
-        left = (2 * n * (rest - Fraction(weights[i])) + rest) // (2 * rest)  # what the choices after this one share, to the nearest draw
+        left = (2 * n * (rest - weights[i]) + rest) // (2 * rest)  # what the choices after this one share, to the nearest draw
         counts[i] = n - left
-        n, rest = left, rest - Fraction(weights[i])
+        n, rest = left, rest - weights[i]
     return counts
 
 # %% ../nbs/01_mixture.ipynb #draw-window
@@ -114,6 +123,8 @@ def _pools(columns, weights):
     members = {c: [i for i, n in enumerate(columns) if n == c] for c in sorted(set(columns))}
     return [_Pool(c, numbers, tuple(weights[i] for i in numbers)) for c, numbers in members.items()]
 
+def _totals(pools): return tuple(math.fsum(pool.weights) for pool in pools)  # exact: the last bit of `sum` depends on the version of Python
+
 def _draw(weights, k, step, key):
     "The k (choice, turn) of one step."
     choice, turn = draw_window(weights, k, step // WINDOW, key)
@@ -121,12 +132,22 @@ def _draw(weights, k, step, key):
 
 def _pool_of(pools, step, seed):
     "The pool of a step, and which batch of that pool it is."
-    [(p, n)] = _draw(tuple(sum(pool.weights) for pool in pools), 1, step, _key("pools", seed))
+    [(p, n)] = _draw(_totals(pools), 1, step, _key("pools", seed))
     return pools[p], n
 
 def _draw_pool(pool, k, n, seed):
     "The k (source number, turn) of the n-th batch of a pool."
     return [(pool.members[i], turn) for i, turn in _draw(pool.weights, k, n, _key("sources", seed, pool.columns))]
+
+def _rows(plan, draws, first=0, last=None):
+    "Source numbers and row numbers of places [first, last) of a global batch, two (n,) arrays; the sub-batches alternate."
+    k, places = plan.datasets_per_batch, np.arange(first, plan.batch_size if last is None else last)
+    numbers, rows = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+    for d, (i, turn) in enumerate(draws):
+        mine, source = places % k == d, plan.sources[i]
+        numbers[mine] = i
+        rows[mine] = epoch_order(turn * (plan.batch_size // k) + places[mine] // k, len(source), source.name, plan.seed)
+    return numbers, rows
 
 # %% ../nbs/01_mixture.ipynb #checks
 def _whole(what, value, least):
@@ -143,40 +164,27 @@ def _divides(total, parts, of):
 
 def _check_weight(where, weight):
     "Refuse what cannot be a mixture weight."
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    number = isinstance(weight, Real) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight) or weight < 0:
         raise ValueError(f"{where}: weight is {weight!r}; it must be a number, above 0, or 0 to skip the dataset")
 
 def _check_sources(sources, batch_size, k):
-    "Refuse an empty mixture, two sources of one name, and a source smaller than its sub-batch."
+    "Refuse an empty mixture, an empty source and two of one name; warn of sources smaller than their sub-batch."
     if not sources: raise ValueError("no dataset is left in the mixture; give at least one a weight above 0")
-    names, part = [s.name for s in sources], batch_size // k
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice: raise ValueError(f"two datasets are called {twice!r}; names must differ, because the order of rows depends on them")
-    for s in sources:
-        if not len(s): raise ValueError(f"{s.name}: no rows; leave the dataset out, or give it weight 0")
-        if len(s) < part: warnings.warn(
-            f"{s.name}: {len(s)} rows are fewer than the {part} of a sub-batch (global batch {batch_size} / {k} datasets per batch), so its rows meet their own copies, "
-            f"which the loss masks; use a global batch of at most {len(s) * k}, more datasets per batch, or weight 0, or append the rows to a larger file", stacklevel=4)
+    empty, names, part = [s.name for s in sources if not len(s)], Counter(s.name for s in sources), batch_size // k
+    if empty: raise ValueError(f"{empty[0]}: no rows; leave the dataset out, or give it weight 0")
+    if len(names) < len(sources): raise ValueError(f"two datasets are called {names.most_common(1)[0][0]!r}; names must differ, because the order of rows depends on them")
+    if small := sorted((s for s in sources if len(s) < part), key=len): warnings.warn(
+        f"{small[0].name}: {len(small[0])} rows are fewer than the {part} of a sub-batch (global batch {batch_size} / {k} datasets per batch), so its rows meet their own copies, which the loss masks"
+        + (f" (and so it is with {', '.join(s.name for s in small[1:4])}{', ..' if len(small) > 4 else ''})" if len(small) > 1 else "")
+        + f"; use a global batch of at most {len(small[0]) * k}, more datasets per batch, or weight 0, or append the rows to a larger file", stacklevel=4)
 
 def _check_pools(pools, sources, k):
     "Refuse a column count with fewer datasets than go into a global batch."
     for pool in pools:
-        if len(pool.members) < k:
-            names = ", ".join(sources[i].name for i in pool.members)
-            raise ValueError(f"a global batch takes {k} datasets of one column count, but only {len(pool.members)} {'has' if len(pool.members) == 1 else 'have'} {pool.columns} columns ({names}); "
-                             f"use datasets_per_batch={len(pool.members)}, add datasets of {pool.columns} columns, or give {'it' if len(pool.members) == 1 else 'them'} weight 0")
-
-# %% ../nbs/01_mixture.ipynb #rows
-def _rows(plan, draws, first=0, last=None):
-    "Source numbers and row numbers of places [first, last) of a global batch, two (n,) arrays; the sub-batches alternate."
-    k, places = plan.datasets_per_batch, np.arange(first, plan.batch_size if last is None else last)
-    numbers, rows = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
-    for d, (i, turn) in enumerate(draws):
-        mine, source = places % k == d, plan.sources[i]
-        numbers[mine] = i
-        rows[mine] = epoch_order(turn * (plan.batch_size // k) + places[mine] // k, len(source), source.name, plan.seed)
-    return numbers, rows
+        n, names = len(pool.members), ", ".join(sources[i].name for i in pool.members)
+        if n < k: raise ValueError(f"a global batch takes {k} datasets of one column count, but only {n} {'has' if n == 1 else 'have'} {pool.columns} columns ({names}); "
+                                   f"use datasets_per_batch={n}, add datasets of {pool.columns} columns, or give {'it' if n == 1 else 'them'} weight 0")
 
 # %% ../nbs/01_mixture.ipynb #plan
 class Plan:
@@ -185,17 +193,18 @@ class Plan:
         sources:list[Source], # where examples come from; column counts may differ
         weights:list[float], # one per source, relative to each other; 0 skips the source
         batch_size:int=1024, # B, rows of a global batch, over all devices
-        datasets_per_batch:int=2, # k, sub-batches in a global batch
+        datasets_per_batch:int|None=None, # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
         seed:int=0, # another seed, another order
     ):
         if len(sources) != len(weights): raise ValueError(f"{len(sources)} sources but {len(weights)} weights; give one weight per source")
         for s, w in zip(sources, weights): _check_weight(s.name, w)
-        self.batch_size, self.datasets_per_batch = _whole("batch_size", batch_size, 1), _whole("datasets_per_batch", datasets_per_batch, 1)
+        self.batch_size, self.datasets_per_batch = _whole("batch_size", batch_size, 1), _whole("datasets_per_batch", 2 if datasets_per_batch is None else datasets_per_batch, 1)
         _divides(self.batch_size, self.datasets_per_batch, f"datasets_per_batch={self.datasets_per_batch}")
-        self.seed, self.sources, self.weights = _whole("seed", seed, 0), [s for s, w in zip(sources, weights) if w], [w for w in weights if w]
+        self.seed, self.sources = _whole("seed", seed, 0), [s for s, w in zip(sources, weights) if w]
+        self.weights = [w if isinstance(w, int) else float(w) for w in weights if w]
         _check_sources(self.sources, self.batch_size, self.datasets_per_batch)
         self._pools = _pools([len(s.columns) for s in self.sources], self.weights)
-        _check_pools(self._pools, self.sources, self.datasets_per_batch)
+        if datasets_per_batch is not None: _check_pools(self._pools, self.sources, self.datasets_per_batch)
 
     def draws(self,
         step:int, # 0 or more
@@ -216,17 +225,37 @@ class Plan:
         return _rows(self, self.draws(step), rank * B // ranks, (rank + 1) * B // ranks)
 
 # %% ../nbs/01_mixture.ipynb #find-file
+_ENDS = ("", ".jsonl.gz", ".jsonl")  # a name may lack its ending
+
+def _bare(name):
+    "A dataset's name without the ending: the same for a file, its zipped copy and its store."
+    return str(PurePosixPath(name)).removesuffix(".gz").removesuffix(".jsonl")
+
+def _file(entry, folder):
+    "What a dataset is made of; a file, its zipped copy and its store count as one."
+    raw = isinstance(entry.path, Path) and not is_store(entry.path)
+    return _bare(entry.path.resolve().relative_to(Path(folder).resolve()).as_posix() if raw else entry.name)
+
+def _places(root, name):
+    "Where a dataset may lie, best first: the store and the file of that very name, a file with an ending, a store of another spelling."
+    stores = [store_folder(root, f"{n}{end}") for n in (name, _bare(name)) for end in _ENDS]
+    return [stores[0], *(root / f"{name}{end}" for end in _ENDS), *stores[1:]]
+
+def _names(root):
+    "The files and stores of a folder, as a config could name them."
+    found = (p for p in sorted(root.rglob("[!.]*")) if not any(part.endswith(".store") for part in p.relative_to(root).parts[:-1]))
+    return [p.relative_to(root).as_posix().removesuffix(".store") for p in found if p.is_file() or is_store(p)]
+
 def _find(folder, name, where):
-    "The store, file or hub dataset of that name; '.jsonl.gz' and '.jsonl' are tried when the bare name is not in the folder."
+    "The store, file or hub dataset of that name."
     root = Path(folder).resolve()
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(name).anchor or ".." in kind(name).parts: raise ValueError(f"{where}: the name leaves the data folder; use a path below the folder, without '..'")
-    if is_store(store_folder(root, name)): return store_folder(root, name)
-    path = next((p for p in (root / f"{name}{end}" for end in ("", ".jsonl.gz", ".jsonl")) if p.is_file()), None)
+    path = next((p for p in _places(root, name) if is_store(p) or p.is_file()), None)
     if path is None and is_hub_id(name): return name
     if path is None:
-        near = get_close_matches(name, [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()], 1)
-        raise ValueError(f"{where}: no such file in {folder} (nor with .jsonl.gz or .jsonl){f'; did you mean {near[0]!r}?' if near else '; check the folder'}")
+        near = get_close_matches(name, _names(root), 1)
+        raise ValueError(f"{where}: no such file in {folder} (nor with .jsonl.gz or .jsonl, nor a store of it){f'; did you mean {near[0]!r}?' if near else '; check the folder'}")
     if not path.resolve().is_relative_to(root): raise ValueError(f"{where}: the name is a link that leaves the data folder; copy the file into the folder")
     return path
 
@@ -264,46 +293,54 @@ def _entry(item, folder, where, weighed):
     return Entry(name, _find(folder, name, f"{where} ({name})"), weight, lines, tuple(columns) if columns else None, split or "train")
 
 # %% ../nbs/01_mixture.ipynb #read-config
+def _items(config, label):
+    "The list in a config or in its file."
+    if not isinstance(config, list):
+        try: config = json.loads(Path(config).read_text(encoding="utf-8-sig"))
+        except OSError as error: raise ValueError(f"{label}: cannot read the data config ({error.strerror}); check the path") from None
+        except ValueError as error: raise ValueError(f"{label}: not JSON ({error}); write a list of {{\"name\", \"weight\"}} objects") from None
+    if not isinstance(config, list) or not config: raise ValueError(f"{label}: the data config must be a list with at least one dataset")
+    return config
+
 def read_config(
     config:str|Path|list[dict], # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
     folder:str|Path, # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
     weighed:bool=True, # every dataset needs a weight; False for `temperature`
 )->list[Entry]: # datasets, without those of weight 0
     "Check a data config and find its files; an error names the file and the entry."
-    label = "data config" if isinstance(config, list) else str(config)
-    if not isinstance(config, list):
-        try: config = json.loads(Path(config).read_text(encoding="utf-8-sig"))
-        except OSError as error: raise ValueError(f"{label}: cannot read the data config ({error.strerror}); check the path") from None
-        except ValueError as error: raise ValueError(f"{label}: not JSON ({error}); write a list of {{\"name\", \"weight\"}} objects") from None
-    if not isinstance(config, list) or not config: raise ValueError(f"{label}: the data config must be a list with at least one dataset")
+    label, found, first = "data config" if isinstance(config, list) else str(config), [], {}
+    config = _items(config, label)
     if not Path(folder).is_dir(): raise ValueError(f"{folder}: no such folder; give the folder that the names in the data config are relative to")
-    found, first = [], {}
     for n, item in enumerate(config, 1):
         entry = _entry(item, folder, f"{label}: dataset {n}", weighed)
         if entry is None: continue
-        if entry.path in first: raise ValueError(f"{label}: dataset {n} ({entry.name}) is the file of dataset {first[entry.path]} again; keep one and add up the weights")
-        first[entry.path] = n
+        file = _file(entry, folder)
+        if file in first: raise ValueError(f"{label}: dataset {n} ({entry.name}) is the file of dataset {first[file]} again, or another copy of it; keep one and add up the weights")
+        first[file] = n
         found.append(entry)
     if not found: raise ValueError(f"{label}: every weight is 0; give at least one dataset a weight above 0")
     return found
 
 def _load(entry, cache_dir=None):
     "Open the source of an entry; warn when the config claims another number of rows."
-    source = load_source(entry.path, entry.name, None if is_store(entry.path) else entry.columns, entry.split, cache_dir)
+    source = load_source(entry.path, entry.name, entry.columns, entry.split, cache_dir)
+    if is_store(entry.path) and entry.columns not in (None, made := tuple(source.store.summary["origin"]["columns"])): raise ValueError(
+        f"{entry.name}: the data config asks for columns {entry.columns}, the store was prepared with {made or 'those that were found'}; prepare it again, or drop 'columns'")
     if entry.lines not in (None, len(source)): warnings.warn(
         f"{entry.name}: the data config says {entry.lines} lines, the file has {len(source)} rows; "
         "fetch the file again if it is incomplete, else correct or drop 'lines'", stacklevel=3)
     return source
 
+# %% ../nbs/01_mixture.ipynb #tempered
 def tempered(
     rows:Sequence[int], # size of each dataset
     temperature:float, # T: 1 = by size, larger = flatter, math.inf = all equal
 )->list[float]: # weights that sum to 1
     "Make weights from sizes: share ~ rows ** (1 / T)."
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature >= 1:
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not temperature >= 1:
         raise ValueError(f"temperature is {temperature!r}; it must be a number from 1 (shares by size) up (flatter)")
     powers = [n ** (1 / temperature) for n in rows]
-    return [p / sum(powers) for p in powers]
+    return [float(f"{p / math.fsum(powers):.12g}") for p in powers]  # rounded: the last digits of a power differ between machines
 
 # %% ../nbs/01_mixture.ipynb #masked
 def masked_negatives(
@@ -319,21 +356,17 @@ def _duplicate_rate(identities):
     "Share of a batch's texts that occur in it already."
     return 1 - len(np.unique(identities)) / identities.size
 
-# %% ../nbs/01_mixture.ipynb #realised
-def _drawn(weights, k, steps, key):
-    "How often each choice was drawn in the first `steps` steps."
-    window, rest = divmod(steps, WINDOW)
-    choice, _ = draw_window(weights, k, window, key)
-    return np.array(draw_counts(weights, window * WINDOW * k)) + np.bincount(choice[:rest].ravel(), minlength=len(weights))
-
-def _turns(plan, steps):
-    "Batches of each pool, and sub-batches of each source, in the first `steps` steps."
-    batches = _drawn(tuple(sum(pool.weights) for pool in plan._pools), 1, steps, _key("pools", plan.seed)).tolist()
-    turns = [0] * len(plan.sources)
-    for pool, n in zip(plan._pools, batches):
-        drawn = _drawn(pool.weights, plan.datasets_per_batch, n, _key("sources", plan.seed, pool.columns))
-        for i, count in zip(pool.members, drawn.tolist()): turns[i] = count
-    return batches, turns
+def _account_pool(plan, pool, batches, sample):
+    "Negatives and duplicates in `sample` batches of a pool, spread evenly over the run."
+    B, k, masked, doubled = plan.batch_size, plan.datasets_per_batch, [], []
+    for n in sorted({int(n) for n in np.linspace(0, batches - 1, min(sample, batches))}):
+        identities = GlobalBatch(n, plan.sources, *_rows(plan, _draw_pool(pool, k, n, plan.seed))).identities
+        masked.append(masked_negatives(identities).mean())
+        doubled.append(_duplicate_rate(identities))
+    masked, doubled = (float(np.mean(v)) if v else math.nan for v in (masked, doubled))  # nan: not looked at
+    hard = B * (pool.columns - 2)
+    return {"columns": pool.columns, "batches": batches, "in_batch": B - 1, "hard": hard, "masked": masked,
+            "negatives": B - 1 + hard - masked, "duplicates": doubled}
 
 # %% ../nbs/01_mixture.ipynb #concerns
 def concerns(
@@ -349,17 +382,20 @@ def concerns(
     return found
 
 # %% ../nbs/01_mixture.ipynb #account
-def _account_pool(plan, pool, batches, sample):
-    "Negatives and duplicates in `sample` batches of a pool, spread evenly over the run."
-    B, k, masked, doubled = plan.batch_size, plan.datasets_per_batch, [], []
-    for n in sorted({int(n) for n in np.linspace(0, batches - 1, min(sample, batches))}):
-        identities = GlobalBatch(n, plan.sources, *_rows(plan, _draw_pool(pool, k, n, plan.seed))).identities
-        masked.append(masked_negatives(identities).mean())
-        doubled.append(_duplicate_rate(identities))
-    masked, doubled = (float(np.mean(v)) if v else math.nan for v in (masked, doubled))  # nan: not looked at
-    hard = B * (pool.columns - 2)
-    return {"columns": pool.columns, "batches": batches, "in_batch": B - 1, "hard": hard, "masked": masked,
-            "negatives": B - 1 + hard - masked, "duplicates": doubled}
+def _drawn(weights, k, steps, key):
+    "How often each choice was drawn in the first `steps` steps."
+    window, rest = divmod(steps, WINDOW)
+    choice, _ = draw_window(weights, k, window, key)
+    return np.array(draw_counts(weights, window * WINDOW * k)) + np.bincount(choice[:rest].ravel(), minlength=len(weights))
+
+def _turns(plan, steps):
+    "Batches of each pool, and sub-batches of each source, in the first `steps` steps."
+    batches = _drawn(_totals(plan._pools), 1, steps, _key("pools", plan.seed)).tolist()
+    turns = [0] * len(plan.sources)
+    for pool, n in zip(plan._pools, batches):
+        drawn = _drawn(pool.weights, plan.datasets_per_batch, n, _key("sources", plan.seed, pool.columns))
+        for i, count in zip(pool.members, drawn.tolist()): turns[i] = count
+    return batches, turns
 
 def account(
     plan:Plan, # what to account for
@@ -402,17 +438,14 @@ class GlobalBatch:
     def examples(self)->list[Example]: # B tuples of C texts: anchor, positive, hard negatives
         "The texts."
         return self.read(lambda source, rows: source.rows(rows))
-
     @cached_property
     def identities(self)->np.ndarray: # (B, C) int64
         "Which texts are equal."
         return np.array(self.read(lambda source, rows: source.identities(rows)), np.int64)
-
     @property
     def sources(self)->list[str]: # B names
         "The source of each row."
         return [self._sources[i].name for i in self._numbers.tolist()]
-
     @property
     def stores(self)->list: # one for each source in the batch; None where it was not prepared
         "The prepared stores behind the rows."
@@ -444,14 +477,14 @@ class Mixture(Plan):
         config:str|Path|list[dict], # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
         folder:str|Path, # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
         batch_size:int=1024, # B, rows of a global batch, over all devices
-        datasets_per_batch:int=2, # k, sub-batches in a global batch
+        datasets_per_batch:int|None=None, # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
         seed:int=0, # another seed, another order
         cache_dir:str|Path|None=None, # where `load_source` keeps its stores
         temperature:float|None=None, # T: weights are made from sizes, share ~ rows ** (1 / T); None takes the config's weights
     )->"Mixture": # ready for `batch(step)`
         "Build the mixture that a data config describes."
         entries = read_config(config, folder, weighed=temperature is None)
-        sources = [_load(e, cache_dir) for e in entries]
+        sources = list(map(_load, entries, [cache_dir] * len(entries)))
         weights = [e.weight for e in entries] if temperature is None else tempered([len(s) for s in sources], temperature)
         return cls(sources, weights, batch_size, datasets_per_batch, seed)
 
@@ -471,7 +504,7 @@ def report_table(
              f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'asked':>7} {'realised':>8} {'epochs':>10}"]
     lines += [f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%} {d['realised']:8.2%} {d['epochs']:10,.2f}" for d in report["datasets"]]
     for p in report["pools"]:
-        looked = f" - {p['masked']:.2f} masked = {p['negatives']:,.2f}; {p['duplicates']:.1%} of texts are duplicates" if p["masked"] == p["masked"] else ""
+        looked = f" - {p['masked']:.2f} masked = {p['negatives']:,.2f}; {p['duplicates']:.1%} of texts are duplicates" if p["masked"] is not None and p["masked"] == p["masked"] else ""  # nan: not looked at; None: nan after a trip through JSON
         lines.append(f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch + {p['hard']:,} hard negatives per anchor{looked}")
     if "tokens" in report: lines += _token_lines(report["tokens"])
     lines.append(f"one pass over all {sum(d['rows'] for d in report['datasets']):,} rows would take {report['one_pass']:,} steps")

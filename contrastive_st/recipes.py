@@ -38,7 +38,7 @@ class DataPlan:
     mix: str | list[dict[str, Any]]                          # path of a data_config.json, or its entries: name, weight[, lines]
     folder: str = ""                                         # data folder, relative to the recipe; "" = must be given when the run starts
     batch_size: Annotated[int, Field(gt=0)] = 1024           # rows of the global batch
-    datasets_per_batch: Annotated[int, Field(gt=0)] = 2      # sub-batches in each global batch
+    datasets_per_batch: Annotated[int, Field(gt=0)] | None = None   # sub-batches in each global batch; None = 2, or one dataset alone where its column count has no other
     seed: Annotated[int, Field(ge=0)] = 0                    # of the order
     temperature: Annotated[float, Field(ge=1)] | None = None # weights from sizes, share ~ rows ** (1 / T); None = the weights of `mix`
 

@@ -66,19 +66,21 @@ class Shards:
         files:Sequence[dict], # {"name", "rows", "bytes"} of each, in order
     ):
         self.folder, self.files = Path(folder), list(files)
-        for f in self.files:
-            path = self.folder / f["name"]
-            size = path.stat().st_size if path.is_file() else 0
-            if size != f["bytes"]:
-                raise ValueError(f"{path}: {size} bytes where {f['bytes']} were written, so the file is {'cut off or damaged' if size else 'missing'}; "
-                                 "copy the store again, or delete this folder and prepare the data again")
         self._ends, self._open = np.cumsum([f["rows"] for f in self.files]), {}
+        for n in range(len(self.files)): self._path(n)
 
     def __len__(self): return int(self._ends[-1]) if len(self._ends) else 0
     def __reduce__(self): return Shards, (self.folder, self.files)  # maps stay in their process
 
+    def _path(self, n):
+        path, size = self.folder / self.files[n]["name"], self.files[n]["bytes"]
+        found = path.stat().st_size if path.is_file() else 0
+        if found == size: return path
+        raise ValueError(f"{path}: {found} bytes where {size} were written, so the file is {'cut off or damaged' if found else 'missing'}; "
+                         "copy the store again, or delete this folder and prepare the data again")
+
     def _shard(self, n):
-        if n not in self._open: self._open[n] = _Shard(self.folder / self.files[n]["name"])
+        if n not in self._open: self._open[n] = _Shard(self._path(n))  # looked at again: the folder may have been replaced meanwhile
         return self._open[n]
 
     def find(self,
@@ -108,8 +110,8 @@ class Store:
         try: self.summary = json.loads(path.read_text(encoding="utf-8"))
         except OSError: raise ValueError(f"{folder}: no {SUMMARY}, so this is no prepared dataset; prepare it (again)") from None
         except ValueError: raise ValueError(f"{path}: not JSON; delete the folder and prepare the data again") from None
-        if self.summary.get("format") != FORMAT:
-            raise ValueError(f"{path}: format {self.summary.get('format')}, this version reads {FORMAT}; prepare the data again")
+        found = self.summary.get("format") if isinstance(self.summary, dict) else None
+        if found != FORMAT: raise ValueError(f"{path}: format {found}, this version reads {FORMAT}; prepare the data again")
         self.columns, self._texts = tuple(self.summary["columns"]), Shards(folder, self.summary["shards"])
 
     def __len__(self): return len(self._texts)
@@ -133,10 +135,13 @@ class Store:
     def tokenised(self)->dict|None: # as `write_tokens` left it; None if the store holds texts only
         "Say with which tokenizer the rows were tokenised."
         path = self.folder / TOKENS / SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        try: return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError: raise ValueError(f"{path}: not JSON; delete this folder and prepare the tokens again") from None
 
     @cached_property
-    def _tokens(self): return Shards(self.folder / TOKENS, self.tokenised["shards"])
+    def _tokens(self):
+        if not self.tokenised: raise ValueError(f"{self.folder}: the store holds no tokens; prepare it with a tokenizer")
+        return Shards(self.folder / TOKENS, self.tokenised["shards"])
 
     def tokens(self,
         indices:Sequence[int], # row numbers in any order
@@ -154,35 +159,52 @@ def _save(path, value):
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
     beside.replace(path)
 
-def _read(path, otherwise=None):
-    "A JSON file's content, or `otherwise` if there is none that can be read."
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return otherwise
+def _remove(folder):
+    "Remove a folder with all it holds, or a link to one."
+    if folder.is_symlink(): folder.unlink()
+    else: shutil.rmtree(folder, ignore_errors=True)
+
+@contextlib.contextmanager
+def _writing(folder):
+    "One writer at a time; what a killed one left is put right; a full disk is said in words."
+    old = folder.with_name(folder.name + ".old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if old.exists() and not folder.exists(): old.rename(folder)  # killed between the two renames of `_replacing`
+            _remove(old)
+            yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): todo = "make room or choose another folder, and run again: finished shards are kept, and an older store stays as it was"
+        else: todo = "choose a folder that can be written"
+        raise ValueError(f"{folder}: cannot write the store ({error.strerror or error}); {todo}") from None
+
+# %% ../nbs/00_store.ipynb #replacing
+def _begun(part, origin):
+    "The state of a part folder that an interrupted run on the same data left whole; else None."
+    try:
+        state = json.loads((part / "state.json").read_text(encoding="utf-8"))
+        Shards(part, state["files"])
+    except (OSError, ValueError): return None
+    return state if state["origin"] == origin else None
 
 @contextlib.contextmanager
 def _replacing(folder, origin):
     "A part folder to fill or go on filling, with its state; it takes the place of `folder` when the block ends well."
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    if (_read(part / "state.json") or {}).get("origin") != origin:
-        shutil.rmtree(part, ignore_errors=True)  # left by a run on other data
+    state = _begun(part, origin)
+    if state is None:
+        _remove(part)
         part.mkdir(parents=True)
-        _save(part / "state.json", {"origin": origin, "line": 0, "files": [], "columns": [], "rejects": 0})
-    yield part, _read(part / "state.json")
-    shutil.rmtree(old, ignore_errors=True)
+        state = {"origin": origin, "line": 0, "first": None, "files": [], "columns": [], "rejects": 0}
+        _save(part / "state.json", state)
+    try: yield part, state
+    except ValueError:  # the data are at fault; mended data begin anew
+        _remove(part)
+        raise
     if folder.exists(): folder.rename(old)
     part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-@contextlib.contextmanager
-def _writing(folder):
-    "One writer at a time; a full disk is said in words."
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")): yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): todo = "make room or choose another folder, and run again: finished shards are kept, and an older store stays as it was"
-        else: todo = "choose a folder that can be written"
-        raise ValueError(f"{folder}: cannot write the store ({error.strerror or error}); {todo}") from None
+    _remove(old)
 
 # %% ../nbs/00_store.ipynb #write-shards
 def _write_shard(part, state, arrays, names, **more):
@@ -200,22 +222,35 @@ def _text_arrays(rows):
     columns = list(zip(*rows))
     return [pa.array(c, pa.large_string()) for c in columns] + [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
 
-def _write_texts(part, state, examples, rejects, told):
+# %% ../nbs/00_store.ipynb #write-texts
+class _Notes:
+    "The rejects file of a store that is being written; `line` is the last line that gave rows or a reject."
+    def __init__(self, file, state):
+        file.truncate(state["rejects"])  # what was noted after the last finished shard is found again
+        self.file, self.after, self.line = file, state["line"], state["line"]
+
+    def __call__(self, line, kind, problem):
+        if line <= self.after: return  # noted before the interruption
+        self.line = line
+        self.file.write(json.dumps({"line": line, "kind": kind, "problem": problem}, ensure_ascii=False) + "\n")
+
+def _write_texts(part, state, examples, notes, told):
     "Cut examples into shards; a shard ends between two lines of the file."
-    rows, size, line = [], 0, state["line"]
+    rows, size, first = [], 0, state["first"]
     def flush():
         nonlocal rows, size
-        rejects.flush()
+        notes.file.flush()
         names = column_names(len(rows[0]))
-        _write_shard(part, state, _text_arrays(rows), [*names, *(f"{c}_id" for c in names)], line=line, columns=names, rejects=rejects.tell())
+        _write_shard(part, state, _text_arrays(rows), [*names, *(f"{c}_id" for c in names)], line=notes.line, first=first, columns=names, rejects=notes.file.tell())
         told(len(rows))
         rows, size = [], 0
-    for line_now, example in examples:
-        if line_now != line and (len(rows) >= SHARD_ROWS or size >= SHARD_CHARACTERS): flush()
+    for line, example in examples:
+        if line > notes.line and (len(rows) >= SHARD_ROWS or size >= SHARD_CHARACTERS): flush()
+        first, notes.line = first or (line, len(example)), line
         rows.append(example)
-        size, line = size + sum(map(len, example)), line_now
+        size += sum(map(len, example))
     if rows: flush()
-    rejects.flush()
+    notes.file.flush()
 
 # %% ../nbs/00_store.ipynb #summary
 def _characters(shards, column):
@@ -229,9 +264,9 @@ def _characters(shards, column):
     middle, high = (int(np.searchsorted(below, share * below[-1])) for share in (0.5, 0.95))
     return {"mean": round(total / int(below[-1]), 1), "median": middle, "p95": high, "longest": longest}
 
-def _distinct(numbers, rows):
+def _distinct(numbers, rows, at_once=2**24):
     "How many different numbers there are, looking at a share of them at a time; `numbers()` iterates over uint64 arrays."
-    passes = rows // 2**22 + 1
+    passes = rows // at_once + 1
     return sum(len(np.unique(np.concatenate([n[n % np.uint64(passes) == p] for n in numbers()]))) for p in range(passes))
 
 def _summary(part, state):
@@ -257,19 +292,19 @@ def is_current(
 def write_store(
     folder:str|Path, # the store; an older one is replaced when the new one is whole
     origin:dict, # what the rows come from (size, time, options): the same origin is not written twice
-    read:Callable, # (after, width, reject) -> iterator of (line, C texts) of the lines above `after`; reject(line, kind, problem) notes a bad one
+    read:Callable, # (after, first, reject) -> iterator of (line, C texts) of the lines above `after`; first: line and C of the first row, None at the start; reject(line, kind, problem) notes a bad one
     check:Callable=lambda summary: None, # raises ValueError for a summary that will not do
     told:Callable=lambda rows: None, # called with the rows of each finished shard
 )->Store: # open
     "Write a dataset to disk: whole or not at all; go on where an interrupted run stopped."
     folder = Path(folder)
+    if is_current(folder, origin): return Store(folder)  # a folder that can only be read will do
     with _writing(folder):
-        if is_current(folder, origin): return Store(folder)
-        with _replacing(folder, origin) as (part, state), open(part / REJECTS, "a+", encoding="utf-8") as rejects:
-            rejects.truncate(state["rejects"])
-            note = lambda line, kind, problem: rejects.write(json.dumps({"line": line, "kind": kind, "problem": problem}, ensure_ascii=False) + "\n")
+        if is_current(folder, origin): return Store(folder)  # another process wrote it while this one waited
+        with _replacing(folder, origin) as (part, state), open(part / REJECTS, "a+", encoding="utf-8", errors="backslashreplace") as rejects:
+            notes = _Notes(rejects, state)
             told(sum(f["rows"] for f in state["files"]))
-            _write_texts(part, state, read(state["line"], len(state["columns"]) or None, note), rejects, told)
+            _write_texts(part, state, read(state["line"], state["first"], notes), notes, told)
             summary = _summary(part, state)
             check(summary)
             _save(part / SUMMARY, summary)
@@ -291,6 +326,11 @@ def _token_arrays(columns, encode, kind, texts_at_once=8192):
         flags.append(pa.array(cut.astype(np.int64)))
     return lists + flags
 
+def _is_tokenised(store, engine):
+    "Are the tokens there, whole, and made by this engine?"
+    try: return (store.tokenised or {}).get("origin") == engine and len(store._tokens) == len(store)
+    except ValueError: return False
+
 def write_tokens(
     folder:str|Path, # a store
     engine:dict, # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary
@@ -301,7 +341,7 @@ def write_tokens(
     store, target = Store(folder), Path(folder) / TOKENS
     C, kind = len(store.columns), np.uint16 if engine["vocabulary"] <= 2**16 else np.uint32
     with _writing(target):
-        if (_read(target / SUMMARY) or {}).get("origin") == engine: return
+        if _is_tokenised(store, engine): return
         with _replacing(target, engine) as (part, state):
             for n, shard in enumerate(store.shards()):
                 if n >= len(state["files"]): _write_shard(part, state, _token_arrays(shard.batch.columns[:C], encode, kind), [*store.columns, *(f"{c}_cut" for c in store.columns)])
@@ -314,7 +354,7 @@ def summary_table(
     summaries:dict[str, dict], # of each dataset, by name
 )->str: # several lines
     "Write summaries as a table to be read."
-    width = max(len("dataset"), *map(len, summaries))
+    width = max(map(len, ["dataset", *summaries]))
     head = f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14} {'duplicate rows':>14}  characters per text: median, 95%, longest"
     lines = [f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,} {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  "
              + "   ".join(f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()) for name, s in summaries.items()]

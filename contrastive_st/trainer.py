@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'batch_loss', 'load_weights', 'mean_cosine', 'check_health', 'log_line', 'last_checkpoint',
-           'claim', 'run_report', 'train']
+           'claim', 'run_report', 'Run', 'train']
 
 # %% ../nbs/07_trainer.ipynb #imports-export
 import json
@@ -77,7 +77,7 @@ def lr_factor(
 
 # %% ../nbs/07_trainer.ipynb #steps
 class _Steps(IterableDataset):
-    "Yield the token batch of each step from `start()` to `steps`."
+    "Yield the token batch of each step from `start()` to `steps`; `workers` threads make the next ones ahead of time."
 
     def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1, workers=0):
         self.mixture, self.tokens, self.steps, self.start, self.slice, self.workers = mixture, tokens, steps, start, (rank, ranks), workers
@@ -135,24 +135,24 @@ def load_weights(
 class _ContrastiveTrainer(_Checkpointed):
     "Run the five verbs under transformers' Trainer."
 
-    def __init__(self, encoder, mixture, config, evaluate, test, **kwargs):
-        super().__init__(model=encoder, eval_dataset=[], **kwargs)
-        self.mixture, self.config, self.counts, self.first_step = mixture, config, _Means(), 0
-        self.evaluate_encoder, self.test_encoder = evaluate, test
+    def __init__(self, run, **kwargs):
+        super().__init__(model=run.encoder, eval_dataset=[], **kwargs)
+        self.run, self.config, self.counts = run, run.config, _Means()
 
     def get_train_dataloader(self):
         tokens, ranks = Tokens(self.model.tokenizer, self.model.max_length), (self.args.process_index, self.args.world_size)
-        steps = _Steps(self.mixture, tokens, self.config.steps, self._begin, *ranks, self.config.workers)
+        steps = _Steps(self.run.mixture, tokens, self.config.steps, self._begin, *ranks, self.config.workers)
         return DataLoader(steps, batch_size=None, generator=torch.Generator())   # its own: the global one belongs to dropout
 
     def _begin(self):
-        self.first_step = self.state.global_step
-        return self.first_step
+        self.run.first_step = self.state.global_step
+        return self.run.first_step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         embeddings = model(inputs["token_ids"], inputs["lengths"])
         value, masked = batch_loss(embeddings, inputs["identities"], self.config)
-        self.counts.add(masked=masked, truncated=inputs["truncated"].sum() / len(inputs["lengths"]), mean_cosine=mean_cosine(embeddings.detach()))
+        negatives = self.args.world_size * inputs["identities"][:, 1:].numel() - 1 - masked   # of the global batch, for each anchor
+        self.counts.add(masked=masked, negatives=negatives, truncated=inputs["truncated"].sum() / len(inputs["lengths"]), mean_cosine=mean_cosine(embeddings.detach()))
         return value
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -160,7 +160,7 @@ class _ContrastiveTrainer(_Checkpointed):
         return self.lr_scheduler
 
     def evaluate(self, *args, **kwargs):
-        metrics = {f"eval_{k}": v for k, v in self.evaluate_encoder(self.model).items()}
+        metrics = {f"eval_{k}": v for k, v in self.run.evaluate(self.model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -198,13 +198,15 @@ def mean_cosine(
 
 
 def check_health(
-    logs: dict,           # one log line, with "loss" and "mean_cosine"
+    logs: dict,           # one log line, with "loss"; perhaps "mean_cosine", "masked" and "negatives"
     step: int,            # optimiser steps done
     config: TrainConfig,  # lr and log_every
 ) -> None:
-    "Raise `ValueError` if the loss is not finite; warn if the embeddings have collapsed."
+    "Raise `ValueError` if the loss is not finite; warn if no negatives are left or the embeddings have collapsed."
     if not math.isfinite(logs["loss"]):
         raise ValueError(f"the loss became {logs['loss']} between steps {max(step - config.log_every, 0)} and {step}; lower lr ({config.lr:g}), or train without bf16")
+    if logs.get("negatives", math.inf) < min(1, logs.get("masked", 0)):   # a batch of two has one at most, and that is no fault
+        warnings.warn("nearly every candidate is a copy of the anchor or of its positive, less than one negative is left: nothing to learn from; remove copies or mix more datasets", stacklevel=2)
     if logs.get("mean_cosine", 0) > 0.99:
         warnings.warn("the embeddings have collapsed: the mean cosine between texts is above 0.99; lower lr or raise scale", stacklevel=2)
 
@@ -223,7 +225,8 @@ def _arguments(config, folder):
     return args
 
 # %% ../nbs/07_trainer.ipynb #lines
-_SHOWN = {"loss": ".3f", "learning_rate": ".1e", "masked": ".2f", "truncated": ".1%", "eval_spearman": ".3f", "eval_accuracy@1": ".3f", "eval_ndcg@10": ".3f"}
+_SHOWN = {"loss": "loss {:.3f}", "learning_rate": "lr {:.1e}", "masked": "masked {:.2f}", "negatives": "negatives {:.2f}", "truncated": "truncated {:.1%}",
+          "eval_spearman": "spearman {:.3f}", "eval_accuracy@1": "accuracy@1 {:.3f}", "eval_ndcg@10": "ndcg@10 {:.3f}"}
 
 
 def log_line(
@@ -231,7 +234,7 @@ def log_line(
     logs: dict,  # one entry of the history
 ) -> str:        # "" if it holds nothing to show
     "Write one entry of the history as a line for people."
-    shown = [f"{name.removeprefix('eval_')} {logs[name]:{form}}" for name, form in _SHOWN.items() if name in logs]
+    shown = [form.format(logs[name]) for name, form in _SHOWN.items() if name in logs]
     return f"step {step:<6} " + "   ".join(shown) if shown else ""
 
 
@@ -304,69 +307,102 @@ def _write(out, **records):
 def _read(out, name):
     return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
 
-# %% ../nbs/07_trainer.ipynb #identity
-def _identity(trainer):
-    "What makes a run that run: its configuration and its data, as JSON gives them back."
-    m = trainer.mixture
-    mix = [{"name": s.name, "lines": len(s), "weight": w} for s, w in zip(m.sources, m.weights)]
-    data = {"batch_size": m.batch_size, "datasets_per_batch": m.datasets_per_batch, "data_seed": m.seed, "mix": mix}
-    config = {k: v for k, v in asdict(trainer.config).items() if k != "workers"}   # how batches are made ready does not change them
-    return json.loads(json.dumps(config | data))
-
-
-def _check_same(out, trainer):
-    "Raise `ValueError` unless the run in `out` has the configuration and data of this one."
-    there, now = _read(out, "config"), _identity(trainer)
-    differ = [f"{k} was {there.get(k)!r}, now {v!r}" for k, v in now.items() if there.get(k) != v]
-    if differ:
-        raise ValueError(f"{out} was trained with another configuration or other data ({'; '.join(differ)}); resume with the same recipe and data, or start in a new directory")
-
-# %% ../nbs/07_trainer.ipynb #begin
-def _begin(out, trainer, recipe, resume):
-    "Record a new run and measure the untrained encoder, or check that a resumed run is the same; returns the metrics before."
-    if resume:
-        _check_same(out, trainer)
-        return _read(out, "metrics")
-    before = {"before": trainer.evaluate_encoder(trainer.model), "test": {"before": trainer.test_encoder(trainer.model)}}
-    if trainer.config.metric not in ("", *before["before"]):
-        raise ValueError(f"metric is {trainer.config.metric!r}, but the evaluation measures {', '.join(before['before']) or 'nothing'}; name one of these")
-    config = _identity(trainer)
-    _write(out, config=config, data_config=config["mix"], versions=_versions(trainer.args.device), metrics=before)
-    if recipe:
-        (out / "recipe.toml").write_text(recipe, encoding="utf-8")
-    return before
-
-# %% ../nbs/07_trainer.ipynb #finish
-def _finish(out, trainer, before, seconds):
-    "Save the model and the records of a finished run; returns its metrics."
-    state, pairs = trainer.state, trainer.mixture.batch_size
-    trainer.model.save_pretrained(out / "model")
-    steps = state.global_step - trainer.first_step
-    metrics = {"before": before["before"], "after": trainer.evaluate_encoder(trainer.model),
-               "test": {"before": before["test"]["before"], "after": trainer.test_encoder(trainer.model)},
-               "steps": state.global_step, "best_step": state.best_global_step,
-               "seconds": round(seconds, 1), "pairs_per_second": round(steps * pairs / seconds, 1)}
-    _write(out, metrics=metrics, history=state.log_history, mixture=run_report(trainer.mixture, Tokens(trainer.model.tokenizer, trainer.model.max_length), state.global_step))
-    return metrics
-
 # %% ../nbs/07_trainer.ipynb #run-report
 def run_report(
     mixture,          # mixture.Mixture
     tokens: Tokens,   # of the model
     steps: int,       # length of the run, 1 or more
-    sample: int = 8,  # global batches to look into, spread over the run
+    sample: int = 8,  # global batches to look into, spread over the run; 0 looks into none
 ) -> dict:            # the mixture's report, and under "tokens" that of `token_report`
     "Account for a run's data: shares, epochs, negatives, duplicates, truncation, padding."
-    batches = [tokens(mixture.batch(n * steps // sample)) for n in range(min(sample, steps))]
-    return mixture.report(steps, sample) | {"tokens": token_report(batches, tokens)}
+    looked = min(sample, steps)
+    batches = [tokens(mixture.batch(n * steps // looked)) for n in range(looked)]
+    return mixture.report(steps, sample) | ({"tokens": token_report(batches, tokens)} if batches else {})
+
+# %% ../nbs/07_trainer.ipynb #run-settings
+class _Settings:
+    "What a run is and where it stands."
+
+    def __init__(
+        self,
+        encoder: SentenceEncoder,            # trained in place
+        mixture,                             # mixture.Mixture
+        config: TrainConfig,                 # every number of the loop
+        out: str | Path,                     # run directory, as `claim` leaves it
+        evaluate: Callable | None = None,    # SentenceEncoder -> dict of floats; may select the model
+        test: Callable | None = None,        # the same, before and after only
+        device: torch.device | str = "cpu",  # where it computes
+    ):
+        self.encoder, self.mixture, self.config, self.out, self.device = encoder, mixture, config, Path(out), torch.device(device)
+        self.evaluate, self.test = evaluate or _nothing, test or _nothing
+        self.step = self.first_step = 0                          # optimiser steps done: in all, before this process
+        self.best_step, self.best, self.history = 0, None, []    # the best evaluation by `metric`; log lines and evaluations
+
+    def settings(self) -> dict:  # as JSON gives it back
+        "Say what makes the run that run: its configuration and its data."
+        m, config = self.mixture, {k: v for k, v in asdict(self.config).items() if k != "workers"}   # how batches are made ready does not change them
+        mix = [{"name": s.name, "lines": len(s), "weight": w} for s, w in zip(m.sources, m.weights)]
+        data = {"batch_size": m.batch_size, "datasets_per_batch": m.datasets_per_batch, "data_seed": m.seed, "mix": mix}
+        return json.loads(json.dumps(config | data))
+
+
+def _check_same(out, now):
+    "Raise `ValueError` unless the run in `out` has the settings of this one."
+    there = _read(out, "config")
+    differ = [f"{k} was {there.get(k)!r}, now {v!r}" for k, v in now.items() if there.get(k) != v]
+    if differ:
+        raise ValueError(f"{out} was trained with another configuration or other data ({'; '.join(differ)}); resume with the same recipe and data, or start in a new directory")
+
+
+def _nothing(encoder):
+    "Measure nothing."
+    return {}
+
+# %% ../nbs/07_trainer.ipynb #run
+class Run(_Settings):
+    "One run and its records: what it is, where it stands, what was measured; the same for every training loop."
+
+    def begin(
+        self,
+        recipe: str = "",      # text of the recipe, kept in the run directory
+        resume: bool = False,  # the run is there already
+    ) -> None:
+        "Record a new run and measure the untrained encoder, or check that the run to resume is this one."
+        if resume:
+            _check_same(self.out, self.settings())
+            self.before = _read(self.out, "metrics")
+            return
+        self.before = {"before": self.evaluate(self.encoder), "test": {"before": self.test(self.encoder)}}
+        if self.config.metric not in ("", *self.before["before"]):
+            raise ValueError(f"metric is {self.config.metric!r}, but the evaluation measures {', '.join(self.before['before']) or 'nothing'}; name one of these")
+        settings = self.settings()
+        _write(self.out, config=settings, data_config=settings["mix"], versions=_versions(self.device), metrics=self.before)
+        if recipe:
+            (self.out / "recipe.toml").write_text(recipe, encoding="utf-8")
+
+    def finish(
+        self,
+        seconds: float,  # that the loop took in this process
+    ) -> dict:           # "before", "after", "test", "steps", "best_step", "seconds", "pairs_per_second"
+        "Save the model and the records of a finished run."
+        encoder, before = self.encoder, self.before
+        encoder.save_pretrained(self.out / "model")
+        metrics = {"before": before["before"], "after": self.evaluate(encoder),
+                   "test": {"before": before["test"]["before"], "after": self.test(encoder)},
+                   "steps": self.step, "best_step": self.best_step or None,
+                   "seconds": round(seconds, 1), "pairs_per_second": round((self.step - self.first_step) * self.mixture.batch_size / seconds, 1)}
+        report = run_report(self.mixture, Tokens(encoder.tokenizer, encoder.max_length), self.step)
+        _write(self.out, metrics=metrics, history=self.history, mixture=report)
+        return metrics
 
 # %% ../nbs/07_trainer.ipynb #make-trainer
-def _trainer(encoder, mixture, config, out, evaluate, test, callbacks, progress):
-    "Wire encoder, mixture and configuration to transformers' Trainer."
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
+def _trainer(run, callbacks, progress):
+    "Wire a run to transformers' Trainer."
+    config = run.config
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.out / "tensorboard")
     callbacks = [*callbacks, TensorBoardCallback(), *([_Lines()] if progress else [])]
     callbacks += [EarlyStoppingCallback(config.patience)] if config.patience else []
-    trainer = _ContrastiveTrainer(encoder, mixture, config, evaluate, test, args=_arguments(config, out / "checkpoints"), callbacks=callbacks)
+    trainer = _ContrastiveTrainer(run, args=_arguments(config, run.out / "checkpoints"), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)   # prints dictionaries
     return trainer
 
@@ -387,16 +423,15 @@ def train(
     "Train `encoder` on the batches of `mixture`; raises `ValueError` if `out` holds another run."
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones")
+    Tokens(encoder.tokenizer, encoder.max_length).check(getattr(source, "store", None) for source in mixture.sources)
     main, mode = int(os.environ.get("RANK", 0)) == 0, encoder.training
-    out = claim(out, resume, overwrite) if main else Path(out)
-    trainer = _trainer(encoder, mixture, config, out, evaluate or _nothing, test or _nothing, callbacks, progress)
-    before = _begin(out, trainer, recipe, resume) if main else {}
+    run = Run(encoder, mixture, config, claim(out, resume, overwrite) if main else out, evaluate, test)
+    trainer = _trainer(run, callbacks, progress)
+    run.device = trainer.args.device
+    if main:
+        run.begin(recipe, resume)
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
     encoder.train(mode)
-    return _finish(out, trainer, before, time.time() - start) if main else {}
-
-
-def _nothing(encoder):
-    "Measure nothing."
-    return {}
+    run.step, run.best_step, run.history = trainer.state.global_step, trainer.state.best_global_step, trainer.state.log_history
+    return run.finish(time.time() - start) if main else {}

@@ -35,7 +35,7 @@ max_length = 64
 mix = "data_config.json"
 folder = "data"
 batch_size = 8
-datasets_per_batch = 2
+datasets_per_batch = 1
 
 [train]
 steps = 6

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from contrastive_st import data
+from contrastive_st import data, store
 from contrastive_st.data import Source, load_source, quickstart_folder, read_examples, read_retrieval, read_sts
 
 REAL = Path(os.environ.get("CONTRASTIVE_ST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -41,6 +41,11 @@ def refuses(call, *parts):
 
 def read(path, **kwargs):
     return list(read_examples(path, **kwargs))
+
+
+def stores(cache: Path) -> list[str]:
+    "What lies in a cache folder, locks left out."
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")
 
 
 # ---- accepted forms
@@ -187,7 +192,7 @@ def test_bad_row_names_its_line_and_can_be_skipped(tmp_path, kind):
     path = put(tmp_path / "a.jsonl.gz", b'["Is it foggy?", "No."]\n\n' + raw + b'\n["Who calls?", "The tug."]\n')
     refuses(lambda: read(path), f"{path}:3: ", problem, "on_error='skip'")
     refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:3: ", problem)
-    assert not list((tmp_path / "cache").iterdir())  # neither half a store nor a temporary file
+    assert not stores(tmp_path / "cache")  # neither half a store nor a temporary file
     with pytest.warns(UserWarning, match="2 rows kept, 1 bad rows skipped") as caught:
         assert read(path, on_error="skip") == [("Is it foggy?", "No."), ("Who calls?", "The tug.")]
     assert "line 3: " in str(caught[0].message) and problem in str(caught[0].message)
@@ -286,19 +291,20 @@ def test_store_is_reused_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch
     path, cache = put(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
     load_source(path, cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_build_store", lambda *args: pytest.fail("the store was built again"))
+        patch.setattr(data, "_examples", lambda *args: pytest.fail("the store was built again"))
         assert list(load_source(path, cache_dir=cache)) == GOOD
     put(path, GOOD[:2])
     assert list(load_source(path, cache_dir=cache)) == GOOD[:2]
     put(path, [(p, a) for a, p in GOOD[:2]])  # the same size
     os.utime(path, ns=(1, 1))
     assert list(load_source(path, cache_dir=cache)) == [(p, a) for a, p in GOOD[:2]]
-    assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(data, "_FORMAT", data._FORMAT + 1)
-    load_source(path, cache_dir=cache)
-    assert len(list(cache.iterdir())) == 1
+    assert len(stores(cache)) == 1
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    assert list(load_source(path, cache_dir=cache)) == [(p, a) for a, p in GOOD[:2]]
+    assert json.loads((cache / stores(cache)[0] / store.SUMMARY).read_text())["format"] == store.FORMAT  # written anew
+    assert len(stores(cache)) == 1
     assert load_source(path, cache_dir=cache, columns=(1, 0))[0] == GOOD[0]
-    assert len(list(cache.iterdir())) == 2  # other columns, another store
+    assert len(stores(cache)) == 2  # other columns, another store
 
 
 def test_equal_names_in_two_folders_do_not_meet(tmp_path):
@@ -309,14 +315,15 @@ def test_equal_names_in_two_folders_do_not_meet(tmp_path):
     assert one[0] != two[0]
 
 
-def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_build_leaves_no_store(tmp_path, monkeypatch):
     path = put(tmp_path / "a.jsonl", GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(data.os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(store, "_summary", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load_source(path, cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert [name for name in stores(tmp_path / "cache") if not name.endswith(".part")] == []
     assert len(load_source(path, cache_dir=tmp_path / "cache")) == 3
+    assert len(stores(tmp_path / "cache")) == 1  # and the part became the store
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path):

@@ -15,7 +15,7 @@ ALLOWED = {
     "mixture": {"data"},
     "gradcache": {"loss"},
     "trainer": {"model", "tokens", "loss", "gradcache", "mixture"},
-    "xla": {"model", "tokens", "loss"},
+    "xla": {"model", "tokens", "trainer"},
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},
 }

@@ -1,15 +1,24 @@
-"""Tokens: the same ids as the tokenizer's own call, no padding, every cut counted, identities that do not depend on the process."""
+"""Tokens: the same ids as the tokenizer's own call, made now, in the background or read from a store; no padding, every cut counted."""
+import json
 import pickle
+import shutil
 import subprocess
 import sys
+import threading
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from conftest import WORDS, make_tokenizer
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contrastive_st.mixture import GlobalBatch
-from contrastive_st.tokens import TokenBatch, Tokens, pad, text_identity
+from contrastive_st.data import Source, prepare
+from contrastive_st.mixture import GlobalBatch, Mixture
+from contrastive_st.store import Store
+from contrastive_st.tokens import LAYOUTS, TokenBatch, Tokens, computed_tokens, feed, pad, text_identity, token_report
 
 quick = settings(max_examples=50, deadline=None)
 TRICKY = ["", " ", "?", "a", "the dog is playing guitar", "hello world!!!? (안녕하세요) lol123 😉", "\u00a0", "e\u0301", "a\x00b", "\t\n", "##ing", "[SEP]", "x" * 3000, "word " * 500]
@@ -17,6 +26,11 @@ TRICKY = ["", " ", "?", "a", "the dog is playing guitar", "hello world!!!? (안�
 
 def parts(token_ids, lengths):
     return [part.tolist() for part in token_ids.split(lengths.tolist())]
+
+
+def equal(batch, other):
+    "The same tensors, number types included."
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(batch, other, strict=True))
 
 
 def test_same_ids_as_the_tokenizer(tiny_tokenizer):
@@ -59,10 +73,10 @@ def test_batch_layout(tiny_tokenizer):
     assert batch.truncated.tolist() == [0, 0, 1] and batch.truncated.dtype == torch.int64
     assert tokens.buckets == (4, 6) and tokens.bucket(batch) == 6
     assert tokens.bucket(tokens([("dog", "cat")])) == 4
-    from_mixture = tokens(GlobalBatch(3, rows, ["a", "a", "b"]))
-    assert all(torch.equal(a, b) for a, b in zip(batch, from_mixture))
-    copied = pickle.loads(pickle.dumps(tokens))(rows)  # data loader workers
-    assert all(torch.equal(a, b) for a, b in zip(batch, copied))
+    names = ("anchor", "positive", "negative")
+    sources = [Source(Dataset.from_dict(dict(zip(names, zip(*part)))), name, check=False) for part, name in ((rows[:2], "a"), (rows[2:], "b"))]
+    assert equal(batch, tokens(GlobalBatch(3, sources, np.array([0, 0, 1]), np.array([0, 1, 0]))))
+    assert equal(batch, pickle.loads(pickle.dumps(tokens))(rows))  # data loader workers
 
 
 @pytest.mark.parametrize(("buckets", "expected"), [((32, 64, 128), (32, 64)), ((), (64,)), ((64, 16, 16), (16, 64)), ([10], (10, 64))])
@@ -158,6 +172,227 @@ GOLDEN = -3033676827187200835
     ("rm -r a", "rm -ra", False), ("über", "uber", False), ("\u1e9b\u0323", "\u1e69", True), ("", " \n", True)])
 def test_what_counts_as_the_same_text(a, b, same):
     assert (text_identity(a) == text_identity(b)) == same
+
+
+# ---- tokens read from a store
+
+def byte_tokenizer():
+    "Like RoBERTa's: bytes for letters, <s> and </s> around, the padding id is 1."
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def wide_tokenizer():
+    "Few words, but numbers beyond 16 bits: the length of such a vocabulary says nothing of its ids."
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2} | {word: 65_500 + 7 * i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+def some_rows(n, columns, seed):
+    "Rows of 1 to 12 words, beginning with texts that make trouble."
+    rng = np.random.default_rng(seed)
+    texts = [t for t in TRICKY if t.strip()] + [" ".join(rng.choice(WORDS, rng.integers(1, 13))) for _ in range(n * columns)]
+    return [texts[i * columns:(i + 1) * columns] for i in range(n)]
+
+
+def stores(folder, tokens, tokenised, columns=2, n=30):
+    "One store for each name, those in `tokenised` with tokens; and a function that opens them as a mixture."
+    wanted = []
+    for seed, name in enumerate(("a", "b")):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some_rows(n, columns, seed)), encoding="utf-8")
+        wanted.append({"name": name, "path_or_hub_id": folder / f"{name}.jsonl"})
+    prepare(wanted, folder / "out", progress=False)
+    for name in tokenised:
+        tokens.prepare(folder / "out" / f"{name}.store")
+    return lambda: Mixture.from_config([{"name": "a", "weight": 1}, {"name": "b", "weight": 1}], folder / "out", batch_size=8, datasets_per_batch=2)
+
+
+def refuse(*args): raise AssertionError("this must not be read")
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("make, kind", [(make_tokenizer, "uint16"), (byte_tokenizer, "uint16"), (wide_tokenizer, "uint32")])
+def test_stored_tokens_are_the_tokens(tmp_path, monkeypatch, make, kind, columns):
+    tokenizer = make()
+    tokens = Tokens(tokenizer, max_length=9)
+    opened = stores(tmp_path, tokens, (), columns)
+    mixture = opened()
+    fresh = [tokens(mixture.batch(step)) for step in range(8)]
+    texts = [[row[c] for c in range(columns) for row in mixture.batch(step).examples] for step in range(8)]
+    assert [parts(b.token_ids, b.lengths) for b in fresh] == [tokenizer(t, max_length=9, truncation=True)["input_ids"] for t in texts]
+    full = [[len(ids) > 9 for ids in tokenizer(t)["input_ids"]] for t in texts]
+    assert [b.truncated.tolist() for b in fresh] == [[sum(f[8 * c:8 * c + 8]) for c in range(columns)] for f in full] and sum(map(sum, full)) > 8
+
+    for source in mixture.sources:
+        tokens.prepare(source.store.folder)
+        summary, (shard,) = Store(source.store.folder).tokenised, (source.store.folder / "tokens").glob("*.arrow")
+        with pa.memory_map(str(shard)) as file:
+            assert str(pa.ipc.open_file(file).schema.field(0).type.value_type) == kind
+        cut = tokens(source.rows(range(len(source)))).truncated
+        assert summary["truncated"] == dict(zip(source.columns, cut.tolist()))
+    monkeypatch.setattr(Store, "rows", refuse)  # the texts are not needed any more
+    mixture = opened()
+    assert all(equal(tokens(mixture.batch(step)), batch) for step, batch in enumerate(fresh))
+    halves = [tokens(mixture.batch(3, rank, 2)) for rank in range(2)]
+    assert torch.cat([h.identities for h in halves]).equal(fresh[3].identities) and sum(h.truncated for h in halves).equal(fresh[3].truncated)
+
+
+def test_a_batch_with_one_store_without_tokens_is_cut_from_its_texts(tmp_path, monkeypatch, tiny_tokenizer):
+    tokens = Tokens(tiny_tokenizer, 9)
+    opened = stores(tmp_path, tokens, ("b",))
+    monkeypatch.setattr(Store, "tokens", refuse)
+    mixture = opened()
+    for step in range(4):
+        batch = mixture.batch(step)
+        assert {"a", "b"} == set(batch.sources) and equal(tokens(batch), tokens(batch.examples))
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, tiny_tokenizer):
+    opened = stores(tmp_path, Tokens(tiny_tokenizer, 9), ("b",))
+    assert opened().batch(0).sources.count("a") == 4  # refused also where the other store has no tokens
+    for other, words in ((Tokens(tiny_tokenizer, 10), "max_length 9, this run uses '' with 10"), (Tokens(byte_tokenizer(), 9), "prepare the store again with this tokenizer")):
+        with pytest.raises(ValueError, match=words) as caught:
+            other(opened().batch(0))
+        assert "b.store" in str(caught.value) and "delete" in str(caught.value)
+        with pytest.raises(ValueError, match=words):
+            other.check(source.store for source in opened().sources)
+    Tokens(tiny_tokenizer, 9, buckets=(4,)).check([*(source.store for source in opened().sources), None])  # buckets are not in the ids
+    other.prepare(tmp_path / "out" / "b.store")  # the first way out
+    assert equal(other(opened().batch(0)), other(opened().batch(0).examples))
+    shutil.rmtree(tmp_path / "out" / "b.store" / "tokens")  # the second
+    Tokens(tiny_tokenizer, 10)(opened().batch(0))
+
+
+def test_preparing_again_writes_nothing_and_tells_the_rows(tmp_path, tiny_tokenizer):
+    told, tokens = [], Tokens(tiny_tokenizer, 9)
+    stores(tmp_path, tokens, ())
+    tokens.prepare(tmp_path / "out" / "a.store", told.append)
+    shard = tmp_path / "out" / "a.store" / "tokens" / "shard-00000.arrow"
+    before = shard.stat().st_mtime_ns
+    tokens.prepare(tmp_path / "out" / "a.store")
+    assert told == [30] and shard.stat().st_mtime_ns == before
+
+
+def test_a_token_file_that_is_cut_off_is_named(tmp_path, tiny_tokenizer):
+    tokens = Tokens(tiny_tokenizer, 9)
+    opened = stores(tmp_path, tokens, ("a", "b"))
+    shard = tmp_path / "out" / "b.store" / "tokens" / "shard-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="b.store.*tokens.*cut off or damaged"):
+        tokens(opened().batch(0))
+
+
+# ---- the account
+
+def test_the_report_is_what_a_loop_counts(tiny_tokenizer):
+    tokens = Tokens(tiny_tokenizer, 12, buckets=(6, 9))
+    examples = [some_rows(6, columns, seed) for seed, columns in ((1, 2), (2, 3), (3, 2), (4, 5))] + [[("a dog", "the cat in")] * 6]
+    report, texts, computed = token_report([tokens(rows) for rows in examples], tokens), {}, dict.fromkeys(LAYOUTS, 0)
+    for rows in examples:
+        full = [[len(tiny_tokenizer(text)["input_ids"]) for text in column] for column in zip(*rows)]
+        kept = [[min(n, 12) for n in column] for column in full]
+        for name, column in zip(("anchor", "positive", "negative", "negative_2", "negative_3"), full):
+            texts.setdefault(name, []).extend(column)
+        longest = max(map(max, kept))
+        for column in kept:
+            computed["fixed"] += 6 * 12
+            computed["bucket"] += 6 * next(T for T in (6, 9, 12) if T >= longest)
+            computed["longest of batch"] += 6 * longest
+            computed["longest of column"] += 6 * max(column)
+            computed["ragged"] += sum(column)
+    assert report["max_length"] == 12 and list(report["columns"]) == list(texts)
+    for name, lengths in texts.items():
+        assert report["columns"][name] == pytest.approx({"mean": np.mean(np.minimum(lengths, 12)), "truncated": np.mean(np.array(lengths) > 12)})
+    assert report["waste"] == pytest.approx({layout: 1 - computed["ragged"] / n for layout, n in computed.items()})
+    assert json.loads(json.dumps(report)) == report  # it goes into a record
+
+
+def test_an_unknown_layout_is_refused(tiny_tokenizer):
+    tokens = Tokens(tiny_tokenizer, 12)
+    with pytest.raises(ValueError, match="unknown layout 'packed'; choose one of fixed, bucket"):
+        computed_tokens(tokens([("a", "b")]), "packed", tokens)
+
+
+# ---- the background
+
+def feeding():
+    "The threads that a feed has running."
+    return [t for t in threading.enumerate() if t.name.startswith("feed")]
+
+
+@quick
+@given(st.integers(0, 4), st.integers(1, 3), st.integers(0, 15), st.integers(0, 16))
+def test_feed_is_map_but_not_further_ahead_than_agreed(workers, ahead, steps, taken):
+    made, lock = [], threading.Lock()
+    def make(step):
+        with lock: made.append(step)
+        return step, threading.current_thread().name
+    values, before = feed(make, iter(range(100, 100 + steps)), workers, ahead), set(feeding())
+    for n, (step, thread) in zip(range(taken), values):
+        assert step == 100 + n  # in order
+        assert n < len(made) <= n + 1 + workers * ahead
+        assert thread.startswith("feed") if workers else thread == threading.current_thread().name
+    values.close()  # early, or long after the end
+    assert set(feeding()) <= before and len(made) == len(set(made)) <= min(steps, taken + 1 + workers * ahead)
+    if taken > steps: assert sorted(made) == list(range(100, 100 + steps))
+
+
+@quick
+@given(st.integers(0, 4), st.integers(1, 3), st.integers(0, 9))
+def test_an_error_appears_at_its_step(workers, ahead, wrong):
+    def make(step):
+        if step >= wrong: raise ValueError(f"step {step} is wrong")
+        return step
+    before, got = set(feeding()), []
+    with pytest.raises(ValueError, match=f"step {wrong} is wrong"):
+        got.extend(feed(make, range(10), workers, ahead))
+    assert set(feeding()) <= before
+    values = feed(make, range(10), workers, ahead)
+    assert [next(values) for _ in range(wrong)] == list(range(wrong))
+    with pytest.raises(ValueError, match=f"step {wrong} is wrong"):
+        next(values)
+    assert list(values) == []  # it is over
+
+
+def test_batches_are_made_while_the_model_computes():
+    ready = [threading.Event() for _ in range(4)]
+    values = feed(lambda step: ready[step].set(), range(4), workers=1, ahead=2)
+    next(values)
+    assert ready[1].wait(10) and ready[2].wait(10)  # nobody asked for them yet
+    values.close()
+    ready = [threading.Event() for _ in range(4)]
+    next(feed(lambda step: ready[step].set(), range(4), workers=0))
+    assert not ready[1].is_set()
+
+
+def test_workers_work_at_the_same_time():
+    together = threading.Barrier(3, timeout=10)  # breaks unless three threads come
+    assert len(list(feed(lambda step: together.wait(), range(6), workers=3))) == 6
+
+
+@pytest.mark.parametrize("workers, ahead", [(-1, 2), (1, 0), (0, 0), (2, -1)])
+def test_feed_refuses_what_would_yield_nothing(workers, ahead):
+    with pytest.raises(ValueError, match="use 0 workers or more"):
+        next(feed(abs, range(3), workers, ahead))
+
+
+def test_threads_share_tokens_and_mixture(tmp_path, tiny_tokenizer):
+    opened = stores(tmp_path, Tokens(tiny_tokenizer, 9), ("a", "b"))
+    mixture, tokens = opened(), Tokens(tiny_tokenizer, 9)
+    for part in (tokens, lambda batch: tokens(batch.examples)):  # read, and cut
+        batches = list(feed(lambda step: part(mixture.batch(step)), range(40), workers=4))
+        assert all(equal(batch, tokens(opened().batch(step))) for step, batch in enumerate(batches))
 
 
 # ---- the real tokenizer and texts

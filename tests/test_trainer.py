@@ -6,6 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,11 @@ from conftest import ROOT, WORDS, make_backbone, make_tokenizer
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from contrastive_st.data import Source
+from contrastive_st.data import Source, prepare
 from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
-from contrastive_st.trainer import TrainConfig, check_health, claim, last_checkpoint, lr_factor, mean_cosine, train
+from contrastive_st.tokens import Tokens
+from contrastive_st.trainer import TrainConfig, check_health, claim, last_checkpoint, log_line, lr_factor, mean_cosine, run_report, train
 
 RECORDS = {"config.json", "data_config.json", "versions.json", "metrics.json", "history.json", "mixture.json"}
 
@@ -63,6 +66,14 @@ def make_source(columns=2, rows=40, name="pairs", seed=1, copies=1):
 
 def make_mixture(columns=2, batch_size=8, datasets_per_batch=1, seed=0, **source):
     return Mixture([make_source(columns, **source)], [1.0], batch_size, datasets_per_batch, seed)
+
+
+def make_pairs_and_triplets(**source):
+    return Mixture([make_source(**source), make_source(3, name="triplets", seed=2)], [1.0, 1.0], 8, 1)
+
+
+def make_two_files(batch_size=8, datasets_per_batch=1, seed=0, **source):
+    return Mixture([make_source(**source), make_source(name="more", seed=3)], [1.0, 1.0], batch_size, datasets_per_batch, seed)
 
 
 def config(steps=4, **changes):
@@ -183,9 +194,10 @@ def test_losses_and_weights_equal_a_plain_loop(tmp_path, columns, copies, change
     expected = plain_loop(plain, mixture, c)
     assert list(losses(tmp_path).values()) == pytest.approx(expected, rel=1e-5)
     assert distance(weights(ours), weights(plain), start) < 2e-3  # Adam lets rounding grow where gradients are near zero
+    masked, left = ([line[name] for line in read(tmp_path, "history") if "loss" in line] for name in ("masked", "negatives"))
     if copies > 1:
-        masked = [line["masked"] for line in read(tmp_path, "history") if "loss" in line]
         assert all(m > 0 for m in masked) if c.mask_same else not any(masked)
+    assert [m + n for m, n in zip(masked, left)] == pytest.approx([8 * (columns - 1) - 1] * 5)
 
 
 def test_losses_equal_sentence_transformers(tmp_path):
@@ -264,12 +276,19 @@ def test_bf16_trains_in_fp32_weights_near_the_fp32_losses(tmp_path):
 
 # ---- resume ----
 
-def counted(mixture):
-    "The mixture, and the list of the steps it is asked for."
-    asked, batch = [], mixture.batch
-    def ask(step, *args, **kwargs):
-        asked.append(step)
-        return batch(step, *args, **kwargs)
+class Asked(list):
+    "Steps, and the threads that asked for them."
+    def __init__(self): self.threads = set()
+
+
+def counted(mixture, whole=False):
+    "The mixture, and the list of the steps that the loop asks for, a slice each; or those the account looks at, as a whole."
+    asked, batch = Asked(), mixture.batch
+    def ask(step, *part):
+        if whole != bool(part):
+            asked.append(step)
+            asked.threads.add(threading.current_thread().name)
+        return batch(step, *part)
     mixture.batch = ask
     return mixture, asked
 
@@ -279,8 +298,9 @@ def counted(mixture):
     (crash, {"eval_every": 2, "save_every": 0, "metric": "score"}),
 ])
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, way, changes):
-    c = config(8, **{"save_every": 2, "weight_decay": 0.01} | changes)
-    mixed = lambda: Mixture([make_source(), make_source(3, name="triplets", seed=2)], [1.0, 1.0], 8, 2)
+    c = config(8, **{"save_every": 2, "weight_decay": 0.01, "workers": 0} | changes)
+    mixed = make_pairs_and_triplets
+    assert {len(mixed().batch(s).examples[0]) for s in range(4, 8)} == {2, 3}
     evaluate = lambda e: {"score": float(e.encode(["a dog", "the rain in the street"], progress=False)[0, 0])}
     whole, parts = make_encoder(dropout=0.1), make_encoder(dropout=0.1)
     mixture, asked = counted(mixed())
@@ -316,11 +336,87 @@ def test_resuming_twice_and_resuming_a_finished_run(tmp_path):
         assert metrics["steps"] == 6 and all(torch.equal(v, weights(encoder)[n]) for n, v in weights(whole).items())
 
 
+def feeding():
+    "The background threads that make batches."
+    return [t for t in threading.enumerate() if t.name.startswith("feed")]
+
+
+def test_workers_change_nothing_and_may_change(tmp_path):
+    "Batches made when asked for, by one thread or by three: the same run, also when the number changes at a resume."
+    after, before = {}, set(feeding())
+    for workers in (0, 1, 3):
+        encoder, (mixture, asked) = make_encoder(dropout=0.1), counted(make_pairs_and_triplets())
+        train(encoder, mixture, config(8, workers=workers), tmp_path / str(workers), progress=False)
+        assert sorted(asked) == list(range(8)) and set(feeding()) <= before
+        assert {name.startswith("feed") for name in asked.threads} == {workers > 0} and len(asked.threads) <= max(workers, 1)
+        after[workers] = weights(encoder)
+    with pytest.raises(Crash):
+        train(make_encoder(dropout=0.1), make_pairs_and_triplets(), config(8, workers=1, save_every=2), tmp_path / "parts", callbacks=[At(5, crash)],
+              progress=False)
+    encoder, (mixture, asked) = make_encoder(dropout=0.1), counted(make_pairs_and_triplets())
+    train(encoder, mixture, config(8, workers=3, save_every=2), tmp_path / "parts", resume=True, progress=False)
+    assert sorted(asked) == list(range(4, 8))
+    for other in (1, 3):
+        assert all(torch.equal(v, after[other][n]) for n, v in after[0].items())
+    assert all(torch.equal(v, weights(encoder)[n]) for n, v in after[0].items())
+    assert losses(tmp_path / "0") == losses(tmp_path / "1") == losses(tmp_path / "3") == losses(tmp_path / "parts")
+    assert "workers" not in read(tmp_path / "0", "config")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_run_that_stops_early_leaves_no_thread_and_reads_little_ahead(tmp_path, workers):
+    before, (mixture, asked) = set(feeding()), counted(make_mixture())
+    train(make_encoder(), mixture, config(50, workers=workers), tmp_path, callbacks=[At(2, stop)], progress=False)
+    assert set(feeding()) <= before and set(asked) >= {0, 1} and len(asked) <= 3 + 2 * workers
+
+
+def token_stores(folder, tokens):
+    "A prepared dataset with the tokens of `tokens`, and a function that opens it as a mixture."
+    rows = list(zip(sentences(40, 1), sentences(40, 2)))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([{"name": "pairs.jsonl", "path_or_hub_id": folder / "pairs.jsonl"}], folder / "stores", progress=False)
+    tokens.prepare(folder / "stores" / "pairs.jsonl.store")
+    return lambda: Mixture.from_config([{"name": "pairs.jsonl", "weight": 1}], folder / "stores", batch_size=8, datasets_per_batch=1)
+
+
+def test_a_run_on_stored_tokens_is_the_run_on_texts(tmp_path):
+    after, tokens = [], Tokens(make_tokenizer(), 64)
+    mixture = token_stores(tmp_path, tokens)()
+    texts = Mixture.from_config([{"name": "pairs.jsonl", "weight": 1}], tmp_path, batch_size=8, datasets_per_batch=1, cache_dir=tmp_path / "cache")
+    assert mixture.sources[0].store.tokenised and not texts.sources[0].store.tokenised
+    for name, m in (("stored", mixture), ("texts", texts)):
+        encoder = make_encoder()
+        train(encoder, m, config(4), tmp_path / name, progress=False)
+        after.append(weights(encoder))
+    assert all(torch.equal(v, after[1][n]) for n, v in after[0].items())
+    assert read(tmp_path / "stored", "mixture") == read(tmp_path / "texts", "mixture")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_bad_store_stops_the_run_and_says_why(tmp_path, workers):
+    "The file is damaged after the run has begun: the first batch that needs it fails in a worker."
+    before, mixture = set(feeding()), token_stores(tmp_path, Tokens(make_tokenizer(), 64))()
+    shard = tmp_path / "stores" / "pairs.jsonl.store" / "tokens" / "shard-00000.arrow"
+    def damage(encoder):
+        shard.write_bytes(shard.read_bytes()[:-1])
+        return {}
+    with pytest.raises(ValueError, match="shard-00000.arrow.*cut off or damaged"):
+        train(make_encoder(), mixture, config(4, workers=workers), tmp_path / "run", damage, progress=False)
+    assert set(feeding()) <= before and not (tmp_path / "run" / "model").exists()
+
+
+def test_a_store_with_the_tokens_of_another_tokenizer_is_refused_before_the_directory_is_taken(tmp_path):
+    mixture = token_stores(tmp_path, Tokens(make_tokenizer(), 32))()
+    with pytest.raises(ValueError, match="with max_length 32, this run uses '' with 64; prepare the store again"):
+        train(make_encoder(), mixture, config(4), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     "A run of 6 steps with a checkpoint after 2, stopped at 3."
     out = tmp_path_factory.mktemp("stopped")
-    train(make_encoder(), make_mixture(), config(6, save_every=2), out, callbacks=[At(3, stop)], progress=False)
+    train(make_encoder(), make_two_files(), config(6, save_every=2), out, callbacks=[At(3, stop)], progress=False)
     return out
 
 
@@ -334,16 +430,16 @@ def snapshot(folder):
 def test_resume_refuses_another_configuration(stopped, changes, named):
     before = snapshot(stopped)
     with pytest.raises(ValueError, match=f"another configuration.*{named}"):
-        train(make_encoder(), make_mixture(), config(**{"steps": 6, "save_every": 2} | changes), stopped, resume=True, progress=False)
+        train(make_encoder(), make_two_files(), config(**{"steps": 6, "save_every": 2} | changes), stopped, resume=True, progress=False)
     assert snapshot(stopped) == before
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"batch_size": 4}, {"datasets_per_batch": 2}, {"rows": 44}, {"name": "others"}])
 def test_resume_refuses_another_order_of_the_data(stopped, changes):
     "Step s of the run must be step s of the same run: another seed, batch size or file is another run."
-    before = snapshot(stopped)
-    with pytest.raises(ValueError, match=str(next(iter(changes))) if "rows" not in changes and "name" not in changes else "pairs|others"):
-        train(make_encoder(), make_mixture(**changes), config(6, save_every=2), stopped, resume=True, progress=False)
+    before, mixture = snapshot(stopped), make_two_files(**changes)
+    with pytest.raises(ValueError, match="other data.*" + (str(next(iter(changes))) if "rows" not in changes and "name" not in changes else "(pairs|others)")):
+        train(make_encoder(), mixture, config(6, save_every=2), stopped, resume=True, progress=False)
     assert snapshot(stopped) == before
 
 
@@ -498,7 +594,8 @@ def test_the_run_directory_holds_every_record(finished):
     assert found["mixture.json"]["steps"] == 4 and found["mixture.json"]["datasets"][0]["epochs"] == pytest.approx(4 * 8 / 40)
     assert {"before", "after", "test", "steps", "best_step", "seconds", "pairs_per_second"} == set(found["metrics.json"])
     line = next(line for line in found["history.json"] if "loss" in line)
-    assert {"loss", "grad_norm", "learning_rate", "masked", "truncated", "mean_cosine", "step"} <= set(line) and line["truncated"] == 0
+    assert {"loss", "grad_norm", "learning_rate", "masked", "negatives", "truncated", "mean_cosine", "step"} <= set(line) and line["truncated"] == 0
+    assert {"max_length", "columns", "waste"} == set(found["mixture.json"]["tokens"])
 
 
 def test_records_are_json_even_when_a_dataset_is_never_drawn(tmp_path):
@@ -546,6 +643,20 @@ def test_log_lines_cover_log_every_steps(tmp_path):
     each, third = losses(tmp_path / "each"), losses(tmp_path / "third")
     assert third[1] == pytest.approx(each[1]) and third[3] == pytest.approx((each[2] + each[3]) / 2)
     assert third[6] == pytest.approx(sum(each[s] for s in (4, 5, 6)) / 3)
+
+
+def test_a_log_line_shows_what_there_is():
+    logs = {"loss": 2.1844, "learning_rate": 1.5e-4, "masked": 0.15, "negatives": 1022.85, "truncated": 0.031, "mean_cosine": 0.2, "grad_norm": 3.0}
+    line = log_line(540_000, logs)
+    assert line == "step 540000 loss 2.184   lr 1.5e-04   masked 0.15   negatives 1022.85   truncated 3.1%"
+    assert log_line(20, {"eval_ndcg@10": 0.5, "eval_other": 1.0}) == "step 20     ndcg@10 0.500" and log_line(20, {"eval_other": 1.0}) == ""
+
+
+@pytest.mark.parametrize("steps, sample, looked", [(100, 4, [0, 25, 50, 75]), (3, 8, [0, 1, 2]), (1, 8, [0]), (10, 0, [])])
+def test_the_account_looks_at_different_batches_spread_over_the_run(steps, sample, looked):
+    mixture, asked = counted(make_mixture(), whole=True)
+    report = run_report(mixture, Tokens(make_tokenizer(), 64), steps, sample)
+    assert asked == looked and ("tokens" in report) == bool(looked) and report["steps"] == steps
 
 
 def test_silence(tmp_path, capfd):
@@ -617,22 +728,55 @@ def test_mean_cosine_is_the_mean_of_all_cosines():
 # ---- data of every kind ----
 
 def test_pairs_and_triplets_train_together(tmp_path):
-    mixture = Mixture([make_source(), make_source(3, name="triplets", seed=2), make_source(5, name="hard", seed=3)], [1.0, 1.0, 1.0], 8, 2)
+    mixture = Mixture([make_source(), make_source(3, name="triplets", seed=2), make_source(5, name="hard", seed=3)], [1.0, 1.0, 1.0], 8, 1)
     assert {len(mixture.batch(s).examples[0]) for s in range(12)} == {2, 3, 5}
     encoder = make_encoder()
     train(encoder, mixture, config(12), tmp_path, progress=False)
     assert len(losses(tmp_path)) == 12 and all(v.isfinite().all() for v in weights(encoder).values())
 
 
+def copied(columns, others=0):
+    "A mixture of 32 equal rows, and some others."
+    table = {"anchor": ["a dog"] * 32, "positive": ["the dog is playing"] * 32} | ({"negative": ["a dog"] * 32} if columns == 3 else {})
+    table = {name: texts + sentences(others, seed) for seed, (name, texts) in enumerate(table.items())}
+    return Mixture([Source(Dataset.from_dict(table), "same", check=False)], [1.0], 8, 1)
+
+
 @pytest.mark.parametrize("columns", [2, 3])
-def test_a_batch_of_duplicates_trains(tmp_path, columns):
-    table = {"anchor": ["a dog"] * 16, "positive": ["the dog is playing"] * 16} | ({"negative": ["a dog"] * 16} if columns == 3 else {})
-    mixture = Mixture([Source(Dataset.from_dict(table), "same", check=False)], [1.0], 8, 1)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_run_on_copies_of_one_row_trains_and_says_so(tmp_path, columns, symmetric):
     encoder = make_encoder()
-    train(encoder, mixture, config(3), tmp_path, progress=False)
-    assert list(losses(tmp_path).values()) == pytest.approx([0, 0, 0], abs=1e-6)
+    with pytest.warns(UserWarning, match="nearly every candidate is a copy.*nothing to learn from; remove copies or mix more datasets"):
+        metrics = train(encoder, copied(columns), config(3, symmetric=symmetric), tmp_path, progress=False)
+    assert metrics["steps"] == 3 and list(losses(tmp_path).values()) == [0, 0, 0]
+    assert all(torch.equal(v, weights(encoder)[n]) for n, v in weights(make_encoder()).items())  # nothing was learned, nothing was harmed
+    lines = [line for line in read(tmp_path, "history") if "loss" in line]
+    assert {line["masked"] for line in lines} == {7.0 if columns == 2 else 15.0} and {line["negatives"] for line in lines} == {0.0}
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_a_run_on_mostly_copies_learns_from_the_others(tmp_path, columns):
+    encoder, mixture = make_encoder(), copied(columns, others=8)
+    with pytest.warns(UserWarning, match="nothing to learn from"):
+        train(encoder, mixture, config(20), tmp_path, progress=False)
+    lines = [line for line in read(tmp_path, "history") if "loss" in line]
+    alone = [len(set(mixture.batch(step).examples)) == 1 for step in range(20)]
+    assert any(alone) and not all(alone)
+    assert [line["loss"] == 0 for line in lines] == [line["negatives"] == 0 for line in lines] == alone
     assert all(v.isfinite().all() for v in weights(encoder).values())
-    assert {line["masked"] for line in read(tmp_path, "history") if "loss" in line} == {7.0 if columns == 2 else 15.0}
+    assert any(not torch.equal(v, weights(encoder)[n]) for n, v in weights(make_encoder()).items())
+
+
+def test_the_warning_of_copies_is_for_copies_only(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for negatives, masked in ((1, 0), (0.9, 0.1), (126.5, 0.5), (1.5, 5.5)):  # the first two: a batch of two pairs
+            check_health({"loss": 1.0, "negatives": negatives, "masked": masked}, 20, config())
+        check_health({"loss": 1.0}, 20, config())
+    with warnings.catch_warnings(record=True) as said:
+        train(make_encoder(), copied(2), config(2, mask_same=False), tmp_path, progress=False)  # a choice: copies are negatives
+    assert not [w for w in said if "copy" in str(w.message)]
+    assert {(line["masked"], line["negatives"]) for line in read(tmp_path, "history") if "loss" in line} == {(0.0, 7.0)}
 
 
 def test_texts_that_are_cut_are_counted(tmp_path):
@@ -688,7 +832,7 @@ def note(event, args):
 sys.addaudithook(note)
 from test_trainer import *
 rank = int(os.environ["RANK"])
-mixture = Mixture([make_source(copies=2), make_source(3, name="triplets", seed=2)], [1.0, 1.0], 8, 2)
+mixture = make_pairs_and_triplets(copies=2)
 result = train(make_encoder(), mixture, config(4, save_every=2, eval_every=2, metric="score"), out, Scores(0.1, 0.2, 0.3), progress=False)
 with open({notes!r} + str(rank), "w") as file: json.dump({{"result": result, "written": written}}, file)
 """
@@ -709,10 +853,12 @@ def test_two_processes_are_one_run(tmp_path):
     done = torchrun(tmp_path, SCRIPT.format(paths=[str(Path(__file__).parent), str(ROOT)], out=str(out), notes=notes))
     assert done.returncode == 0, done.stderr[-3000:]
     alone, start = make_encoder(), weights(make_encoder())
-    mixture = Mixture([make_source(copies=2), make_source(3, name="triplets", seed=2)], [1.0, 1.0], 8, 2)
+    mixture = make_pairs_and_triplets(copies=2)
     assert {len(mixture.batch(s).examples[0]) for s in range(4)} == {2, 3}
     train(alone, mixture, config(4, save_every=2, eval_every=2, metric="score"), tmp_path / "one", Scores(0.1, 0.2, 0.3), progress=False)
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    counts = [[[line["masked"], line["negatives"]] for line in read(o, "history") if "loss" in line] for o in (out, tmp_path / "one")]
+    assert counts[0] == counts[1]  # of the global batch
     norms = [[line["grad_norm"] for line in read(o, "history") if "loss" in line] for o in (out, tmp_path / "one")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # gradients, before Adam makes their size disappear
     both = SentenceEncoder.from_pretrained(out / "model")

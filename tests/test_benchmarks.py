@@ -1,0 +1,93 @@
+"""The benchmarks at tiny size: they still run, compare equal work, and fill the table of their README."""
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import data_input  # noqa: E402
+import data_order  # noqa: E402
+import measure  # noqa: E402
+
+from contrastive_st.data import quickstart_folder  # noqa: E402
+from contrastive_st.tokens import Tokens  # noqa: E402
+
+PAIRS = (("train/question_answer.jsonl", None), ("train/question_question.jsonl", None))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    "Small batches; threads and environment of the test run stay as they are."
+    for name, value in {"BATCH": 16, "PART": 8, "MAX_LENGTH": 32}.items():
+        monkeypatch.setattr(data_input, name, value)
+    for module in (data_input, data_order):
+        monkeypatch.setattr(module, "one_thread", lambda: None)
+        monkeypatch.setattr(module, "fresh", lambda function, *args: function(*args))
+
+
+def test_the_datasets_have_the_published_total():
+    sets = data_order.published()
+    assert len(sets) == 27 and sum(d["rows"] for d in sets) == 1_097_953_922
+    assert sorted({d["columns"] for d in sets}) == [2, 3] and all(d["weight"] > 0 for d in sets)
+    small = data_order.scaled(sets, 1_000_000)
+    assert sum(d["rows"] for d in small) == 1_000_000 and min(d["rows"] for d in small) >= data_order.BATCH
+
+
+def test_data_order(tmp_path, capsys):
+    sets = data_order.published()
+    results = {"step_ms": data_order.step_cost(sets, (0, data_order.LAST), 2), "run_us_per_row": data_order.run_cost(sets, 1, 2),
+               "index_us_per_row": data_order.index_cost(sets[:3], 2), "memory_mb": data_order.memory_cost([1_000_000, 2_000_000], 2, 1)}
+    results["ratios"] = data_order.ratios(results)
+    figures = {"steps": data_order.steps_figure(results["step_ms"]), "memory": data_order.memory_figure(results["memory_mb"], 10**9)}
+    measure.save(results, figures, "order", tmp_path)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == results["ratios"].keys()
+    assert {p.name for p in tmp_path.iterdir()} == {"order.json", "order_steps.png", "order_memory.png"}
+
+
+def test_data_input(tmp_path, tiny_tokenizer):
+    files, work = {"short": PAIRS}, tmp_path / "work"
+    data_input.prepare_stores(files, quickstart_folder(), work, Tokens(tiny_tokenizer, 32))
+    seconds = {kind: data_input.feed_seconds(pairs, work, tiny_tokenizer, 1, 2, 1) for kind, pairs in files.items()}
+    assert seconds["short"].keys() == data_input.WAYS.keys() and all(len(s) == 2 for s in seconds["short"].values())
+    assert data_input.parts_of_ours(PAIRS, work, tiny_tokenizer, 1, 2).keys() >= {"rows", "texts", "identities", "tokens"}
+    assert min(data_input.bytes_per_row(PAIRS, work, quickstart_folder()).values()) > 0
+    found = data_input.ratios(seconds, {"isal_orjson_lines_per_second": 2, "gzip_json_lines_per_second": 1}, {n: {"rows": n, "anonymous": 0} for n in (1, 2)})
+    assert found["short"]["on_the_fly_over_seeds"] > 0 and found["parsing"] == found["rows_of_stores"] == 2
+    data_input.figure({"short": {way: 1.0 for way in data_input.WAYS}, "mixed": {way: 2.0 for way in data_input.WAYS}})
+
+
+def test_unequal_work_is_noticed(tmp_path, tiny_tokenizer, monkeypatch):
+    work = tmp_path / "work"
+    data_input.prepare_stores({"short": PAIRS}, quickstart_folder(), work, Tokens(tiny_tokenizer, 32))
+    mixtures = {kind: data_input.mixture_of(PAIRS, work / kind) for kind in ("texts", "tokens")}
+    stems = data_input.replay(mixtures["texts"], 2, tmp_path / "replay")
+    monkeypatch.setattr(data_input, "MAX_LENGTH", 8)  # the seeds' way cuts earlier now
+    with pytest.raises(AssertionError, match="same work"):
+        data_input.check_same(mixtures, Tokens(tiny_tokenizer, 32), stems)
+
+
+def test_parsing_and_big_stores(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as out:
+        out.writelines(json.dumps([f"question {i}", f"answer {i}"]) + "\n" for i in range(50))
+    assert min(data_input.parsing(tmp_path / "a.jsonl.gz", 2).values()) > 0
+    store = data_input.big_store(tmp_path / "big.store", 3, rows=40)
+    assert len(store) == 120 and store.rows([0, 40])[0] == store.rows([0, 40])[1]
+    found = data_input.memory_of(store.folder, 2) | data_input.cold_read(store.folder)
+    assert found["rows"] == 120 and found.keys() >= {"anonymous", "anonymous_growth", "file_growth", "milliseconds", "mb_read"}
+
+
+def test_no_data_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_ST_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match="set CONTRASTIVE_ST_DATA"):
+        data_input.data_folder()
+
+
+def test_the_table_of_the_readme_is_fresh(tmp_path):
+    readme, copy = ROOT / "benchmarks" / "README.md", tmp_path / "README.md"
+    copy.write_text(readme.read_text(encoding="utf-8"), encoding="utf-8")
+    measure.write_table(copy, ROOT / "benchmarks" / "results")
+    assert copy.read_text(encoding="utf-8") == readme.read_text(encoding="utf-8"), "run python benchmarks/measure.py"

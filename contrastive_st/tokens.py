@@ -77,7 +77,7 @@ def _arrays(engine, texts):
     cut[cut] = [bool(encoded[i].overflowing) for i in np.flatnonzero(cut)]
     return np.fromiter(chain.from_iterable(e.ids for e in encoded), np.int64, lengths.sum()), lengths, cut
 
-# %% ../nbs/02_tokens.ipynb #words
+# %% ../nbs/02_tokens.ipynb #parted
 def _parted(engine):
     "Whether each text has the tokens of its words, one after another: no rule of this tokenizer looks across a space."
     spec = json.loads(engine.to_str())
@@ -85,6 +85,7 @@ def _parted(engine):
     return (kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and spec["truncation"]["direction"] == "Right" and engine.num_special_tokens_to_add(False) > 0
             and not any(" " in token["content"] for token in spec["added_tokens"]))
 
+# %% ../nbs/02_tokens.ipynb #words
 class _Words:
     "What `_arrays` gives, several times faster: each word is tokenised when it first occurs, and looked up from then on."
     def __init__(self, engine, most=2**20):
@@ -92,8 +93,7 @@ class _Words:
         self._special = engine.num_special_tokens_to_add(False)
         self._room = engine.truncation["max_length"] - self._special
         self._engine.no_truncation()
-        whole = self._engine.encode("a")
-        at = whole.special_tokens_mask.index(0)
+        at = (whole := self._engine.encode("a")).special_tokens_mask.index(0)
         self._head, self._tail = (array("i", ids).tobytes() for ids in (whole.ids[:at], whole.ids[at + 1:]))
 
     def _learn(self, words):

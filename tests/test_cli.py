@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import make_backbone, make_tokenizer
 from typer.testing import CliRunner
 
@@ -22,7 +23,9 @@ from contrastive_st import cli, data, evaluation
 from contrastive_st.model import SentenceEncoder
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
-COMMANDS = {"train": ["--out", "--data", "--set", "--resume", "--overwrite", "--progress"], "inspect": ["--data", "--set", "--sample"],
+COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--xla", "--resume", "--overwrite", "--progress"],
+            "inspect": ["--data", "--store", "--set", "--sample", "--plot"],
+            "prepare": ["--out", "--data", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
             "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--batch-size"], "search": ["--top-k"]}
 RECIPE = """
 title = "a small run"
@@ -277,8 +280,8 @@ def test_training_without_any_evaluation(place):
 def test_inspect_reports_and_writes_nothing(place):
     before = {p for p in place.rglob("*") if ".cache" not in p.parts}
     out = works("inspect", "recipe.toml", "--set", "data.batch_size=4", "--sample", "3")
-    for word in ("a small run", "6 steps of 4 examples", "pairs.jsonl", "triplets.jsonl", "asked", "realised", "epochs", "negatives", "duplicates",
-                 "word pieces", "cut at 64"):
+    for word in ("a small run", "6 steps x 4 = 24 examples", "pairs.jsonl", "triplets.jsonl", "asked", "realised", "epochs", "negatives", "duplicates",
+                 "tokens per text, cut at 64", "anchor", "positive", "negative", "longest of batch", "one pass over all 54 rows would take 14 steps"):
         assert word in out
     assert {p for p in place.rglob("*") if ".cache" not in p.parts} == before
 
@@ -287,6 +290,71 @@ def test_inspect_reports_and_writes_nothing(place):
 def test_inspect_with_an_impossible_sample(place, sample):
     code, out, err = command("inspect", "recipe.toml", "--sample", sample)
     assert code == 2 and "Traceback" not in err
+
+
+def test_inspect_warns_and_draws(place):
+    out = works("inspect", "recipe.toml", "--set", "train.steps=2000", "--plot", "plan.png")
+    assert "pairs.jsonl dominates" in out and "triplets.jsonl repeats" in out and "plan.png" in out
+    assert (place / "plan.png").read_bytes().startswith(b"\x89PNG")
+    (place / "plan.png").unlink()
+
+
+def test_the_model_card_holds_what_inspect_prints(place):
+    shutil.rmtree(place / "runs" / "card", ignore_errors=True)
+    works("train", "recipe.toml", "--out", "runs/card", "--no-progress", "--set", "title=\"\"\"a: 'b' #\nc\"\"\"")
+    card = (place / "runs" / "card" / "model" / "README.md").read_text()
+    block = works("inspect", "recipe.toml").split("a small run", 1)[1].strip()
+    assert f"```\n{block}\n```" in card
+    assert "# a: 'b' # c\n" in card and "spearman" in card and "lr = 1e-3" in card
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "sentence-transformers" and metadata["pipeline_tag"] == "sentence-similarity"
+
+
+# ---- prepare ----
+
+def test_prepare_then_train_from_the_store_alone(place):
+    out = works("prepare", "recipe.toml", "--out", "store", "--tokenizer", "encoder", "--no-progress")
+    assert "2 datasets, 54 rows; no line was left out" in out and "36" in out and "18" in out
+    before = {f: f.stat().st_mtime_ns for f in (place / "store").rglob("*.arrow")}
+    assert len(before) == 4                                              # texts and tokens of two datasets
+    works("prepare", "recipe.toml", "--out", "store", "--tokenizer", "encoder", "--no-progress")
+    assert {f: f.stat().st_mtime_ns for f in (place / "store").rglob("*.arrow")} == before
+    config = json.loads((place / "store" / "data_config.json").read_text())
+    assert config == [{"name": "pairs.jsonl", "lines": 36, "weight": 2}, {"name": "triplets.jsonl", "lines": 18, "weight": 1}]
+    runs = []
+    for name, options in (("files", []), ("tokens", ["--store", "store"]), ("alone", ["--data", "store", *(part for key in ("evaluation.sts", "evaluation.retrieval", "test.sts") for part in ("--set", f"{key}=''"))])):
+        works("train", "recipe.toml", "--out", f"runs/{name}", "--overwrite", "--no-progress", *options)
+        runs.append([line["loss"] for line in json.loads((place / "runs" / name / "history.json").read_text()) if "loss" in line])
+    assert runs[0] == runs[1] == runs[2]                                 # the same numbers from files, from tokens, from the store alone
+    assert works("inspect", "recipe.toml", "--store", "store") == works("inspect", "recipe.toml")
+
+
+def test_prepare_lists_bad_lines(place, tmp_path):
+    lines = ['["a dog", "a cat"]', "not JSON", '["rain", ""]', '["snow", "money"]', '["one"]']
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "mix.json").write_text('[{"name": "mixed.jsonl", "weight": 1}]')
+    out = works("prepare", tmp_path / "mix.json", "--out", tmp_path / "store", "--no-progress")
+    assert "3 bad lines left out" in out
+    rejects = [json.loads(line) for line in (tmp_path / "store" / "mixed.jsonl.store" / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["kind"]) for r in rejects] == [(2, "malformed"), (3, "empty"), (5, "malformed")]
+    refuses("prepare", tmp_path / "mix.json", "--out", tmp_path / "strict", "--on-error", "raise", "--no-progress", words=["mixed.jsonl:2", "not JSON"])
+
+
+@pytest.mark.parametrize("args, words", [
+    (["nowhere.json", "--out", "s"], ["nowhere.json"]), (["recipe.toml", "--out", "data"], ["is the data folder"]),
+    (["recipe.toml", "--out", "texts.txt"], ["texts.txt"]), (["recipe.toml", "--out", "s", "--on-error", "ignore"], ["on_error", "skip"]),
+    (["recipe.toml", "--out", "s", "--tokenizer", "nowhere/model"], ["nowhere/model"]),
+])
+def test_prepare_refuses(place, args, words):
+    refuses("prepare", *args, "--no-progress", words=words)
+    shutil.rmtree(place / "s", ignore_errors=True)
+
+
+def test_a_store_of_another_tokenizer_or_without_a_dataset(place):
+    works("prepare", "recipe.toml", "--out", "other", "--tokenizer", "encoder", "--max-length", "32", "--no-progress")
+    refuses("train", "recipe.toml", "--out", "never", "--store", "other", "--no-progress", words=["32", "64", "prepare the store again"])
+    assert not (place / "never").exists()
+    refuses("inspect", "recipe.toml", "--store", "other", "--set", "data.mix=[{name='gone.jsonl',weight=1}]", words=["gone.jsonl"])
 
 
 # ---- evaluate ----
@@ -477,8 +545,8 @@ def test_user_errors_are_one_sentence(broken, args, words):
     ("evaluation.retrieval='/etc'", ["evaluation.retrieval", "leaves the data folder"]),
     ("data.mix='../recipe.toml'", ["data.mix", "leaves the data folder"]), ("test.sts='tsts.tsv'", ["test.sts", "tsts.tsv"]),
     ("data.mix=[{name='broken.jsonl',weight=1}]", ["broken.jsonl:3"]), ("data.mix=[{name='pairs.jsonl',weight=-1}]", ["recipe.toml", "weight is -1"]),
-    ("data.mix=[{name='../texts.txt',weight=1}]", ["recipe.toml", "leaves the data folder"]), ("data.batch_size=1000", ["1000"]),
-    ("data.batch_size=7", ["7"]),
+    ("data.mix=[{name='../texts.txt',weight=1}]", ["recipe.toml", "leaves the data folder"]), ("data.datasets_per_batch=3", ["datasets_per_batch", "3"]),
+    ("data.temperature=0.5", ["temperature"]),
     ("model.name='nowhere/model'", ["nowhere/model"]), ("model.name='pickled'", ["pickle"]), ("model.pooling='sum'", ["sum", "mean"]),
     ("model.max_length=4096", ["4096"]),
     ("train.similarity='l2'", ["similarity", "l2"]), ("train.widths=[64]", ["64"]), ("train.lr=inf", ["lr"]), ("train.seed=-1", ["seed"]),

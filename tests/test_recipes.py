@@ -249,12 +249,21 @@ def test_mixes_in_a_file_name_that_file(folder, monkeypatch, content, words):
     assert all(word in str(caught.value) for word in words)
 
 
-def test_a_batch_that_no_dataset_fills_is_refused(folder, monkeypatch):
+def test_a_batch_that_no_dataset_fills(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    with pytest.raises(ValueError, match="8 rows are fewer than the 16"):
+    with pytest.warns(UserWarning, match="8 rows are fewer than the 16"):     # it wraps, and the loss masks the copies
         load(folder / "good.toml", {"data": {"batch_size": 16}}).mixture()
     with pytest.raises(ValueError, match="datasets_per_batch"):
         load(folder / "good.toml", {"data": {"datasets_per_batch": 3}}).mixture()
+
+
+def test_temperature_makes_the_weights(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    flat, sized = (load(folder / "good.toml", {"data": {"temperature": t}}).mixture() for t in (1e9, 1))
+    assert flat.weights == pytest.approx([1 / len(flat.weights)] * len(flat.weights), rel=1e-6)
+    assert sized.weights == pytest.approx([len(s) / sum(map(len, sized.sources)) for s in sized.sources])
+    with pytest.raises(ValueError, match="temperature"):
+        load(folder / "good.toml", {"data": {"temperature": 0.5}})
 
 
 # ---- paths ----

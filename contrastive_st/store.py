@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SUMMARY', 'REJECTS', 'TOKENS', 'SHARD_ROWS', 'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards',
-           'Store', 'is_current', 'write_store', 'write_tokens', 'summary_table']
+           'Store', 'summary_table', 'is_current', 'write_store', 'write_tokens']
 
 # %% ../nbs/00_store.ipynb #imports-std
 import contextlib
 import errno
 import json
+import os
 import shutil
 import unicodedata
 from collections import Counter
@@ -101,22 +102,26 @@ class Shards:
 FORMAT = 2  # raise it when the layout or the checks change
 SUMMARY, REJECTS, TOKENS = "summary.json", "rejects.jsonl", "tokens"
 
+def _read_summary(path):
+    "A summary that this version wrote."
+    try: summary = json.loads(path.read_text(encoding="utf-8"))
+    except OSError: raise ValueError(f"{path.parent}: no {SUMMARY}, so this is no prepared dataset; prepare it (again)") from None
+    except ValueError: raise ValueError(f"{path}: not JSON; delete the folder and prepare the data again") from None
+    found = summary.get("format") if isinstance(summary, dict) else None
+    if found != FORMAT: raise ValueError(f"{path}: format {found}, this version reads {FORMAT}; prepare the data again")
+    return summary
+
+# %% ../nbs/00_store.ipynb #store-class
 class Store:
     "One prepared dataset: rows of C texts with their identities, and their tokens if they were prepared."
     def __init__(self,
         folder:str|Path, # as `write_store` leaves it
     ):
-        self.folder, path = Path(folder), Path(folder) / SUMMARY
-        try: self.summary = json.loads(path.read_text(encoding="utf-8"))
-        except OSError: raise ValueError(f"{folder}: no {SUMMARY}, so this is no prepared dataset; prepare it (again)") from None
-        except ValueError: raise ValueError(f"{path}: not JSON; delete the folder and prepare the data again") from None
-        found = self.summary.get("format") if isinstance(self.summary, dict) else None
-        if found != FORMAT: raise ValueError(f"{path}: format {found}, this version reads {FORMAT}; prepare the data again")
+        self.folder, self.summary = Path(folder), _read_summary(Path(folder) / SUMMARY)
         self.columns, self._texts = tuple(self.summary["columns"]), Shards(folder, self.summary["shards"])
 
     def __len__(self): return len(self._texts)
     def __reduce__(self): return Store, (self.folder,)
-    def shards(self): return iter(self._texts)
 
     def rows(self,
         indices:Sequence[int], # row numbers in any order
@@ -135,13 +140,10 @@ class Store:
     def tokenised(self)->dict|None: # as `write_tokens` left it; None if the store holds texts only
         "Say with which tokenizer the rows were tokenised."
         path = self.folder / TOKENS / SUMMARY
-        try: return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except ValueError: raise ValueError(f"{path}: not JSON; delete this folder and prepare the tokens again") from None
+        return _read_summary(path) if path.is_file() else None
 
     @cached_property
-    def _tokens(self):
-        if not self.tokenised: raise ValueError(f"{self.folder}: the store holds no tokens; prepare it with a tokenizer")
-        return Shards(self.folder / TOKENS, self.tokenised["shards"])
+    def _tokens(self): return Shards(self.folder / TOKENS, _read_summary(self.folder / TOKENS / SUMMARY)["shards"])
 
     def tokens(self,
         indices:Sequence[int], # row numbers in any order
@@ -177,7 +179,7 @@ def _writing(folder):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): todo = "make room or choose another folder, and run again: finished shards are kept, and an older store stays as it was"
         else: todo = "choose a folder that can be written"
-        raise ValueError(f"{folder}: cannot write the store ({error.strerror or error}); {todo}") from None
+        raise ValueError(f"{folder}: cannot write the store ({os.strerror(error.errno) if error.errno else error}); {todo}") from None
 
 # %% ../nbs/00_store.ipynb #replacing
 def _begun(part, origin):
@@ -280,6 +282,19 @@ def _summary(part, state):
             "distinct": {name: _distinct(lambda: (ids(s, c) for s in shards), len(shards)) for c, name in enumerate(columns)},
             "characters": {name: _characters(shards, c) for c, name in enumerate(columns)}, "origin": state["origin"], "shards": state["files"]}
 
+# %% ../nbs/00_store.ipynb #summary-table
+def summary_table(
+    summaries:dict[str, dict], # of each dataset, by name
+)->str: # several lines
+    "Write summaries as a table to be read."
+    width = max(map(len, ["dataset", *summaries]))
+    head = f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14} {'duplicate rows':>14}  characters per text: median, 95%, longest"
+    lines = [f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,} {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  "
+             + "   ".join(f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()) for name, s in summaries.items()]
+    bad = sum(sum(s["rejected"].values()) for s in summaries.values())
+    total = f"{len(summaries):,} datasets, {sum(s['rows'] for s in summaries.values()):,} rows"
+    return "\n".join([head, *lines, total + (f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}" if bad else "; no line was left out")])
+
 # %% ../nbs/00_store.ipynb #write-store
 def is_current(
     folder:str|Path, # a store, or where one will be
@@ -343,21 +358,8 @@ def write_tokens(
     with _writing(target):
         if _is_tokenised(store, engine): return
         with _replacing(target, engine) as (part, state):
-            for n, shard in enumerate(store.shards()):
+            for n, shard in enumerate(store._texts):
                 if n >= len(state["files"]): _write_shard(part, state, _token_arrays(shard.batch.columns[:C], encode, kind), [*store.columns, *(f"{c}_cut" for c in store.columns)])
                 told(shard.batch.num_rows)
             truncated = {name: int(sum(np.sum(s.fixed[c]) for s in Shards(part, state["files"]))) for c, name in enumerate(store.columns)}
-            _save(part / SUMMARY, {"origin": engine, "truncated": truncated, "shards": state["files"]})
-
-# %% ../nbs/00_store.ipynb #summary-table
-def summary_table(
-    summaries:dict[str, dict], # of each dataset, by name
-)->str: # several lines
-    "Write summaries as a table to be read."
-    width = max(map(len, ["dataset", *summaries]))
-    head = f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14} {'duplicate rows':>14}  characters per text: median, 95%, longest"
-    lines = [f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,} {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  "
-             + "   ".join(f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()) for name, s in summaries.items()]
-    bad = sum(sum(s["rejected"].values()) for s in summaries.values())
-    total = f"{len(summaries):,} datasets, {sum(s['rows'] for s in summaries.values()):,} rows"
-    return "\n".join([head, *lines, total + (f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}" if bad else "; no line was left out")])
+            _save(part / SUMMARY, {"format": FORMAT, "origin": engine, "truncated": truncated, "shards": state["files"]})

@@ -3,6 +3,7 @@ import contextlib
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -137,7 +138,8 @@ def tree(folder):
 # ---- the installed script, in processes of its own ----
 
 def test_the_installed_script(place):
-    calls = {"version": ["--version"], "help": ["train", "--help"], "no recipe": ["train", "nope.toml", "--out", "never"]}
+    calls = {"version": ["--version"], "help": ["train", "--help"], "no recipe": ["train", "nope.toml", "--out", "never"],
+             "prepare": ["prepare", "recipe.toml", "--out", "made", "--workers", "2"]}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, "cwd": place}
     started = {name: subprocess.Popen([SCRIPT, *args], **settings) for name, args in calls.items()}
@@ -148,6 +150,9 @@ def test_the_installed_script(place):
     out, err, code = ended["no recipe"]
     assert code == 2 and not out and err.count("\n") == 1 and err.startswith("error: ") and "nope.toml" in err
     assert not (place / "never").exists()
+    out, err, code = ended["prepare"]                                    # in processes of its own; no bar, for this is no terminal
+    assert (code, err) == (0, "") and "2 datasets, 54 rows; no line was left out" in out
+    assert out.endswith("Written to made. Next: contrastive-st train recipe.toml --store made\n")
 
 
 # ---- help ----
@@ -299,6 +304,34 @@ def test_inspect_warns_and_draws(place):
     (place / "plan.png").unlink()
 
 
+def test_the_plan_of_many_datasets_is_drawn(tmp_path):
+    "Long names, more datasets than rows, datasets that are never seen; the file is a PNG whatever it is called."
+    rows = [{"name": f"{'long/' * 30}{n}.jsonl.gz", "asked": (n + 1) / 5050, "realised": (n % 2) / 50, "epochs": float(n % 2 * n)} for n in range(100)]
+    for most in (1, 30, 100, 200):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cli.report_figure({"steps": 1000, "batch_size": 64, "datasets": rows}, tmp_path / "plan.jpg", most)
+        assert (tmp_path / "plan.jpg").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_draws_into_a_new_folder(place):
+    works("inspect", "recipe.toml", "--plot", "pictures/new/plan.png")
+    assert (place / "pictures" / "new" / "plan.png").is_file()
+    shutil.rmtree(place / "pictures")
+
+
+def test_inspect_wants_a_recipe(place):
+    refuses("inspect", "data/data_config.json", words=["data/data_config.json", "no recipe", "data.mix"])
+
+
+def test_a_card_whose_recipe_holds_a_fence_is_one_document(place):
+    (place / "fence.toml").write_text("# ```\n# ---\n# # not a heading\n" + (place / "recipe.toml").read_text().replace("steps = 6", "steps = 2"))
+    works("train", "fence.toml", "--out", "runs/fence", "--overwrite", "--no-progress")
+    card = (place / "runs" / "fence" / "model" / "README.md").read_text()
+    assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")
+    assert set(yaml.safe_load(card.split("---")[1])) == {"library_name", "pipeline_tag", "tags"}
+
+
 def test_the_model_card_holds_what_inspect_prints(place):
     shutil.rmtree(place / "runs" / "card", ignore_errors=True)
     works("train", "recipe.toml", "--out", "runs/card", "--no-progress", "--set", "title=\"\"\"a: 'b' #\nc\"\"\"")
@@ -347,7 +380,57 @@ def test_prepare_lists_bad_lines(place, tmp_path):
 ])
 def test_prepare_refuses(place, args, words):
     refuses("prepare", *args, "--no-progress", words=words)
-    shutil.rmtree(place / "s", ignore_errors=True)
+    assert not (place / "s").exists()                                    # also a wrong tokenizer is found before the data are read
+
+
+def test_prepare_finds_the_data_of_a_config(place):
+    "Beside the config, in the folder that --data names, or in a store folder inside the data folder; weights may be missing."
+    (place / "configs").mkdir(exist_ok=True)
+    (place / "configs" / "sizes.json").write_text('[{"name": "pairs.jsonl"}, {"name": "triplets.jsonl", "lines": 18}]')
+    refuses("prepare", "configs/sizes.json", "--out", "sized", words=["pairs.jsonl", "configs"])
+    out = works("prepare", "configs/sizes.json", "--data", "data", "--out", "data/my stores", "--workers", "1")
+    assert "train RECIPE.toml --store 'data/my stores'" in out
+    listed = [{"name": "pairs.jsonl", "lines": 36}, {"name": "triplets.jsonl", "lines": 18}]
+    assert json.loads((place / "data" / "my stores" / "data_config.json").read_text()) == listed
+    refuses("inspect", "recipe.toml", "--data", "data/my stores", words=["'weight' is missing"])
+    assert " 66.67%" in works("inspect", "recipe.toml", "--data", "data/my stores", "--set", "data.temperature=1")
+    assert "--data" in works("prepare", "recipe.toml", "--data", "data", "--out", "data/my stores", "--workers", "1").split("Next:")[1]
+    refuses("prepare", "data/my stores/data_config.json", "--out", "again", words=["is prepared already", "--data"])
+    shutil.rmtree(place / "data" / "my stores")
+
+
+def test_prepare_cuts_texts_where_the_recipe_does(place):
+    path = recipe(place, "short.toml", ("max_length = 64", "max_length = 16"), ("steps = 6", "steps = 2"))
+    works("prepare", path, "--out", "short", "--tokenizer", "encoder", "--workers", "1")
+    found = json.loads((place / "short" / "pairs.jsonl.store" / "tokens" / "summary.json").read_text())
+    assert found["origin"]["max_length"] == 16
+    assert works("inspect", path, "--store", "short") == works("inspect", path)
+
+
+def test_an_interrupted_prepare_says_how_to_go_on(place, monkeypatch):
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "prepare", stop)
+        code, out, err = command("prepare", "recipe.toml", "--out", "stopped")
+    assert code == 130 and not out and "the same command" in err and "Traceback" not in err
+    counter = multiprocessing.get_context("spawn").Value("q", 5)
+    data._share(counter)
+    data._count(3)
+    assert counter.value == 8
+    counter.value = -1                                                   # as the command leaves it when it stops
+    with pytest.raises(KeyboardInterrupt):
+        data._count(3)
+
+
+def test_a_store_that_lacks_a_dataset_names_what_makes_it(place):
+    words = ["contrastive-st prepare recipe.toml --out"]
+    refuses("train", "recipe.toml", "--out", "never", "--store", "nowhere", words=["nowhere", *words])
+    refuses("train", "recipe.toml", "--out", "never", "--store", "configs", words=["pairs.jsonl", "configs", *words])
+    refuses("inspect", "recipe.toml", "--store", "data", words=["data has no store of 'pairs.jsonl'", *words])   # files, not stores
+    hub = "data.mix=[{name='owner/set',weight=1}]"
+    refuses("inspect", "recipe.toml", "--store", "data", "--set", hub, words=["no store of 'owner/set'", *words])   # it is not fetched from the hub
+    refuses("inspect", "recipe.toml", "--store", "data", "--set", "data.mix=[{name='pairs.jsonl',weight=-1}]", words=["data.mix", "weight is -1"])
+    assert not (place / "never").exists()
 
 
 def test_a_store_of_another_tokenizer_or_without_a_dataset(place):

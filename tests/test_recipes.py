@@ -1,5 +1,6 @@
 """Recipes: what a reader can get wrong in a file is said with the file, the key and what to do."""
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from contrastive_st import recipes
+from contrastive_st.data import prepare
 from contrastive_st.recipes import DataPlan, EvaluationPlan, Recipe, build, inside, load, merge
 from contrastive_st.trainer import TrainConfig
 
@@ -264,6 +266,31 @@ def test_temperature_makes_the_weights(folder, monkeypatch):
     assert sized.weights == pytest.approx([len(s) / sum(map(len, sized.sources)) for s in sized.sources])
     with pytest.raises(ValueError, match="temperature"):
         load(folder / "good.toml", {"data": {"temperature": 0.5}})
+
+
+def test_the_data_config_of_a_recipe(folder):
+    assert recipes.data_config(load(folder / "good.toml")) == (folder / "data" / "data_config.json", folder / "data")
+    inline = [{"name": "pairs.jsonl", "weight": 1}]
+    recipe = load(folder / "good.toml", {"data": {"mix": inline}})
+    assert recipes.data_config(recipe) == (inline, folder / "data") and recipes.data_config(recipe, folder) == (inline, folder)
+    with pytest.raises(ValueError, match="good.toml: data.mix: there is no 'data_config.json' in the data folder"):
+        recipes.data_config(load(folder / "good.toml"), folder)
+
+
+def test_a_mixture_from_stores(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    recipe = load(folder / "good.toml")
+    names = ["pairs.jsonl", "more.jsonl"]
+    prepare([{"name": n, "path_or_hub_id": folder / "data" / n} for n in names], folder / "store", progress=False)
+    stored, read = recipe.mixture(store=folder / "store"), recipe.mixture()
+    assert all(s.store.folder.parent.resolve() == (folder / "store").resolve() for s in stored.sources)
+    assert [stored.batch(n).examples for n in range(9)] == [read.batch(n).examples for n in range(9)]
+    assert recipe.mixture(folder / "data", folder / "store").weights == [1, 3]
+    shutil.rmtree(folder / "store" / "more.jsonl.store")
+    with pytest.raises(ValueError, match="more.jsonl.*make it with: contrastive-st prepare .*good.toml --out .*store$"):
+        recipe.mixture(store=folder / "store")
+    with pytest.raises(ValueError, match="no folder of stores"):
+        recipe.mixture(store=folder / "gone")
 
 
 # ---- paths ----

@@ -1,0 +1,497 @@
+"""The store: what comes back is what went in, whatever stopped the writing; damage is named; the numbers are those of a naive count."""
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contrastive_st import store
+from contrastive_st.store import (
+    REJECTS,
+    SUMMARY,
+    TOKENS,
+    Shards,
+    Store,
+    column_names,
+    is_current,
+    summary_table,
+    text_identity,
+    write_store,
+    write_tokens,
+)
+
+ORIGIN = {"file": "a.jsonl", "bytes": 7}
+WORDS = ["tug", "Tug ", "é", "e\u0301", "Straße", "港口", "a\u2028b", "\U0001f6a2", "x" * 300, "\u0000", "\n", "q", "berth 4", "\u200f"]
+
+
+def reader(lines, stop=None):
+    "A `read` over lines: None is blank, a text is the kind of a reject, else a list of rows; it is interrupted before line `stop`."
+    def read(after, first, reject):
+        assert (first is None) == (not any(isinstance(line, list) for line in lines[:after]))
+        for n, line in enumerate(lines, 1):
+            if n == stop:
+                raise KeyboardInterrupt
+            if n <= after or line is None:
+                continue
+            if isinstance(line, str):
+                reject(n, line, f"line {n} is {line}: \u00fc")
+            else:
+                yield from ((n, row) for row in line)
+    return read
+
+
+def pairs(rows):
+    "Lines of one row each."
+    return [[tuple(row)] for row in rows]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    "All files of a folder."
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+
+def small(monkeypatch, rows, characters=2**26):
+    monkeypatch.setattr(store, "SHARD_ROWS", rows)
+    monkeypatch.setattr(store, "SHARD_CHARACTERS", characters)
+
+
+def refuses(call, *parts):
+    "call() raises ValueError and its message holds every part."
+    with pytest.raises(ValueError) as caught:
+        call()
+    for part in parts:
+        assert str(part) in str(caught.value)
+
+
+# ---- what goes in comes out
+
+@pytest.mark.parametrize("width, shard_rows", [(2, 1), (2, 7), (3, 64), (5, 10**6)])
+def test_rows_and_identities_are_those_of_a_list(tmp_path, monkeypatch, width, shard_rows):
+    small(monkeypatch, shard_rows)
+    draw = random.Random(width)
+    rows = [tuple("".join(draw.choices(WORDS, k=3)) + str(i) for _ in range(width)) for i in range(200)]
+    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows)))
+    assert (len(made), made.columns) == (200, column_names(width)) and len(made.summary["shards"]) == -(-200 // shard_rows)
+    for indices in ([draw.randrange(200) for _ in range(300)], range(200), np.arange(199, -1, -3), (0, 199, 0), np.array([5], np.int32)):
+        assert made.rows(indices) == [rows[i] for i in indices]
+        ids = made.identities(indices)
+        assert ids.dtype == np.int64 and ids.tolist() == [[text_identity(t) for t in rows[i]] for i in indices]
+    for nothing in ([], (), range(0), np.array([], np.int64)):
+        assert made.rows(nothing) == [] and made.identities(nothing).shape == (0, width) and made.identities(nothing).dtype == np.int64
+    for outside in ([200], [-1], [0, 200], [2**40]):
+        for ask in (made.rows, made.identities):
+            with pytest.raises(IndexError, match="of 200"):
+                ask(outside)
+
+
+def test_a_store_is_sent_to_another_process_closed(tmp_path, monkeypatch):
+    small(monkeypatch, 2)
+    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([(f"a{i}", f"b{i}") for i in range(9)])))
+    made.rows(range(9))  # all shards are mapped
+    sent = pickle.dumps(made)
+    assert len(sent) < 500 and pickle.loads(sent).rows([8, 0]) == [("a8", "b8"), ("a0", "b0")]
+    shards = pickle.loads(pickle.dumps(Shards(made.folder, made.summary["shards"])))
+    assert len(shards) == 9 and not shards._open
+
+
+def test_a_thousand_shards_keep_no_file_open(tmp_path, monkeypatch):
+    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a", "b"), ("c", "d")])))
+    [one] = made.summary["shards"]
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("no /proc here")
+    many = Shards(made.folder, [one] * 1000)
+    assert sum(1 for _ in many.find(range(2000))) == 2000 and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_line_with_several_rows_is_never_divided(tmp_path, monkeypatch):
+    small(monkeypatch, 3)
+    lines = [[(f"q{n}", f"p{n}-{k}") for k in range(n % 5)] or None for n in range(1, 30)]
+    made = write_store(tmp_path / "a.store", ORIGIN, reader(lines))
+    assert made.rows(range(len(made))) == [row for line in lines for row in line or ()]
+    ends = np.cumsum([f["rows"] for f in made.summary["shards"]]).tolist()
+    assert set(ends) <= set(np.cumsum([len(line or ()) for line in lines]).tolist()) and len(ends) > 5
+
+
+def test_a_shard_also_ends_by_size(tmp_path, monkeypatch):
+    small(monkeypatch, 10**6, 100)
+    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a" * 30, str(i)) for i in range(40)] + [("b" * 1000, "c")] + [("d", "e")])))
+    assert [f["rows"] for f in made.summary["shards"]] == [4] * 10 + [1, 1]
+
+
+# ---- interrupted and continued
+
+EVENTS = st.lists(st.one_of(st.none(), st.sampled_from(["malformed", "empty"]), st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(WORDS)), min_size=1, max_size=3)), max_size=25)
+
+
+@given(EVENTS, st.integers(1, 5), st.integers(10, 400), st.lists(st.integers(1, 27), max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_interrupted_anywhere_and_continued_is_the_same_store(tmp_path_factory, lines, shard_rows, characters, stops):
+    "Byte for byte, the notes on rejected lines included."
+    lines, folder = [[("first", "row")], *lines], tmp_path_factory.mktemp("s")
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch, shard_rows, characters)
+        write_store(folder / "whole.store", ORIGIN, reader(lines))
+        for stop in stops:
+            try:
+                write_store(folder / "parts.store", ORIGIN, reader(lines, stop))
+                break
+            except KeyboardInterrupt:
+                assert not (folder / "parts.store").exists()
+        made = write_store(folder / "parts.store", ORIGIN, reader(lines))
+    assert content(folder / "parts.store") == content(folder / "whole.store")
+    rejected = [json.loads(line) for line in (made.folder / REJECTS).read_text(encoding="utf-8").splitlines()]
+    assert [(r["line"], r["kind"]) for r in rejected] == [(n, line) for n, line in enumerate(lines, 1) if isinstance(line, str)]
+    assert made.rows(range(len(made))) == [row for line in lines if isinstance(line, list) for row in line]
+    assert sorted(p.name for p in folder.iterdir()) == [".parts.store.lock", ".whole.store.lock", "parts.store", "whole.store"]
+
+
+@pytest.mark.parametrize("where", ["_summary", "_save", "_write_shard", "_text_arrays"])
+@pytest.mark.parametrize("nth", [0, 1, 2, 3])
+def test_interrupted_between_any_two_writes(tmp_path, monkeypatch, where, nth):
+    small(monkeypatch, 4)
+    lines = [[("a", str(n))] if n % 3 else "empty" for n in range(1, 20)]
+    write_store(tmp_path / "whole.store", ORIGIN, reader(lines))
+    real, calls = getattr(store, where), [0]
+    def fails(*args, **more):
+        calls[0] += 1
+        if calls[0] == nth + 1:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, where, fails)
+        try:
+            write_store(tmp_path / "a.store", ORIGIN, reader(lines))
+        except KeyboardInterrupt:
+            assert not (tmp_path / "a.store").exists()
+    write_store(tmp_path / "a.store", ORIGIN, reader(lines))
+    assert content(tmp_path / "a.store") == content(tmp_path / "whole.store")
+
+
+def test_finished_shards_are_not_written_again(tmp_path, monkeypatch):
+    small(monkeypatch, 2)
+    lines, told = pairs([(f"a{i}", f"b{i}") for i in range(10)]), []
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "a.store", ORIGIN, reader(lines, 8), told=told.append)
+    part = tmp_path / "a.store.part"
+    kept = {p.name: p.stat().st_mtime_ns for p in part.glob("*.arrow")}
+    assert told == [0, 2, 2, 2] and len(kept) == 3
+    told.clear()
+    write_store(tmp_path / "a.store", ORIGIN, reader(lines), told=told.append)
+    assert told == [6, 2, 2] and {name: (tmp_path / "a.store" / name).stat().st_mtime_ns for name in kept} == kept
+
+
+@pytest.mark.parametrize("harm", ["other origin", "no state", "bad state", "lost shard", "cut shard"])
+def test_a_part_that_does_not_fit_is_begun_anew(tmp_path, monkeypatch, harm):
+    small(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("old", str(i)) for i in range(9)]), 8))
+    part = tmp_path / "a.store.part"
+    if harm == "no state":
+        (part / "state.json").unlink()
+    if harm == "bad state":
+        (part / "state.json").write_text('{"origin":')
+    if harm == "lost shard":
+        (part / "shard-00001.arrow").unlink()
+    if harm == "cut shard":
+        os.truncate(part / "shard-00000.arrow", 100)
+    rows = [("new", str(i)) for i in range(7)]
+    made = write_store(tmp_path / "a.store", ORIGIN | ({"bytes": 8} if harm == "other origin" else {}), reader(pairs(rows)))
+    assert made.rows(range(len(made))) == rows and not part.exists()
+    assert len(list(made.folder.glob("shard-*"))) == 4
+
+
+# ---- the old store
+
+def older(tmp_path):
+    return write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("old", "1"), ("old", "2")])))
+
+
+def test_the_same_origin_is_not_written_twice(tmp_path):
+    older(tmp_path)
+    def read(*args): pytest.fail("it was read again")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a.store").iterdir()}
+    assert len(write_store(tmp_path / "a.store", dict(ORIGIN), read)) == 2 and is_current(tmp_path / "a.store", ORIGIN)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "a.store").iterdir()} == before
+    assert not is_current(tmp_path / "a.store", ORIGIN | {"bytes": 8}) and not is_current(tmp_path / "none", ORIGIN)
+
+
+@pytest.mark.parametrize("failure", [ValueError("line 3 is bad"), KeyboardInterrupt(), RuntimeError("x")])
+@pytest.mark.parametrize("place", ["read", "check"])
+def test_the_old_store_stays_whole_until_the_new_one_is(tmp_path, failure, place):
+    old, rows = older(tmp_path), pairs([("new", "1"), ("new", "2")])
+    def fail(*args): raise failure
+    with pytest.raises(type(failure)):
+        write_store(tmp_path / "a.store", {"bytes": 8}, fail if place == "read" else reader(rows), fail)
+    assert Store(tmp_path / "a.store").rows([0, 1]) == old.rows([0, 1]) == [("old", "1"), ("old", "2")]
+    assert (tmp_path / "a.store.part").exists() == (not isinstance(failure, ValueError))  # bad data: nothing to go on with
+    assert write_store(tmp_path / "a.store", {"bytes": 8}, reader(rows)).rows([0]) == [("new", "1")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
+
+
+def test_killed_between_the_two_renames(tmp_path, monkeypatch):
+    older(tmp_path)
+    real = Path.rename
+    def rename(self, target):
+        if self.suffix == ".part":
+            raise KeyboardInterrupt
+        return real(self, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")])))
+    def fail(*args): raise ValueError("the file is gone")
+    with pytest.raises(ValueError, match="gone"):
+        write_store(tmp_path / "a.store", {"bytes": 9}, fail)
+    assert Store(tmp_path / "a.store").rows([0]) == [("old", "1")]  # it is back
+    assert write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")]))).rows([0]) == [("new", "1")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
+
+
+def test_killed_before_the_old_one_was_removed(tmp_path):
+    older(tmp_path)
+    shutil.copytree(tmp_path / "a.store", tmp_path / "a.store.old")
+    write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")])))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
+
+
+def test_a_link_to_a_store_is_replaced_and_its_target_left_alone(tmp_path):
+    old = older(tmp_path)
+    (tmp_path / "b.store").symlink_to(old.folder, target_is_directory=True)
+    assert Store(tmp_path / "b.store").rows([1]) == [("old", "2")]
+    for n in (8, 9):
+        assert write_store(tmp_path / "b.store", {"bytes": n}, reader(pairs([("new", str(n)), ("b", "c")]))).rows([0]) == [("new", str(n))]
+    assert Store(tmp_path / "a.store").rows([1]) == [("old", "2")] and not (tmp_path / "b.store.old").is_symlink()
+
+
+def test_an_open_store_that_is_replaced_never_mixes_old_and_new(tmp_path, monkeypatch):
+    small(monkeypatch, 1)
+    old = older(tmp_path)
+    assert old.rows([0]) == [("old", "1")]
+    write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("a new text that is longer", "1" * 99), ("a new text that is longer", "2" * 99)])))
+    assert old.rows([0]) == [("old", "1")]  # mapped before
+    refuses(lambda: old.rows([1]), "shard-00001.arrow", "bytes where")
+
+
+# ---- the disk
+
+@pytest.mark.parametrize("code, todo", [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "finished shards are kept"), (errno.EACCES, "can be written"), (errno.EROFS, "can be written")])
+def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeypatch, code, todo):
+    old, lines = older(tmp_path), pairs([("new", str(i)) for i in range(9)])
+    small(monkeypatch, 2)
+    real, count = store._write_shard, Counter()
+    def full(*args, **more):
+        count["shards"] += 1
+        if count["shards"] == 4:
+            raise OSError(code, os.strerror(code))
+        real(*args, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write_shard", full)
+        refuses(lambda: write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines)), tmp_path / "a.store", "cannot write the store", os.strerror(code), todo)
+    assert Store(tmp_path / "a.store").rows([1]) == old.rows([1]) == [("old", "2")]
+    told = []
+    made = write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines), told=told.append)
+    assert told[0] == 6 and made.rows(range(9)) == [row for [row] in lines]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    refuses(lambda: write_store(tmp_path / "file" / "a.store", ORIGIN, reader([])), tmp_path / "file" / "a.store", "choose a folder that can be written")
+
+
+# ---- damage
+
+def test_a_shard_that_is_cut_missing_or_no_arrow_file(tmp_path, monkeypatch):
+    small(monkeypatch, 2)
+    rows = [(f"a{i}", f"b{i}") for i in range(6)]
+    folder = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows))).folder
+    shard, todo = folder / "shard-00001.arrow", "or delete this folder and prepare the data again"
+    whole = shard.read_bytes()
+    for harm, said in ((whole[:-1], "cut off or damaged"), (whole[:8], "cut off or damaged"), (whole + b"\0", "cut off or damaged"), (b"", "missing"), (None, "missing")):
+        shard.unlink(missing_ok=True)
+        if harm is not None:
+            shard.write_bytes(harm)
+        refuses(lambda: Store(folder), shard, said, f"{len(harm or b'')} bytes where {len(whole)} were written", todo)
+        assert not is_current(folder, ORIGIN)
+        assert write_store(folder, ORIGIN, reader(pairs(rows))).rows([2]) == [rows[2]]  # and preparing rebuilds it
+    shard.write_bytes(b"\0" * len(whole))  # the right size: found when it is read
+    assert Store(folder).rows([0, 5]) == [rows[0], rows[5]]
+    refuses(lambda: Store(folder).rows([3]), shard, "not a whole Arrow file", "prepare the data again")
+
+
+@pytest.mark.parametrize("text, said", [(None, "no summary.json, so this is no prepared dataset"), ("{", "not JSON"), (b"\xff", "not JSON"), ("[]", "format None"), ("null", "format None"), ('{"format": 1}', "format 1, this version reads")])
+def test_a_summary_that_is_not_one(tmp_path, text, said):
+    folder = older(tmp_path).folder
+    (folder / SUMMARY).unlink() if text is None else (folder / SUMMARY).write_bytes(text if isinstance(text, bytes) else text.encode())
+    refuses(lambda: Store(folder), folder, said, "prepare")
+    assert not is_current(folder, ORIGIN)
+    assert write_store(folder, ORIGIN, reader(pairs([("a", "b"), ("c", "d")]))).rows([0]) == [("a", "b")]
+
+
+def test_no_store_at_all(tmp_path):
+    refuses(lambda: Store(tmp_path / "none"), tmp_path / "none", "no prepared dataset", "prepare it")
+
+
+# ---- the summary
+
+def naive(rows, lines):
+    "The summary's counts, in plain Python."
+    ids = [tuple(map(text_identity, row)) for row in rows]
+    def lengths(column):
+        n = sorted(len(row[column]) for row in rows)
+        return {"mean": round(sum(n) / len(n), 1), "median": n[(len(n) + 1) // 2 - 1], "p95": n[-(-len(n) * 95 // 100) - 1], "longest": n[-1]}
+    names = column_names(len(rows[0]))
+    return {"rows": len(rows), "rejected": {kind: lines.count(kind) for kind in ("malformed", "empty")}, "duplicate_rows": len(ids) - len(set(ids)),
+            "distinct": {name: len({i[c] for i in ids}) for c, name in enumerate(names)}, "characters": {name: lengths(c) for c, name in enumerate(names)}}
+
+
+@given(st.integers(2, 4).flatmap(lambda C: st.lists(st.one_of(st.sampled_from(["malformed", "empty"]), st.lists(st.tuples(*[st.sampled_from(WORDS)] * C), min_size=1, max_size=2)), max_size=40)), st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_the_summary_is_a_naive_count(tmp_path_factory, lines, shard_rows):
+    rows = [row for line in lines if isinstance(line, list) for row in line]
+    if not rows:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch, shard_rows)
+        made = write_store(tmp_path_factory.mktemp("s") / "a.store", ORIGIN, reader(lines))
+    expected = naive(rows, lines)
+    assert {key: made.summary[key] for key in expected} == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), max_size=30).map(lambda n: np.array(n, np.uint64)), min_size=1, max_size=5), st.integers(1, 40))
+def test_distinct_counts_are_exact_in_any_number_of_passes(parts, at_once):
+    assert store._distinct(lambda: iter(parts), sum(map(len, parts)), at_once) == len({n for part in parts for n in part.tolist()})
+
+
+def test_rows_of_the_same_texts_in_another_order_are_no_duplicates(tmp_path):
+    rows = [("a", "b", "c"), ("b", "a", "c"), ("c", "b", "a"), ("a", "c", "b"), ("A ", "b", "c")]
+    assert write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows))).summary["duplicate_rows"] == 1
+
+
+def test_very_long_texts_are_counted(tmp_path):
+    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a" * 70_000, "b"), ("a" * 2**17, "c")])))
+    assert made.summary["characters"]["anchor"] == {"mean": (70_000 + 2**17) / 2, "median": 65_535, "p95": 65_535, "longest": 2**17}
+
+
+def test_the_table(tmp_path):
+    made = write_store(tmp_path / "a.store", ORIGIN, reader([*pairs([("a", "bb"), ("a", "bb"), ("c", "d")]), "empty", "malformed", "empty"]))
+    clean = made.summary | {"rejected": {"malformed": 0, "empty": 0}}
+    head, *lines, total = summary_table({"harbour/a.jsonl": made.summary, "b": clean}).splitlines()
+    assert [line.split()[:6] for line in lines] == [["harbour/a.jsonl", "3", "2", "3", "2", "1"], ["b", "3", "2", "0", "0", "1"]]
+    assert "anchor 1, 1, 1   positive 2, 2, 2" in lines[0] and head.startswith("dataset")
+    assert total.startswith("2 datasets, 6 rows; 3 bad lines left out") and REJECTS in total
+    assert summary_table({"b": clean}).endswith("1 datasets, 3 rows; no line was left out")
+    assert summary_table({}).endswith("0 datasets, 0 rows; no line was left out")
+
+
+# ---- tokens beside the texts
+
+def encode(texts):
+    "Characters as tokens, cut at 5."
+    ids = [[ord(c) for c in text[:5]] for text in texts]
+    return np.array([i for text in ids for i in text], np.int64), np.array(list(map(len, ids)), np.int64), np.array([len(text) > 5 for text in texts])
+
+
+def engine(vocabulary=256, fingerprint="f"): return {"fingerprint": fingerprint, "tokenizer": "t", "max_length": 5, "vocabulary": vocabulary}
+
+
+ROWS = [(f"anchor {i}"[i % 4:], "p" * (i % 7 + 1), f"n{i}") for i in range(50)]
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    small(monkeypatch, 7)
+    return write_store(tmp_path / "a.store", ORIGIN, reader(pairs(ROWS))).folder
+
+
+@pytest.mark.parametrize("vocabulary, kind", [(256, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_tokens_are_those_of_the_texts(texts, vocabulary, kind):
+    assert Store(texts).tokenised is None
+    refuses(lambda: Store(texts).tokens([0]), texts / TOKENS, "no summary.json", "prepare it")
+    write_tokens(texts, engine(vocabulary), encode)
+    made, draw = Store(texts), random.Random(0).choices(range(50), k=80)
+    assert made.tokenised["origin"] == engine(vocabulary) and made.tokens([]) == []
+    for i, (*ids, a, b, c) in zip(draw, made.tokens(draw)):
+        assert ["".join(map(chr, np.frombuffer(n, kind))) for n in ids] == [text[:5] for text in ROWS[i]]
+        assert [a, b, c] == [len(text) > 5 for text in ROWS[i]]
+    assert made.tokenised["truncated"] == {name: sum(len(row[c]) > 5 for row in ROWS) for c, name in enumerate(made.columns)}
+    assert made.rows(draw) == [ROWS[i] for i in draw]
+    assert {f["name"] for f in made.tokenised["shards"]} == {f["name"] for f in made.summary["shards"]}
+    with pytest.raises(IndexError):
+        made.tokens([50])
+
+
+def test_ids_at_the_end_of_16_bits(texts):
+    def last(texts): return np.full(len(texts), 2**16 - 1), np.ones(len(texts), np.int64), np.zeros(len(texts), bool)
+    write_tokens(texts, engine(2**16), last)
+    assert Store(texts).tokens([3])[0][:3] == (b"\xff\xff",) * 3
+
+
+def test_tokenising_goes_on_where_it_stopped_and_is_not_done_twice(texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "whole.store")
+    write_tokens(tmp_path / "whole.store", engine(), encode)
+    calls, told = Counter(), []
+    def interrupted(texts):
+        calls["now"] += 1
+        if calls["now"] == 8:
+            raise KeyboardInterrupt
+        return encode(texts)
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(texts, engine(), interrupted)
+    assert Store(texts).tokenised is None
+    calls.clear()
+    def counted(texts):
+        calls["now"] += 1
+        return encode(texts)
+    write_tokens(texts, engine(), counted, told.append)
+    assert calls["now"] == 3 * 6 and sum(told) == 50  # two of eight shards were there
+    assert content(texts / TOKENS) == content(tmp_path / "whole.store" / TOKENS)
+    def none(texts): pytest.fail("tokenised again")
+    write_tokens(texts, engine(), none)
+
+
+def test_another_tokenizer_replaces_the_tokens_when_it_is_done(texts):
+    write_tokens(texts, engine(), encode)
+    def upper(texts): return encode([text.upper() for text in texts])
+    def fails(texts): raise ValueError("text 3 has no token")
+    refuses(lambda: write_tokens(texts, engine(fingerprint="g"), fails), "text 3 has no token")
+    assert str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5] and not (texts / "tokens.part").exists()
+    write_tokens(texts, engine(fingerprint="g"), upper)
+    assert str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5].upper()
+    assert sorted(p.name for p in texts.iterdir() if p.is_dir()) == ["tokens"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "bad summary"])
+def test_damaged_tokens_are_named_and_made_again(texts, harm):
+    write_tokens(texts, engine(), encode)
+    shard = texts / TOKENS / "shard-00002.arrow"
+    if harm == "cut":
+        os.truncate(shard, 10)
+    if harm == "gone":
+        shard.unlink()
+    if harm == "bad summary":
+        (texts / TOKENS / SUMMARY).write_text("{")
+    refuses(lambda: Store(texts).tokens([20]), *((shard, "prepare the data again") if harm != "bad summary" else (texts / TOKENS / SUMMARY, "not JSON", "prepare the data again")))
+    assert Store(texts).rows([20]) == [ROWS[20]]  # the texts are whole
+    write_tokens(texts, engine(), encode)
+    assert str(Store(texts).tokens([20])[0][0], "utf-16-le") == ROWS[20][0][:5]
+
+
+def test_a_full_disk_while_tokenising(texts, monkeypatch):
+    write_tokens(texts, engine(), encode)
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "OSFile", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        refuses(lambda: write_tokens(texts, engine(fingerprint="g"), encode), texts / TOKENS, "No space left", "make room")
+    assert Store(texts).tokenised["origin"] == engine() and len(Store(texts).tokens(range(50))) == 50
+
+
+def test_preparing_the_texts_again_drops_the_tokens(texts):
+    write_tokens(texts, engine(), encode)
+    assert write_store(texts, {"bytes": 8}, reader(pairs([("x", "y"), ("z", "w")]))).tokenised is None

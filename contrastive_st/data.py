@@ -303,7 +303,7 @@ def _checked_columns(columns):
         raise ValueError(f"columns={columns!r}; name an anchor and a positive at least, like ('question', 'answer'), or give positions, like (0, 1)")
     return tuple(columns)
 
-# %% ../nbs/00_data.ipynb #source
+# %% ../nbs/00_data.ipynb #table-of-dataset
 class _Table:
     "The text columns of a dataset, read by row number."
     def __init__(self, dataset, fields):
@@ -312,13 +312,35 @@ class _Table:
     def __len__(self): return len(self._dataset)
 
     def rows(self, indices):
-        if not len(indices): return []
         batch = self._dataset[[int(i) for i in indices]]
         return list(zip(*(batch[field] for field in self._fields)))
 
     def identities(self, indices):
         return np.array([[text_identity(text) for text in row] for row in self.rows(indices)], np.int64).reshape(len(indices), len(self._fields))
 
+def _check_dataset(dataset, fields, name):
+    "ValueError for the first missing or empty text of a dataset, or when no row is a negative of another."
+    for field in fields:
+        kind = getattr(dataset.features[field], "dtype", "list")
+        if kind not in ("string", "large_string"): raise ValueError(f"{name}: column {field!r} holds {kind}, not texts; name text columns with columns=")
+    if not len(dataset): raise ValueError(f"{name}: no rows; check the filter or the split")
+    first, alike, start = dataset[0], set(range(len(fields))), 0
+    for batch in dataset.with_format("arrow").iter(16384):
+        for column, field in enumerate(fields):
+            empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(batch[field])), 0), True)
+            if (bad := pc.index(empty, True).as_py()) >= 0:
+                raise ValueError(f"{name} row {start + bad}: column {field!r} is empty; leave such rows out with dataset.filter(...)")
+            if column in alike and not pc.all(pc.equal(batch[field], first[field])).as_py(): alike.discard(column)
+        start += len(batch)
+    _check_negatives(alike, len(fields), name)
+
+def _check_negatives(alike, width, where):
+    "ValueError when the columns that never change leave nothing to tell apart."
+    if len(alike) == width or (width == 2 and alike):
+        what = "the same texts" if len(alike) == width else f"the same {('anchor', 'positive')[min(alike)]}"
+        raise ValueError(f"{where}: every row has {what}, so there are no negatives to learn from; add rows that differ")
+
+# %% ../nbs/00_data.ipynb #source
 class Source:
     "A named dataset of examples with random access; texts stay on disk if the dataset's do."
     def __init__(
@@ -359,30 +381,6 @@ class Source:
     def store(self)->Store|None: # None for a dataset that was not prepared
         "The prepared store behind the source."
         return self._table if isinstance(self._table, Store) else None
-
-# %% ../nbs/00_data.ipynb #check
-def _check_dataset(dataset, fields, name):
-    "ValueError for the first missing or empty text of a dataset, or when no row is a negative of another."
-    for field in fields:
-        kind = getattr(dataset.features[field], "dtype", "list")
-        if kind not in ("string", "large_string"): raise ValueError(f"{name}: column {field!r} holds {kind}, not texts; name text columns with columns=")
-    if not len(dataset): raise ValueError(f"{name}: no rows; check the filter or the split")
-    first, alike, start = dataset[0], set(range(len(fields))), 0
-    for batch in dataset.with_format("arrow").iter(16384):
-        for column, field in enumerate(fields):
-            empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(batch[field])), 0), True)
-            if (bad := pc.index(empty, True).as_py()) >= 0:
-                raise ValueError(f"{name} row {start + bad}: column {field!r} is empty; leave such rows out with dataset.filter(...)")
-            if column in alike and not pc.all(pc.equal(batch[field], first[field])).as_py(): alike.discard(column)
-        start += len(batch)
-    _check_negatives(alike, len(fields), name)
-
-def _check_negatives(alike, width, where):
-    "ValueError when the columns that never change leave nothing to tell apart."
-    same = {0: "anchor", 1: "positive"}
-    if len(alike) == width or (width == 2 and alike):
-        what = "the same texts" if len(alike) == width else f"the same {same[min(alike)]}"
-        raise ValueError(f"{where}: every row has {what}, so there are no negatives to learn from; add rows that differ")
 
 # %% ../nbs/00_data.ipynb #store
 def _cache_path(path, columns, on_error, cache_dir):
@@ -431,6 +429,12 @@ def _load_hub(name, split):
         why = f"the hub does not give split {split!r} of it ({str(error)[:200]})"
         raise ValueError(f"{name}: no such file, and {why}; check name and network, or pass a file") from error
 
+def _hub_rows(dataset, after):
+    "Yield (row number from 1, {column: value}) of the rows above `after`."
+    for start in range(after, len(dataset), 4096):
+        batch = dataset[start:start + 4096]
+        yield from enumerate((dict(zip(batch, values)) for values in zip(*batch.values())), start + 1)
+
 # %% ../nbs/00_data.ipynb #load-source
 def load_source(
     path_or_hub_id:str|Path, # a file `read_examples` reads, a prepared store, or 'owner/name' or 'owner/name/configuration' on the hub
@@ -459,13 +463,6 @@ def _spoken(store):
         with open(store.folder / REJECTS, encoding="utf-8") as file: first = [(r["line"], r["problem"]) for r in map(json.loads, islice(file, 3))]
         warnings.warn(_report(store.summary["origin"]["file"], len(store), n, first) + f"\nall of them are in {store.folder / REJECTS}", stacklevel=3)
     return store
-
-# %% ../nbs/00_data.ipynb #hub-rows
-def _hub_rows(dataset, after):
-    "Yield (row number from 1, {column: value}) of the rows above `after`."
-    for start in range(after, len(dataset), 4096):
-        batch = dataset[start:start + 4096]
-        yield from enumerate((dict(zip(batch, values)) for values in zip(*batch.values())), start + 1)
 
 # %% ../nbs/00_data.ipynb #prepare
 def store_folder(

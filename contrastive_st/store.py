@@ -292,7 +292,7 @@ def summary_table(
     lines = [f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,} {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  "
              + "   ".join(f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()) for name, s in summaries.items()]
     bad = sum(sum(s["rejected"].values()) for s in summaries.values())
-    total = f"{len(summaries):,} datasets, {sum(s['rows'] for s in summaries.values()):,} rows"
+    total = f"{len(summaries):,} dataset{'s' * (len(summaries) != 1)}, {sum(s['rows'] for s in summaries.values()):,} rows"
     return "\n".join([head, *lines, total + (f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}" if bad else "; no line was left out")])
 
 # %% ../nbs/00_store.ipynb #write-store

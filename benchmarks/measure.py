@@ -119,6 +119,9 @@ ROWS = (  # file, keys, what, target, how to write it
     ("data_input", ("ratios", "parsing"), "parsing lines, isal and orjson against gzip and json", "", "{:.1f} times"),
     ("data_input", ("files", "prepare_rows_per_second"), "writing a store, texts and identities", "", "{:,.0f} rows/s"),
     ("data_input", ("files", "tokenise_rows_per_second"), "adding tokens to a store", "", "{:,.0f} rows/s"),
+    *(("xla", ("ways", way, name), f"{what} in 60 training steps on XLA, {whose}", target if way == "ours" else "", "{:,.0f}" + unit)
+      for name, what, target, unit in (("compilations", "programs compiled", "one for each bucket, one to copy the weights", ""), ("waits", "waits of the loop for the device", "0", ""), ("seconds", "seconds", "", " s"))
+      for way, whose in (("ours", "ours"), ("transformers", "transformers' Trainer"), ("sentence_transformers", "sentence-transformers' trainer"))),
 )
 
 

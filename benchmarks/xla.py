@@ -194,6 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", XLA_FLAGS="--xla_backend_optimization_level=0", TF_CPP_MIN_LOG_LEVEL="2")
     one_thread()
     steps, found = 15 if args.quick else 60, {}
+    limit = Path("/proc/sys/vm/max_map_count")
+    if not args.quick and limit.is_file() and int(limit.read_text()) < 2**18:
+        sys.exit(f"the peers compile so many programs that XLA on the CPU runs out of memory maps and crashes at the usual limit: sysctl -w vm.max_map_count={2**20}")
     for way in WAYS:
         found[way] = fresh(count, way, file, steps)
         print(f"{way:29}", *(f"{name} {found[way][name]:,.0f}  " for name in (*COUNTS, "seconds")), flush=True)

@@ -129,6 +129,14 @@ def test_the_best_is_kept_and_patience_ends_as_in_the_trainer(jobs):
     assert all(torch.equal(a[name], kept[name]) for name in a)
 
 
+@pytest.mark.jobs("run-4")
+def test_evaluations_checkpoints_and_log_lines_keep_their_own_time(jobs):
+    history, out = jobs["run-4"]["apart"]["history"], Path(jobs["run-4"]["apart"]["out"])
+    assert [line["step"] for line in history if "eval_score" in line] == [2, 4, 6, 8, 10, 12]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-12"]
+    assert [line["step"] for line in history if "loss" in line] == [2, 4, 5, 6, 7, 8, 10, 12]       # one before each of them too, so that only healthy weights are kept
+
+
 @pytest.mark.jobs("guards-4", "reference-0")
 def test_bfloat16_stays_close_and_the_loss_stays_in_float32(jobs):
     lines, exact = ([line["loss"] for line in run["history"] if "loss" in line] for run in (jobs["guards-4"]["bf16"], jobs["reference-0"]["curve"]))
@@ -333,19 +341,23 @@ def test_the_saved_model_opens_elsewhere(jobs):
 # ---- 7. what is refused
 
 SAID = {
-    "two lengths": "ValueError: the step needs more than the 1 programs that its buckets and column counts allow",
+    "two lengths": "ValueError: the step needs more programs than its buckets and column counts allow (1)",
     "asking": "ValueError: the step reads a value from the device while it is being traced",
-    "fallback": "ValueError: 1 operations of the step ran on the host because XLA has no form of them",
+    "fallback": "ValueError: operations of the step ran on the host (1 times) because XLA has no form of them",
     "replicated": "token rows on each of 4 devices: the batch is not sharded there",
     "lost": "ValueError: the loss became nan between steps 0 and 1; lower lr",
     "lost late": "ValueError: the loss became nan between steps 0 and 6; lower lr",
     "indivisible": "ValueError: global batch 18 is not divisible by 4 devices; use 16 or 20",
-    "family": "ValueError: a electra backbone was not checked under SPMD",
+    "family": "ValueError: backbones of type electra were not checked under SPMD",
     "positions": "ValueError: bucket 128 is longer than the 64 positions of this backbone",
     "bf16": "nothing",
     "their checkpoint": "is a checkpoint of trainer.train, whose optimiser state has another form; resume it there, or start in a new directory",
     "another model": "holds the weights of another model",
     "claimed": "already holds a run; choose another directory",
+    "lost before a checkpoint": "ValueError: the loss became nan between steps 0 and 2; lower lr",
+    "other buckets": "was trained with buckets [16, 32, 64], now [64]; resume with the same",
+    "not whole": "checkpoint-20 is not whole, training.pt is missing; delete it to resume from the one before",
+    "an evaluation that asks the device": "nothing",
 }
 
 
@@ -357,7 +369,12 @@ def test_refused_with_a_sentence(jobs, name):
 
 @pytest.mark.jobs("guards-4")
 def test_what_is_refused_beforehand_leaves_no_directory(jobs):
-    assert not {"indivisible", "positions"} & {*jobs["guards-4"]["there"]}
+    assert not {"indivisible", "positions", "family"} & {*jobs["guards-4"]["there"]}
+
+
+@pytest.mark.jobs("guards-4")
+def test_no_checkpoint_is_made_of_lost_weights(jobs):
+    assert jobs["guards-4"]["kept of the lost"] == 0
 
 
 @pytest.mark.jobs("late-2")
@@ -457,5 +474,5 @@ def test_dropout_gives_the_same_loss_for_any_layout(batches):
 
 
 def test_an_unknown_backbone_is_refused():
-    with pytest.raises(ValueError, match="a electra backbone was not checked under SPMD; use one of bert, roberta, distilbert, mpnet"):
+    with pytest.raises(ValueError, match="backbones of type electra were not checked under SPMD; use one of bert, roberta, distilbert, mpnet"):
         xla.shardable(make_encoder("electra").backbone, xla.Noise())

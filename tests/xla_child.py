@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import make_tokenizer
 from datasets import Dataset
@@ -87,7 +88,7 @@ def kinds(mixture, tokens):
 def graded(encoder):
     "Real work on the host between steps: pairs that people have graded."
     sts = ScoredPairs(*(column[:60] for column in read_sts(quickstart_folder() / "sts.tsv")))
-    return {"spearman": evaluate_sts(lambda texts: encoder.encode(texts, progress=False), sts, resamples=10)["spearman"]}
+    return {"spearman": np.float64(evaluate_sts(lambda texts: encoder.encode(texts, progress=False), sts, resamples=10)["spearman"])}   # as NumPy's metrics are
 
 
 class Scores:
@@ -156,7 +157,7 @@ def on_devices(encoder, batches, config, mesh, change=lambda backbone: None, gra
     torch_xla.sync(wait=True)
     step = xla.make_step(twin, kept, config, noise, devices, graphs)
     for batch in batches:
-        T = max(int(batch.lengths.max()), 32)
+        T = next(bucket for bucket in BUCKETS[1:] if bucket >= batch.lengths.max())
         arrays = {name: value.to(device) for name, value in xla.lay_out(batch, T, devices).items()}
         if mesh:
             for value in arrays.values(): spmd.mark_sharding(value, mesh, ("data",) + (None,) * (value.dim() - 1))
@@ -180,7 +181,7 @@ def compared(here, there):
 
 def newest_program(folder):
     "The file of the program compiled last, after XLA's optimisations."
-    return str(max((folder / "hlo").glob("*.contrastive.*cpu_after_optimizations.txt"), default=""))
+    return str(max((folder / "hlo").rglob("*.contrastive.*cpu_after_optimizations.txt"), default=""))
 
 
 def step(folder):
@@ -236,7 +237,8 @@ def run(folder):
     xla.train(make_encoder(), mixture, make_config(), folder / "curve", **options)
     if DEVICES == 4:
         xla.train(make_encoder(), mixture, make_config(**STOPPED), folder / "stopped", Scores(), **options)
-    return found | {name: records(folder / name) for name in ("all", "curve", "stopped") if (folder / name).is_dir()}
+        xla.train(make_encoder(), mixture, make_config(steps=12, log_every=7, eval_every=2, save_every=5), folder / "apart", lambda encoder: {"score": 0.5}, **options)
+    return found | {name: records(folder / name) for name in ("all", "curve", "stopped", "apart") if (folder / name).is_dir()}
 
 
 def resume(folder):
@@ -303,16 +305,23 @@ def guards(folder):
     found["replicated"] = train("replicated", odd, steps=6)
     taken(folder, "replicated")
     found["lost"] = train("lost", poisoned(make_encoder()), steps=6)
+    found["lost before a checkpoint"] = train("lost before", poisoned(make_encoder()), steps=6, log_every=6, save_every=2)
     found["lost late"] = train("lost late", poisoned(make_encoder()), steps=6, log_every=6)
     found["indivisible"] = train("indivisible", data=make_mixture(folder / "cache", 18))
     found["family"] = train("family", make_encoder("electra"))
     found["positions"] = train("positions", buckets=(32, 128))
     found["bf16"] = train("bf16", bf16=True, save_every=10)
+    bf16 = newest_program(folder).replace(".cpu_after_", ".before_")
     found["their checkpoint"] = train("theirs", resume=True, steps=6, save_every=2)
     found["another model"] = train("bf16", make_encoder(intermediate_size=48), resume=True, bf16=True, save_every=10)
     found["claimed"] = train("bf16")
-    return {"programs": programs, "said": found, "bf16": records(folder / "bf16"), "bf16 program": newest_program(folder).replace(".cpu_after_", ".before_"),
-            "there": sorted(p.name for p in folder.iterdir() if p.is_dir())}
+    found["other buckets"] = train("bf16", buckets=(64,), resume=True, bf16=True, save_every=10)
+    (folder / "bf16" / "checkpoints" / "checkpoint-20" / "training.pt").unlink()
+    found["not whole"] = train("bf16", resume=True, bf16=True, save_every=10)
+    curious = lambda encoder: {"score": torch.ones(1, device="xla").item()}
+    found["an evaluation that asks the device"] = raised(xla.train, make_encoder(), mixture, make_config(steps=20, eval_every=2), folder / "curious", curious, buckets=BUCKETS, mesh=mesh, progress=False)
+    return {"programs": programs, "said": found, "bf16": records(folder / "bf16"), "bf16 program": bf16,
+            "there": sorted(p.name for p in folder.iterdir() if p.is_dir()), "kept of the lost": len([*(folder / "lost before").rglob("checkpoint-*")])}
 
 
 def late(folder):

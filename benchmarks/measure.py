@@ -132,6 +132,9 @@ ROWS = (  # file, keys, what, target, how to write it
     ("speed", ("whole", "ratio", "median"), "a whole run from random weights, ours bf16 against peer bf16", "≥ 2", "{:.1f} times"),
     ("speed", ("whole", "means", "ours bf16", "test"), "its STS-B test correlation x 100, ours", "≥ the peer's - 0.5", "{:.2f}"),
     ("speed", ("whole", "means", "peer bf16", "test"), "the same of the peer", "", "{:.2f}"),
+    *(("xla", ("ways", way, name), f"{what} in 60 training steps on XLA, {whose}", target if way == "ours" else "", "{:,.0f}" + unit)
+      for name, what, target, unit in (("compilations", "programs compiled", "one for each bucket, one to copy the weights", ""), ("waits", "waits of the loop for the device", "0", ""), ("seconds", "seconds", "", " s"))
+      for way, whose in (("ours", "ours"), ("transformers", "transformers' Trainer"), ("sentence_transformers", "sentence-transformers' trainer"))),
 )
 
 

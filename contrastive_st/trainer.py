@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_torch_xla_available
 
 from . import loss as contrastive
 from .model import SentenceEncoder
@@ -128,8 +129,11 @@ def load_weights(
     folder: str | Path,        # a model directory or checkpoint of the same backbone
 ) -> None:
     "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
-    saved = SentenceEncoder.from_pretrained(folder)
-    encoder.backbone.load_state_dict(saved.backbone.state_dict())
+    saved = SentenceEncoder.from_pretrained(folder).backbone
+    there, here = ({name: value.shape for name, value in backbone.state_dict().items()} for backbone in (saved, encoder.backbone))
+    if differ := sorted(name for name, _ in there.items() ^ here.items()):
+        raise ValueError(f"{folder} holds the weights of another model (such as {differ[0]}); resume with the encoder that the run began with, or start in a new directory")
+    encoder.backbone.load_state_dict(saved.state_dict())
 
 # %% ../nbs/07_trainer.ipynb #trainer-class
 class _ContrastiveTrainer(_Checkpointed):
@@ -290,11 +294,11 @@ def _processor(device):
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions(device):
+def _versions(device, more):
     "Software and hardware of a run, for its record."
     packages = ("contrastive_st", "torch", "transformers", "accelerate", "datasets", "pyarrow", "numpy")
     return {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), **{p: version(p) for p in packages},
-            "device": str(device), "processor": _processor(device), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+            "device": str(device), "processor": _processor(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **more}
 
 # %% ../nbs/07_trainer.ipynb #write
 def _write(out, **records):
@@ -332,8 +336,9 @@ class _Settings:
         evaluate: Callable | None = None,    # SentenceEncoder -> dict of floats; may select the model
         test: Callable | None = None,        # the same, before and after only
         device: torch.device | str = "cpu",  # where it computes
+        versions: dict | None = None,        # what else belongs into the record of software and hardware
     ):
-        self.encoder, self.mixture, self.config, self.out, self.device = encoder, mixture, config, Path(out), torch.device(device)
+        self.encoder, self.mixture, self.config, self.out, self.device, self.versions = encoder, mixture, config, Path(out), torch.device(device), versions or {}
         self.evaluate, self.test = evaluate or _nothing, test or _nothing
         self.step = self.first_step = 0                          # optimiser steps done: in all, before this process
         self.best_step, self.best, self.history = 0, None, []    # the best evaluation by `metric`; log lines and evaluations
@@ -376,7 +381,7 @@ class Run(_Settings):
         if self.config.metric not in ("", *self.before["before"]):
             raise ValueError(f"metric is {self.config.metric!r}, but the evaluation measures {', '.join(self.before['before']) or 'nothing'}; name one of these")
         settings = self.settings()
-        _write(self.out, config=settings, data_config=settings["mix"], versions=_versions(self.device), metrics=self.before)
+        _write(self.out, versions=_versions(self.device, self.versions), config=settings, data_config=settings["mix"], metrics=self.before)
         if recipe:
             (self.out / "recipe.toml").write_text(recipe, encoding="utf-8")
 
@@ -423,6 +428,9 @@ def train(
     "Train `encoder` on the batches of `mixture`; raises `ValueError` if `out` holds another run."
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones")
+    if is_torch_xla_available():
+        raise ValueError("torch_xla is installed, and transformers' Trainer would move the run onto it and compile nearly every batch anew; "
+                         "set USE_TORCH_XLA=0 before Python starts to train on CPU or GPU, or use contrastive_st.xla.train (--xla) for XLA devices")
     Tokens(encoder.tokenizer, encoder.max_length).check(getattr(source, "store", None) for source in mixture.sources)
     main, mode = int(os.environ.get("RANK", 0)) == 0, encoder.training
     run = Run(encoder, mixture, config, claim(out, resume, overwrite) if main else out, evaluate, test)

@@ -11,6 +11,8 @@ import atexit
 import contextlib
 import copy
 import glob
+import importlib
+import logging
 import os
 import re
 import shutil
@@ -35,16 +37,17 @@ def _torch_xla():
     "The torch_xla package; a ValueError that says how to get it when it is not there or does not fit."
     try: import torch_xla
     except ImportError as error:
-        raise ValueError(f"torch_xla cannot be imported ({error}); install the pair: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0' (Linux, Python 3.10 to 3.13), "
+        raise ValueError(f"torch_xla cannot be imported ({error}); install the pair: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0' (Linux, Python 3.11 to 3.13), "
                          "or train on CPU and GPU with contrastive_st.trainer") from None
     ours, theirs = (v.split("+")[0].split(".")[:2] for v in (torch.__version__, torch_xla.__version__))
     if ours != theirs: raise ValueError(f"torch_xla {torch_xla.__version__} does not fit torch {torch.__version__}; install the same version of both")
     return torch_xla
 
 def _flags(dump):
-    "Ask XLA to write down the programs whose name holds 'contrastive'; the folder goes when the process ends, unless it was given."
+    "Ask XLA to write down the programs whose name holds 'contrastive', in a folder of this process; it goes when the process ends, unless a place was given."
     if "xla_dump_to" in os.environ.get("XLA_FLAGS", ""): return
-    folder = dump or tempfile.mkdtemp(prefix="xla-")
+    if dump: Path(dump).mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="xla-", dir=dump)
     if not dump: atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=contrastive".strip()
 
@@ -56,7 +59,7 @@ def _use_spmd(runtime):
         except UserWarning: raise ValueError("a tensor is on an XLA device already, and SPMD has to come first; restart the kernel and call xla.start() at the top") from None
 
 def start(
-    dump:str|Path|None=None, # folder for the text of the compiled programs, which the guards read; None makes a temporary one
+    dump:str|Path|None=None, # where to keep what XLA writes about compiled programs, which the guards read; None = only as long as the process lives
     cache:str|Path|None=None, # folder where a TPU keeps compiled programs for the next process; None keeps none
 )->"Mesh": # of torch_xla.distributed.spmd, one axis "data" over all devices of all hosts
     "Turn on SPMD and lay out all devices in one row; call it before any tensor is on a device."
@@ -66,6 +69,8 @@ def start(
     import torch_xla.runtime as runtime
     if cache: runtime.initialize_cache(str(cache))
     if not runtime.is_spmd(): _use_spmd(runtime)
+    logging.getLogger("torch_xla.backends").setLevel("ERROR")  # it warns even of the first call
+    importlib.import_module("torch_xla.backends").set_mat_mul_precision("highest")  # a TPU multiplies float32 as bfloat16 unless told not to
     n = runtime.global_runtime_device_count()
     mesh = spmd.Mesh(np.arange(n), (n,), ("data",))
     spmd.set_global_mesh(mesh)
@@ -218,13 +223,16 @@ def shardable(
     noise:Noise, # shared by all dropout layers
 )->torch.nn.Module: # the same backbone
     "Give a backbone layers that SPMD can shard; attention dropout becomes 0."
-    if backbone.config.model_type not in _FAMILIES:
-        raise ValueError(f"a {backbone.config.model_type} backbone was not checked under SPMD; use one of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer")
+    _check_family(backbone)
     for layer, module in enumerate(backbone.modules()):
         if type(module) is torch.nn.LayerNorm: module.__class__ = ShardableLayerNorm
         if type(module) is torch.nn.Dropout: module.__class__, module.noise, module.layer = HashDropout, noise, layer
         if any(hasattr(module, query) for query in _QUERIES): _no_dropout(module)  # of attention weights: the largest mask of all
     return backbone
+
+def _check_family(backbone):
+    if backbone.config.model_type not in _FAMILIES:
+        raise ValueError(f"backbones of type {backbone.config.model_type} were not checked under SPMD; use one of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer")
 
 def _no_dropout(attention):
     for module in attention.children():
@@ -252,7 +260,7 @@ def _before_step(optimizer, *_):
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p]["step"].clamp_(max=16_000)  # the correction of the second moment is 1 - 6e-8 by then
-            if group["decay"] and p.grad is not None: p.add_(p * -(group["lr"] * group["decay"]))  # negative, as no constant is: equal numbers would share an input
+            if group["decay"] and p.grad is not None: p.add_(p * -(group["lr"] * group["decay"]))
 
 def _optimizer(backbone, config, saved=None):
     "AdamW with its state made, or restored, beforehand: state that appears in the first step would be a second graph."
@@ -271,7 +279,7 @@ def _twin(encoder, config, mesh, saved=None):
     shardable(twin.backbone, noise)
     twin.to(torch_xla.device())
     with torch.no_grad():
-        for p in twin.parameters(): p.mul_(1)  # a parameter that was never changed in place is traced otherwise: the first step would count as a program of its own
+        for p in twin.parameters(): p.mul_(1)  # else the first step would be a program of its own
     optimizer = _optimizer(twin.backbone, config, saved)
     _replicate([*twin.parameters(), *twin.buffers(), *(t for state in _states(optimizer) for t in state.values() if t.dim())], mesh)
     torch_xla.sync(wait=True)
@@ -311,7 +319,7 @@ def _in_words(step, graphs):
         try: return step(*args, **kwargs)
         except RuntimeError as error:
             if "different graphs" in str(error): raise ValueError(
-                f"the step needs more than the {graphs} programs that its buckets and column counts allow, so something in it changes from step to step and is compiled anew: "
+                f"the step needs more programs than its buckets and column counts allow ({graphs}), so something in it changes from step to step and is compiled anew: "
                 f"a shape, or a Python number that became a constant; the first difference: {' '.join(str(error).split()[10:])[:300]}") from error
             if "Unexpected execution" in str(error): raise ValueError(
                 "the step reads a value from the device while it is being traced (an if, a print, .item() or .all() on a tensor), and would wait for it in every step; "
@@ -328,7 +336,7 @@ def check_program(
 )->None:
     "Raise a ValueError if the step falls back to the host, or has the whole global batch on each device."
     if (n := counters()["fallbacks"] - fallbacks) > 0:
-        raise ValueError(f"{n} operations of the step ran on the host because XLA has no form of them: each costs a round trip in every step; "
+        raise ValueError(f"operations of the step ran on the host ({n} times) because XLA has no form of them: each costs a round trip in every step; "
                          "torch_xla.debug.metrics.metrics_report() names them (aten::...)")
     if devices == 1: return
     (N, T), rows = shape, shape[0] * shape[1]
@@ -341,21 +349,27 @@ def check_program(
         "look for a layer that works across rows, as torch.nn.LayerNorm does, give `shardable` a replacement, and restart the kernel")
 
 def _guard(twin, devices):
-    "A function that looks at each program once, when the first batch of its shape has run."
-    looked, before, sizes = set(), counters()["fallbacks"], {n for p in twin.parameters() for n in p.shape}
-    def look(input_ids):
-        if input_ids.shape not in looked: check_program(tuple(input_ids.shape), devices, before, sizes)
+    "A context for a step that looks at each program once, when the first batch of its shape has run."
+    looked, sizes = set(), {n for p in twin.parameters() for n in p.shape}
+    @contextlib.contextmanager
+    def guard(input_ids):
+        before = None if input_ids.shape in looked else counters()["fallbacks"]
+        yield
+        if before is not None: check_program(tuple(input_ids.shape), devices, before, sizes)
         looked.add(input_ids.shape)
-    return look
+    return guard
 
 def _check(encoder, mixture, config, buckets, devices):
-    "Refuse, before anything is compiled, what would fail later or only look right."
+    "Refuse, before anything is written or compiled, what would fail later or only look right."
+    _check_family(encoder.backbone)
     _divisible(mixture.batch_size, devices)
     longest, limit = max((encoder.max_length, *buckets)), _most_tokens(encoder.backbone)
     if longest > (limit or longest):
         raise ValueError(f"bucket {longest} is longer than the {limit} positions of this backbone; use buckets and a max_length of at most {limit}")
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones")
+    if config.patience and _hosts()[1] > 1:
+        raise ValueError("patience is set, but each of several hosts would decide for itself when to stop, and wait for the others for ever; set it to 0")
 
 # %% ../nbs/08_xla.ipynb #batches
 def _hosts():
@@ -363,6 +377,11 @@ def _hosts():
     _torch_xla()
     import torch_xla.runtime as runtime
     return runtime.process_index(), runtime.process_count()
+
+def _versions(mesh):
+    "What the record of a run says about XLA: release, kind of device (machines with a TPU name it), how many."
+    kind = " ".join(filter(None, [_torch_xla().runtime.device_type(), os.environ.get("TPU_ACCELERATOR_TYPE")]))
+    return {"torch_xla": _torch_xla().__version__, "xla_device": kind, "xla_devices": int(mesh.size()), "attention_dropout": 0.0}
 
 def _batches(mixture, tokens, config, first, mesh):
     "The remaining batches, laid out and sent to the devices ahead of time by background threads; each host sends its own slice."
@@ -378,7 +397,7 @@ class _Log:
     "Writes the means of the last steps into the history, in a thread of its own: the loop does not wait for the numbers."
     def __init__(self, run, progress):
         self.run, self.progress, self.written, self.pool, self.line = run, progress, run.step, ThreadPoolExecutor(1, "log"), None
-        self.zero = torch.zeros(len(_LOGGED)).to(_torch_xla().device())  # from the host: made there, it would be a program
+        self.zero, self.begun = torch.zeros(len(_LOGGED)).to(_torch_xla().device()), time.time()
 
     def __call__(self, totals, lr):
         self.wait()
@@ -390,38 +409,42 @@ class _Log:
         logs = dict(zip(_LOGGED, (totals.cpu() / steps).tolist())) | {"learning_rate": lr, "step": step}
         check_health(logs, step, self.run.config)
         self.run.history.append(logs)
-        if self.progress: print(log_line(step, logs), flush=True)
+        rate, self.begun = steps * self.run.mixture.batch_size / (time.time() - self.begun), time.time()
+        if self.progress: print(f"{log_line(step, logs)}   {rate:,.0f} rows/s", flush=True)
 
     def wait(self):
         if self.line: self.line.result()  # raises here what the line's health check found
 
 def _evaluate(run, encoder, progress):
     "Measure the encoder on the host; says whether to stop early."
-    metrics, config = run.evaluate(encoder), run.config
+    metrics, config = {name: float(value) for name, value in run.evaluate(encoder).items()}, run.config
     run.history.append({"step": run.step} | {f"eval_{name}": value for name, value in metrics.items()})
     if progress and (line := log_line(run.step, run.history[-1])): print(line, flush=True)
     if config.metric and (run.best is None or metrics[config.metric] > run.best): run.best, run.best_step = metrics[config.metric], run.step
     return config.patience and run.step - run.best_step >= config.patience * config.eval_every
 
 # %% ../nbs/08_xla.ipynb #checkpoint
-def _save(run, encoder, optimizer):
+def _save(run, encoder, optimizer, buckets):
     "A checkpoint: a model directory, with the optimiser's state and the history beside it; the last two and the best are kept."
     folder = run.out / "checkpoints"
     part = folder / "part"  # becomes a checkpoint when it is whole
     shutil.rmtree(part, ignore_errors=True)
     encoder.save_pretrained(part)
     state = [{key: value.cpu() for key, value in s.items()} for s in _states(optimizer)]
-    torch.save({"step": run.step, "best_step": run.best_step, "best": run.best, "history": run.history, "state": state}, part / "training.pt")
+    torch.save({"step": run.step, "best_step": run.best_step, "best": run.best, "history": run.history, "buckets": list(buckets), "state": state}, part / "training.pt")
     part.rename(folder / f"checkpoint-{run.step}")
     steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     for step in {*steps} - {*steps[-2:], run.best_step}: shutil.rmtree(folder / f"checkpoint-{step}")
 
-def _load(run, encoder):
+def _load(run, encoder, buckets):
     "The last checkpoint of a run: weights into the encoder, step and history into the run; returns the optimiser's state."
     folder = Path(last_checkpoint(run.out))
-    if not (folder / "training.pt").is_file():
+    if (folder / "trainer_state.json").is_file():
         raise ValueError(f"{folder} is a checkpoint of trainer.train, whose optimiser state has another form; resume it there, or start in a new directory")
+    if not (folder / "training.pt").is_file(): raise ValueError(f"{folder} is not whole, training.pt is missing; delete it to resume from the one before")
     saved = torch.load(folder / "training.pt", weights_only=True)
+    if saved["buckets"] != list(buckets):
+        raise ValueError(f"{run.out} was trained with buckets {saved['buckets']}, now {list(buckets)}; resume with the same, or start in a new directory")
     load_weights(encoder, folder)
     run.step = run.first_step = saved["step"]
     run.best_step, run.best, run.history = saved["best_step"], saved["best"], saved["history"]
@@ -432,22 +455,22 @@ def _due(run, every):
     "Is it time, after this step, for what happens every so many steps, and at the end?"
     return every and (run.step % every == 0 or run.step == run.config.steps)
 
-def _loop(run, encoder, twin, optimizer, step, batches, devices, progress):
+def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progress):
     "The training loop: five lines a step, and nothing in them waits for the devices."
-    config, log, guard = run.config, _Log(run, progress), _guard(twin, devices)
+    config, log, guard, stop = run.config, _Log(run, progress), _guard(twin, devices), False
     totals, count = log.zero, torch.tensor(run.step, dtype=torch.int32, device=log.zero.device)
     for batch in batches:  # on the devices already
         lr = config.lr * lr_factor(run.step, config.steps, config.warmup)
         for group in optimizer.param_groups: group["lr"] = lr
-        totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
+        with guard(batch["input_ids"]): totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
         run.step += 1
-        guard(batch["input_ids"])
-        if _due(run, config.log_every): totals = log(totals, lr)
-        if _due(run, config.save_every or config.eval_every):
+        measure, save = _due(run, config.eval_every), _due(run, config.save_every or config.eval_every)
+        if measure or save or _due(run, config.log_every): totals = log(totals, lr)
+        if measure or save:
             log.wait()
             _to_host(encoder, twin)
-            stop = _due(run, config.eval_every) and _evaluate(run, encoder, progress)
-            _save(run, encoder, optimizer)
+            if measure: stop = _evaluate(run, encoder, progress)
+            if save: _save(run, encoder, optimizer, buckets)
             if stop: break
     log.wait()
     _to_host(encoder, twin)
@@ -463,22 +486,25 @@ def train(
     resume:bool=False, # continue the run in `out` from its last checkpoint
     overwrite:bool=False, # delete the run in `out` first
     recipe:str="", # text of the recipe, kept in the run directory
-    buckets:Sequence[int]=(), # lengths T to pad to, one program each for pairs and for triplets; empty = 32, 64 and 128, as far as max_length goes
+    buckets:Sequence[int]=(), # lengths T to pad to, one program each for pairs and for triplets; max_length is added, what is longer left out; empty = 32, 64 and 128
     mesh=None, # as `start` returns it; None starts
-    progress:bool=True, # print log lines
+    cache:str|Path|None=None, # if there is no mesh: where a TPU keeps compiled programs for the next process
+    progress:bool=True, # print devices and log lines
 )->dict: # as trainer.train returns it; empty on other hosts than the first
-    "Train on all XLA devices: the run of trainer.train, as one sharded program per bucket."
-    mesh, (host, hosts) = mesh or start(), _hosts()
+    "Train on all XLA devices: the run of trainer.train without attention dropout, as one sharded program for each bucket and number of columns."
+    mesh, (host, hosts) = mesh or start(cache=cache), _hosts()
+    about, progress = _versions(mesh), progress and not host
+    if progress: print(f"{about['xla_devices']} XLA devices, {about['xla_device']}", flush=True)
     _check(encoder, mixture, config, buckets, mesh.size())
     tokens = Tokens(encoder.tokenizer, encoder.max_length, buckets or (32, 64, 128))
     tokens.check(getattr(source, "store", None) for source in mixture.sources)
-    run = Run(encoder, mixture, config, claim(Path(out) / f"host-{host}" if host else out, resume, overwrite), evaluate, test, _torch_xla().device())
+    run = Run(encoder, mixture, config, claim(Path(out) / f"host-{host}" if host else out, resume, overwrite), evaluate, test, _torch_xla().device(), about)
     run.begin(recipe, resume)
-    twin, optimizer, noise = _twin(encoder, config, mesh, saved=_load(run, encoder) if resume else None)
+    twin, optimizer, noise = _twin(encoder, config, mesh, saved=_load(run, encoder, tokens.buckets) if resume else None)
     graphs, begun = len(tokens.buckets) * len({len(source.columns) for source in mixture.sources}), time.time()
     step = make_step(twin, optimizer, config, noise, mesh.size(), graphs)
     with contextlib.closing(_batches(mixture, tokens, config, run.step, mesh)) as batches:
-        _loop(run, encoder, twin, optimizer, step, batches, mesh.size(), progress and not host)
+        _loop(run, encoder, twin, optimizer, step, batches, tokens.buckets, mesh.size(), progress)
     if config.metric and run.best_step: load_weights(encoder, run.out / "checkpoints" / f"checkpoint-{run.best_step}")
     return run.finish(time.time() - begun) if not host else {}
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import data_input  # noqa: E402
 import data_order  # noqa: E402
 import measure  # noqa: E402
+import xla  # noqa: E402
 
 from contrastive_st.data import quickstart_folder  # noqa: E402
 from contrastive_st.tokens import Tokens  # noqa: E402
@@ -82,8 +83,19 @@ def test_parsing_and_big_stores(tmp_path):
 
 def test_no_data_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("CONTRASTIVE_ST_DATA", str(tmp_path))
-    with pytest.raises(SystemExit, match="set CONTRASTIVE_ST_DATA"):
-        data_input.data_folder()
+    for find in (data_input.data_folder, xla.data_file):
+        with pytest.raises(SystemExit, match="set CONTRASTIVE_ST_DATA"):
+            find()
+
+
+def test_the_peers_on_xla_get_the_rows_of_our_batches():
+    file, steps = quickstart_folder() / "train/question_answer.jsonl", 2
+    mixture = xla.make_mixture(file, steps)
+    rows = xla.in_order(mixture, steps)
+    assert [(r["anchor"], r["positive"]) for r in rows] == [example for s in range(steps) for example in mixture.batch(s).examples] and len(rows) == steps * xla.BATCH
+    assert xla.shapes(file, steps) == {"buckets": 1, "longest": 2}
+    with pytest.raises(AssertionError, match="same work"):
+        xla.check_same({"ours": {"first_loss": 4.0}, "transformers": {"first_loss": 4.1}})
 
 
 def test_the_table_of_the_readme_is_fresh(tmp_path):

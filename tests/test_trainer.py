@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, WORDS, make_backbone, make_tokenizer
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import BertConfig, BertModel, TrainerCallback
 
 from contrastive_st.data import Source, prepare
 from contrastive_st.mixture import Mixture
@@ -441,6 +441,20 @@ def test_resume_refuses_another_order_of_the_data(stopped, changes):
     with pytest.raises(ValueError, match="other data.*" + (str(next(iter(changes))) if "rows" not in changes and "name" not in changes else "(pairs|others)")):
         train(make_encoder(), mixture, config(6, save_every=2), stopped, resume=True, progress=False)
     assert snapshot(stopped) == before
+
+
+def test_resume_refuses_another_model(stopped):
+    before, other = snapshot(stopped), BertModel(BertConfig(vocab_size=len(make_tokenizer()), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with pytest.raises(ValueError, match=r"holds the weights of another model \(.*embeddings.*\); resume with the encoder"):
+        train(SentenceEncoder(other, make_tokenizer(), max_length=16), make_two_files(), config(6, save_every=2), stopped, resume=True, progress=False)
+    assert {name: snapshot(stopped)[name] for name in before} == before
+
+
+def test_where_transformers_would_take_an_xla_device_the_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("contrastive_st.trainer.is_torch_xla_available", lambda: True)
+    with pytest.raises(ValueError, match="set USE_TORCH_XLA=0 before Python starts"):
+        train(make_encoder(), make_mixture(), config(), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_needs_a_checkpoint(tmp_path):

@@ -13,8 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from conftest import make_backbone, make_tokenizer
+from conftest import make_tokenizer
 from datasets import Dataset
 
 from contrastive_st import trainer, xla
@@ -27,6 +28,7 @@ from contrastive_st.trainer import TrainConfig, batch_loss
 
 DEVICES = int(os.environ.get("DEVICES", 0))
 BUCKETS, LENGTH, BATCH = (16, 32, 64), 64, 24
+HEADS = 16     # no number of devices: rows of a device times heads should not look like the rows of the global batch
 TEXTS = ["What time does the yawn start tonight?", "The lock keeper publishes each period on form L4.", "a"]
 
 
@@ -38,13 +40,13 @@ def make_encoder(family="bert", dropout=0.0, **changes):
 
     tokenizer = make_tokenizer()
     common = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH + 2, "pad_token_id": 0}
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "attention_probs_dropout_prob": 0.0} | common | changes
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 64, "attention_probs_dropout_prob": 0.0} | common | changes
     configs = {"bert": BertConfig, "roberta": RobertaConfig, "mpnet": MPNetConfig, "electra": ElectraConfig}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = (make_backbone(len(tokenizer)) if family == "bert" and not changes else
-                    AutoModel.from_config(DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, attention_dropout=0.0, **common)) if family == "distilbert" else
-                    AutoModel.from_config(configs[family](**sizes)))
+        sizes |= {"max_position_embeddings": LENGTH} if family == "bert" else {}      # as many rows as are used, so that the whole table's gradient travels
+        small = DistilBertConfig(dim=32, n_layers=2, n_heads=HEADS, hidden_dim=64, attention_dropout=0.0, **common)
+        backbone = AutoModel.from_config(small if family == "distilbert" else configs[family](**sizes)).eval()
     for name, layer in backbone.named_modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0 if re.search(r"attention\.(self\.)?(attn\.)?dropout$", name) else dropout
@@ -86,7 +88,7 @@ def kinds(mixture, tokens):
 def graded(encoder):
     "Real work on the host between steps: pairs that people have graded."
     sts = ScoredPairs(*(column[:60] for column in read_sts(quickstart_folder() / "sts.tsv")))
-    return {"spearman": evaluate_sts(lambda texts: encoder.encode(texts, progress=False), sts, resamples=10)["spearman"]}
+    return {"spearman": np.float64(evaluate_sts(lambda texts: encoder.encode(texts, progress=False), sts, resamples=10)["spearman"])}   # as NumPy's metrics are
 
 
 class Scores:
@@ -109,10 +111,11 @@ class Broken:
 # ---- one step, in eager and on the devices
 
 def eager(encoder, batch, config, noise=None):
-    "Loss and gradients on the host: the encoder as it is, without padding; with noise, padded, with hashed dropout."
+    """Loss and gradients on the host: the encoder as it is, in float64 and without padding, because a sum that nearly cancels (the last bias)
+    is off by 2e-4 in eager's own float32; with noise, in float32, padded, with hashed dropout."""
     encoder = copy.deepcopy(encoder).train()
     if noise is None:
-        vectors = encoder(batch.token_ids, batch.lengths)
+        vectors = encoder.double()(batch.token_ids, batch.lengths)
     else:
         xla.shardable(encoder.backbone, noise)
         arrays = xla.lay_out(batch, LENGTH)
@@ -154,7 +157,7 @@ def on_devices(encoder, batches, config, mesh, change=lambda backbone: None, gra
     torch_xla.sync(wait=True)
     step = xla.make_step(twin, kept, config, noise, devices, graphs)
     for batch in batches:
-        T = max(int(batch.lengths.max()), 32)
+        T = next(bucket for bucket in BUCKETS[1:] if bucket >= batch.lengths.max())
         arrays = {name: value.to(device) for name, value in xla.lay_out(batch, T, devices).items()}
         if mesh:
             for value in arrays.values(): spmd.mark_sharding(value, mesh, ("data",) + (None,) * (value.dim() - 1))
@@ -178,7 +181,7 @@ def compared(here, there):
 
 def newest_program(folder):
     "The file of the program compiled last, after XLA's optimisations."
-    return str(max((folder / "hlo").glob("*.contrastive.*cpu_after_optimizations.txt"), default=""))
+    return str(max((folder / "hlo").rglob("*.contrastive.*cpu_after_optimizations.txt"), default=""))
 
 
 def step(folder):
@@ -234,7 +237,8 @@ def run(folder):
     xla.train(make_encoder(), mixture, make_config(), folder / "curve", **options)
     if DEVICES == 4:
         xla.train(make_encoder(), mixture, make_config(**STOPPED), folder / "stopped", Scores(), **options)
-    return found | {name: records(folder / name) for name in ("all", "curve", "stopped") if (folder / name).is_dir()}
+        xla.train(make_encoder(), mixture, make_config(steps=12, log_every=7, eval_every=2, save_every=5), folder / "apart", lambda encoder: {"score": 0.5}, **options)
+    return found | {name: records(folder / name) for name in ("all", "curve", "stopped", "apart") if (folder / name).is_dir()}
 
 
 def resume(folder):
@@ -301,16 +305,23 @@ def guards(folder):
     found["replicated"] = train("replicated", odd, steps=6)
     taken(folder, "replicated")
     found["lost"] = train("lost", poisoned(make_encoder()), steps=6)
+    found["lost before a checkpoint"] = train("lost before", poisoned(make_encoder()), steps=6, log_every=6, save_every=2)
     found["lost late"] = train("lost late", poisoned(make_encoder()), steps=6, log_every=6)
     found["indivisible"] = train("indivisible", data=make_mixture(folder / "cache", 18))
     found["family"] = train("family", make_encoder("electra"))
     found["positions"] = train("positions", buckets=(32, 128))
     found["bf16"] = train("bf16", bf16=True, save_every=10)
+    bf16 = newest_program(folder).replace(".cpu_after_", ".before_")
     found["their checkpoint"] = train("theirs", resume=True, steps=6, save_every=2)
     found["another model"] = train("bf16", make_encoder(intermediate_size=48), resume=True, bf16=True, save_every=10)
     found["claimed"] = train("bf16")
-    return {"programs": programs, "said": found, "bf16": records(folder / "bf16"), "bf16 program": newest_program(folder).replace(".cpu_after_", ".before_"),
-            "there": sorted(p.name for p in folder.iterdir() if p.is_dir())}
+    found["other buckets"] = train("bf16", buckets=(64,), resume=True, bf16=True, save_every=10)
+    (folder / "bf16" / "checkpoints" / "checkpoint-20" / "training.pt").unlink()
+    found["not whole"] = train("bf16", resume=True, bf16=True, save_every=10)
+    curious = lambda encoder: {"score": torch.ones(1, device="xla").item()}
+    found["an evaluation that asks the device"] = raised(xla.train, make_encoder(), mixture, make_config(steps=20, eval_every=2), folder / "curious", curious, buckets=BUCKETS, mesh=mesh, progress=False)
+    return {"programs": programs, "said": found, "bf16": records(folder / "bf16"), "bf16 program": bf16,
+            "there": sorted(p.name for p in folder.iterdir() if p.is_dir()), "kept of the lost": len([*(folder / "lost before").rglob("checkpoint-*")])}
 
 
 def late(folder):

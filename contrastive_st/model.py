@@ -126,14 +126,23 @@ def _check_parts(backbone, tokenizer, pooling, max_length):
         raise ValueError(f"max_length {max_length} does not fit; this backbone takes 3 to {limit or 'any number of'} tokens")
 
 # %% ../nbs/03_model.ipynb #check-texts
+def _mend(text):
+    "Replace lone surrogates, which damaged JSON leaves behind, by U+FFFD and join those that make a pair."
+    try: text.encode()
+    except UnicodeEncodeError: return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
 def _check_texts(texts):
-    "Return a list of strings, or say which entry is not one."
+    "Return a list of strings that have an encoding, or say which entry is no string."
     if not hasattr(texts, "__iter__"): raise ValueError(f"texts is of type {type(texts).__name__}; pass a list of strings or one string")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {i} is of type {type(text).__name__}, not a string; drop it or convert it with str()")
-    return texts
+    mended = [_mend(text) for text in texts]
+    if broken := sum(new is not text for new, text in zip(mended, texts)):
+        warnings.warn(f"{broken} of {len(texts)} texts held half characters (lone surrogates), which no tokenizer takes; those without a partner became U+FFFD", stacklevel=4)
+    return mended
 
 def _find_prompt(prompt, prompts, default=None):
     "Return the text to put before each input: a known prompt by name, or literal text."
@@ -415,7 +424,7 @@ class _Parts(torch.nn.Module):
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.settings = {}  # what else config_sentence_transformers.json said: default prompt, similarity function
         self.layout = "packed" if packable(backbone) else "padded"  # how `forward` lays texts out; "padded" always works
-        self.token_budget = None  # tokens at a time; None = 2,048 on a CPU, 65,536 elsewhere
+        self.token_budget = None  # tokens at a time, padding included; None = 2,048 on a CPU, 65,536 elsewhere
         self.train(backbone.training)
 
     @property
@@ -477,6 +486,14 @@ def _save(encoder, folder):
     _write_layout(folder, encoder.pooling, encoder.normalize, encoder.max_length, encoder.width, {**rest, "prompts": encoder.prompts})
 
 # %% ../nbs/03_model.ipynb #embed-packed
+def _budget(encoder, kind):
+    "The tokens that are embedded at a time on a kind of device; a layout or a budget that is none is an error."
+    budget = encoder.token_budget
+    if budget is None: budget = 2048 if kind == "cpu" else 65536
+    if budget < 1 or encoder.layout not in ("packed", "padded"):
+        raise ValueError(f"layout {encoder.layout!r} with token_budget {budget} does not work; use 'packed' or 'padded' and at least 1 token")
+    return budget
+
 def _embed_packed(encoder, token_ids, lengths, token_budget):
     "Embed a ragged batch without padding; (N, D), in the order of `lengths`."
     order, vectors = [], []
@@ -501,13 +518,12 @@ class SentenceEncoder(_Parts):
     def forward(self,
         token_ids:Tensor, # all texts one after another, (S,) int64
         lengths:Tensor, # tokens per text, (N,) int64
-    )->Tensor: # (N, D) float32
-        "Embed a ragged batch; with autograd, so this is what training calls."
+    )->Tensor: # (N, D), float32 under autocast too
+        "Embed a ragged batch, packed or padded as `layout` says; with autograd, so this is what training calls."
         if len(lengths) == 0: return torch.zeros(0, self.width, device=token_ids.device)
         _check_ragged(token_ids, lengths)
-        budget, kind = self.token_budget, token_ids.device.type
-        if budget is None: budget = 2048 if kind == "cpu" else 65536
-        if self.layout == "packed" and kind in ("cpu", "cuda"): return _embed_packed(self, token_ids, lengths, budget)
+        budget = _budget(self, token_ids.device.type)
+        if self.layout == "packed" and token_ids.device.type in ("cpu", "cuda"): return _embed_packed(self, token_ids, lengths, budget)
         return _embed_ragged(self.embed, token_ids, lengths, self.tokenizer.pad_token_id, budget)
 
     def encode(self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
-# %% ../nbs/03_packed.ipynb #segments
+# %% ../nbs/03_packed.ipynb #blocks
 class _Block(NamedTuple):
     "Texts of nearly one length, and where their queries, keys and values lie."
     rows:slice # of the laid-out heads
@@ -37,10 +37,11 @@ def _blocks(lengths, heads, step, most):
             at += len(part) * heads * T
     return blocks
 
+# %% ../nbs/03_packed.ipynb #segments
 class Segments:
     "Where each text of a packed row begins and ends, and how its attention heads are laid out for matrix products."
     def __init__(self,
-        lengths:list[int], # tokens of each text, sorted
+        lengths:list[int], # tokens of each text; sorted ones make the fewest blocks
         heads:int, # attention heads H
         device:torch.device|str="cpu", # of the tokens
         step:int=16, # lengths are rounded up to a multiple for attention: fewer, larger products
@@ -83,7 +84,7 @@ def _weights(Q, K, scale, block):
         i += n
     return torch.softmax(scores, -1)
 
-# %% ../nbs/03_packed.ipynb #dropout
+# %% ../nbs/03_packed.ipynb #masks
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 def _chance(p): return min(round(256 * p), 255) if p < 1 else 256  # of 256
@@ -101,6 +102,7 @@ def _drop(x, kept):
     bits = _BITS[x.dtype]
     return (x.view(bits) & kept.to(bits)).view(x.dtype)
 
+# %% ../nbs/03_packed.ipynb #dropout
 class _DropoutFunction(torch.autograd.Function):
     "Dropout that keeps one byte for each number."
     @staticmethod
@@ -126,14 +128,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments, scale, p):
         q, k, v = map(segments.lay_out, (q, k, v))
-        out, saved = torch.empty_like(q), []
+        out, saved, trains = torch.empty_like(q), [], any(ctx.needs_input_grad)
         for block in segments.blocks:
             Q, K, V, O = _views(block, q, k, v, out)
             W = _weights(Q, K, scale, block)
             kept = _kept(W.shape, p) if p else None
             torch.bmm(_drop(W, kept) if p else W, V, out=O)
-            if ctx.needs_input_grad[0]: saved += [W, kept]
-        if ctx.needs_input_grad[0]: ctx.save_for_backward(q, k, v, *saved)
+            if trains: saved += [W, kept]
+        if trains: ctx.save_for_backward(q, k, v, *saved)
         ctx.segments, ctx.scale, ctx.p, out = segments, scale, p, segments.pack(out)
         return out.mul_(_scale(p)) if p else out
 
@@ -156,7 +158,7 @@ def _views(block, *cells): return [x[block.rows].view(-1, block.length, x.shape[
 
 def _scaled_bmm(a, b, scale, out): torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
-# %% ../nbs/03_packed.ipynb #register
+# %% ../nbs/03_packed.ipynb #attention
 _NAME = "contrastive_st_packed"
 
 def _by_sdpa(q, k, v, segments, scale, p):
@@ -217,12 +219,13 @@ def _unpadded(backbone):
 # %% ../nbs/03_packed.ipynb #chunks
 def _chunks(lengths, token_budget):
     "Cut sorted lengths into runs of about equal size, of at most `token_budget` tokens each; a longer text is alone."
-    even = sum(lengths) / max(1, -(-sum(lengths) // token_budget))  # no small rest at the end
-    runs, size = [], math.inf
+    runs, size, even, left = [], math.inf, 0, sum(lengths)
     for length in lengths:
-        if size + length > token_budget or size + length / 2 > even: runs, size = runs + [[]], 0
+        if size + length > token_budget or size + length / 2 > even:
+            runs.append([])
+            size, even = 0, left / -(-left // token_budget)  # the rest, shared out among as few runs as it needs
         runs[-1].append(length)
-        size += length
+        size, left = size + length, left - length
     return runs
 
 def _sorted(token_ids, lengths):
@@ -233,6 +236,7 @@ def _sorted(token_ids, lengths):
     start = (lengths.cumsum(0) - lengths)[order]
     return token_ids[(start.repeat_interleave(sizes) + place).to(token_ids.device)], place.to(token_ids.device), order
 
+# %% ../nbs/03_packed.ipynb #packed-states
 def packed_states(
     backbone:torch.nn.Module, # one that is `packable`
     token_ids:Tensor, # all texts one after another, (S,) int64

@@ -64,10 +64,12 @@ def test_pooling_equals_sentence_transformers(name):
 
 # ---- forward ----
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_sub_batches_equal_one_padded_forward(encoder, pooling, budget):
-    encoder.pooling, encoder.token_budget = pooling, budget
+def test_both_layouts_equal_one_padded_forward(encoder, pooling, budget, layout):
+    assert encoder.layout == "packed"
+    encoder.pooling, encoder.token_budget, encoder.layout = pooling, budget, layout
     gen = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 30, (17,), generator=gen)
     token_ids = torch.randint(5, 100, (int(lengths.sum()),), generator=gen)
@@ -96,6 +98,10 @@ def test_forward_of_nothing_and_of_nonsense(encoder):
         encoder(torch.tensor([2, 3]), torch.tensor([2, 0]))
     with pytest.raises(ValueError, match="add up to 5 but there are 2"):
         encoder(torch.tensor([2, 3]), torch.tensor([2, 3]))
+    for layout, budget in (("packed", 0), ("padded", -1), ("Packed", 100)):
+        encoder.layout, encoder.token_budget = layout, budget
+        with pytest.raises(ValueError, match=f"layout '{layout}' with token_budget {budget} does not work; use 'packed' or 'padded' and at least 1"):
+            encoder(torch.tensor([2, 3]), torch.tensor([2]))
 
 
 def test_planned_groups_hold_the_budget():
@@ -198,6 +204,28 @@ def test_bad_texts(encoder):
         encoder.encode(["a", float("nan")])
     with pytest.raises(ValueError, match="texts is of type NoneType"):
         encoder.encode(None)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_half_characters_are_mended_and_counted(kind):
+    encoder = SentenceEncoder(*backbone_and_tokenizer(kind), max_length=62).eval()
+    whole, broken = ["snow \ufffd", "\ufffd", "\U0001f600", "snow"], ["snow \ud800", "\udfff", "\ud83d\ude00", "snow"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = encoder.encode(whole)  # whole texts are left alone
+    with pytest.warns(UserWarning, match="3 of 4 texts held half characters .* U.FFFD") as caught:
+        np.testing.assert_allclose(encoder.encode(broken), expected, atol=1e-6)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="1 of 1 texts"):
+        assert encoder.encode("\ud800").shape == (32,)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_nul_characters_work(kind):
+    encoder = SentenceEncoder(*backbone_and_tokenizer(kind), max_length=62).eval()
+    vectors = encoder.encode(["a\0b", "\0", "snow"])
+    assert np.isfinite(vectors).all() and np.ptp(np.linalg.norm(vectors, axis=1)) < 1e-5
+    np.testing.assert_allclose(vectors[2], encoder.encode("snow"), atol=1e-6)
 
 
 def test_parts_must_fit(tiny_backbone, tiny_tokenizer):

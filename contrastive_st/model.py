@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from .packed import packable, packed_states
+from .precision import check_precision, quantize
 
 # %% ../nbs/03_model.ipynb #poolings
 def mean_pool(hidden:Tensor, # token states, (N, T, D) float
@@ -176,40 +177,41 @@ def _tokenize(tokenizer, texts, max_length):
     return token_ids, lengths, sum(bool(e.overflowing) for e in encodings)
 
 # %% ../nbs/03_model.ipynb #evaluating
-@contextmanager
-def _evaluating(model):
-    "Run a block in evaluation mode without autograd; afterwards give each layer its mode back."
-    modes = {layer: layer.training for layer in model.modules()}
-    no_graph = torch.no_grad if model.device.type == "xla" else torch.inference_mode  # XLA tensors cannot be inference tensors
-    model.eval()
-    try:
-        with no_graph(): yield
-    finally:
-        for layer, mode in modes.items(): layer.training = mode
-
 def _has_bf16(kind):
     "Whether a kind of device multiplies bfloat16 itself."
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
+@contextmanager
+def _evaluating(model, bf16=False):
+    "Run a block in evaluation mode without autograd; afterwards give each layer its mode back."
+    modes, kind = {layer: layer.training for layer in model.modules()}, model.device.type
+    no_graph = torch.no_grad if bf16 or kind == "xla" else torch.inference_mode  # on inference tensors autocast casts each weight anew in each call; XLA has none
+    model.eval()
+    try:
+        with no_graph(), torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext(): yield
+    finally:
+        if bf16: torch.clear_autocast_cache()  # before torch 2.13 an autocast around this one would train on weights that were cast without a graph
+        for layer, mode in modes.items(): layer.training = mode
+
 def _lower(kind, bf16):
-    "Compute a block in bfloat16, or say why not."
-    if bf16 and not _has_bf16(kind):
-        warnings.warn(f"this {kind} has no bfloat16 arithmetic; encoding in float32", stacklevel=5)
-        bf16 = False
-    return torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext()
+    "Whether to compute in bfloat16; say so where it cannot be."
+    if bf16 and not _has_bf16(kind): warnings.warn(f"this {kind} has no bfloat16 arithmetic; encoding in float32", stacklevel=4)
+    return bf16 and _has_bf16(kind)
 
 def _shorten(vectors, truncate_dim, normalize, precision):
     "Keep the first `truncate_dim` dimensions, at unit length if the encoder normalises, in the precision asked for."
     if truncate_dim is not None:
         vectors = vectors[:, :truncate_dim]
         if normalize: vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-    return np.ascontiguousarray(vectors, dtype=precision)
+    if precision.endswith("int8") and len(vectors) < 100:
+        warnings.warn(f"the ranges of {precision} come from {len(vectors)} texts only; quantize float vectors with ranges of a larger sample", stacklevel=4)
+    return np.ascontiguousarray(vectors) if precision == "float32" else quantize(vectors, precision)
 
 def _check_options(batch_size, truncate_dim, precision, width):
     "Raise a ValueError for options of `encode` that make no sense."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    if precision not in ("float32", "float16"): raise ValueError(f"precision {precision!r} is not supported; use 'float32' or 'float16'")
+    check_precision(precision)
     if truncate_dim is not None and not 1 <= truncate_dim <= width:
         raise ValueError(f"truncate_dim {truncate_dim} does not fit; the vectors have 1 to {width} dimensions to keep")
 
@@ -466,7 +468,7 @@ def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progres
     order, cut = sorted(range(len(todo)), key=lambda i: -len(todo[i])), 0
     out = np.zeros((len(todo), encoder.width), np.float32)
     window = batch_size if encoder.layout == "padded" else 64 * batch_size  # packed texts are cut by tokens, not by number
-    with _evaluating(encoder), _lower(encoder.device.type, bf16), tqdm(total=len(todo), unit="text", disable=not progress, delay=1) as bar:
+    with _evaluating(encoder, _lower(encoder.device.type, bf16)), tqdm(total=len(todo), unit="text", disable=not progress, delay=1) as bar:
         for start in range(0, len(todo), window):
             rows = order[start:start + window]
             token_ids, lengths, longer = _tokenize(encoder.tokenizer, [todo[i] for i in rows], encoder.max_length)
@@ -531,7 +533,7 @@ class SentenceEncoder(_Parts):
         batch_size:int=32, # texts per call of a backbone that needs padding; others take `token_budget` tokens at a time
         prompt:str=None, # a name in `prompts`, or literal text; None = the model's default
         truncate_dim:int=None, # keep the first so many dimensions; None = all
-        precision:str="float32", # of the result: "float32" or "float16"
+        precision:str="float32", # of the result: a key of `PRECISIONS`; int8 and uint8 take their ranges from these texts
         progress:bool=True, # a bar, if it takes more than a second
         bf16:bool=False, # compute in bfloat16: about twice as fast where the CPU or GPU has it, 1 - cosine to float32 about 1e-4
     )->np.ndarray: # (N, D), rows in the order of `texts`

@@ -12,6 +12,7 @@ from conftest import make_backbone, make_tokenizer
 
 from contrastive_st import model
 from contrastive_st.model import POOLINGS, SentenceEncoder
+from contrastive_st.precision import quantize
 
 TEXTS = ["a dog is playing", "How do I reset my password?", "", "snow", "the man and the woman are eating rice in the street " * 2, "x, y. z!"]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -191,8 +192,36 @@ def test_truncate_dim_and_precision(encoder):
     assert encoder.encode(TEXTS, precision="float16").dtype == np.float16
 
 
+def test_fewer_bits_are_the_bits_of_the_vectors(encoder):
+    texts = [f"{text} {i}" for i in range(50) for text in TEXTS]
+    vectors = encoder.encode(texts)
+    for precision in ("int8", "uint8", "binary", "ubinary"):
+        np.testing.assert_array_equal(encoder.encode(texts, precision=precision), quantize(vectors, precision))
+    assert encoder.encode(texts[0], precision="ubinary").shape == (encoder.width // 8,)
+    with pytest.warns(UserWarning, match=f"come from {len(TEXTS)} texts only"):
+        encoder.encode(TEXTS, precision="int8")
+    with pytest.raises(ValueError, match="at least 2 vectors"), pytest.warns(UserWarning):
+        encoder.encode(texts[0], precision="int8")
+
+
+def test_bfloat16_is_told_where_there_is_none(encoder, monkeypatch):
+    exact = encoder.encode(TEXTS)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.warns(UserWarning, match="no bfloat16 arithmetic; encoding in float32"):
+        np.testing.assert_array_equal(encoder.encode(TEXTS, bf16=True), exact)
+
+
+def test_training_under_autocast_goes_on_after_encoding_in_bfloat16(encoder):
+    "Autocast remembers casts; those that were made without a graph must not reach the next training step."
+    ids, lengths = torch.tensor([2, 5, 6, 3]), torch.tensor([4])
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder.encode(TEXTS, bf16=True)
+        encoder(ids, lengths).sum().backward()
+    assert all(p.grad is not None for name, p in encoder.named_parameters() if "query.weight" in name)
+
+
 @pytest.mark.parametrize("options, said", [
-    ({"batch_size": 0}, "batch_size is 0"), ({"precision": "int8"}, "precision 'int8' is not supported"),
+    ({"batch_size": 0}, "batch_size is 0"), ({"precision": "int4"}, "precision 'int4' is not supported"),
     ({"truncate_dim": 33}, "truncate_dim 33 does not fit"), ({"truncate_dim": 0}, "truncate_dim 0 does not fit")])
 def test_bad_options(encoder, options, said):
     with pytest.raises(ValueError, match=said):

@@ -54,7 +54,7 @@ class TrainConfig:
     bf16: bool = False                                 # autocast the encoder to bfloat16 where the hardware has it; the loss stays in fp32
     matmul: Literal["auto", "default", "onednn"] = "auto"   # who multiplies fp32 on a CPU: oneDNN where it is as exact and faster, or torch's default
     fused: bool = True                                 # AdamW in one pass over the weights
-    chunk_tokens: Annotated[int, Field(ge=0)] = 0      # tokens of a device's batch whose activations are kept at a time; 0 = what fits into 4 GiB, or a quarter of the GPU
+    chunk_tokens: Annotated[int, Field(ge=0)] = 0      # tokens of a device's batch whose activations are kept at a time; 0 = what fits into 2 GiB, or a quarter of the GPU
     log_every: Annotated[int, Field(gt=0)] = 10        # steps between log lines
     eval_every: Annotated[int, Field(ge=0)] = 0        # steps between evaluations; 0 = before and after only
     save_every: Annotated[int, Field(ge=0)] = 0        # steps between checkpoints; 0 = with each evaluation
@@ -167,8 +167,25 @@ def load_weights(
         raise ValueError(f"{folder} holds the weights of another model (such as {differ[0]}); resume with the encoder that the run began with, or start in a new directory")
     encoder.backbone.load_state_dict(saved.state_dict())
 
+# %% ../nbs/07_trainer.ipynb #stepping
+class _Stepping(_Checkpointed):
+    "Embed, contrast, backward."
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        batch, kind = self._prepare_inputs(inputs), self.args.device.type
+        lower = torch.autocast(kind, torch.bfloat16, enabled=self.compute["dtype"] == "bfloat16")   # around the encoder alone
+        return cached_step(lower(model.__call__), batch["token_ids"], batch["lengths"], partial(self._contrast, batch),
+                           self.compute["chunk_tokens"], getattr(model, "no_sync", nullcontext))
+
+    def _contrast(self, batch, embeddings):
+        value, masked = batch_loss(embeddings, batch["identities"], self.config)
+        negatives = self.args.world_size * batch["identities"][:, 1:].numel() - 1 - masked   # of the global batch, for each anchor
+        self.counts.add(masked=masked, negatives=negatives, truncated=batch["truncated"].sum() / len(batch["lengths"]), mean_cosine=mean_cosine(embeddings.detach()))
+        return value
+
 # %% ../nbs/07_trainer.ipynb #trainer-class
-class _ContrastiveTrainer(_Checkpointed):
+class _ContrastiveTrainer(_Stepping):
     "Run the five verbs under transformers' Trainer."
 
     def __init__(self, run, compute, **kwargs):
@@ -184,19 +201,6 @@ class _ContrastiveTrainer(_Checkpointed):
     def _begin(self):
         self.run.first_step = self.state.global_step
         return self.run.first_step
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
-        batch, kind = self._prepare_inputs(inputs), self.args.device.type
-        lower = torch.autocast(kind, torch.bfloat16, enabled=self.compute["dtype"] == "bfloat16")   # around the encoder alone
-        return cached_step(lower(model.__call__), batch["token_ids"], batch["lengths"], partial(self._contrast, batch),
-                           self.compute["chunk_tokens"], getattr(model, "no_sync", nullcontext))
-
-    def _contrast(self, batch, embeddings):
-        value, masked = batch_loss(embeddings, batch["identities"], self.config)
-        negatives = self.args.world_size * batch["identities"][:, 1:].numel() - 1 - masked   # of the global batch, for each anchor
-        self.counts.add(masked=masked, negatives=negatives, truncated=batch["truncated"].sum() / len(batch["lengths"]), mean_cosine=mean_cosine(embeddings.detach()))
-        return value
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = LambdaLR(self.optimizer, lambda s: lr_factor(min(s, self.config.steps - 1), self.config.steps, self.config.warmup))
@@ -299,9 +303,9 @@ def _multiplying(matmul):
 
 # %% ../nbs/07_trainer.ipynb #compute
 def _fitting(encoder, bf16, kind):
-    "Tokens whose activations take about 4 GiB, or a quarter of a GPU's memory; the same number on every CPU, so that a run is the same run."
+    "Tokens whose activations take about 2 GiB, or a quarter of a GPU's memory; the same number on every CPU, so that a run is the same run."
     shape, size = encoder.backbone.config, 2 if bf16 and encoder.layout == "packed" else 4
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 4 if kind == "cuda" else 2**32
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 4 if kind == "cuda" else 2**31
     return max(1, memory // (25 * size * getattr(shape, "num_hidden_layers", 12) * shape.hidden_size * 1024)) * 1024
 
 

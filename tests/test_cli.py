@@ -23,13 +23,13 @@ from conftest import make_backbone, make_tokenizer
 from typer.testing import CliRunner
 
 from contrastive_st import cli, data, evaluation
-from contrastive_st.model import SentenceEncoder
+from contrastive_st.model import SentenceEncoder, _has_bf16
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
 COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--xla", "--resume", "--overwrite", "--progress"],
             "inspect": ["--data", "--store", "--set", "--sample", "--plot"],
             "prepare": ["--out", "--data", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
-            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--batch-size"], "search": ["--top-k"]}
+            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--bf16", "--batch-size"], "search": ["--top-k"]}
 RECIPE = """
 title = "a small run"
 
@@ -484,6 +484,14 @@ def test_encode_keeps_the_order_and_every_line(place):
     assert found.shape == (9, 32) and found.dtype == np.float32 and "9 texts" in out and "lines.npy" in out
     np.testing.assert_allclose(found, SentenceEncoder.from_pretrained(place / "encoder").encode(lines, progress=False), atol=1e-6)
     np.testing.assert_allclose(found[2], found[4], atol=1e-6)
+
+
+def test_encode_in_bfloat16(place):
+    for name, option in (("fine", []), ("coarse", ["--bf16"])):
+        works("encode", "encoder", "texts.txt", "--out", f"{name}.npy", "--no-progress", *option)
+    fine, coarse = np.load(place / "fine.npy"), np.load(place / "coarse.npy")
+    np.testing.assert_allclose(coarse, fine, atol=0.05)
+    assert (coarse == fine).all() != _has_bf16("cpu")
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c"])

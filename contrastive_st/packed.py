@@ -141,6 +141,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # a caller's autocast around backward() must not change what forward settled
     def backward(ctx, grad):
         q, k, v, *saved = ctx.saved_tensors
         segments, p, outs = ctx.segments, ctx.p, [torch.empty_like(q) for _ in range(3)]

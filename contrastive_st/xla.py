@@ -370,6 +370,7 @@ def _check(encoder, mixture, config, buckets, devices):
         raise ValueError(f"bucket {longest} is longer than the {limit} positions of this backbone; use buckets and a max_length of at most {limit}")
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones")
+    if config.chunk_tokens: raise ValueError("chunk_tokens is for CPU and GPU; on XLA the batch of a device stays whole: set it to 0, and use a smaller batch or more devices")
     if config.patience and _hosts()[1] > 1:
         raise ValueError("patience is set, but each of several hosts would decide for itself when to stop, and wait for the others for ever; set it to 0")
 

@@ -382,3 +382,12 @@ def test_autocast_in_training(minilm):
         assert vectors.dtype == torch.float32
         found[low] = gradient(vectors, minilm)
     assert found[True].isfinite().all() and torch.cosine_similarity(found[True], found[False], dim=0) > 0.99
+
+
+def test_backward_inside_autocast_gives_the_same_gradients():
+    "torch advises against it, and many do it."
+    backbone, (ids, lengths) = make(), batch(MIXED)
+    outside = gradient(laid(backbone, ids, lengths), backbone)
+    states = laid(backbone, ids, lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apart(gradient(states, backbone), outside) < 0.02

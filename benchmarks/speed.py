@@ -78,7 +78,7 @@ CASES = {
     "train_128": Case("train", "short", 128, (*BOTH, "gemm bf16"), 5),
     "train_256": Case("train", "short", 256, (*BF16, "gemm bf16"), 3),
     "train_1024": Case("train", "short", 1024, ("ours bf16", "peer cached bf16", "gemm bf16"), 3),
-    "train_long": Case("train", "long", 64, (*BOTH, "gemm bf16"), 3),
+    "train_long": Case("train", "long", 16, (*BOTH, "gemm bf16"), 5),
     "encode_short": Case("encode", "short", 500, (*BOTH, "peer tuned", "peer OpenVINO", "gemm bf16"), 5),
     "encode_passages": Case("encode", "passages", 100, (*BOTH, "peer tuned", "peer OpenVINO", "gemm bf16"), 5),
     "encode_long": Case("encode", "long", 80, (*BOTH, "peer OpenVINO", "gemm bf16"), 5),

@@ -4,17 +4,13 @@ python benchmarks/step_profile.py       # two minutes; writes results/step_profi
 
 One thread, all-MiniLM-L6-v2, batches of 64 NLI pairs (the quickstart corpus where CONTRASTIVE_ST_DATA has none), dropout as in the model's config, fused AdamW.
 """
+import json
 import re
 import statistics
 import time
 
-from measure import HERE, arguments, one_thread, record, rounded
-
-one_thread()
-
-import json
-
 import torch
+from measure import HERE, arguments, one_thread, record, rounded
 from speed import MODEL, data_folder, read_pairs
 from speed_side import GEMM_TOKENS, layer_products
 from transformers import AutoTokenizer
@@ -97,6 +93,7 @@ def tables(results: dict) -> str:
 
 
 def main() -> None:
+    one_thread()
     settings, tokenizer = arguments(__doc__.splitlines()[0]), AutoTokenizer.from_pretrained(MODEL)
     pairs, tokens = read_pairs(data_folder(), tokenizer)[0], Tokens(tokenizer, 256)
     batches = [tokens(pairs[64 * i:64 * (i + 1)]) for i in range(3 if settings.quick else 5)]

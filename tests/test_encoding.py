@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from contrastive_st import encoding
 from contrastive_st.encoding import write_embeddings
-from contrastive_st.precision import PRECISIONS, calibrate, dequantize, quantize
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.precision import PRECISIONS, calibrate, dequantize, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"text {i} " + "ab" * (i * 7 % 23) for i in range(2500)]

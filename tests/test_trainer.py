@@ -448,7 +448,7 @@ def test_by_default_a_batch_keeps_about_two_gibibytes(layout, bf16, length):
 def test_by_default_a_thousand_long_pairs_go_in_chunks():
     "MiniLM by its shape; 1,024 pairs of 250 tokens are 512,000."
     class Shape: num_hidden_layers, hidden_size = 6, 384
-    class Like: layout = "packed"; backbone = type("Backbone", (), {"config": Shape})
+    class Like: layout, backbone = "packed", type("Backbone", (), {"config": Shape})
     assert trainer._fitting(Like, False, "cpu") == 9 * 1024 and trainer._fitting(Like, True, "cpu") == 18 * 1024
     Shape.num_hidden_layers, Shape.hidden_size = 96, 12288
     assert trainer._fitting(Like, False, "cpu") == 1024  # never nothing

@@ -260,12 +260,19 @@ def check_health(
         warnings.warn("the embeddings have collapsed: the mean cosine between texts is above 0.99; lower lr or raise scale", stacklevel=2)
 
 # %% ../nbs/07_trainer.ipynb #onednn
+def _precision():
+    "What torch may do to float32 products; its release 2.9 warns of this question."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.get_float32_matmul_precision()
+
+
 @cache
 def _onednn():
     "How many times as fast as torch's default oneDNN multiplies float32 on this CPU, and its relative error; some 30 milliseconds, once."
     if not torch.backends.mkldnn.is_available():
         return 0.0, math.inf
-    draw, seconds, before = torch.Generator().manual_seed(0), {"highest": [], "medium": []}, torch.get_float32_matmul_precision()
+    draw, seconds, before = torch.Generator().manual_seed(0), {"highest": [], "medium": []}, _precision()
     x, w = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
     try:
         for _ in range(5):
@@ -279,10 +286,10 @@ def _onednn():
     exact = x.double() @ w.double()
     return min(seconds["highest"]) / min(seconds["medium"]), ((product - exact).abs().max() / exact.abs().max()).item()
 
-
+# %% ../nbs/07_trainer.ipynb #matmul
 def _matmul(config, kind):
     "Choose who multiplies float32: oneDNN where it is as exact as torch's default, and faster; a precision set by the caller stays."
-    if kind != "cpu" or config.matmul == "default" or torch.get_float32_matmul_precision() != "highest":
+    if kind != "cpu" or config.matmul == "default" or _precision() != "highest":
         return "default"
     faster, error = _onednn()
     if config.matmul == "onednn" and error > 1e-5:
@@ -293,7 +300,7 @@ def _matmul(config, kind):
 @contextmanager
 def _multiplying(matmul):
     "Multiply float32 that way in a block."
-    before = torch.get_float32_matmul_precision()
+    before = _precision()
     if matmul == "onednn":
         torch.set_float32_matmul_precision("medium")
     try:
@@ -315,7 +322,7 @@ def _compute(encoder, config, kind):
     if config.bf16 and not bf16:
         warnings.warn(f"this {kind} has no bfloat16 arithmetic; training in float32", stacklevel=3)
     return {"device": kind, "layout": encoder.layout, "dtype": "bfloat16" if bf16 else "float32", "matmul": _matmul(config, kind),
-            "matmul_precision": torch.get_float32_matmul_precision(), "fused": config.fused, "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, kind)}
+            "matmul_precision": _precision(), "fused": config.fused, "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, kind)}
 
 
 def _compute_line(compute):

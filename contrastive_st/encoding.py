@@ -38,10 +38,6 @@ from .precision import PRECISIONS, check_precision, calibrate, quantize
 # %% ../nbs/09_encoding.ipynb #read
 WINDOW, WINDOW_CHARACTERS, BATCH = 8192, 2**21, 512  # a window ends at whichever comes first; it goes to the encoder in batches
 
-def _mended(text):
-    "A text that UTF-8 can hold: pairs of surrogates joined, lone ones replaced by U+FFFD."
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
 class _Texts:
     "A stream of texts, read a window at a time; what goes wrong in it waits until the texts before it are written."
     def __init__(self, texts):
@@ -68,9 +64,10 @@ class _Texts:
         "Replace what is no Unicode, count it, and add the texts to the digest."
         try: together = "".join(taken).encode()
         except UnicodeEncodeError:
-            bad = [self.row + i for i, text in enumerate(taken) if _mended(text) != text]
+            from contrastive_st.model import _mend  # torch is not needed before
+            bad = [self.row + i for i, text in enumerate(taken) if _mend(text) != text]
             self.mended = self.mended[0] + len(bad), bad[0] if self.mended[1] is None else self.mended[1]
-            taken = list(map(_mended, taken))
+            taken = list(map(_mend, taken))
             together = "".join(taken).encode()
         for seen, part in zip(self._seen, (together, np.fromiter(map(len, taken), np.int64, len(taken)))): seen.update(part)
         self.row += len(taken)

@@ -6,34 +6,22 @@
 __all__ = ['cached_step']
 
 # %% ../nbs/05_gradcache.ipynb #imports
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/05_gradcache.ipynb #chunks
-def _cut(lengths, chunk_tokens):
-    "Texts in each chunk: about equal numbers of tokens, at most `chunk_tokens`; a longer text is alone."
-    left, counts, size = sum(lengths), [], math.inf
-    for length in lengths:
-        if size + length > chunk_tokens or size + length / 2 > even:
-            even, size = left / math.ceil(left / chunk_tokens), 0
-            counts.append(0)
-        counts[-1], size, left = counts[-1] + 1, size + length, left - length
-    return counts
+from .packed import _runs, _sorted
 
+# %% ../nbs/05_gradcache.ipynb #chunks
 def _chunks(token_ids, lengths, chunk_tokens):
     "The numbers of the texts of each chunk, and its ragged batch (token_ids, lengths); a batch that fits stays as it is."
     if len(token_ids) <= chunk_tokens: return [(torch.arange(len(lengths)), (token_ids, lengths))]
-    lengths, found = lengths.cpu(), []
-    order, starts = lengths.argsort(descending=True, stable=True), lengths.cumsum(0) - lengths
-    for rows in order.split(_cut(lengths[order].tolist(), chunk_tokens)):
-        n = lengths[rows]
-        places = torch.arange(int(n.sum())) + (starts[rows] - (n.cumsum(0) - n)).repeat_interleave(n)
-        found.append((rows, (token_ids[places.to(token_ids.device)], n)))
-    return found
+    token_ids, _, order = _sorted(token_ids, lengths.cpu())
+    runs = _runs(lengths.cpu()[order].tolist(), chunk_tokens)
+    rows, parts = order.split([len(run) for run in runs]), token_ids.split([sum(run) for run in runs])
+    return [(row, (part, torch.tensor(run))) for row, part, run in zip(rows, parts, runs)]
 
 # %% ../nbs/05_gradcache.ipynb #random
 def _random_state(device):

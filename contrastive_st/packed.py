@@ -9,6 +9,7 @@ __all__ = ['Segments', 'attention', 'packable', 'packed_states']
 import copy
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -47,9 +48,13 @@ class Segments:
         step:int=16, # lengths are rounded up to a multiple for attention: fewer, larger products
         most:int=2**18, # attention scores at a time: half a megabyte of bfloat16 stays in the cache
     ):
-        self.heads, self.calls, self.blocks = heads, 0, _blocks(lengths, heads, step, most)
-        L = torch.tensor(lengths)
-        T = (L + step - 1) // step * step
+        self.lengths, self.heads, self.device, self.step = lengths, heads, device, step
+        self.blocks, self.calls = _blocks(lengths, heads, step, most), 0
+
+    @cached_property
+    def _lists(self):  # not made where nothing is laid out
+        L, heads = torch.tensor(self.lengths), self.heads
+        T = (L + self.step - 1) // self.step * self.step
         start, begin = L.cumsum(0) - L, heads * (T.cumsum(0) - T)  # of each text: its first token, its first cell
         text = torch.arange(len(L)).repeat_interleave(heads * T)
         cell = torch.arange(len(text)) - begin[text]  # heads x T cells for each text
@@ -59,7 +64,9 @@ class Segments:
         back = begin[text] + torch.arange(len(text)) - start[text]
         back = (back[:, None] + T[text, None] * torch.arange(heads)).flatten()
         pads = torch.ones(len(place), dtype=torch.bool).index_fill_(0, back, False).nonzero()[:, 0]
-        self.place, self.back, self.pads = (index.to(device) for index in (place, back, pads))
+        return [index.to(self.device) for index in (place, back, pads)]
+
+    place, back, pads = (property(lambda self, i=i: self._lists[i]) for i in range(3))
 
     def lay_out(self,
         x:Tensor, # a row for each token and head, (S * H, d)
@@ -171,6 +178,16 @@ def _by_sdpa(q, k, v, segments, scale, p):
         parts.append(F.scaled_dot_product_attention(Q, K, V, shown[:, None, None], p, scale=scale).flatten(0, 2))
     return segments.pack(torch.cat(parts))
 
+def _by_length(query, key, value, lengths, scale):
+    "The same for inference on a CPU, (1, H, S, d) to (S, H, d): texts of one length lie side by side and are a rectangle as they are."
+    parts, at = [], 0
+    for T, same in groupby(lengths):
+        n = len(list(same))
+        Q, K, V = (x[0, :, at:at + n * T].unflatten(1, (n, T)).transpose(0, 1) for x in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(Q, K, V, scale=scale).transpose(1, 2).flatten(0, 1))
+        at += n * T
+    return torch.cat(parts)
+
 def attention(
     module:torch.nn.Module, # the layer; not looked at
     query:Tensor, # (1, H, S, d)
@@ -184,10 +201,11 @@ def attention(
 )->tuple[Tensor, None]: # (1, S, H, d)
     "Let each token of a packed row attend to the tokens of its own text; transformers calls it by its registered name."
     _, H, S, d = query.shape
-    rows = [x.transpose(1, 2).reshape(S * H, d) for x in (query, key, value)]
-    attend = _Attention.apply if query.device.type == "cpu" else _by_sdpa
+    states, scale, cpu = (query, key, value), d ** -0.5 if scaling is None else scaling, query.device.type == "cpu"
     segments.calls += 1
-    return attend(*rows, segments, d ** -0.5 if scaling is None else scaling, dropout).view(1, S, H, d), None
+    if cpu and not dropout and not any(x.requires_grad for x in states): return _by_length(*states, segments.lengths, scale)[None], None
+    rows = [x.transpose(1, 2).reshape(S * H, d) for x in states]
+    return (_Attention.apply if cpu else _by_sdpa)(*rows, segments, scale, dropout).view(1, S, H, d), None
 
 AttentionInterface.register(_NAME, attention)
 AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
@@ -218,7 +236,7 @@ def _unpadded(backbone):
     return _twin(backbone, backbone.config, config)
 
 # %% ../nbs/03_packed.ipynb #chunks
-def _chunks(lengths, token_budget):
+def _runs(lengths, token_budget):
     "Cut sorted lengths into runs of about equal size, of at most `token_budget` tokens each; a longer text is alone."
     runs, size, even, left = [], math.inf, 0, sum(lengths)
     for length in lengths:
@@ -249,7 +267,7 @@ def packed_states(
     twin, config = _unpadded(backbone), backbone.config
     table, offset, at = twin.get_input_embeddings(), _first_position(backbone), 0
     words = table(token_ids) if torch.is_grad_enabled() else None  # once: a gradient of this table is as large as the table
-    for run in _chunks(lengths.cpu()[order].tolist(), token_budget):
+    for run in _runs(lengths.cpu()[order].tolist(), token_budget):
         segments, tokens = Segments(run, config.num_attention_heads, token_ids.device), slice(at, at := at + sum(run))
         embedded = table(token_ids[tokens]) if words is None else words[tokens]
         states = twin(inputs_embeds=embedded[None], position_ids=place[None, tokens] + offset, segments=segments).last_hidden_state

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from contrastive_st import encoding
 from contrastive_st.encoding import write_embeddings
-from contrastive_st.model import SentenceEncoder
+from contrastive_st.model import SentenceEncoder, _mend
 from contrastive_st.precision import PRECISIONS, calibrate, dequantize, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -501,10 +501,10 @@ def test_strange_texts(tmp_path, tiny):
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(), max_size=20), st.text(st.characters(codec="utf-8"), max_size=20))
 def test_mended_texts_are_unicode(any_text, good):
-    mended = encoding._mended(any_text)
+    mended = _mend(any_text)
     mended.encode()
-    assert encoding._mended(good) == good and encoding._mended(mended) == mended
-    assert encoding._mended(good + "\ud800") == good + "\ufffd" and encoding._mended("\udc00" + good) == "\ufffd" + good
+    assert _mend(good) == good and _mend(mended) == mended
+    assert _mend(good + "\ud800") == good + "\ufffd" and _mend("\udc00" + good) == "\ufffd" + good
 
 
 @pytest.mark.parametrize("bad", [None, 5, b"dog", float("nan"), ["dog"]])

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from contrastive_st.gradcache import _chunks, _cut, cached_step
+from contrastive_st.gradcache import _chunks, cached_step
 from contrastive_st.loss import info_nce, same_text
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.packed import _runs
 from contrastive_st.trainer import TrainConfig, batch_loss
 
 ALL = 10**9  # tokens: one chunk
@@ -249,12 +250,9 @@ def test_memory_is_that_of_a_chunk_whatever_the_batch(layout):
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 400))
 def test_cuts(lengths, chunk_tokens):
     lengths = sorted(lengths, reverse=True)
-    counts, at, sizes = _cut(lengths, chunk_tokens), 0, []
-    for n in counts:
-        sizes.append(sum(lengths[at:at + n]))
-        at += n
-        assert n >= 1 and (sizes[-1] <= chunk_tokens or n == 1)
-    assert at == len(lengths)
+    runs = _runs(lengths, chunk_tokens)
+    sizes = [sum(run) for run in runs]
+    assert sum(runs, []) == lengths and all(size <= chunk_tokens or len(run) == 1 for run, size in zip(runs, sizes))
     if lengths[0] <= chunk_tokens / 4:
         assert sizes[-1] >= max(sizes) / 2 and len(sizes) <= math.ceil(sum(lengths) / chunk_tokens) + 1
     if sum(lengths) <= chunk_tokens:

@@ -13,7 +13,7 @@ ALLOWED = {
     "data": {"store"},
     "tokens": {"store"},
     "mixture": {"data"},
-    "gradcache": {"loss"},
+    "gradcache": {"packed"},
     "trainer": {"model", "tokens", "loss", "gradcache", "mixture"},
     "xla": {"model", "tokens", "trainer"},
     "model": {"packed", "precision"},

@@ -129,16 +129,26 @@ def test_attention_equals_softmax_text_by_text(step, most):
             assert none is None and apart(out, expected) < 1e-12
             for a, b in zip(torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True), torch.autograd.grad(expected, (q, k, v), upstream, retain_graph=True)):
                 torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+        inferred, none = packed.attention(None, *(x.detach() for x in (q, k, v)), None, scaling=0.3, segments=segments)
+        assert none is None and inferred.shape == ours.shape and apart(inferred, expected) < 1e-12
+
+
+def test_inference_gathers_nothing(monkeypatch):
+    backbone, (ids, lengths) = make(), batch([9, 9, 4, 1])
+    monkeypatch.setattr(Segments, "_lists", property(lambda self: pytest.fail("tokens were laid out")))
+    with torch.no_grad():
+        assert len(list(packed_states(backbone, ids, lengths))) == 3
 
 
 def test_what_is_not_a_number_stays_in_its_text():
-    q, k, v = qkv(10, 2)
-    with torch.no_grad():
-        clean, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
-        k[:, :, 6], v[:, :, 6] = float("nan"), float("inf")
-        hurt, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
     others = torch.tensor([0, 1, 2, 3, 4, 8, 9])
-    assert torch.equal(clean[:, others], hurt[:, others]) and not hurt[:, 5:8].isfinite().any()
+    for trained in (True, False):  # block by block, and length by length
+        q, k, v = (x.detach().requires_grad_(trained) for x in qkv(10, 2))
+        with torch.no_grad():
+            clean, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
+            k[:, :, 6], v[:, :, 6] = float("nan"), float("inf")
+            hurt, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
+        assert torch.equal(clean[:, others], hurt[:, others]) and not hurt[:, 5:8].isfinite().any()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -340,7 +350,7 @@ def test_the_budget_bounds_the_rows_of_a_chunk(budget):
         for numbers, states in packed_states(backbone, ids, lengths, budget):
             assert states.shape[:2].numel() <= max(budget, max(sizes)) and states.shape[1] == lengths[numbers[0]]
     assert max(rows) <= max(budget, max(sizes)) and sum(rows) == 2 * sum(sizes)
-    assert [sum(run) for run in packed._chunks([10] * 21, 100)] == [70, 70, 70]  # about equal, no small rest
+    assert [sum(run) for run in packed._runs([10] * 21, 100)] == [70, 70, 70]  # about equal, no small rest
 
 
 # ---- real weights and texts ----

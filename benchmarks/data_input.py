@@ -27,7 +27,7 @@ import orjson
 import torch
 from isal import igzip
 from matplotlib.figure import Figure
-from measure import HERE, arguments, fresh, interleaved, memory, one_thread, record, save, spread
+from measure import arguments, fresh, interleaved, memory, one_thread, real_data, record, save, spread
 from transformers import AutoTokenizer
 
 from contrastive_st.data import prepare, read_examples, store_folder
@@ -49,7 +49,7 @@ WAYS = {"seeds": "seeds: gzip + json, padded to 128", "datasets": "datasets: str
 
 def data_folder() -> Path:
     "The folder of the real files, or a sentence."
-    folder = Path(os.environ.get("CONTRASTIVE_ST_DATA", HERE.parent / ".." / "shared" / "data")).resolve() / "train"
+    folder = real_data() / "train"
     missing = [name for name, _ in dict(pair for pairs in FILES.values() for pair in pairs).items() if not (folder / name).is_file()]
     if missing:
         sys.exit(f"no real data here ({', '.join(missing)}): set CONTRASTIVE_ST_DATA to a folder whose train/ has them")

@@ -56,6 +56,11 @@ def fresh(function: Callable, *args):
         return pool.submit(function, *args).result()
 
 
+def real_data() -> Path:
+    "Where the folder of the real files is, or would be."
+    return Path(os.environ.get("CONTRASTIVE_ST_DATA", HERE.parent / ".." / "shared" / "data")).resolve()
+
+
 def hardware() -> str:
     "Processor and memory of this machine."
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -88,10 +93,15 @@ def rounded(value, digits: int = 4):
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def save(results: dict, figures: dict[str, Figure], name: str, out: Path) -> None:
-    "Write NAME.json and the plots, renew the table of README.md if it is about this folder, and print the ratios as the last line."
+def write(results: dict, name: str, out: Path) -> None:
+    "Write NAME.json."
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
+
+
+def save(results: dict, figures: dict[str, Figure], name: str, out: Path) -> None:
+    "Write NAME.json and the plots, renew the table of README.md if it is about this folder, and print the ratios as the last line."
+    write(results, name, out)
     for suffix, figure in figures.items():
         figure.savefig(out / f"{name}_{suffix}.png", dpi=120)
     if out.resolve() == HERE / "results" and all((out / f"{row[0]}.json").is_file() for row in ROWS):

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from measure import HERE, record, rounded, save, spread
+from measure import HERE, real_data, record, rounded, save, spread, write
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from contrastive_st.data import quickstart_folder, read_examples
@@ -108,7 +108,7 @@ def distinct(rows) -> list[list[str]]:
 
 def data_folder() -> Path | None:
     "The folder of the real files; None if they are not there."
-    folder = Path(os.environ.get("CONTRASTIVE_ST_DATA", HERE.parent / ".." / "shared" / "data")).resolve()
+    folder = real_data()
     return folder if (folder / "train" / "AllNLI_devtest_triplets.jsonl.gz").is_file() and (folder / "train" / "medquad_question_answer.jsonl.gz").is_file() else None
 
 
@@ -385,9 +385,9 @@ def told(name: str, found: dict) -> Iterator[str]:
     "The lines about a case for people."
     unit = "pairs" if found["work"] == "train" else "texts"
     yield f"{name}: {found['texts']} texts, batch {found['batch']}"
-    for way, about in found["ways"].items():
-        rate, products = about["per_second"], ", ".join(f"{k} {v}" for k, v in (about["products"] or {}).items())
-        memory = f", peak {about['peak_mb']:,.0f} MB" if about.get("peak_mb") else ""
+    for way, side in found["ways"].items():
+        rate, products = side["per_second"], ", ".join(f"{k} {v}" for k, v in (side["products"] or {}).items())
+        memory = f", peak {side['peak_mb']:,.0f} MB" if side.get("peak_mb") else ""
         share = f", {found['share'][way]['median']:.0%} of the ceiling" if way in found["share"] else ""
         yield f"  {way:17} {rate['median']:8.1f} {unit}/s ({rate['q1']:.1f} to {rate['q3']:.1f}){share}{memory}; products: {products}"
     yield "  " + "; ".join(f"{pair} {r['median']:.2f}" for pair, r in found["ratios"].items())
@@ -465,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
                 results["cases"][name] = measure(name, case, sides, texts, tokenizer)
                 print("\n".join(told(name, results["cases"][name])), flush=True)
                 if not settings.quick:
-                    (out / "speed.json").write_text(json.dumps(rounded(results | about(results, settings)), indent=1) + "\n")  # half an hour is long: what is measured is kept
+                    write(results | about(results, settings), "speed", out)  # half an hour is long: what is measured is kept
         sides.close()
     results |= about(results, settings) | {"seconds": round(time.time() - begun)}
     finish(settings, results, out)

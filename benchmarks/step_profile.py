@@ -1,16 +1,19 @@
-"""Where the time of a training step goes, padded and packed, in fp32 and bf16; and what the products of a layer reach alone.
+"""Where the time of training and of encoding goes, padded and packed, in fp32 and bf16; and what the products of a layer reach alone.
 
-python benchmarks/step_profile.py       # two minutes; writes results/step_profile.json and the two tables of docs/LOG.md
+python benchmarks/step_profile.py       # three minutes; writes results/step_profile.json and the tables of docs/LOG.md
 
-One thread, all-MiniLM-L6-v2, batches of 64 NLI pairs (the quickstart corpus where CONTRASTIVE_ST_DATA has none), dropout as in the model's config, fused AdamW.
+One thread, all-MiniLM-L6-v2. Training: batches of 64 NLI pairs (the quickstart corpus where CONTRASTIVE_ST_DATA has none), dropout as in the model's config, fused AdamW.
+Encoding: 500 short texts of the same, and 100 passages.
 """
 import re
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from measure import HERE, arguments, one_thread, record, write
-from speed import MODEL, data_folder, read_pairs
+from speed import MODEL, data_folder, prepare, read_pairs
 from speed_side import GEMM_TOKENS, layer_products
 from transformers import AutoTokenizer
 
@@ -19,7 +22,7 @@ from contrastive_st.tokens import Tokens
 from contrastive_st.trainer import TrainConfig, batch_loss
 
 KINDS = {  # name of an operation -> what it is for
-    r"aten::(mm|addmm)$": "products of weights", r"aten::(bmm|baddbmm)$": "products of attention", r"bernoulli_|random_|bitwise_and|native_dropout": "dropout",
+    r"aten::(mm|addmm)$": "products of weights", r"flash_attention": "fused attention", r"aten::(bmm|baddbmm)$": "products of attention", r"bernoulli_|random_|bitwise_and|native_dropout": "dropout",
     r"index_select|aten::index$|embedding": "gathers", r"copy_": "casts and copies", r"fill_|zero_": "zeros, such as the vocabulary's gradient", r"gelu": "GELU", r"softmax": "softmax",
     r"layer_norm": "layer norm", r"adamw|foreach|linalg": "AdamW and clipping", r"aten::(add|add_|sum|mul|mul_|div|div_|where|neg_|ge_|all|lt)$": "other arithmetic",
 }
@@ -48,19 +51,33 @@ def shares(profile) -> dict[str, float]:
     return {kind: spent / sum(found.values()) for kind, spent in found.items()}
 
 
-def profiled(layout: str, bf16: bool, batches: list) -> dict:
-    "CPU seconds of a step, and where they go."
-    encoder = SentenceEncoder.from_pretrained(str(MODEL)).train()
-    encoder.layout, seconds = layout, []
-    step = make_step(encoder, torch.optim.AdamW(encoder.parameters(), lr=2e-5, fused=True), bf16)
-    for batch in batches:
+def profiled(work, items: list) -> dict:
+    "CPU seconds of `work` on an item, and where they go; the first item warms up."
+    seconds = []
+    for item in items:
         start = time.process_time()
-        step(batch)
+        work(item)
         seconds.append(time.process_time() - start)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for batch in batches[1:]:
-            step(batch)
-    return {"seconds_a_step": statistics.median(seconds[1:]), "shares": shares(profile)}
+        for item in items[1:]:
+            work(item)
+    return {"seconds": statistics.median(seconds[1:]), "shares": shares(profile)}
+
+
+def step_of(layout: str, bf16: bool):
+    "A training step of a new encoder."
+    encoder = SentenceEncoder.from_pretrained(str(MODEL)).train()
+    encoder.layout = layout
+    return make_step(encoder, torch.optim.AdamW(encoder.parameters(), lr=2e-5, fused=True), bf16)
+
+
+def encoding(folder, tokenizer, rounds: int) -> dict:
+    "The profile of encoding short texts and passages."
+    with tempfile.TemporaryDirectory() as work:
+        texts = prepare(folder, Path(work), tokenizer).encode
+    parts = {kind: [texts[kind][n * i:n * (i + 1)] for i in range(rounds)] for kind, n in (("short", 500), ("passages", 100))}
+    encoder = SentenceEncoder.from_pretrained(str(MODEL))
+    return {f"{kind} {'bf16' if bf16 else 'fp32'}": profiled(lambda part: encoder.encode(part, bf16=bf16, progress=False), parts[kind]) for bf16 in (False, True) for kind in parts}
 
 
 def rates(dtype: torch.dtype, precision: str, rounds: int = 5) -> dict[int, list[float]]:
@@ -81,11 +98,17 @@ def rates(dtype: torch.dtype, precision: str, rounds: int = 5) -> dict[int, list
     return found
 
 
+def share_table(title: str, found: dict) -> list[str]:
+    "CPU seconds and shares in Markdown, without the kinds that are nowhere."
+    ways = list(found.values())
+    lines = [f"| {title} | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|", "| CPU seconds | " + " | ".join(f"{way['seconds']:.2f}" for way in ways) + " |"]
+    return lines + [f"| {kind} | " + " | ".join(f"{way['shares'][kind]:.0%}" for way in ways) + " |" for kind in ways[0]["shares"] if max(way["shares"][kind] for way in ways) >= 0.005]
+
+
 def tables(results: dict) -> str:
-    "Both tables in Markdown."
-    steps, ways = results["steps"], list(results["gemm_gflops"])
-    lines = ["| share of a step | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|", "| CPU seconds a step | " + " | ".join(f"{s['seconds_a_step']:.2f}" for s in steps.values()) + " |"]
-    lines += [f"| {kind} | " + " | ".join(f"{s['shares'][kind]:.0%}" for s in steps.values()) + " |" for kind in next(iter(steps.values()))["shares"]]
+    "The tables in Markdown."
+    ways = list(results["gemm_gflops"])
+    lines = [*share_table("share of a step of 64 pairs", results["steps"]), "", *share_table("share of encoding 500 short texts, 100 passages", results["encoding"])]
     lines += ["", "GFLOP/s of the products of one layer (forward / gradient of the input / gradient of the weights):", "", "| tokens | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
     lines += [f"| {tokens:,} | " + " | ".join(" / ".join(f"{rate:,.0f}" for rate in results["gemm_gflops"][way][tokens]) for way in ways) + " |" for tokens in GEMM_TOKENS]
     return "\n".join([*lines, "", f"`{results['command']}`, {results['date']}, {results['hardware']}, torch {results['versions']['torch']}, one thread."])
@@ -94,9 +117,11 @@ def tables(results: dict) -> str:
 def main() -> None:
     one_thread()
     settings, tokenizer = arguments(__doc__.splitlines()[0]), AutoTokenizer.from_pretrained(MODEL)
-    pairs, tokens = read_pairs(data_folder(), tokenizer)[0], Tokens(tokenizer, 256)
-    batches = [tokens(pairs[64 * i:64 * (i + 1)]) for i in range(3 if settings.quick else 5)]
-    results = {"steps": {f"{layout} {'bf16' if bf16 else 'fp32'}": profiled(layout, bf16, batches) for bf16 in (False, True) for layout in ("padded", "packed")}}
+    folder, rounds = data_folder(), 3 if settings.quick else 5
+    pairs, tokens = read_pairs(folder, tokenizer)[0], Tokens(tokenizer, 256)
+    batches = [tokens(pairs[64 * i:64 * (i + 1)]) for i in range(rounds)]
+    results = {"steps": {f"{layout} {'bf16' if bf16 else 'fp32'}": profiled(step_of(layout, bf16), batches) for bf16 in (False, True) for layout in ("padded", "packed")}}
+    results["encoding"] = encoding(folder, tokenizer, rounds)
     results["gemm_gflops"] = {"fp32": rates(torch.float32, "highest"), 'fp32, "medium"': rates(torch.float32, "medium"), "bf16": rates(torch.bfloat16, "highest")}
     results |= record("torch", "transformers")
     write(results, "step_profile", settings.out)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'parse_changes', 'measures', 'score_table', 'evaluate', 'similarity_figure', 'similarity',
-           'sample_pairs', 'train', 'model_card', 'summary', 'inspect', 'report_figure', 'prepare', 'read_texts',
-           'encode', 'search']
+           'sample_pairs', 'train', 'model_card', 'summary', 'tpu_time', 'by_folder', 'inspect', 'report_figure',
+           'prepare', 'read_texts', 'encode', 'search']
 
 # %% ../nbs/13_cli.ipynb #imports-export
 import json
@@ -29,7 +29,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Train, measure and use sentence embeddings. Begin with: contrastive-st train quickstart")
 
 _Model = Annotated[str, typer.Argument(help="Model directory, hub id, or 'sentence-transformers/all-MiniLM-L6-v2'.")]
-_RecipeArg = Annotated[str, typer.Argument(help="Recipe: a .toml file, or 'quickstart'.")]
+_RecipeArg = Annotated[str, typer.Argument(help="Recipe: a .toml file, or a name such as 'quickstart'.")]
+_Tiny = Annotated[bool, typer.Option("--tiny", help="Take the recipe's tiny variant, which tries the run in a minute.")]
 _Data = Annotated[Path | None, typer.Option(help="Folder with the recipe's data, if the recipe names none.")]
 _Store = Annotated[Path | None, typer.Option(help="Folder that `prepare` filled, to read the training data from.")]
 _Changes = Annotated[list[str], typer.Option("--set", help="Change a key of the recipe, e.g. --set train.steps=50. May be repeated.")]
@@ -183,6 +184,7 @@ def train(
     data: _Data = None,
     store: _Store = None,
     set: _Changes = [],
+    tiny: _Tiny = False,
     xla: Annotated[bool, typer.Option("--xla", help="Train on XLA devices: a TPU, or several virtual ones on a CPU.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT from its last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in OUT first.")] = False,
@@ -192,7 +194,7 @@ def train(
     from contrastive_st import recipes, trainer
 
     trainer.claim(out, resume, overwrite, make=False)
-    recipe = recipes.load(recipe, parse_changes(set))
+    recipe = recipes.load(recipe, parse_changes(set), tiny)
     config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
     folder, mixture = recipe.folder(data), recipe.mixture(data, store)
     during, test = _paths(recipe, folder, recipe.evaluation, "evaluation"), _paths(recipe, folder, recipe.test, "test")
@@ -261,6 +263,37 @@ def _near(path):
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("../..") else relative
 
+# %% ../nbs/13_cli.ipynb #tpu-time
+def tpu_time(
+    size: tuple[int, int, int],  # of the backbone: layers, width, parameters
+    longest: int,                # T, tokens that every text is padded to
+    report: dict,                # of mixture.Mixture.report or mixture.account
+) -> str:                        # one sentence
+    "Say how long a run would take on a TPU v3-8 by the scaling model of `xla.step_time`."
+    from contrastive_st.xla import CHIPS, step_time
+
+    steps = [sum(step_time(*size, texts=p["columns"] * report["batch_size"], T=longest, devices=8, chip=CHIPS["v3"]).values()) for p in report["pools"]]
+    seconds = sum(p["batches"] * step for p, step in zip(report["pools"], steps))
+    length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} seconds"
+    return f"on a TPU v3-8 {length}, {1000 * seconds / report['steps']:,.0f} ms a step (estimated, not measured: every text padded to {longest}, matrix products at 35% of the peak)"
+
+# %% ../nbs/13_cli.ipynb #by-folder
+def by_folder(
+    report: dict,   # of mixture.Mixture.report or mixture.account
+    most: int = 40,  # datasets that are listed one by one
+) -> dict:          # a copy; beyond `most`, the datasets of a folder are one line
+    "Shorten a report of many files: those of one folder become one line."
+    if len(report["datasets"]) <= most:
+        return report
+    folders = {}
+    for d in report["datasets"]:
+        folders.setdefault((d["name"].rpartition("/")[0] or d["name"], d["columns"]), []).append(d)
+    total = lambda group, key: sum(d[key] for d in group)
+    lines = [{"name": name if len(group) == 1 else f"{name}/ ({len(group)} files)", "rows": total(group, "rows"), "columns": columns, "asked": total(group, "asked"),
+              "realised": total(group, "realised"), "epochs": sum(d["epochs"] * d["rows"] for d in group) / total(group, "rows")}
+             for (name, columns), group in folders.items()]
+    return report | {"datasets": sorted(lines, key=lambda d: -d["realised"])}
+
 # %% ../nbs/13_cli.ipynb #inspect
 @app.command()
 def inspect(
@@ -268,18 +301,26 @@ def inspect(
     data: _Data = None,
     store: _Store = None,
     set: _Changes = [],
+    tiny: _Tiny = False,
     sample: Annotated[int, typer.Option(min=1, help="Global batches to look into.")] = 8,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of shares and epochs to this PNG.")] = None,
 ):
-    "Print what a run of the recipe would see: shares, epochs, negatives, duplicates, truncation, padding."
+    "Print what a run of the recipe would see: shares, epochs, negatives, duplicates, truncation, padding; without data, its plan."
     from contrastive_st import recipes, tokens, trainer
-    from contrastive_st.mixture import report_table
+    from contrastive_st.mixture import account, report_table
 
-    recipe = recipes.load(recipe, parse_changes(set))
+    recipe = recipes.load(recipe, parse_changes(set), tiny)
     config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
-    mixture, encoder = recipe.mixture(data, store), recipe.encoder()
-    report = trainer.run_report(mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), config.steps, sample)
-    typer.echo(f"{recipe.title}\n\n{report_table(report)}")
+    if data or store or recipe.data.folder:
+        mixture, encoder = recipe.mixture(data, store), recipe.encoder()
+        report = trainer.run_report(mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), config.steps, sample)
+        layers, longest = encoder.backbone.config.num_hidden_layers, encoder.max_length
+        size = layers, encoder.width, sum(p.numel() for p in encoder.backbone.parameters())
+    else:
+        report, size, longest = account(recipes.plan(recipe), config.steps, 0), recipes.BACKBONES.get(recipe.model.name), recipe.model.max_length or 128
+        typer.echo("planned from the sizes in the data config; --data FOLDER opens the files and looks into them")
+    typer.echo(tpu_time(size, longest, report) if size else f"no time is estimated: the size of {recipe.model.name} is not known here")
+    typer.echo(f"\n{recipe.title}\n\n{report_table(by_folder(report))}")
     if plot:
         plot.parent.mkdir(parents=True, exist_ok=True)
         report_figure(report, plot)

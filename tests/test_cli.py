@@ -24,8 +24,8 @@ from contrastive_st import cli, data, evaluation
 from contrastive_st.model import SentenceEncoder
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
-COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--xla", "--resume", "--overwrite", "--progress"],
-            "inspect": ["--data", "--store", "--set", "--sample", "--plot"],
+COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--tiny", "--xla", "--resume", "--overwrite", "--progress"],
+            "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
             "prepare": ["--out", "--data", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
             "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--batch-size"], "search": ["--top-k"]}
 RECIPE = """
@@ -318,6 +318,49 @@ def test_inspect_draws_into_a_new_folder(place):
     works("inspect", "recipe.toml", "--plot", "pictures/new/plan.png")
     assert (place / "pictures" / "new" / "plan.png").is_file()
     shutil.rmtree(place / "pictures")
+
+
+@pytest.mark.parametrize("name, words", [
+    ("all-MiniLM-L6-v2", ["102,400,000 examples", "stackexchange_TitleBody_Answer/ (83 files)", "1,170,060,424 rows", "hours", "padded to 128"]),
+    ("all_datasets_v3_distilroberta-base", ["552,960,000 examples", "reddit/reddit_2015.jsonl.gz", "hours"]),
+    ("multi-qa-MiniLM-L6-cos-v1", ["204,800,000 examples", "stackexchange_title_body/ (91 files)", "msmarco-query_passage_negative_v2.jsonl.gz", "3 columns", "padded to 250"]),
+    ("multi-qa-mpnet-base-cos-v1", ["81,920,000 examples", "hours"]), ("multi-qa-mpnet-base-dot-v1", ["81,920,000 examples", "hours"]),
+    ("nli-distilbert", ["628,736 examples", "2.00", "seconds"]),
+])
+def test_inspect_plans_a_published_run_without_its_data(place, name, words):
+    out = works("inspect", name)
+    assert all(word in out for word in ["planned from the sizes", "TPU v3-8", "estimated, not measured", "epochs", *words]), out
+
+
+def test_inspect_without_a_known_backbone_plans_but_gives_no_time(place):
+    out = works("inspect", "nli-distilbert", "--set", "model.name='some/model'")
+    assert "the size of some/model is not known here" in out and "9,824 steps" in out
+
+
+def test_a_tiny_variant_without_its_data_names_the_folder(place, monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_ST_DATA", "gone")
+    for command_name in ("inspect", "train"):
+        refuses(command_name, "nli-distilbert", "--tiny", words=["nli-distilbert.toml", "the data folder", "gone", "--data"])
+    refuses("train", "recipe.toml", "--tiny", words=["recipe.toml", "no [tiny] table"])
+    refuses("train", "all-MiniLM-L6-v2", words=["names no data folder", "--data"])
+
+
+@pytest.mark.parametrize("name", ["nli-distilbert", "multi-qa-MiniLM-L6-cos-v1"])
+def test_a_tiny_variant_trains_on_the_shared_data(place, shared_data, name):
+    few = [part for change in ("train.steps=12", "train.warmup=1", "train.log_every=1", "train.eval_every=0", "train.metric=''", "train.patience=0", "data.batch_size=32", "evaluation.sts=''", "test.retrieval=''", "test.sts=''")
+           for part in ("--set", change)]
+    out = works("train", name, "--tiny", "--data", shared_data, "--out", "runs/tiny", "--overwrite", "--no-progress", *few)
+    losses = [row["loss"] for row in json.loads((place / "runs" / "tiny" / "history.json").read_text()) if "loss" in row]
+    assert ", tiny: 12 steps" in out and np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert SentenceEncoder.from_pretrained(place / "runs" / "tiny" / "model").width == 128
+
+
+def test_the_files_of_a_folder_share_a_line_when_there_are_many():
+    rows = [{"name": f"{folder}{n}", "rows": 10, "columns": 2, "asked": 0.01, "realised": 0.01, "epochs": float(n)} for folder in ("one/", "two/") for n in range(30)]
+    short = cli.by_folder({"datasets": rows, "steps": 1})
+    assert [d["name"] for d in short["datasets"]] == ["one/ (30 files)", "two/ (30 files)"]
+    assert [d["rows"] for d in short["datasets"]] == [300, 300] and short["datasets"][0]["epochs"] == pytest.approx(14.5) and short["datasets"][0]["asked"] == pytest.approx(0.3)
+    assert cli.by_folder({"datasets": rows}, most=60)["datasets"] == rows
 
 
 def test_inspect_wants_a_recipe(place):

@@ -274,7 +274,7 @@ def tpu_time(
 
     steps = [sum(step_time(*size, texts=p["columns"] * report["batch_size"], T=longest, devices=8, chip=CHIPS["v3"]).values()) for p in report["pools"]]
     seconds = sum(p["batches"] * step for p, step in zip(report["pools"], steps))
-    length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} seconds"
+    length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} s"
     return f"on a TPU v3-8 {length}, {1000 * seconds / report['steps']:,.0f} ms a step (estimated, not measured: every text padded to {longest}, matrix products at 35% of the peak)"
 
 # %% ../nbs/13_cli.ipynb #by-folder

@@ -249,7 +249,7 @@ def find(
     return found
 
 # %% ../nbs/14_demo.ipynb #project
-_TSNE_LIMIT = 2_000
+_TSNE_LIMIT = 1_000   # 15 s in 3-D on one core
 
 def _tsne(rows, dims):
     from sklearn.manifold import TSNE

@@ -325,7 +325,7 @@ def test_inspect_draws_into_a_new_folder(place):
     ("all_datasets_v3_distilroberta-base", ["552,960,000 examples", "reddit/reddit_2015.jsonl.gz", "hours"]),
     ("multi-qa-MiniLM-L6-cos-v1", ["204,800,000 examples", "stackexchange_title_body/ (91 files)", "msmarco-query_passage_negative_v2.jsonl.gz", "3 columns", "padded to 250"]),
     ("multi-qa-mpnet-base-cos-v1", ["81,920,000 examples", "hours"]), ("multi-qa-mpnet-base-dot-v1", ["81,920,000 examples", "hours"]),
-    ("nli-distilbert", ["628,736 examples", "2.00", "seconds"]),
+    ("nli-distilbert", ["628,736 examples", "2.00", "v3-8 351 s"]),
 ])
 def test_inspect_plans_a_published_run_without_its_data(place, name, words):
     out = works("inspect", name)

@@ -217,7 +217,7 @@ def test_a_corpus_of_one_line_and_too_large_a_k(words):
     assert table.rows == [["1", "1", "one"]] and len(figure["data"]) == 1
     with pytest.raises(ValueError, match="n_clusters is 3, but there are 2 texts"):
         demo.clusters(words, ["dog", "cat"], 3)
-    with pytest.raises(ValueError, match="5 to 2,000 texts here, and there are 2"):
+    with pytest.raises(ValueError, match="5 to 1,000 texts here, and there are 2"):
         demo.clusters(words, ["dog", "cat"], 1, 2, "t-SNE")
 
 

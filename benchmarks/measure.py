@@ -119,6 +119,19 @@ ROWS = (  # file, keys, what, target, how to write it
     ("data_input", ("ratios", "parsing"), "parsing lines, isal and orjson against gzip and json", "", "{:.1f} times"),
     ("data_input", ("files", "prepare_rows_per_second"), "writing a store, texts and identities", "", "{:,.0f} rows/s"),
     ("data_input", ("files", "tokenise_rows_per_second"), "adding tokens to a store", "", "{:,.0f} rows/s"),
+    *(("speed", ("cases", case, "ratios", f"{peer} / {ours}", "median"), f"{what}, {ours} against {peer}", target, "{:.1f} times") for case, peer, ours, what, target in (
+        ("train_64", "peer fp32", "ours bf16", "training on short pairs, batch 64", "≥ 5"), ("train_64", "peer bf16", "ours bf16", "training on short pairs, batch 64", "≥ 2.5"),
+        ("train_64", "peer fp32", "ours fp32", "training on short pairs, batch 64", ""), ("train_64", "peer tuned", "ours bf16", "training on short pairs, batch 64", ""),
+        ("train_128", "peer fp32", "ours bf16", "the same, batch 128", "≥ 5"), ("train_128", "peer bf16", "ours bf16", "the same, batch 128", "≥ 2.5"),
+        ("train_256", "peer bf16", "ours bf16", "the same, batch 256", ""), ("train_1024", "peer cached bf16", "ours bf16", "the same, batch 1,024", "≥ 2.5"),
+        ("train_long", "peer bf16", "ours bf16", "training on questions and answers of 250 word pieces", "≥ 1.5"),
+        *((case, peer, "ours bf16", f"encoding {what}", target) for case, what, targets in (("encode_short", "short sentences", ("≥ 4", "≥ 1.4", "≥ 1.1")), ("encode_passages", "passages of 170 word pieces", ("≥ 4", "≥ 1.5", "≥ 1.0")))
+          for peer, target in zip(("peer fp32", "peer bf16", "peer OpenVINO"), targets)))),
+    ("speed", ("cases", "train_64", "share", "ours bf16", "median"), "share of the bf16 matrix products' ceiling, training on short pairs", "≥ 50%", "{:.0%}"),
+    ("speed", ("cases", "train_64", "share", "peer bf16", "median"), "the same of the peer", "", "{:.0%}"),
+    ("speed", ("whole", "ratio", "median"), "a whole run from random weights, ours bf16 against peer bf16", "≥ 2", "{:.1f} times"),
+    ("speed", ("whole", "means", "ours bf16", "test"), "its STS-B test correlation x 100, ours", "≥ the peer's - 0.5", "{:.2f}"),
+    ("speed", ("whole", "means", "peer bf16", "test"), "the same of the peer", "", "{:.2f}"),
     *(("xla", ("ways", way, name), f"{what} in 60 training steps on XLA, {whose}", target if way == "ours" else "", "{:,.0f}" + unit)
       for name, what, target, unit in (("compilations", "programs compiled", "one for each bucket, one to copy the weights", ""), ("waits", "waits of the loop for the device", "0", ""), ("seconds", "seconds", "", " s"))
       for way, whose in (("ours", "ours"), ("transformers", "transformers' Trainer"), ("sentence_transformers", "sentence-transformers' trainer"))),
@@ -131,8 +144,8 @@ def table(folder: Path) -> str:
     lines = ["| what, on one core | target | measured |", "|---|---|---|"]
     for name, keys, what, target, how in ROWS:
         value = results[name]
-        for key in keys: value = value[key]
-        lines.append(f"| {what} | {target} | {how.format(value)} |")
+        for key in keys: value = (value or {}).get(key)
+        lines.append(f"| {what} | {target} | {'not measured' if value is None else how.format(value)} |")
     where = [f"`{name}.json`: {r['date']}, {r['hardware']}, {r['cores']} cores, Python {r['python']}{', a quick run' if r['quick'] else ''}." for name, r in results.items()]
     return "\n".join([*lines, "", *where])
 

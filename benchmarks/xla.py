@@ -12,7 +12,7 @@ compilations   UncachedCompile: programs that XLA had to build
 executions     ExecuteTime or ExecuteReplicatedTime: how often the device was started
 waits          aten:: counters: how often the loop asked for a value (.item(), an if on a tensor), which ends the trace and waits for the device
 reads          TransferFromDeviceTime, less the copy of the trained weights: values brought to the host; ours are log lines, read by a thread
-seconds        of the training call by the clock; compile_seconds is the part that CompileTime counts
+seconds        of the training call by the clock; cpu_seconds of all its threads; compile_seconds is the part that CompileTime counts
 """
 import os
 import sys
@@ -145,12 +145,12 @@ def count(way: str, file: Path, steps: int) -> dict:
     train = {"ours": train_ours, "transformers": train_transformers, "sentence_transformers": train_sentence_transformers}[way.removesuffix("_padded")]
     mixture, number = make_mixture(file, steps), lambda metric: (metrics.metric_data(metric) or (0, 0))
     with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         first, weights = train(mixture, steps, Path(out), way.endswith("_padded"))
         counted = xla.counters()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - spent
     return {"compilations": counted["compilations"], "executions": counted["executions"], "waits": counted["fallbacks"],
-            "reads": number("TransferFromDeviceTime")[0] - weights, "seconds": seconds, "compile_seconds": number("CompileTime")[1] / 1e9, "first_loss": first}
+            "reads": number("TransferFromDeviceTime")[0] - weights, "seconds": seconds, "cpu_seconds": cpu_seconds, "compile_seconds": number("CompileTime")[1] / 1e9, "first_loss": first}
 
 
 def shapes(file: Path, steps: int) -> dict[str, int]:

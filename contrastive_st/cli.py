@@ -16,7 +16,7 @@ import shutil
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -434,21 +434,29 @@ def prepare(
 
 # %% ../nbs/13_cli.ipynb #read-texts
 def read_texts(
-    path: Path,  # .txt: one text a line; .jsonl: objects with "text", and "title" if there is one
-) -> list[str]:  # in file order
+    path: Path,  # .txt: one text a line; .jsonl: objects with "text", and "title" if there is one; "-": lines of standard input
+) -> Iterator[str]:  # in file order, read as they are asked for
     "Read the texts of a file; raise `ValueError` naming the line that is not right."
+    if str(path) == "-":
+        yield from _lines(sys.stdin.buffer, "standard input")
+        return
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give a .txt with one text a line, or a corpus.jsonl")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")    # not splitlines, which also cuts at U+2028 and form feeds
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8") from None
-    lines = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-    if not lines:
-        raise ValueError(f"{path}: the file is empty; give at least one text")
-    if path.suffix != ".jsonl":
-        return lines
-    return [_corpus_text(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    with open(path, "rb") as file:
+        lines = _lines(file, path)
+        yield from (_corpus_text(path, n, line) for n, line in enumerate(lines, 1) if line.strip()) if path.suffix == ".jsonl" else lines
+
+
+def _lines(file, name):
+    "The lines of a binary file; only a line feed ends one."
+    number = 0
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}:{number}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8") from None
+    if not number:
+        raise ValueError(f"{name}: the file is empty; give at least one text")
 
 
 def _corpus_text(path, number, line):
@@ -465,19 +473,27 @@ def _corpus_text(path, number, line):
 @app.command()
 def encode(
     model: _Model,
-    texts: Annotated[Path, typer.Argument(help="A .txt with one text a line, or a corpus.jsonl.")],
-    out: Annotated[Path, typer.Option(help="NumPy file to write, (N, D) float32.")] = Path("embeddings.npy"),
+    texts: Annotated[Path, typer.Argument(help="A .txt with one text a line, or a corpus.jsonl; '-' reads lines from standard input.")],
+    out: Annotated[Path, typer.Option(help="File to write: .arrow, .feather, .parquet, or NumPy under any other name.")] = Path("embeddings.npy"),
+    precision: Annotated[str, typer.Option(help="float32, float16, int8, uint8, binary or ubinary.")] = "float32",
+    workers: Annotated[int, typer.Option(min=1, help="Processes; above 1 each has one thread and a model of its own.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run on the same texts stopped.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where the hardware can: faster, and a little less exact.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 32,
     progress: _Progress = True,
 ):
-    "Write the embeddings of a file's texts, in file order."
-    lines = read_texts(texts)
-    embeddings = _encoder(model).encode(lines, batch_size=batch_size, progress=progress)
-    with open(out, "wb") as file:     # an open file keeps its name as it is
-        np.save(file, embeddings)
-    typer.echo(f"{embeddings.shape[0]} texts, {embeddings.shape[1]} dimensions -> {out}")
+    "Write the embeddings of a file's texts, in file order and in constant memory."
+    from contrastive_st.encoding import write_embeddings
 
+    total = None if str(texts) == "-" else sum(1 for _ in read_texts(texts))
+    try:
+        card = write_embeddings(out, model, read_texts(texts), precision, workers=workers, resume=resume, total=total, progress=progress, batch_size=batch_size, bf16=bf16)
+    except KeyboardInterrupt:
+        typer.echo("stopped; with --resume the same command goes on", err=True)
+        raise
+    typer.echo(f"{card['rows']} texts, {card['width']} dimensions -> {out}")
 
+# %% ../nbs/13_cli.ipynb #search
 @app.command()
 def search(
     model: _Model,
@@ -488,7 +504,7 @@ def search(
     "Find the passages that are nearest in meaning."
     from contrastive_st.search import semantic_search
 
-    passages, encoder = read_texts(corpus), _encoder(model)
+    passages, encoder = list(read_texts(corpus)), _encoder(model)
     index = encoder.encode(passages, progress=False)
     for query in queries or (line.strip() for line in sys.stdin if line.strip()):
         scores, found = semantic_search(encoder.encode([query], progress=False), index, top_k)

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
+
+from .packed import packable, packed_states
+from .precision import check_precision, quantize
 
 # %% ../nbs/03_model.ipynb #poolings
 def mean_pool(hidden:Tensor, # token states, (N, T, D) float
@@ -73,6 +76,14 @@ def _pad_rows(token_ids, # all texts one after another, (S,) int
     return found.masked_fill(~mask, pad_id), mask.long()                               # ... which the mask removes
 
 # %% ../nbs/03_model.ipynb #embed-ragged
+def _check_ragged(token_ids, lengths):
+    "Raise a ValueError unless the lengths cut the tokens into texts."
+    on_host = lengths.tolist()
+    if min(on_host) < 1:
+        raise ValueError(f"text {on_host.index(min(on_host))} of the batch has no tokens; the tokenizer must add special tokens such as [CLS]")
+    if sum(on_host) != len(token_ids):
+        raise ValueError(f"lengths add up to {sum(on_host)} but there are {len(token_ids)} token ids; they must describe one batch")
+
 def _embed_ragged(embed, # (input_ids, attention_mask) -> (n, D)
                   token_ids, # all texts one after another, (S,) int
                   lengths, # tokens per text, (N,) int
@@ -80,12 +91,7 @@ def _embed_ragged(embed, # (input_ids, attention_mask) -> (n, D)
                   token_budget, # padded tokens per call of `embed`
                   ): # (N, D), in the order of `lengths`
     "Embed a ragged batch in sub-batches of similar length."
-    on_host = lengths.tolist()
-    if min(on_host) < 1:
-        raise ValueError(f"text {on_host.index(min(on_host))} of the batch has no tokens; the tokenizer must add special tokens such as [CLS]")
-    if sum(on_host) != len(token_ids):
-        raise ValueError(f"lengths add up to {sum(on_host)} but there are {len(token_ids)} token ids; they must describe one batch")
-    lengths = lengths.to(token_ids.device)
+    on_host, lengths = lengths.tolist(), lengths.to(token_ids.device)
     starts, groups, parts = lengths.cumsum(0) - lengths, _sub_batches(on_host, token_budget), []
     for group in groups:
         rows = torch.tensor(group, device=token_ids.device)
@@ -121,14 +127,23 @@ def _check_parts(backbone, tokenizer, pooling, max_length):
         raise ValueError(f"max_length {max_length} does not fit; this backbone takes 3 to {limit or 'any number of'} tokens")
 
 # %% ../nbs/03_model.ipynb #check-texts
+def _mend(text):
+    "Replace lone surrogates, which damaged JSON leaves behind, by U+FFFD and join those that make a pair."
+    try: text.encode()
+    except UnicodeEncodeError: return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
 def _check_texts(texts):
-    "Return a list of strings, or say which entry is not one."
+    "Return a list of strings that have an encoding, or say which entry is no string."
     if not hasattr(texts, "__iter__"): raise ValueError(f"texts is of type {type(texts).__name__}; pass a list of strings or one string")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {i} is of type {type(text).__name__}, not a string; drop it or convert it with str()")
-    return texts
+    mended = [_mend(text) for text in texts]
+    if broken := sum(new is not text for new, text in zip(mended, texts)):
+        warnings.warn(f"{broken} of {len(texts)} texts held half characters (lone surrogates), which no tokenizer takes; those without a partner became U+FFFD", stacklevel=4)
+    return mended
 
 def _find_prompt(prompt, prompts, default=None):
     "Return the text to put before each input: a known prompt by name, or literal text."
@@ -162,28 +177,41 @@ def _tokenize(tokenizer, texts, max_length):
     return token_ids, lengths, sum(bool(e.overflowing) for e in encodings)
 
 # %% ../nbs/03_model.ipynb #evaluating
+def _has_bf16(kind):
+    "Whether a kind of device multiplies bfloat16 itself."
+    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
 @contextmanager
-def _evaluating(model):
+def _evaluating(model, bf16=False):
     "Run a block in evaluation mode without autograd; afterwards give each layer its mode back."
-    modes = {layer: layer.training for layer in model.modules()}
-    no_graph = torch.no_grad if model.device.type == "xla" else torch.inference_mode  # XLA tensors cannot be inference tensors
+    modes, kind = {layer: layer.training for layer in model.modules()}, model.device.type
+    no_graph = torch.no_grad if bf16 or kind == "xla" else torch.inference_mode  # on inference tensors autocast casts each weight anew in each call; XLA has none
     model.eval()
     try:
-        with no_graph(): yield
+        with no_graph(), torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext(): yield
     finally:
+        if bf16: torch.clear_autocast_cache()  # before torch 2.13 an autocast around this one would train on weights that were cast without a graph
         for layer, mode in modes.items(): layer.training = mode
+
+def _lower(kind, bf16):
+    "Whether to compute in bfloat16; say so where it cannot be."
+    if bf16 and not _has_bf16(kind): warnings.warn(f"this {kind} has no bfloat16 arithmetic; encoding in float32", stacklevel=4)
+    return bf16 and _has_bf16(kind)
 
 def _shorten(vectors, truncate_dim, normalize, precision):
     "Keep the first `truncate_dim` dimensions, at unit length if the encoder normalises, in the precision asked for."
     if truncate_dim is not None:
         vectors = vectors[:, :truncate_dim]
         if normalize: vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-    return np.ascontiguousarray(vectors, dtype=precision)
+    if precision.endswith("int8") and len(vectors) < 100:
+        warnings.warn(f"the ranges of {precision} come from {len(vectors)} texts only; quantize float vectors with ranges of a larger sample", stacklevel=4)
+    return np.ascontiguousarray(vectors) if precision == "float32" else quantize(vectors, precision)
 
 def _check_options(batch_size, truncate_dim, precision, width):
     "Raise a ValueError for options of `encode` that make no sense."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    if precision not in ("float32", "float16"): raise ValueError(f"precision {precision!r} is not supported; use 'float32' or 'float16'")
+    check_precision(precision)
     if truncate_dim is not None and not 1 <= truncate_dim <= width:
         raise ValueError(f"truncate_dim {truncate_dim} does not fit; the vectors have 1 to {width} dimensions to keep")
 
@@ -397,7 +425,8 @@ class _Parts(torch.nn.Module):
         self.backbone, self.tokenizer, self.prompts = backbone, tokenizer, dict(prompts or {})
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.settings = {}  # what else config_sentence_transformers.json said: default prompt, similarity function
-        self.token_budget = None  # padded tokens per sub-batch; None = 2,048 on a CPU, 65,536 elsewhere
+        self.layout = "packed" if packable(backbone) else "padded"  # how `forward` lays texts out; "padded" always works
+        self.token_budget = None  # tokens at a time, padding included; None = 2,048 on a CPU, 65,536 elsewhere
         self.train(backbone.training)
 
     @property
@@ -411,10 +440,13 @@ class _Parts(torch.nn.Module):
         attention_mask:Tensor, # 1 = real token, 0 = padding, (N, T) int
     )->Tensor: # (N, D)
         "Turn a rectangle of tokens into vectors, for callers that need fixed shapes."
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self._unit(self._pool(self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask))
+
+    def _pool(self, hidden, mask):
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # sums over tokens in at least float32
-        vectors = POOLINGS[self.pooling](hidden, attention_mask)
-        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+        return POOLINGS[self.pooling](hidden, mask)
+
+    def _unit(self, vectors): return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 # %% ../nbs/03_model.ipynb #load-encode-save
 def _load(cls, folder, pooling, normalize, max_length):
@@ -427,7 +459,7 @@ def _load(cls, folder, pooling, normalize, max_length):
     encoder.settings = {key: value for key, value in said["rest"].items() if key not in ("prompts", "__version__")}
     return encoder.eval()
 
-def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progress):
+def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progress, bf16):
     "Encode texts, longest first; return them in the caller's order and warn about those that were cut."
     truncate_dim = truncate_dim if truncate_dim is not None else encoder.settings.get("truncate_dim")
     _check_options(batch_size, truncate_dim, precision, encoder.width)
@@ -435,9 +467,10 @@ def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progres
     todo = [before + text for text in _check_texts(texts)]
     order, cut = sorted(range(len(todo)), key=lambda i: -len(todo[i])), 0
     out = np.zeros((len(todo), encoder.width), np.float32)
-    with _evaluating(encoder), tqdm(total=len(todo), unit="text", disable=not progress, delay=1) as bar:
-        for start in range(0, len(todo), batch_size):
-            rows = order[start:start + batch_size]
+    window = batch_size if encoder.layout == "padded" else 64 * batch_size  # packed texts are cut by tokens, not by number
+    with _evaluating(encoder, _lower(encoder.device.type, bf16)), tqdm(total=len(todo), unit="text", disable=not progress, delay=1) as bar:
+        for start in range(0, len(todo), window):
+            rows = order[start:start + window]
             token_ids, lengths, longer = _tokenize(encoder.tokenizer, [todo[i] for i in rows], encoder.max_length)
             out[rows] = encoder(token_ids.to(encoder.device), lengths).float().cpu().numpy()
             cut += longer
@@ -453,6 +486,23 @@ def _save(encoder, folder):
     _write_backbone(folder, encoder.backbone, encoder.tokenizer, encoder.pooler_weights)
     rest = {"model_type": "SentenceTransformer", "default_prompt_name": None, "similarity_fn_name": "cosine", **encoder.settings}
     _write_layout(folder, encoder.pooling, encoder.normalize, encoder.max_length, encoder.width, {**rest, "prompts": encoder.prompts})
+
+# %% ../nbs/03_model.ipynb #embed-packed
+def _budget(encoder, kind):
+    "The tokens that are embedded at a time on a kind of device; a layout or a budget that is none is an error."
+    budget = encoder.token_budget
+    if budget is None: budget = 2048 if kind == "cpu" else 65536
+    if budget < 1 or encoder.layout not in ("packed", "padded"):
+        raise ValueError(f"layout {encoder.layout!r} with token_budget {budget} does not work; use 'packed' or 'padded' and at least 1 token")
+    return budget
+
+def _embed_packed(encoder, token_ids, lengths, token_budget):
+    "Embed a ragged batch without padding; (N, D), in the order of `lengths`."
+    order, vectors = [], []
+    for rows, states in packed_states(encoder.backbone, token_ids, lengths, token_budget):
+        order.append(rows)
+        vectors.append(encoder._pool(states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)))
+    return encoder._unit(torch.cat(vectors)[torch.cat(order).argsort().to(token_ids.device)])
 
 # %% ../nbs/03_model.ipynb #sentence-encoder
 class SentenceEncoder(_Parts):
@@ -470,22 +520,25 @@ class SentenceEncoder(_Parts):
     def forward(self,
         token_ids:Tensor, # all texts one after another, (S,) int64
         lengths:Tensor, # tokens per text, (N,) int64
-    )->Tensor: # (N, D) float32
-        "Embed a ragged batch; with autograd, so this is what training calls."
+    )->Tensor: # (N, D), float32 under autocast too
+        "Embed a ragged batch, packed or padded as `layout` says; with autograd, so this is what training calls."
         if len(lengths) == 0: return torch.zeros(0, self.width, device=token_ids.device)
-        budget = self.token_budget or (2048 if token_ids.device.type == "cpu" else 65536)
+        _check_ragged(token_ids, lengths)
+        budget = _budget(self, token_ids.device.type)
+        if self.layout == "packed" and token_ids.device.type in ("cpu", "cuda"): return _embed_packed(self, token_ids, lengths, budget)
         return _embed_ragged(self.embed, token_ids, lengths, self.tokenizer.pad_token_id, budget)
 
     def encode(self,
         texts:list[str]|str, # N texts; a single string gives a single vector (D,)
-        batch_size:int=32, # texts per call of the backbone, at most
+        batch_size:int=32, # texts per call of a backbone that needs padding; others take `token_budget` tokens at a time
         prompt:str=None, # a name in `prompts`, or literal text; None = the model's default
         truncate_dim:int=None, # keep the first so many dimensions; None = all
-        precision:str="float32", # of the result: "float32" or "float16"
+        precision:str="float32", # of the result: a key of `PRECISIONS`; int8 and uint8 take their ranges from these texts
         progress:bool=True, # a bar, if it takes more than a second
+        bf16:bool=False, # compute in bfloat16: about twice as fast where the CPU or GPU has it, 1 - cosine to float32 about 1e-4
     )->np.ndarray: # (N, D), rows in the order of `texts`
         "Turn texts into vectors for use: no gradients, no dropout."
-        return _encode(self, texts, batch_size, prompt, truncate_dim, precision, progress)
+        return _encode(self, texts, batch_size, prompt, truncate_dim, precision, progress, bf16)
 
     def save_pretrained(self,
         dir:str|Path, # made if absent; files of the same names are replaced

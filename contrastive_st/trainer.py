@@ -15,7 +15,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,13 +27,14 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_xla_available
 
 from . import loss as contrastive
-from .model import SentenceEncoder
+from .gradcache import cached_step
+from .model import SentenceEncoder, _has_bf16
 from .tokens import Tokens, feed, token_report
 
 # %% ../nbs/07_trainer.ipynb #config
@@ -48,7 +51,10 @@ class TrainConfig:
     similarity: Literal["cos", "dot"] = "cos"          # of embeddings
     mask_same: bool = True                             # equal texts are never negatives of each other
     widths: tuple[Annotated[int, Field(gt=0)], ...] = ()   # Matryoshka widths; () = full width only
-    bf16: bool = False                                 # autocast the encoder to bfloat16; the loss stays in fp32
+    bf16: bool = False                                 # autocast the encoder to bfloat16 where the hardware has it; the loss stays in fp32
+    matmul: Literal["auto", "default", "onednn"] = "auto"   # who multiplies fp32 on a CPU: oneDNN where it is as exact and faster, or torch's default
+    fused: bool = True                                 # AdamW in one pass over the weights
+    chunk_tokens: Annotated[int, Field(ge=0)] = 0      # tokens of a device's batch whose activations are kept at a time; 0 = what fits into 2 GiB, or a quarter of the GPU
     log_every: Annotated[int, Field(gt=0)] = 10        # steps between log lines
     eval_every: Annotated[int, Field(ge=0)] = 0        # steps between evaluations; 0 = before and after only
     save_every: Annotated[int, Field(ge=0)] = 0        # steps between checkpoints; 0 = with each evaluation
@@ -78,14 +84,40 @@ def lr_factor(
 
 # %% ../nbs/07_trainer.ipynb #steps
 class _Steps(IterableDataset):
-    "Yield the token batch of each step from `start()` to `steps`; `workers` threads make the next ones ahead of time."
+    "Yield the token batch of each step from `start()` to `steps`; `workers` threads make the next ones ahead of time, `watch` sees them pass."
 
-    def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1, workers=0):
-        self.mixture, self.tokens, self.steps, self.start, self.slice, self.workers = mixture, tokens, steps, start, (rank, ranks), workers
+    def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1, workers=0, watch=iter):
+        self.mixture, self.tokens, self.steps, self.start, self.slice, self.workers, self.watch = mixture, tokens, steps, start, (rank, ranks), workers, watch
 
     def _make(self, step): return self.tokens(self.mixture.batch(step, *self.slice))._asdict()
 
-    def __iter__(self): return feed(self._make, range(self.start(), self.steps), self.workers)
+    def __iter__(self): return self.watch(feed(self._make, range(self.start(), self.steps), self.workers))
+
+# %% ../nbs/07_trainer.ipynb #clock
+class _Clock(TrainerCallback):
+    "Add up the seconds spent waiting for batches, and those of the steps."
+
+    def __init__(self): self.waited = self.stepped = self.begun = 0.0
+
+    def wait(self, batches):
+        "Pass the batches on."
+        batches = iter(batches)
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+    def on_step_begin(self, args, state, control, **kwargs): self.begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs): self.stepped += time.perf_counter() - self.begun
+
+    def share(self, waited=0.0, stepped=0.0):
+        "The share of time that went by waiting since these readings, 0 to 1."
+        waited, stepped = self.waited - waited, self.stepped - stepped
+        return waited / (waited + stepped) if waited + stepped else 0.0
 
 # %% ../nbs/07_trainer.ipynb #columns
 def batch_loss(
@@ -135,29 +167,40 @@ def load_weights(
         raise ValueError(f"{folder} holds the weights of another model (such as {differ[0]}); resume with the encoder that the run began with, or start in a new directory")
     encoder.backbone.load_state_dict(saved.state_dict())
 
+# %% ../nbs/07_trainer.ipynb #stepping
+class _Stepping(_Checkpointed):
+    "Embed, contrast, backward."
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        batch, kind = self._prepare_inputs(inputs), self.args.device.type
+        lower = torch.autocast(kind, torch.bfloat16, enabled=self.compute["dtype"] == "bfloat16")   # around the encoder alone
+        return cached_step(lower(model.__call__), batch["token_ids"], batch["lengths"], partial(self._contrast, batch),
+                           self.compute["chunk_tokens"], getattr(model, "no_sync", nullcontext))
+
+    def _contrast(self, batch, embeddings):
+        value, masked = batch_loss(embeddings, batch["identities"], self.config)
+        negatives = self.args.world_size * batch["identities"][:, 1:].numel() - 1 - masked   # of the global batch, for each anchor
+        self.counts.add(masked=masked, negatives=negatives, truncated=batch["truncated"].sum() / len(batch["lengths"]), mean_cosine=mean_cosine(embeddings.detach()))
+        return value
+
 # %% ../nbs/07_trainer.ipynb #trainer-class
-class _ContrastiveTrainer(_Checkpointed):
+class _ContrastiveTrainer(_Stepping):
     "Run the five verbs under transformers' Trainer."
 
-    def __init__(self, run, **kwargs):
+    def __init__(self, run, compute, **kwargs):
         super().__init__(model=run.encoder, eval_dataset=[], **kwargs)
-        self.run, self.config, self.counts = run, run.config, _Means()
+        self.run, self.config, self.compute, self.counts, self.clock, self.read = run, run.config, compute, _Means(), _Clock(), (0.0, 0.0)
+        self.add_callback(self.clock)
 
     def get_train_dataloader(self):
         tokens, ranks = Tokens(self.model.tokenizer, self.model.max_length), (self.args.process_index, self.args.world_size)
-        steps = _Steps(self.run.mixture, tokens, self.config.steps, self._begin, *ranks, self.config.workers)
+        steps = _Steps(self.run.mixture, tokens, self.config.steps, self._begin, *ranks, self.config.workers, self.clock.wait)
         return DataLoader(steps, batch_size=None, generator=torch.Generator())   # its own: the global one belongs to dropout
 
     def _begin(self):
         self.run.first_step = self.state.global_step
         return self.run.first_step
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        embeddings = model(inputs["token_ids"], inputs["lengths"])
-        value, masked = batch_loss(embeddings, inputs["identities"], self.config)
-        negatives = self.args.world_size * inputs["identities"][:, 1:].numel() - 1 - masked   # of the global batch, for each anchor
-        self.counts.add(masked=masked, negatives=negatives, truncated=inputs["truncated"].sum() / len(inputs["lengths"]), mean_cosine=mean_cosine(embeddings.detach()))
-        return value
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = LambdaLR(self.optimizer, lambda s: lr_factor(min(s, self.config.steps - 1), self.config.steps, self.config.warmup))
@@ -171,9 +214,11 @@ class _ContrastiveTrainer(_Checkpointed):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= self.counts.take()
+            logs |= self.counts.take() | {"input_share": self.clock.share(*self.read)}
+            self.read = self.clock.waited, self.clock.stepped
             check_health(logs, self.state.global_step, self.config)
         elif "train_loss" in logs:   # at the end: covers the steps after the last log line
+            logs["train_input_share"] = self.clock.share()
             check_health({"loss": logs["train_loss"]}, self.state.global_step, self.config)
         super().log(logs, start_time)
 
@@ -214,13 +259,84 @@ def check_health(
     if logs.get("mean_cosine", 0) > 0.99:
         warnings.warn("the embeddings have collapsed: the mean cosine between texts is above 0.99; lower lr or raise scale", stacklevel=2)
 
+# %% ../nbs/07_trainer.ipynb #onednn
+def _precision():
+    "What torch may do to float32 products; its release 2.9 warns of this question."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.get_float32_matmul_precision()
+
+
+@cache
+def _onednn():
+    "How many times as fast as torch's default oneDNN multiplies float32 on this CPU, and its relative error; some 30 milliseconds, once."
+    if not torch.backends.mkldnn.is_available():
+        return 0.0, math.inf
+    draw, seconds, before = torch.Generator().manual_seed(0), {"highest": [], "medium": []}, _precision()
+    x, w = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
+    try:
+        for _ in range(5):
+            for way, found in seconds.items():
+                torch.set_float32_matmul_precision(way)
+                begun = time.perf_counter()
+                product = x @ w
+                found.append(time.perf_counter() - begun)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = x.double() @ w.double()
+    return min(seconds["highest"]) / min(seconds["medium"]), ((product - exact).abs().max() / exact.abs().max()).item()
+
+# %% ../nbs/07_trainer.ipynb #matmul
+def _matmul(config, kind):
+    "Choose who multiplies float32: oneDNN where it is as exact as torch's default, and faster; a precision set by the caller stays."
+    if kind != "cpu" or config.matmul == "default" or _precision() != "highest":
+        return "default"
+    faster, error = _onednn()
+    if config.matmul == "onednn" and error > 1e-5:
+        raise ValueError(f"matmul is 'onednn', but on this machine its float32 products have a relative error of {error:.0e}; use 'auto' or 'default', or set bf16 = true for speed")
+    return "onednn" if error < 1e-5 and (faster > 1.2 or config.matmul == "onednn") else "default"
+
+
+@contextmanager
+def _multiplying(matmul):
+    "Multiply float32 that way in a block."
+    before = _precision()
+    if matmul == "onednn":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+# %% ../nbs/07_trainer.ipynb #compute
+def _fitting(encoder, bf16, kind):
+    "Tokens whose activations take about 2 GiB, or a quarter of a GPU's memory; the same number on every CPU, so that a run is the same run."
+    shape, size = encoder.backbone.config, 2 if bf16 and encoder.layout == "packed" else 4
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 4 if kind == "cuda" else 2**31
+    return max(1, memory // (25 * size * getattr(shape, "num_hidden_layers", 12) * shape.hidden_size * 1024)) * 1024
+
+
+def _compute(encoder, config, kind):
+    "What a run computes with, for its record."
+    bf16 = config.bf16 and _has_bf16(kind)
+    if config.bf16 and not bf16:
+        warnings.warn(f"this {kind} has no bfloat16 arithmetic; training in float32", stacklevel=3)
+    return {"device": kind, "layout": encoder.layout, "dtype": "bfloat16" if bf16 else "float32", "matmul": _matmul(config, kind),
+            "matmul_precision": _precision(), "fused": config.fused, "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, kind)}
+
+
+def _compute_line(compute):
+    "Say it in one line."
+    return ("computing on {device}: {layout} texts, {dtype}, fp32 products {matmul} ({matmul_precision}), " + ("fused " if compute["fused"] else "")
+            + "AdamW, activations of {chunk_tokens:,} tokens at a time").format(**compute)
+
 # %% ../nbs/07_trainer.ipynb #arguments
 def _arguments(config, folder):
     "Translate our configuration into transformers' TrainingArguments."
     every, save = config.eval_every, config.save_every or config.eval_every
     args = TrainingArguments(
         output_dir=str(folder), max_steps=config.steps, learning_rate=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.clip,
-        optim="adamw_torch", use_cpu=not torch.accelerator.is_available(), bf16=config.bf16, seed=config.seed, logging_steps=config.log_every, logging_nan_inf_filter=False, logging_first_step=True,
+        optim="adamw_torch_fused" if config.fused else "adamw_torch", use_cpu=not torch.accelerator.is_available(), seed=config.seed, logging_steps=config.log_every, logging_nan_inf_filter=False, logging_first_step=True,
         eval_strategy="steps" if every else "no", eval_steps=every or None, save_strategy="steps" if save else "no", save_steps=save or 1,
         save_total_limit=2, load_best_model_at_end=bool(config.metric), metric_for_best_model=config.metric or None, greater_is_better=True if config.metric else None,
         ignore_data_skip=True, disable_tqdm=True, report_to="none", remove_unused_columns=False, ddp_find_unused_parameters=False,
@@ -229,7 +345,7 @@ def _arguments(config, folder):
     return args
 
 # %% ../nbs/07_trainer.ipynb #lines
-_SHOWN = {"loss": "loss {:.3f}", "learning_rate": "lr {:.1e}", "masked": "masked {:.2f}", "negatives": "negatives {:.2f}", "truncated": "truncated {:.1%}",
+_SHOWN = {"loss": "loss {:.3f}", "learning_rate": "lr {:.1e}", "masked": "masked {:.2f}", "negatives": "negatives {:.2f}", "truncated": "truncated {:.1%}", "input_share": "waiting {:.0%}",
           "eval_spearman": "spearman {:.3f}", "eval_accuracy@1": "accuracy@1 {:.3f}", "eval_ndcg@10": "ndcg@10 {:.3f}"}
 
 
@@ -401,13 +517,13 @@ class Run(_Settings):
         return metrics
 
 # %% ../nbs/07_trainer.ipynb #make-trainer
-def _trainer(run, callbacks, progress):
+def _trainer(run, compute, callbacks, progress):
     "Wire a run to transformers' Trainer."
     config = run.config
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.out / "tensorboard")
     callbacks = [*callbacks, TensorBoardCallback(), *([_Lines()] if progress else [])]
     callbacks += [EarlyStoppingCallback(config.patience)] if config.patience else []
-    trainer = _ContrastiveTrainer(run, args=_arguments(config, run.out / "checkpoints"), callbacks=callbacks)
+    trainer = _ContrastiveTrainer(run, compute, args=_arguments(config, run.out / "checkpoints"), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)   # prints dictionaries
     return trainer
 
@@ -432,14 +548,18 @@ def train(
         raise ValueError("torch_xla is installed, and transformers' Trainer would move the run onto it and compile nearly every batch anew; "
                          "set USE_TORCH_XLA=0 before Python starts to train on CPU or GPU, or use contrastive_st.xla.train (--xla) for XLA devices")
     Tokens(encoder.tokenizer, encoder.max_length).check(getattr(source, "store", None) for source in mixture.sources)
+    compute = _compute(encoder, config, torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
     main, mode = int(os.environ.get("RANK", 0)) == 0, encoder.training
-    run = Run(encoder, mixture, config, claim(out, resume, overwrite) if main else out, evaluate, test)
-    trainer = _trainer(run, callbacks, progress)
+    run = Run(encoder, mixture, config, claim(out, resume, overwrite) if main else out, evaluate, test, versions={"compute": compute})
+    trainer = _trainer(run, compute, callbacks, progress)
     run.device = trainer.args.device
-    if main:
-        run.begin(recipe, resume)
-    start = time.time()
-    trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
-    encoder.train(mode)
-    run.step, run.best_step, run.history = trainer.state.global_step, trainer.state.best_global_step, trainer.state.log_history
-    return run.finish(time.time() - start) if main else {}
+    with _multiplying(compute["matmul"]):
+        if main:
+            run.begin(recipe, resume)
+            if progress:
+                print(_compute_line(compute))
+        start = time.time()
+        trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+        encoder.train(mode)
+        run.step, run.best_step, run.history = trainer.state.global_step, trainer.state.best_global_step, trainer.state.log_history
+        return run.finish(time.time() - start) if main else {}

@@ -58,6 +58,7 @@ def _use_spmd(runtime):
         try: runtime.use_spmd()
         except UserWarning: raise ValueError("a tensor is on an XLA device already, and SPMD has to come first; restart the kernel and call xla.start() at the top") from None
 
+# %% ../nbs/08_xla.ipynb #start
 def start(
     dump:str|Path|None=None, # where to keep what XLA writes about compiled programs, which the guards read; None = only as long as the process lives
     cache:str|Path|None=None, # folder where a TPU keeps compiled programs for the next process; None keeps none
@@ -359,6 +360,7 @@ def _guard(twin, devices):
         looked.add(input_ids.shape)
     return guard
 
+# %% ../nbs/08_xla.ipynb #checks
 def _check(encoder, mixture, config, buckets, devices):
     "Refuse, before anything is written or compiled, what would fail later or only look right."
     _check_family(encoder.backbone)
@@ -368,6 +370,7 @@ def _check(encoder, mixture, config, buckets, devices):
         raise ValueError(f"bucket {longest} is longer than the {limit} positions of this backbone; use buckets and a max_length of at most {limit}")
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones")
+    if config.chunk_tokens: raise ValueError("chunk_tokens is for CPU and GPU; on XLA the batch of a device stays whole: set it to 0, and use a smaller batch or more devices")
     if config.patience and _hosts()[1] > 1:
         raise ValueError("patience is set, but each of several hosts would decide for itself when to stop, and wait for the others for ever; set it to 0")
 

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -21,13 +23,13 @@ from conftest import make_backbone, make_tokenizer
 from typer.testing import CliRunner
 
 from contrastive_st import cli, data, evaluation
-from contrastive_st.model import SentenceEncoder
+from contrastive_st.model import SentenceEncoder, _has_bf16
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
 COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--tiny", "--xla", "--resume", "--overwrite", "--progress"],
             "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
             "prepare": ["--out", "--data", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
-            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--batch-size"], "search": ["--top-k"]}
+            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--bf16", "--batch-size"], "search": ["--top-k"]}
 RECIPE = """
 title = "a small run"
 
@@ -94,7 +96,8 @@ def place(tmp_path_factory):
 def command(*args, stdin=""):
     "What the installed script does, without starting another interpreter: exit code, standard output, standard error."
     out, err, kept = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin, warnings.showwarning)
-    sys.argv, sys.stdin, code = ["contrastive-st", *map(str, args)], io.StringIO(stdin), 0
+    stdin = io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()), "utf-8")
+    sys.argv, sys.stdin, code = ["contrastive-st", *map(str, args)], stdin, 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main()
@@ -526,6 +529,14 @@ def test_encode_keeps_the_order_and_every_line(place):
     np.testing.assert_allclose(found[2], found[4], atol=1e-6)
 
 
+def test_encode_in_bfloat16(place):
+    for name, option in (("fine", []), ("coarse", ["--bf16"])):
+        works("encode", "encoder", "texts.txt", "--out", f"{name}.npy", "--no-progress", *option)
+    fine, coarse = np.load(place / "fine.npy"), np.load(place / "coarse.npy")
+    np.testing.assert_allclose(coarse, fine, atol=0.05)
+    assert (coarse == fine).all() != _has_bf16("cpu")
+
+
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c"])
 def test_only_line_feeds_end_lines(place, mark):
     "Row i of the embeddings is line i of the file, as wc, grep and editors count lines."
@@ -564,6 +575,46 @@ def test_encode_reads_zipped_corpora_or_says_that_it_does_not(place):
 def test_encode_writes_the_file_it_names(place, name):
     out = works("encode", "encoder", "texts.txt", "--out", name, "--no-progress")
     assert Path(out.split("-> ")[1].strip()).is_file()
+
+
+@pytest.mark.parametrize("name, precision", [("v.npy", "int8"), ("v.arrow", "float16"), ("v.parquet", "ubinary")])
+def test_encode_in_fewer_bits_and_other_files(place, name, precision):
+    from contrastive_st.encoding import quantize
+    (place / "many.txt").write_text("".join(f"the {x} is on the road\n" for x in THINGS * 6))
+    works("encode", "encoder", "many.txt", "--out", name, "--precision", precision, "--no-progress")
+    vectors = SentenceEncoder.from_pretrained(place / "encoder").encode((place / "many.txt").read_text().splitlines(), progress=False)
+    card = json.loads((place / f"{name}.json").read_text())
+    assert (card["rows"], card["width"], card["precision"]) == (len(vectors), 32, precision)
+    if name == "v.npy":
+        found = np.load(place / name)
+    else:
+        table = pq.read_table(place / name) if name == "v.parquet" else pa.ipc.open_file(place / name).read_all()
+        found = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    near = np.abs(found.astype(float) - quantize(vectors, precision, card["ranges"]).astype(float))
+    assert found.dtype == quantize(vectors, precision, card["ranges"]).dtype and (near > (1e-3 if precision == "float16" else 0)).mean() < 0.01
+
+
+def test_encode_lines_of_standard_input(place):
+    for lines in ("a dog\n\nrain\u2028snow\r\n", "a dog\n\nrain\u2028snow"):
+        assert "3 texts" in works("encode", "encoder", "-", "--out", "stdin.npy", "--no-progress", stdin=lines)
+        expected = SentenceEncoder.from_pretrained(place / "encoder").encode(["a dog", "", "rain\u2028snow"], progress=False)
+        np.testing.assert_allclose(np.load(place / "stdin.npy"), expected, atol=1e-6)
+    refuses("encode", "encoder", "-", "--out", "stdin.npy", "--no-progress", words=["standard input", "empty"])
+
+
+def test_encode_goes_on_after_an_error(place):
+    "What standard input gave before a wrong line is kept; --resume goes on after it, and refuses other texts."
+    lines = [f"the {x} is on the road".encode() for x in THINGS]
+    arguments = ["encode", "encoder", "-", "--out", "on.npy", "--no-progress"]
+    refuses(*arguments, stdin=b"\n".join(lines[:9] + [b"\xff"] + lines[9:]), words=["standard input:10", "UTF-8"])
+    assert np.load(place / "on.npy.part").shape == (9, 32) and not (place / "on.npy").exists()
+    refuses(*arguments, stdin=b"\n".join(lines), words=["on.npy.part holds 9 rows", "resume"])
+    refuses(*arguments, "--resume", stdin=b"\n".join(lines[1:]), words=["on.npy.part", "other texts"])
+    works(*arguments, "--resume", stdin=b"\n".join(lines))
+    assert works(*arguments, "--resume", stdin=b"\n".join(lines)) == f"{len(lines)} texts, 32 dimensions -> on.npy\n"
+    expected = SentenceEncoder.from_pretrained(place / "encoder").encode([x.decode() for x in lines], progress=False)
+    np.testing.assert_allclose(np.load(place / "on.npy"), expected, atol=1e-6)
+    assert not list(place.glob("on.npy.part*"))
 
 
 # ---- search ----
@@ -642,6 +693,8 @@ def broken(place):
     (["encode", "encoder", "list.jsonl"], ["list.jsonl:1"]),
     (["encode", "pickled", "texts.txt"], ["pickle"]),
     (["encode", "encoder", "texts.txt", "--out", "absent/e.npy"], ["absent"]),
+    (["encode", "encoder", "texts.txt", "--precision", "int4"], ["int4", "float32"]),
+    (["encode", "encoder", "texts.txt", "--out", "data"], ["data", "is a folder"]),
     (["search", "encoder", "absent.jsonl", "dog"], ["absent.jsonl"]),
     (["search", "encoder", "nothing.txt", "dog"], ["nothing.txt"]),
     (["search", "nowhere/model", "texts.txt", "dog"], ["nowhere/model"]),

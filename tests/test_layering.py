@@ -16,6 +16,8 @@ ALLOWED = {
     "gradcache": {"loss"},
     "trainer": {"model", "tokens", "loss", "gradcache", "mixture"},
     "xla": {"model", "tokens", "trainer"},
+    "model": {"packed", "precision"},
+    "encoding": {"model", "precision"},
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},
 }

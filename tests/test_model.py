@@ -12,6 +12,7 @@ from conftest import make_backbone, make_tokenizer
 
 from contrastive_st import model
 from contrastive_st.model import POOLINGS, SentenceEncoder
+from contrastive_st.precision import quantize
 
 TEXTS = ["a dog is playing", "How do I reset my password?", "", "snow", "the man and the woman are eating rice in the street " * 2, "x, y. z!"]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -64,10 +65,12 @@ def test_pooling_equals_sentence_transformers(name):
 
 # ---- forward ----
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_sub_batches_equal_one_padded_forward(encoder, pooling, budget):
-    encoder.pooling, encoder.token_budget = pooling, budget
+def test_both_layouts_equal_one_padded_forward(encoder, pooling, budget, layout):
+    assert encoder.layout == "packed"
+    encoder.pooling, encoder.token_budget, encoder.layout = pooling, budget, layout
     gen = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 30, (17,), generator=gen)
     token_ids = torch.randint(5, 100, (int(lengths.sum()),), generator=gen)
@@ -96,6 +99,10 @@ def test_forward_of_nothing_and_of_nonsense(encoder):
         encoder(torch.tensor([2, 3]), torch.tensor([2, 0]))
     with pytest.raises(ValueError, match="add up to 5 but there are 2"):
         encoder(torch.tensor([2, 3]), torch.tensor([2, 3]))
+    for layout, budget in (("packed", 0), ("padded", -1), ("Packed", 100)):
+        encoder.layout, encoder.token_budget = layout, budget
+        with pytest.raises(ValueError, match=f"layout '{layout}' with token_budget {budget} does not work; use 'packed' or 'padded' and at least 1"):
+            encoder(torch.tensor([2, 3]), torch.tensor([2]))
 
 
 def test_planned_groups_hold_the_budget():
@@ -185,8 +192,36 @@ def test_truncate_dim_and_precision(encoder):
     assert encoder.encode(TEXTS, precision="float16").dtype == np.float16
 
 
+def test_fewer_bits_are_the_bits_of_the_vectors(encoder):
+    texts = [f"{text} {i}" for i in range(50) for text in TEXTS]
+    vectors = encoder.encode(texts)
+    for precision in ("int8", "uint8", "binary", "ubinary"):
+        np.testing.assert_array_equal(encoder.encode(texts, precision=precision), quantize(vectors, precision))
+    assert encoder.encode(texts[0], precision="ubinary").shape == (encoder.width // 8,)
+    with pytest.warns(UserWarning, match=f"come from {len(TEXTS)} texts only"):
+        encoder.encode(TEXTS, precision="int8")
+    with pytest.raises(ValueError, match="at least 2 vectors"), pytest.warns(UserWarning):
+        encoder.encode(texts[0], precision="int8")
+
+
+def test_bfloat16_is_told_where_there_is_none(encoder, monkeypatch):
+    exact = encoder.encode(TEXTS)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.warns(UserWarning, match="no bfloat16 arithmetic; encoding in float32"):
+        np.testing.assert_array_equal(encoder.encode(TEXTS, bf16=True), exact)
+
+
+def test_training_under_autocast_goes_on_after_encoding_in_bfloat16(encoder):
+    "Autocast remembers casts; those that were made without a graph must not reach the next training step."
+    ids, lengths = torch.tensor([2, 5, 6, 3]), torch.tensor([4])
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder.encode(TEXTS, bf16=True)
+        encoder(ids, lengths).sum().backward()
+    assert all(p.grad is not None for name, p in encoder.named_parameters() if "query.weight" in name)
+
+
 @pytest.mark.parametrize("options, said", [
-    ({"batch_size": 0}, "batch_size is 0"), ({"precision": "int8"}, "precision 'int8' is not supported"),
+    ({"batch_size": 0}, "batch_size is 0"), ({"precision": "int4"}, "precision 'int4' is not supported"),
     ({"truncate_dim": 33}, "truncate_dim 33 does not fit"), ({"truncate_dim": 0}, "truncate_dim 0 does not fit")])
 def test_bad_options(encoder, options, said):
     with pytest.raises(ValueError, match=said):
@@ -198,6 +233,28 @@ def test_bad_texts(encoder):
         encoder.encode(["a", float("nan")])
     with pytest.raises(ValueError, match="texts is of type NoneType"):
         encoder.encode(None)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_half_characters_are_mended_and_counted(kind):
+    encoder = SentenceEncoder(*backbone_and_tokenizer(kind), max_length=62).eval()
+    whole, broken = ["snow \ufffd", "\ufffd", "\U0001f600", "snow"], ["snow \ud800", "\udfff", "\ud83d\ude00", "snow"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = encoder.encode(whole)  # whole texts are left alone
+    with pytest.warns(UserWarning, match="3 of 4 texts held half characters .* U.FFFD") as caught:
+        np.testing.assert_allclose(encoder.encode(broken), expected, atol=1e-6)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="1 of 1 texts"):
+        assert encoder.encode("\ud800").shape == (32,)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_nul_characters_work(kind):
+    encoder = SentenceEncoder(*backbone_and_tokenizer(kind), max_length=62).eval()
+    vectors = encoder.encode(["a\0b", "\0", "snow"])
+    assert np.isfinite(vectors).all() and np.ptp(np.linalg.norm(vectors, axis=1)) < 1e-5
+    np.testing.assert_allclose(vectors[2], encoder.encode("snow"), atol=1e-6)
 
 
 def test_parts_must_fit(tiny_backbone, tiny_tokenizer):

@@ -117,8 +117,8 @@ def test_the_packaged_recipe_loads_and_opens(tmp_path, monkeypatch):
     recipe = load("quickstart")
     config = build(TrainConfig, recipe.train, "x")
     assert config.steps > config.warmup and recipe.mixture().batch(config.steps - 1).examples
-    for plan in (recipe.evaluation, recipe.test):
-        for name in (plan.sts, plan.retrieval):
+    for measured in (recipe.evaluation, recipe.test):
+        for name in (measured.sts, measured.retrieval):
             assert not name or inside(recipe.folder(), name, "x").exists()
 
 

@@ -26,7 +26,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, BUILD, MATHJAX, SITE = ROOT / ".cache/site", ROOT / ".cache/build", ROOT / ".cache/mathjax", ROOT / "_site"
 MATHJAX_VERSION, MATHJAX_SHA256 = "3.2.2", "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}       # files of the repository that are pages too
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "docs/LOG.md": "log.md"}       # files of the repository that are pages too
 TAGS = {"code-fold: true": "hide-cell", "echo: false": "remove-input", "hide_input": "remove-input", "output: false": "remove-output",
         "hide_output": "remove-output", "export": "exported", "exports": "exported"}   # directive -> cell tag
 
@@ -214,7 +214,7 @@ def stage() -> None:
     pages |= api_pages(learn)
     for source, name in PAGES.items():
         if (ROOT / source).exists():
-            pages[name] = outside_fences(lambda t: links(t, ROOT, 0, cfg), (ROOT / source).read_text(encoding="utf-8"))
+            pages[name] = outside_fences(lambda t: links(t, (ROOT / source).parent, 0, cfg), (ROOT / source).read_text(encoding="utf-8"))
     for old in STAGE.rglob("*"):
         if old.is_file() and old.suffix in (".md", ".ipynb") and old.relative_to(STAGE).as_posix() not in pages:
             old.unlink()

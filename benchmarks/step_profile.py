@@ -1,0 +1,112 @@
+"""Where the time of a training step goes, padded and packed, in fp32 and bf16; and what the products of a layer reach alone.
+
+python benchmarks/step_profile.py       # two minutes; writes results/step_profile.json and the two tables of docs/LOG.md
+
+One thread, all-MiniLM-L6-v2, batches of 64 NLI pairs (the quickstart corpus where CONTRASTIVE_ST_DATA has none), dropout as in the model's config, fused AdamW.
+"""
+import json
+import re
+import statistics
+import time
+
+import torch
+from measure import HERE, arguments, one_thread, record, rounded
+from speed import MODEL, data_folder, read_pairs
+from speed_side import GEMM_TOKENS, layer_products
+from transformers import AutoTokenizer
+
+from contrastive_st.model import SentenceEncoder
+from contrastive_st.tokens import Tokens
+from contrastive_st.trainer import TrainConfig, batch_loss
+
+KINDS = {  # name of an operation -> what it is for
+    r"aten::(mm|addmm)$": "products of weights", r"aten::(bmm|baddbmm)$": "products of attention", r"bernoulli_|random_|bitwise_and|native_dropout": "dropout",
+    r"index_select|aten::index$|embedding": "gathers", r"copy_": "casts and copies", r"fill_|zero_": "zeros, such as the vocabulary's gradient", r"gelu": "GELU", r"softmax": "softmax",
+    r"layer_norm": "layer norm", r"adamw|foreach|linalg": "AdamW and clipping", r"aten::(add|add_|sum|mul|mul_|div|div_|where|neg_|ge_|all|lt)$": "other arithmetic",
+}
+
+
+def make_step(encoder, optimizer, bf16):
+    "One step on a token batch."
+    config = TrainConfig(symmetric=False)
+
+    def step(batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            vectors = encoder(batch.token_ids, batch.lengths)
+        batch_loss(vectors.float(), batch.identities, config)[0].backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def shares(profile) -> dict[str, float]:
+    "Share of the CPU time for each kind of operation."
+    found = dict.fromkeys([*KINDS.values(), "the rest, Python among it"], 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for pattern, kind in KINDS.items() if re.search(pattern, event.key)), "the rest, Python among it")
+        found[kind] += event.self_cpu_time_total
+    return {kind: spent / sum(found.values()) for kind, spent in found.items()}
+
+
+def profiled(layout: str, bf16: bool, batches: list) -> dict:
+    "CPU seconds of a step, and where they go."
+    encoder = SentenceEncoder.from_pretrained(str(MODEL)).train()
+    encoder.layout, seconds = layout, []
+    step = make_step(encoder, torch.optim.AdamW(encoder.parameters(), lr=2e-5, fused=True), bf16)
+    for batch in batches:
+        start = time.process_time()
+        step(batch)
+        seconds.append(time.process_time() - start)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for batch in batches[1:]:
+            step(batch)
+    return {"seconds_a_step": statistics.median(seconds[1:]), "shares": shares(profile)}
+
+
+def rates(dtype: torch.dtype, precision: str, rounds: int = 5) -> dict[int, list[float]]:
+    "GFLOP/s of a layer's products by number of tokens: forward, gradient of the input, gradient of the weights."
+    torch.set_float32_matmul_precision(precision)
+    found = {}
+    for tokens in GEMM_TOKENS:
+        products, times = layer_products(tokens, 384, 1536, dtype, True), []
+        for _ in range(rounds):
+            spent = [0.0] * 3
+            for i, (product, _) in enumerate(products):
+                start = time.process_time()
+                product()
+                spent[i % 3] += time.process_time() - start
+            times.append(spent)
+        found[tokens] = [sum(flops for _, flops in products) / 3e9 / statistics.median(column) for column in zip(*times)]
+    torch.set_float32_matmul_precision("highest")
+    return found
+
+
+def tables(results: dict) -> str:
+    "Both tables in Markdown."
+    steps, ways = results["steps"], list(results["gemm_gflops"])
+    lines = ["| share of a step | " + " | ".join(steps) + " |", "|---" * (len(steps) + 1) + "|", "| CPU seconds a step | " + " | ".join(f"{s['seconds_a_step']:.2f}" for s in steps.values()) + " |"]
+    lines += [f"| {kind} | " + " | ".join(f"{s['shares'][kind]:.0%}" for s in steps.values()) + " |" for kind in next(iter(steps.values()))["shares"]]
+    lines += ["", "GFLOP/s of the products of one layer (forward / gradient of the input / gradient of the weights):", "", "| tokens | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
+    lines += [f"| {tokens:,} | " + " | ".join(" / ".join(f"{rate:,.0f}" for rate in results["gemm_gflops"][way][tokens]) for way in ways) + " |" for tokens in GEMM_TOKENS]
+    return "\n".join([*lines, "", f"`{results['command']}`, {results['date']}, {results['hardware']}, torch {results['versions']['torch']}, one thread."])
+
+
+def main() -> None:
+    one_thread()
+    settings, tokenizer = arguments(__doc__.splitlines()[0]), AutoTokenizer.from_pretrained(MODEL)
+    pairs, tokens = read_pairs(data_folder(), tokenizer)[0], Tokens(tokenizer, 256)
+    batches = [tokens(pairs[64 * i:64 * (i + 1)]) for i in range(3 if settings.quick else 5)]
+    results = {"steps": {f"{layout} {'bf16' if bf16 else 'fp32'}": profiled(layout, bf16, batches) for bf16 in (False, True) for layout in ("padded", "packed")}}
+    results["gemm_gflops"] = {"fp32": rates(torch.float32, "highest"), 'fp32, "medium"': rates(torch.float32, "medium"), "bf16": rates(torch.bfloat16, "highest")}
+    results |= record("torch", "transformers")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / "step_profile.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
+    print(tables(results))
+    log = HERE.parent / "docs" / "LOG.md"
+    if settings.out == HERE / "results":
+        log.write_text(re.sub(r"(<!-- profile -->\n).*?(\n<!-- end of profile -->)", lambda m: m[1] + tables(results) + m[2], log.read_text(), flags=re.S))
+
+
+if __name__ == "__main__":
+    main()

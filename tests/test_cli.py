@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,13 +24,16 @@ from conftest import make_backbone, make_tokenizer
 from typer.testing import CliRunner
 
 from contrastive_st import cli, data, evaluation
+from contrastive_st.card import model_card
+from contrastive_st.demo import LIMIT
 from contrastive_st.model import SentenceEncoder, _has_bf16
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
-COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--tiny", "--xla", "--resume", "--overwrite", "--progress"],
+COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--tiny", "--xla", "--resume", "--overwrite", "--push-to-hub", "--progress"],
             "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
-            "prepare": ["--out", "--data", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
-            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--bf16", "--batch-size"], "search": ["--top-k"]}
+            "prepare": ["--out", "--data", "--tiny", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
+            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--bf16", "--batch-size"], "search": ["--top-k"],
+            "demo": ["--run", "--host", "--port", "--limit"]}
 RECIPE = """
 title = "a small run"
 
@@ -348,6 +352,16 @@ def test_a_tiny_variant_without_its_data_names_the_folder(place, monkeypatch):
     refuses("train", "all-MiniLM-L6-v2", words=["names no data folder", "--data"])
 
 
+def test_prepare_takes_the_tiny_variant(place):
+    tiny = '[tiny]\ndata.mix = [{ name = "pairs.jsonl", weight = 1 }]\ndata.datasets_per_batch = 1\n'
+    (place / "small.toml").write_text((place / "recipe.toml").read_text() + tiny)
+    out = works("prepare", "small.toml", "--tiny", "--data", "data", "--out", "tiny", "--no-progress")
+    assert "1 datasets, 36 rows" in out and out.endswith("contrastive-st train small.toml --tiny --data data --store tiny\n")
+    assert "all 36 rows" in works("inspect", *shlex.split(out.split("contrastive-st train ")[1]))
+    refuses("prepare", "data/data_config.json", "--tiny", "--out", "tiny", words=["--tiny", "data/data_config.json is a data config"])
+    refuses("prepare", "recipe.toml", "--tiny", "--out", "tiny", words=["recipe.toml", "no [tiny] table"])
+
+
 @pytest.mark.parametrize("name", ["nli-distilbert", "multi-qa-MiniLM-L6-cos-v1"])
 def test_a_tiny_variant_trains_on_the_shared_data(place, shared_data, name):
     few = [part for change in ("train.steps=12", "train.warmup=1", "train.log_every=1", "train.eval_every=0", "train.metric=''", "train.patience=0", "data.batch_size=32", "evaluation.sts=''", "test.retrieval=''", "test.sts=''")
@@ -375,18 +389,34 @@ def test_a_card_whose_recipe_holds_a_fence_is_one_document(place):
     works("train", "fence.toml", "--out", "runs/fence", "--overwrite", "--no-progress")
     card = (place / "runs" / "fence" / "model" / "README.md").read_text()
     assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")
-    assert set(yaml.safe_load(card.split("---")[1])) == {"library_name", "pipeline_tag", "tags"}
+    assert yaml.safe_load(card.split("---\n")[1])["model-index"][0]["name"] == "a small run"
 
 
-def test_the_model_card_holds_what_inspect_prints(place):
-    shutil.rmtree(place / "runs" / "card", ignore_errors=True)
-    works("train", "recipe.toml", "--out", "runs/card", "--no-progress", "--set", "title=\"\"\"a: 'b' #\nc\"\"\"")
+def test_every_run_leaves_its_card_with_the_command_that_was_typed(place):
+    typed = ["train", "recipe.toml", "--out", "runs/card", "--overwrite", "--no-progress", "--set", "title=\"\"\"a: 'b' #\nc\"\"\""]
+    works(*typed)
     card = (place / "runs" / "card" / "model" / "README.md").read_text()
-    block = works("inspect", "recipe.toml").split("a small run", 1)[1].strip()
-    assert f"```\n{block}\n```" in card
-    assert "# a: 'b' # c\n" in card and "spearman" in card and "lr = 1e-3" in card
-    metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["library_name"] == "sentence-transformers" and metadata["pipeline_tag"] == "sentence-similarity"
+    assert card == model_card(place / "runs" / "card") and "\n# a: 'b' # c\n" in card
+    said = re.search(r"```bash\n(contrastive-st .*?)\n```", card, re.S)[1]
+    assert shlex.split(said) == ["contrastive-st", *typed]
+
+
+def test_a_push_is_asked_for_and_its_name_is_checked_first(place, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("contrastive_st.card.push_to_hub", lambda run, name: pushed.append((run, name)) or "the address")
+    arguments = ["train", "recipe.toml", "--out", "runs/pushed", "--overwrite", "--no-progress", "--set", "train.steps=2"]
+    for wrong in ("no name!", "me/my/model", "-x"):
+        refuses(*arguments, "--push-to-hub", wrong, words=[wrong, "USER/NAME"])
+    assert not (place / "runs" / "pushed").exists()
+    assert "Pushed" not in works(*arguments) and not pushed
+    assert works(*arguments, "--push-to-hub", "me/model").endswith("Pushed: the address\n") and pushed == [(Path("runs/pushed"), "me/model")]
+
+
+def test_a_push_that_fails_leaves_the_run_and_says_how_to_go_on(place):
+    "This process is told to stay offline, so that the hub's own library refuses."
+    refuses("train", "recipe.toml", "--out", "runs/offline", "--overwrite", "--no-progress", "--set", "train.steps=2", "--push-to-hub", "me/model",
+            words=["me/model was not pushed", "push_to_hub('runs/offline', 'me/model') tries again"])
+    assert (place / "runs" / "offline" / "model" / "README.md").read_text() == model_card(place / "runs" / "offline")
 
 
 # ---- prepare ----
@@ -642,6 +672,21 @@ def test_search_passes_over_blank_lines_of_standard_input(place):
 
 def test_search_shows_all_passages_when_there_are_fewer(place):
     assert len(works("search", "encoder", "texts.txt", "dog", "--top-k", "50").splitlines()) == 4
+
+
+# ---- demo ----
+
+def test_demo_hands_on_what_was_typed(place, monkeypatch):
+    asked = []
+    monkeypatch.setattr("contrastive_st.demo.launch", lambda *args: asked.append(args))
+    works("demo", "encoder", "runs/other", "--run", "runs/a", "--run", "runs/b", "--host", "0.0.0.0", "--port", "0", "--limit", "5")
+    works("demo", "encoder")
+    assert [args[:5] for args in asked] == [(["encoder", "runs/other"], [Path("runs/a"), Path("runs/b")], "0.0.0.0", 0, 5), (["encoder"], [], "127.0.0.1", 7860, LIMIT)]
+
+
+def test_demo_without_its_extra_is_one_sentence(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    refuses("demo", "encoder", words=["gradio is not installed", "pip install 'contrastive_st[demo]'"])
 
 
 # ---- what a user can mend ----

@@ -73,6 +73,12 @@ def run_directory(folder: Path) -> Path:
     return folder
 
 
+def stranger(folder: Path) -> None:
+    "Make a model directory one whose code has to be run to load it; the code leaves a file."
+    (folder / "config.json").write_text('{"model_type": "stranger", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}')
+    (folder / "code.py").write_text("open('ran', 'w')\nclass Config: pass\nclass Model: pass")
+
+
 # --- models ---
 
 def test_models_open_with_short_names_and_their_run(folders):
@@ -86,9 +92,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "going").mkdir()
     (tmp_path / "going/versions.json").write_text("{}")
-    shutil.copytree(folders / "small", tmp_path / "remote")
-    (tmp_path / "remote/config.json").write_text('{"model_type": "stranger", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}')
-    (tmp_path / "remote/code.py").write_text("open('ran', 'w')\nclass Config: pass\nclass Model: pass")
+    stranger(shutil.copytree(folders / "small", tmp_path / "remote"))
     shutil.copytree(folders / "small", tmp_path / "module")
     chain = json.loads((tmp_path / "module/modules.json").read_text())
     (tmp_path / "module/modules.json").write_text(json.dumps([chain[0] | {"type": "code.Transformer"}, *chain[1:]]))
@@ -345,14 +349,15 @@ def test_without_gradio_one_sentence(monkeypatch):
 # --- over HTTP ---
 
 gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="Gradio is not installed: pip install 'contrastive_st[demo]'")
-SERVE = "import sys, torch; torch.set_num_threads(1); from contrastive_st import demo; demo.launch(sys.argv[1:], port=0, told=lambda text: print(text, flush=True))"
+COMMAND = [sys.executable, "-c", "from contrastive_st.cli import main; main()", "demo"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
 def server(folders):
     "The page of two models on a free port, in a process of its own; yields its address."
-    process = subprocess.Popen([sys.executable, "-c", SERVE, str(folders / "small"), str(folders / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folders / "uploads")})
+    process = subprocess.Popen([*COMMAND, str(folders / "small"), str(folders / "run"), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT | {"GRADIO_TEMP_DIR": str(folders / "uploads")})
     errors = []
     threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True).start()
     line = process.stdout.readline()
@@ -386,6 +391,22 @@ def test_the_server_answers_to_its_own_name_and_loads_nothing_from_elsewhere(ser
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(urllib.request.Request(server, headers={"Host": "evil.example"}))
     assert json.loads(text.split("window.gradio_config = ")[1].split(";</script>")[0])["analytics_enabled"] is False
+
+
+@gradio
+@pytest.mark.parametrize("models, options, said", [
+    (["small"], ["--port", "PORT"], "cannot be served at 127.0.0.1:PORT"), (["empty"], [], "empty has no config.json"), (["small", "remote"], [], "is never run"),
+    (["nowhere"], [], "nowhere"), (["small", "small"], [], "given twice"), (["small"], ["--run", "empty"], "empty"),
+])
+def test_the_command_line_refuses_in_one_sentence(server, folders, tmp_path, models, options, said):
+    "Exit code 2, nothing on standard output, and one line that says what and what to do."
+    (tmp_path / "empty").mkdir()
+    stranger(shutil.copytree(folders / "small", tmp_path / "remote"))
+    shutil.copytree(folders / "small", tmp_path / "small")
+    port = server.rstrip("/").rpartition(":")[2]
+    done = subprocess.run([*COMMAND, *models, *(option.replace("PORT", port) for option in options or ["--port", "0"])], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert said.replace("PORT", port) in done.stderr and not (tmp_path / "ran").exists(), done.stderr
 
 
 @gradio

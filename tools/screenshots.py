@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVE = "import sys; from contrastive_st import demo; demo.launch(sys.argv[1:], port=0, told=lambda text: print(text, flush=True))"
+SERVE = [sys.executable, "-c", "from contrastive_st.cli import main; main()", "demo", "--port", "0"]
 PAGES = {   # file name -> tab, button to press, what must be there, where the picture begins: so many px above the page's button
     "similarity": ("Similarity", "Languages", "#similarity-result table", "similarity", 999), "answers": ("Answers", "Cards' example", "#answers-result table", "answers", 999),
     "search": ("Search", "The harbour's handbook in 3-D", "#cluster-plot1 canvas", "cluster", 230), "bias": ("Bias", "Measure", "#bias-plot0 .main-svg", "bias", 999),
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/images/demo")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    server = subprocess.Popen([sys.executable, "-c", SERVE, *args.models], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    server = subprocess.Popen([*SERVE, *args.models], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         address = re.search(r"http://\S+", server.stdout.readline())[0]
         with sync_playwright() as driver:

@@ -350,10 +350,11 @@ def bias_table(
     reports:dict[str, dict], # model -> what bias.gender_bias returns
 )->Table: # a row per rate and the lean, a column per model
     "Lay out rates with 95% intervals and p-values side by side."
-    def rate(r, name): return f"{r[name]:.0%} [{r[name + '_low']:.0%}, {r[name + '_high']:.0%}], p = {r[name + '_p']:.2g}" if name in r else "no labels"
+    def chance(p): return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+    def rate(r, name): return f"{r[name]:.0%} [{r[name + '_low']:.0%}, {r[name + '_high']:.0%}], {chance(r[name + '_p'])}" if name in r else "no labels"
     rows = [[said, *(rate(r, name) for r in reports.values())] for name, said in _MEASURES.items()]
     rows.append(["mean lean: cosine with the male sentence minus cosine with the female one", *(f"{r['lean']:+.4f}" for r in reports.values())])
-    rows.append(["asked", *(f"{r['n']:,} items, {r['occupations']} occupations, {r['ties']:,} ties" for r in reports.values())])
+    rows.append(["measured on", *(f"{r['n']:,} items, {r['occupations']} occupations, {r['ties']:,} ties" for r in reports.values())])
     return Table(["", *reports], rows)
 
 def bias_figure(
@@ -625,7 +626,7 @@ _STYLE = """
 .result {overflow-x: auto; margin: 4px 0 14px}
 .result table {width: 100%; border-collapse: collapse; font-size: 15px}
 .result :is(table, thead, tbody, tr) {border: 0 !important; background: none !important}
-.result :is(th, td) {text-align: start; padding: 6px 8px; border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; word-break: normal !important; vertical-align: top}
+.result :is(th, td) {text-align: start; padding: 6px 8px !important; border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; word-break: normal !important; vertical-align: top}
 .result th {color: var(--body-text-color-subdued) !important; vertical-align: bottom} .result :is(td.text, td.solid) {white-space: pre-wrap; min-width: 6em} .result td.solid {overflow-wrap: anywhere} .result td.short {white-space: nowrap; width: 1%}
 .result td.score {white-space: nowrap; width: 104px; min-width: 84px; font-variant-numeric: tabular-nums;
   background: linear-gradient(to right, rgba(66,105,208,.45) var(--bar), rgba(128,128,128,.12) var(--bar)) no-repeat 6px 100% / calc(100% - 12px) 4px}
@@ -633,7 +634,7 @@ _STYLE = """
 .answer h4 {margin: 10px 0 2px} .answer img {max-width: 100%; border-radius: 6px; background: white}
 p.note, p.error {margin: 4px 0; padding: 8px 10px; border-radius: 6px; font-size: 15px; overflow-wrap: anywhere; background: var(--background-fill-secondary)}
 p.error {border-left: 4px solid #d43d3d; background: rgba(212,61,61,.12)}
-@media (max-width: 600px) {.gradio-container .fillable {padding: 12px !important} .tab-container button {padding: 0 6px !important; font-size: 13px} .result table :is(th, td) {padding: 5px 4px; font-size: 14px}}
+@media (max-width: 600px) {.gradio-container .fillable {padding: 12px !important} .tab-container button {padding: 0 6px !important; font-size: 13px} .result table :is(th, td) {padding: 5px 4px !important; font-size: 14px}}
 """
 
 def build(

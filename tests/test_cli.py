@@ -356,7 +356,7 @@ def test_prepare_takes_the_tiny_variant(place):
     tiny = '[tiny]\ndata.mix = [{ name = "pairs.jsonl", weight = 1 }]\ndata.datasets_per_batch = 1\n'
     (place / "small.toml").write_text((place / "recipe.toml").read_text() + tiny)
     out = works("prepare", "small.toml", "--tiny", "--data", "data", "--out", "tiny", "--no-progress")
-    assert "1 datasets, 36 rows" in out and out.endswith("contrastive-st train small.toml --tiny --data data --store tiny\n")
+    assert "1 dataset, 36 rows" in out and out.endswith("contrastive-st train small.toml --tiny --data data --store tiny\n")
     assert "all 36 rows" in works("inspect", *shlex.split(out.split("contrastive-st train ")[1]))
     refuses("prepare", "data/data_config.json", "--tiny", "--out", "tiny", words=["--tiny", "data/data_config.json is a data config"])
     refuses("prepare", "recipe.toml", "--tiny", "--out", "tiny", words=["recipe.toml", "no [tiny] table"])

@@ -532,6 +532,7 @@ def test_every_page(page):
             shown = press(page, name, plots=plots)
             assert name == "heat" or "small" in shown or name == "runs" and "spearman" in shown, (name, shown)
         assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"], f"{title} is wider than the screen"
+        assert page.evaluate("[...document.querySelectorAll('.result')].every(box => box.scrollWidth <= box.clientWidth)"), f"a table of {title} has to be scrolled"
     assert page.locator("#runs-result img").evaluate("image => image.naturalWidth") > 100
 
 

@@ -1,8 +1,11 @@
 """Recipes: what a reader can get wrong in a file is said with the file, the key and what to do."""
 import ast
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -556,3 +559,16 @@ def test_every_row_of_the_seeds_page_leads_somewhere():
                 if not good:
                     wrong.append(f"{name}: {row[:60]}")
     assert len(rows) > 30 and not wrong, "\n".join(wrong)
+
+
+def test_an_installed_package_has_every_recipe(tmp_path):
+    "Built as pip builds it, and asked from elsewhere: the same names, with their data configs beside them."
+    pytest.importorskip("setuptools", reason="setuptools, which builds the package, is not installed")
+    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("contrastive_st", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"], cwd=tmp_path, check=True, capture_output=True)
+    code = "from contrastive_st.recipes import known, load, plan; print({n: [p.parent.name, n in ('nli', 'quickstart') or len(plan(load(n)).sources) > 0] for n, p in known().items()})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "lib", env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")}, check=True, capture_output=True, text=True).stdout
+    assert ast.literal_eval(said) == {name: ["quickstart" if name == "quickstart" else "published", True] for name in known()}

@@ -115,7 +115,7 @@ def _data(run):
     rows = [[d["name"], f"{d['rows']:,}", d["columns"], f"{weights[d['name']]:g}", f"{d['asked']:.2%}", f"{d['realised']:.2%}", f"{d['epochs']:,.2f}"] for d in report["datasets"]]
     total = ["**all**", f"{sum(d['rows'] for d in report['datasets']):,}", "", "", "", f"{report['examples']:,} examples", ""]
     negatives = [f"{p['columns']} columns, in {p['batches']:,} of {report['steps']:,} batches: {p['in_batch']:,} in-batch and {p['hard']:,} hard negatives for each anchor"
-                 + (f", {p['masked']:.2f} of them masked as equal texts" if p["masked"] else "") + "." for p in report["pools"]]
+                 + (f", {p['masked']:.2f} of them masked as equal texts" if p["masked"] >= 0.005 else "") + "." for p in report["pools"]]
     return _table(["Dataset", "Rows", "Columns", "Weight", "Asked", "Realised", "Epochs"], [*rows, total]) + "\n\n" + "\n".join(f"- {line}" for line in negatives)
 
 # %% ../nbs/12_card.ipynb #evaluation
@@ -169,6 +169,7 @@ def with_command(
 def _again(run):
     "The command, the settings it amounted to, software and hardware."
     said, versions = re.findall(r'^# command: (".+")$', run["text"], re.M), dict(run["versions"])
+    versions |= versions.pop("compute", {})
     command = _fenced(json.loads(said[-1]), "bash") if said else "The command was not recorded: the run was started from Python, with the settings below."
     machine = f"{versions.pop('date', '')}, {versions.pop('processor', '')} ({versions.pop('cores', '?')} cores), {run['metrics']['seconds']:,.0f} s, {run['metrics']['pairs_per_second']:,.0f} examples/s"
     settings = [[name, json.dumps(value, ensure_ascii=False)] for name, value in run["config"].items() if name != "mix"]
@@ -184,13 +185,22 @@ def _metadata(run, more):
         between = f", 95% interval {s['low']:.3f} to {s['high']:.3f}" if s["low"] is not None else ""
         results.append(EvalResult(task_type=kind, task_name=name, dataset_type="unknown", dataset_name=s["set"], dataset_split="validation" if s["split"] == "evaluation" else "test",
                                   metric_type=form.format(s["metric"]), metric_name=s["metric"] + between, metric_value=round(s["after"], 4)))
-    base = run["recipe"].get("model", {}).get("name", "")
+    plan = run["recipe"].get("model", {})
+    base = "" if "layers" in plan else plan.get("name", "")          # random weights have no base
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base) or Path(base).exists(): base = None    # a folder is nobody's base model on the hub
     fields = {"model_name": run["title"] if results else None, "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity", "base_model": base, "eval_results": results or None,
               "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "contrastive_st"]}
     return ModelCardData(**fields | more)
 
 # %% ../nbs/12_card.ipynb #model-card
+def _opening(run):
+    "What it is and where it started, in two sentences."
+    plan = run["recipe"].get("model", {})
+    start = f"It started from `{plan['name']}` and was" if "name" in plan else "It was"
+    if "layers" in plan: start = f"It started from random weights, with the word pieces of `{plan['name']}`, and was"
+    return (f"A sentence embedding model: texts become vectors of {run['model']['width']} numbers, and texts of similar meaning lie near each other. "
+            f"{start} trained contrastively for {run['metrics']['steps']:,} steps of {run['config']['batch_size']:,} examples with contrastive_st.")
+
 def model_card(
     run_dir:str|Path, # directory of a finished run
     name:str="model", # folder or hub id that the code in the card opens
@@ -198,12 +208,9 @@ def model_card(
 )->str: # Markdown with metadata for the hub
     "Write the card of a run's model; depends on nothing but the records in its directory."
     run = read_run(run_dir)
-    base = run["recipe"].get("model", {}).get("name")
-    opening = f"A sentence embedding model: texts become vectors of {run['model']['width']} numbers, and texts of similar meaning lie near each other. " + (
-        f"It started from `{base}` and was" if base else "It was") + f" trained contrastively for {run['metrics']['steps']:,} steps of {run['config']['batch_size']:,} examples with contrastive_st."
     sections = {"Use": usage(run["model"], name), "Technical details": _technical(run), "Intended use and limits": _limits(run, metadata.get("license")), "Training data": _data(run),
                 "Evaluation": _evaluation(run), "Training": _again(run), **({"Recipe": _fenced(run["text"].strip(), "toml")} if run["text"] else {})}
-    return "\n\n".join([f"---\n{_metadata(run, metadata).to_yaml()}\n---", f"# {run['title']}", opening, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
+    return "\n\n".join([f"---\n{_metadata(run, metadata).to_yaml()}\n---", f"# {run['title']}", _opening(run), *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
 
 def write_card(
     run_dir:str|Path, # directory of a finished run

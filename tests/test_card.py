@@ -170,6 +170,7 @@ def test_training_has_the_command_and_every_setting(run):
     for name, value in config.items():
         assert name == "mix" or f"| {name} | {json.dumps(value)} |" in said, name
     assert versions["date"] in said and f"torch {versions['torch']}" in said
+    assert all(f"{name} {value}" in said for name, value in versions["compute"].items())
 
 
 def test_limits_are_counted(copy):
@@ -265,6 +266,13 @@ def test_only_a_hub_model_is_a_base_model(copy, monkeypatch, name, base):
     (copy / "here").mkdir()
     (copy / "recipe.toml").write_text(f'title = "t"\n[model]\nname = "{name}"\n')
     assert ModelCard(model_card(copy)).data.base_model == base
+
+
+def test_random_weights_have_no_base_model(copy):
+    opened = lambda: model_card(copy).split("## Use")[0]
+    assert "started from `bert-base-uncased`" in opened() and "base_model: bert-base-uncased" in opened()
+    (copy / "recipe.toml").write_text('title = "t"\n[model]\nname = "bert-base-uncased"\nlayers = 2\nwidth = 32\n')
+    assert "started from random weights, with the word pieces of `bert-base-uncased`" in opened() and "base_model" not in opened()
 
 
 # --- a push, to a hub of our own ---

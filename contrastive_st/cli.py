@@ -287,18 +287,15 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Write a plot of shares and epochs to this PNG.")] = None,
 ):
     "Print what a run of the recipe would see: shares, epochs, negatives, duplicates, truncation, padding; without data, its plan."
-    from contrastive_st import recipes, tokens, trainer
+    from contrastive_st import recipes, trainer
     from contrastive_st.mixture import account, report_table
 
     recipe = recipes.load(recipe, parse_changes(set), tiny)
-    config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
+    steps = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train").steps
     if data or store or recipe.data.folder:
-        mixture, encoder = recipe.mixture(data, store), recipe.encoder()
-        report = trainer.run_report(mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), config.steps, sample)
-        layers, longest = encoder.backbone.config.num_hidden_layers, encoder.max_length
-        size = layers, encoder.width, sum(p.numel() for p in encoder.backbone.parameters())
+        report, size, longest = _look(recipe, data, store, steps, sample)
     else:
-        report, size, longest = account(recipes.plan(recipe), config.steps, 0), recipes.BACKBONES.get(recipe.model.name), recipe.model.max_length or 128
+        report, size, longest = account(recipes.plan(recipe), steps, 0), recipes.BACKBONES.get(recipe.model.name), recipe.model.max_length or 128
         typer.echo("planned from the sizes in the data config; --data FOLDER opens the files and looks into them")
     typer.echo(tpu_time(size, longest, report) if size else f"no time is estimated: the size of {recipe.model.name} is not known here")
     typer.echo(f"\n{recipe.title}\n\n{report_table(by_folder(report))}")
@@ -306,6 +303,16 @@ def inspect(
         plot.parent.mkdir(parents=True, exist_ok=True)
         report_figure(report, plot)
         typer.echo(f"\nplot: {plot}")
+
+
+def _look(recipe, data, store, steps, sample):
+    "What the files hold: a report, the size of the encoder and the longest text it takes."
+    from contrastive_st import tokens, trainer
+
+    mixture, encoder = recipe.mixture(data, store), recipe.encoder()
+    report = trainer.run_report(mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), steps, sample)
+    size = encoder.backbone.config.num_hidden_layers, encoder.width, sum(p.numel() for p in encoder.backbone.parameters())
+    return report, size, encoder.max_length
 
 # %% ../nbs/13_cli.ipynb #report-figure
 def report_figure(

@@ -199,7 +199,8 @@ def split_lines(
 _COLUMNS = ("text", "title", "sentence", "question", "query", "body")   # tried in this order
 
 def _cell(row, column, where):
-    "The text of one record."
+    "The text of one record; without a column, title and text of a search corpus together, as `contrastive-st search` takes them."
+    if not column and isinstance(row.get("text"), str): return f"{row.get('title') or ''} {row['text']}".strip()
     names = [name for name in row if isinstance(name, str)]
     name = column or next((c for c in _COLUMNS if c in row), names[0] if len(names) == 1 else None)
     if name is None or not isinstance(row.get(name), str):
@@ -221,7 +222,7 @@ def _csv_rows(text, name, delimiter):
 
 def read_corpus(
     path:str|Path, # .txt: a text a line; .jsonl: objects; .csv, .tsv: a header and rows
-    column:str="", # of .jsonl, .csv and .tsv; "" = the first that is called text, title, sentence, question, query or body
+    column:str="", # of .jsonl, .csv and .tsv; "" = title and text, else the first that is called title, sentence, question, query or body
     limit:int=LIMIT, # most texts
 )->list[str]: # in file order, without the empty ones
     "Read a corpus; raise a `ValueError` that names file and line."

@@ -178,7 +178,8 @@ def write(path: Path, text) -> Path:
 
 @pytest.mark.parametrize("name, text, column, expected", [
     ("a.txt", "\ufeffone\r\n\r\ntwo\u2028still two\n", "", ["one", "two\u2028still two"]),
-    ("a.jsonl", '{"id": 1, "text": "one"}\n\n{"title": "t", "text": "two"}\n', "", ["one", "two"]),
+    ("a.jsonl", '{"id": 1, "text": "one"}\n\n{"title": "t", "text": "two"}\n', "", ["one", "t two"]),
+    ("a.jsonl", '{"title": "t", "text": "two"}\n', "text", ["two"]),
     ("a.csv", 'id,headline\n1,"one, or\ntwo"\n', "headline", ["one, or\ntwo"]),
     ("a.csv", "anything\none\n", "", ["one"]),
     ("a.tsv", 'id\tsentence\n1\tsay "one\n', "", ['say "one']),

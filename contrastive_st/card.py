@@ -115,7 +115,7 @@ def _data(run):
     rows = [[d["name"], f"{d['rows']:,}", d["columns"], f"{weights[d['name']]:g}", f"{d['asked']:.2%}", f"{d['realised']:.2%}", f"{d['epochs']:,.2f}"] for d in report["datasets"]]
     total = ["**all**", f"{sum(d['rows'] for d in report['datasets']):,}", "", "", "", f"{report['examples']:,} examples", ""]
     negatives = [f"{p['columns']} columns, in {p['batches']:,} of {report['steps']:,} batches: {p['in_batch']:,} in-batch and {p['hard']:,} hard negatives for each anchor"
-                 + (f", {p['masked']:.2f} of them masked as equal texts" if p["masked"] >= 0.005 else "") + "." for p in report["pools"]]
+                 + (f", {p['masked']:.2f} of them masked as equal texts" if round(p["masked"] or 0, 2) else "") + "." for p in report["pools"]]
     return _table(["Dataset", "Rows", "Columns", "Weight", "Asked", "Realised", "Epochs"], [*rows, total]) + "\n\n" + "\n".join(f"- {line}" for line in negatives)
 
 # %% ../nbs/12_card.ipynb #evaluation

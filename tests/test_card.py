@@ -154,6 +154,13 @@ def test_training_data_is_what_the_run_accounted_for(run):
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in said.splitlines() if line.startswith("|"))     # a name with a bar breaks no column
 
 
+@pytest.mark.parametrize("masked, said", [(None, False), (0, False), (0.004, False), (0.25, True)])     # None: the pool was not looked into
+def test_masked_negatives_are_told_where_there_are_any(copy, masked, said):
+    report = json.loads((copy / "mixture.json").read_text())
+    change(copy, "mixture", pools=[pool | {"masked": masked} for pool in report["pools"]])
+    assert ("0.25 of them masked" in model_card(copy)) == said == ("masked" in section(model_card(copy), "Training data"))
+
+
 def test_evaluation_has_intervals_and_says_what_chose(run):
     card, metrics = model_card(run), json.loads((run / "metrics.json").read_text())
     said = section(card, "Evaluation")

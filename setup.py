@@ -21,7 +21,9 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    packages=find_namespace_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),   # quickstart/ holds data only
+    packages=[*find_namespace_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), cfg["lib_path"] + ".published"],   # quickstart/ holds data only
+    package_dir={cfg["lib_path"] + ".published": "recipes"},   # so that an installed package has them too
+    package_data={cfg["lib_path"] + ".published": ["*.toml", "*.json"]},
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,13 +24,16 @@ from conftest import make_backbone, make_tokenizer
 from typer.testing import CliRunner
 
 from contrastive_st import cli, data, evaluation
+from contrastive_st.card import model_card
+from contrastive_st.demo import LIMIT
 from contrastive_st.model import SentenceEncoder, _has_bf16
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
-COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--xla", "--resume", "--overwrite", "--progress"],
-            "inspect": ["--data", "--store", "--set", "--sample", "--plot"],
-            "prepare": ["--out", "--data", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
-            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--bf16", "--batch-size"], "search": ["--top-k"]}
+COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--tiny", "--xla", "--resume", "--overwrite", "--push-to-hub", "--progress"],
+            "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
+            "prepare": ["--out", "--data", "--tiny", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
+            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--bf16", "--batch-size"], "search": ["--top-k"],
+            "demo": ["--run", "--host", "--port", "--limit"]}
 RECIPE = """
 title = "a small run"
 
@@ -323,6 +327,59 @@ def test_inspect_draws_into_a_new_folder(place):
     shutil.rmtree(place / "pictures")
 
 
+@pytest.mark.parametrize("name, words", [
+    ("all-MiniLM-L6-v2", ["102,400,000 examples", "stackexchange_TitleBody_Answer/ (83 files)", "1,170,060,424 rows", "hours", "padded to 128"]),
+    ("all_datasets_v3_distilroberta-base", ["552,960,000 examples", "reddit/reddit_2015.jsonl.gz", "hours"]),
+    ("multi-qa-MiniLM-L6-cos-v1", ["204,800,000 examples", "stackexchange_title_body/ (91 files)", "msmarco-query_passage_negative_v2.jsonl.gz", "3 columns", "padded to 250"]),
+    ("multi-qa-mpnet-base-cos-v1", ["81,920,000 examples", "hours"]), ("multi-qa-mpnet-base-dot-v1", ["81,920,000 examples", "hours"]),
+    ("nli-distilbert", ["628,736 examples", "2.00", "v3-8 351 s"]),
+])
+def test_inspect_plans_a_published_run_without_its_data(place, name, words):
+    out = works("inspect", name)
+    assert all(word in out for word in ["planned from the sizes", "TPU v3-8", "estimated, not measured", "epochs", *words]), out
+
+
+def test_inspect_without_a_known_backbone_plans_but_gives_no_time(place):
+    out = works("inspect", "nli-distilbert", "--set", "model.name='some/model'")
+    assert "the size of some/model is not known here" in out and "9,824 steps" in out
+
+
+def test_a_tiny_variant_without_its_data_names_the_folder(place, monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_ST_DATA", "gone")
+    for command_name in ("inspect", "train"):
+        refuses(command_name, "nli-distilbert", "--tiny", words=["nli-distilbert.toml", "the data folder", "gone", "--data"])
+    refuses("train", "recipe.toml", "--tiny", words=["recipe.toml", "no [tiny] table"])
+    refuses("train", "all-MiniLM-L6-v2", words=["names no data folder", "--data"])
+
+
+def test_prepare_takes_the_tiny_variant(place):
+    tiny = '[tiny]\ndata.mix = [{ name = "pairs.jsonl", weight = 1 }]\ndata.datasets_per_batch = 1\n'
+    (place / "small.toml").write_text((place / "recipe.toml").read_text() + tiny)
+    out = works("prepare", "small.toml", "--tiny", "--data", "data", "--out", "tiny", "--no-progress")
+    assert "1 dataset, 36 rows" in out and out.endswith("contrastive-st train small.toml --tiny --data data --store tiny\n")
+    assert "all 36 rows" in works("inspect", *shlex.split(out.split("contrastive-st train ")[1]))
+    refuses("prepare", "data/data_config.json", "--tiny", "--out", "tiny", words=["--tiny", "data/data_config.json is a data config"])
+    refuses("prepare", "recipe.toml", "--tiny", "--out", "tiny", words=["recipe.toml", "no [tiny] table"])
+
+
+@pytest.mark.parametrize("name", ["nli-distilbert", "multi-qa-MiniLM-L6-cos-v1"])
+def test_a_tiny_variant_trains_on_the_shared_data(place, shared_data, name):
+    few = [part for change in ("train.steps=12", "train.warmup=1", "train.log_every=1", "train.eval_every=0", "train.metric=''", "train.patience=0", "data.batch_size=32", "evaluation.sts=''", "test.retrieval=''", "test.sts=''")
+           for part in ("--set", change)]
+    out = works("train", name, "--tiny", "--data", shared_data, "--out", "runs/tiny", "--overwrite", "--no-progress", *few)
+    losses = [row["loss"] for row in json.loads((place / "runs" / "tiny" / "history.json").read_text()) if "loss" in row]
+    assert ", tiny: 12 steps" in out and np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert SentenceEncoder.from_pretrained(place / "runs" / "tiny" / "model").width == 128
+
+
+def test_the_files_of_a_folder_share_a_line_when_there_are_many():
+    rows = [{"name": f"{folder}{n}", "rows": 10, "columns": 2, "asked": 0.01, "realised": 0.01, "epochs": float(n)} for folder in ("one/", "two/") for n in range(30)]
+    short = cli.by_folder({"datasets": rows, "steps": 1})
+    assert [d["name"] for d in short["datasets"]] == ["one/ (30 files)", "two/ (30 files)"]
+    assert [d["rows"] for d in short["datasets"]] == [300, 300] and short["datasets"][0]["epochs"] == pytest.approx(14.5) and short["datasets"][0]["asked"] == pytest.approx(0.3)
+    assert cli.by_folder({"datasets": rows}, most=60)["datasets"] == rows
+
+
 def test_inspect_wants_a_recipe(place):
     refuses("inspect", "data/data_config.json", words=["data/data_config.json", "no recipe", "data.mix"])
 
@@ -332,18 +389,34 @@ def test_a_card_whose_recipe_holds_a_fence_is_one_document(place):
     works("train", "fence.toml", "--out", "runs/fence", "--overwrite", "--no-progress")
     card = (place / "runs" / "fence" / "model" / "README.md").read_text()
     assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")
-    assert set(yaml.safe_load(card.split("---")[1])) == {"library_name", "pipeline_tag", "tags"}
+    assert yaml.safe_load(card.split("---\n")[1])["model-index"][0]["name"] == "a small run"
 
 
-def test_the_model_card_holds_what_inspect_prints(place):
-    shutil.rmtree(place / "runs" / "card", ignore_errors=True)
-    works("train", "recipe.toml", "--out", "runs/card", "--no-progress", "--set", "title=\"\"\"a: 'b' #\nc\"\"\"")
+def test_every_run_leaves_its_card_with_the_command_that_was_typed(place):
+    typed = ["train", "recipe.toml", "--out", "runs/card", "--overwrite", "--no-progress", "--set", "title=\"\"\"a: 'b' #\nc\"\"\""]
+    works(*typed)
     card = (place / "runs" / "card" / "model" / "README.md").read_text()
-    block = works("inspect", "recipe.toml").split("a small run", 1)[1].strip()
-    assert f"```\n{block}\n```" in card
-    assert "# a: 'b' # c\n" in card and "spearman" in card and "lr = 1e-3" in card
-    metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["library_name"] == "sentence-transformers" and metadata["pipeline_tag"] == "sentence-similarity"
+    assert card == model_card(place / "runs" / "card") and "\n# a: 'b' # c\n" in card
+    said = re.search(r"```bash\n(contrastive-st .*?)\n```", card, re.S)[1]
+    assert shlex.split(said) == ["contrastive-st", *typed]
+
+
+def test_a_push_is_asked_for_and_its_name_is_checked_first(place, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("contrastive_st.card.push_to_hub", lambda run, name: pushed.append((run, name)) or "the address")
+    arguments = ["train", "recipe.toml", "--out", "runs/pushed", "--overwrite", "--no-progress", "--set", "train.steps=2"]
+    for wrong in ("no name!", "me/my/model", "-x"):
+        refuses(*arguments, "--push-to-hub", wrong, words=[wrong, "USER/NAME"])
+    assert not (place / "runs" / "pushed").exists()
+    assert "Pushed" not in works(*arguments) and not pushed
+    assert works(*arguments, "--push-to-hub", "me/model").endswith("Pushed: the address\n") and pushed == [(Path("runs/pushed"), "me/model")]
+
+
+def test_a_push_that_fails_leaves_the_run_and_says_how_to_go_on(place):
+    "This process is told to stay offline, so that the hub's own library refuses."
+    refuses("train", "recipe.toml", "--out", "runs/offline", "--overwrite", "--no-progress", "--set", "train.steps=2", "--push-to-hub", "me/model",
+            words=["me/model was not pushed", "push_to_hub('runs/offline', 'me/model') tries again"])
+    assert (place / "runs" / "offline" / "model" / "README.md").read_text() == model_card(place / "runs" / "offline")
 
 
 # ---- prepare ----
@@ -599,6 +672,21 @@ def test_search_passes_over_blank_lines_of_standard_input(place):
 
 def test_search_shows_all_passages_when_there_are_fewer(place):
     assert len(works("search", "encoder", "texts.txt", "dog", "--top-k", "50").splitlines()) == 4
+
+
+# ---- demo ----
+
+def test_demo_hands_on_what_was_typed(place, monkeypatch):
+    asked = []
+    monkeypatch.setattr("contrastive_st.demo.launch", lambda *args: asked.append(args))
+    works("demo", "encoder", "runs/other", "--run", "runs/a", "--run", "runs/b", "--host", "0.0.0.0", "--port", "0", "--limit", "5")
+    works("demo", "encoder")
+    assert [args[:5] for args in asked] == [(["encoder", "runs/other"], [Path("runs/a"), Path("runs/b")], "0.0.0.0", 0, 5), (["encoder"], [], "127.0.0.1", 7860, LIMIT)]
+
+
+def test_demo_without_its_extra_is_one_sentence(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    refuses("demo", "encoder", words=["gradio is not installed", "pip install 'contrastive_st[demo]'"])
 
 
 # ---- what a user can mend ----

@@ -1,6 +1,11 @@
 """Recipes: what a reader can get wrong in a file is said with the file, the key and what to do."""
+import ast
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -9,7 +14,8 @@ from conftest import ROOT
 
 from contrastive_st import recipes
 from contrastive_st.data import prepare
-from contrastive_st.recipes import DataPlan, EvaluationPlan, Recipe, build, inside, load, merge
+from contrastive_st.mixture import account
+from contrastive_st.recipes import DataPlan, EvaluationPlan, Recipe, build, inside, known, load, merge, plan
 from contrastive_st.trainer import TrainConfig
 
 GOOD = """
@@ -114,8 +120,8 @@ def test_the_packaged_recipe_loads_and_opens(tmp_path, monkeypatch):
     recipe = load("quickstart")
     config = build(TrainConfig, recipe.train, "x")
     assert config.steps > config.warmup and recipe.mixture().batch(config.steps - 1).examples
-    for plan in (recipe.evaluation, recipe.test):
-        for name in (plan.sts, plan.retrieval):
+    for measured in (recipe.evaluation, recipe.test):
+        for name in (measured.sts, measured.retrieval):
             assert not name or inside(recipe.folder(), name, "x").exists()
 
 
@@ -124,8 +130,8 @@ def test_every_recipe_of_the_repository(path, shared_data):
     recipe = load(path)
     build(TrainConfig, recipe.train, "x")
     assert recipe.title and recipe.data.batch_size % recipe.data.datasets_per_batch == 0
-    for plan in (recipe.evaluation, recipe.test):
-        for name in (plan.sts, plan.retrieval):
+    for measured in (recipe.evaluation, recipe.test):
+        for name in (measured.sts, measured.retrieval):
             assert not name or inside(shared_data, name, path.name).exists()
 
 
@@ -139,6 +145,131 @@ def test_recipes_load_without_any_data():
 def test_nli_opens_on_the_real_data(shared_data):
     mixture = load(ROOT / "recipes" / "nli.toml").mixture(shared_data)
     assert {len(e) for e in mixture.batch(0).examples} == {3}
+
+
+# ---- the published models ----
+
+PUBLISHED = ["all-MiniLM-L6-v2", "all_datasets_v3_distilroberta-base", "multi-qa-MiniLM-L6-cos-v1", "multi-qa-mpnet-base-cos-v1", "multi-qa-mpnet-base-dot-v1", "nli-distilbert"]
+TOTALS = [1_170_060_424, 1_099_060_508, 214_988_242, 214_988_242, 214_988_242, 314_315]   # the cards'; of the second, the sum of the sizes that its card prints
+
+
+def test_the_published_recipes_go_by_name():
+    assert set(known()) == {*PUBLISHED, "nli", "quickstart"}
+    assert load("nli").path == str(ROOT / "recipes" / "nli.toml")
+
+
+@pytest.mark.parametrize("name, total", list(zip(PUBLISHED, TOTALS)))
+def test_a_published_run_is_planned_from_its_sizes(name, total):
+    recipe = load(name)
+    config, planned = build(TrainConfig, recipe.train, "x"), plan(recipe)
+    assert sum(map(len, planned.sources)) == total and recipe.model.name in recipes.BACKBONES
+    report = account(planned, config.steps, 0)
+    assert report["examples"] == config.steps * recipe.data.batch_size and sum(d["realised"] for d in report["datasets"]) == pytest.approx(1)
+    assert {d["name"] for d in report["datasets"] if d["columns"] == 3} == set(recipe.data.triplets)
+
+
+def test_poolings_and_similarities_are_those_of_the_cards():
+    for name in PUBLISHED:
+        for tiny in (False, True):
+            recipe = load(name, tiny=tiny)
+            dot = name.endswith("-dot-v1")
+            assert (recipe.model.pooling, recipe.model.normalize) == (("cls", False) if dot else ("mean", True))
+            assert (recipe.train.get("similarity", "cos"), recipe.train["scale"]) == (("dot", 1.0) if dot else ("cos", 20.0))
+
+
+def test_the_released_config_of_all_datasets_v3_can_take_the_cards_place():
+    recipe = load("all_datasets_v3_distilroberta-base", {"data": {"mix": "data_config_all_datasets_v3.json"}})
+    assert sum(map(len, plan(recipe).sources)) == 1_124_818_467 and len(plan(recipe).sources) == 123
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_has_a_tiny_variant_on_the_shared_data(name, shared_data):
+    full, tiny = load(name), load(name, tiny=True)
+    config = build(TrainConfig, tiny.train, "x")
+    assert config.steps <= 150 and "tiny" in tiny.title and full.data.folder == ""
+    for entry in tiny.data.mix:
+        assert inside(shared_data, entry["name"], name).exists()
+    for measured in (tiny.evaluation, tiny.test):
+        for path in (measured.sts, measured.retrieval):
+            assert not path or inside(shared_data, path, name).exists()
+    assert tiny.text.startswith(full.text) and json.loads(tiny.text.split("changed for this run: ")[1]) == tomllib.loads(full.text)["tiny"]
+
+
+def test_a_tiny_encoder_is_random_small_and_the_same_each_time():
+    import torch
+
+    first, again = (load("multi-qa-MiniLM-L6-cos-v1", tiny=True).encoder() for _ in range(2))
+    other = load("multi-qa-MiniLM-L6-cos-v1", {"data": {"seed": 1}}, tiny=True).encoder()
+    assert first.backbone.config.num_hidden_layers == 2 and first.width == 128 and first.max_length == 64 and not first.training
+    weights = [e.backbone.embeddings.word_embeddings.weight for e in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_dot_product_model_says_so_when_it_is_saved(tmp_path):
+    load("multi-qa-mpnet-base-dot-v1", tiny=True).encoder().save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config_sentence_transformers.json").read_text())["similarity_fn_name"] == "dot"
+    assert json.loads((tmp_path / "model" / "1_Pooling" / "config.json").read_text())["pooling_mode_cls_token"] is True
+    assert not any(m["type"].endswith("Normalize") for m in json.loads((tmp_path / "model" / "modules.json").read_text()))
+
+
+def test_the_tiny_data_folder_can_be_named_by_the_environment(folder, monkeypatch):
+    text = GOOD + "[tiny]\ndata.folder = 'nowhere'\n"
+    (folder / "tiny.toml").write_text(text)
+    monkeypatch.delenv("CONTRASTIVE_ST_DATA", raising=False)
+    with pytest.raises(ValueError, match="tiny.toml: the data folder .*nowhere does not exist; .*--data FOLDER; .*CONTRASTIVE_ST_DATA"):
+        load(folder / "tiny.toml", tiny=True).folder()
+    monkeypatch.setenv("CONTRASTIVE_ST_DATA", str(folder / "data"))
+    assert load(folder / "tiny.toml", tiny=True).folder() == folder / "data" and str(folder) not in load(folder / "tiny.toml", tiny=True).text
+    assert load(folder / "tiny.toml").folder().resolve() == (folder / "data").resolve()      # only the tiny variant listens
+    with pytest.raises(ValueError, match="has no .tiny. table"):
+        load(folder / "good.toml", tiny=True)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[tiny]\ndata.batchsize = 8\n", ["bad.toml: tiny: unknown key 'data.batchsize'", "batch_size"]), ("[tiny]\nmodle.name = 'x'\n", ["tiny: unknown key 'modle'", "model"]),
+    ("[tiny]\ndata.batch_size = 'x'\n", ["tiny: data.batch_size"]), ("[tiny]\npath = 'x'\n", ["tiny: unknown key 'path'"]), ("[tiny]\nmodel.layers = 2\n", ["tiny: ", "give both"]),
+    ("[tiny]\nmodel.layers = 2\nmodel.width = 100\n", ["model.width", "32"]), ("[tiny]\nmodel.layers = 0\nmodel.width = 32\n", ["model.layers", "0"]),
+    ("[[tiny]]\nx = 1\n", ["tiny: should be an object"]),
+])
+def test_the_tiny_table_is_checked_whenever_the_recipe_is_read(bad, text, words):
+    message = bad(GOOD + text)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["all-minilm-l6-v2", "multi-qa", "Quickstart"])
+def test_an_unknown_name_is_answered_with_the_known(name):
+    with pytest.raises(ValueError, match=f"no recipe '{name}'") as caught:
+        load(name)
+    assert all(known_name in str(caught.value) for known_name in known())
+
+
+@pytest.mark.parametrize("mix, words", [
+    ('[{name = "a", weight = 1}]', ["data.mix: dataset 1 (a) has no 'lines'", "--data FOLDER"]), ('[{name = "a", weight = 1, lines = 0}]', ["dataset 1", "lines", "0"]),
+    ('[{name = "a", weight = 1, lines = 9, line = 9}]', ["dataset 1", "unknown key 'line'", "lines"]), ('[{name = "a", weight = -1, lines = 9}]', ["weight", "-1"]),
+    ('[{name = "a", weight = 1, lines = 9}]\ntriplets = ["b"]', ["data.triplets", "'b'"]),
+    ('"beside.json"', ["beside.json: dataset 2 (q) has no 'lines'"]), ('"../outside.json"', ["leaves the data folder"]), ('"gone.json"', ["gone.json"]),
+])
+def test_what_a_plan_lacks_is_named(folder, mix, words):
+    (folder / "beside.json").write_text('[{"name": "p", "lines": 3, "weight": 1}, {"name": "q", "weight": 1}]')
+    (folder / "sized.toml").write_text(changed('mix = "data_config.json"', f"mix = {mix}"))
+    with pytest.raises(ValueError) as caught:
+        plan(load(folder / "sized.toml"))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_plan_takes_columns_and_temperature(folder):
+    mix = 'mix = [{name = "a", lines = 900, columns = ["q", "yes", "no"]}, {name = "b", lines = 100, columns = [0, 1, 2]}, {name = "c", lines = 50, weight = 0}]\ntemperature = 1'
+    (folder / "sized.toml").write_text(changed('mix = "data_config.json"', mix))
+    planned = plan(load(folder / "sized.toml"))
+    assert [len(s.columns) for s in planned.sources] == [3, 3, 2] and planned.weights[0] == pytest.approx(900 / 1050)
+
+
+def test_a_data_config_may_lie_beside_the_recipe_but_the_data_folders_wins(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    for place, name in ((folder, "more.jsonl"), (folder / "data", "pairs.jsonl")):
+        (place / "mix.json").write_text(json.dumps([{"name": name, "weight": 1}]))
+        (folder / "beside.toml").write_text(changed('"data_config.json"', '"mix.json"'))
+        assert [s.name for s in load(folder / "beside.toml").mixture().sources] == [name]
 
 
 # ---- unknown keys ----
@@ -394,3 +525,50 @@ def test_plans_are_frozen():
     with pytest.raises(Exception, match="frozen|cannot assign"):
         DataPlan("x").mix = "y"
     assert Recipe.__dataclass_params__.frozen and recipes.ModelPlan("x").name == "x" and Path(recipes.__file__).exists()
+
+
+# ---- the page of the seeds ----
+
+def defined(path):
+    "Names that a module or a test file defines at its top level."
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+
+
+def test_every_row_of_the_seeds_page_leads_somewhere():
+    "Cells exist in a notebook of their table cell, functions in their module, tests in their file, recipes in recipes/."
+    rows = [line for line in (ROOT / "docs" / "seeds.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ") and not line.startswith("| statement")]
+    wrong = []
+    for row in rows:
+        if len(cells := row.strip("|").split(" | ")) != 3:
+            wrong.append(f"not three columns: {row[:60]}")
+        for cell in cells[1:]:
+            notebooks = [ROOT / "docs" / link for link in re.findall(r"\]\(([^)]+\.ipynb)\)", cell)]
+            ids = {c["id"] for path in notebooks if path.is_file() for c in json.loads(path.read_text(encoding="utf-8"))["cells"]}
+            wrong += [f"no notebook {path}" for path in notebooks if not path.is_file()]
+            for name in re.findall(r"`([^`]+)`", cell):
+                first, _, last = name.rpartition("::" if "::" in name else ".")
+                if name.startswith(("contrastive-st ", "model.max_length")):
+                    continue
+                if name.startswith("recipes/"):
+                    good = (ROOT / name).is_file()
+                elif "::" in name:
+                    good = (ROOT / first).is_file() and last in defined(ROOT / first)
+                else:
+                    good = last in defined(ROOT / "contrastive_st" / f"{first}.py") if first else name in ids
+                if not good:
+                    wrong.append(f"{name}: {row[:60]}")
+    assert len(rows) > 30 and not wrong, "\n".join(wrong)
+
+
+def test_an_installed_package_has_every_recipe(tmp_path):
+    "Built as pip builds it, and asked from elsewhere: the same names, with their data configs beside them."
+    pytest.importorskip("setuptools", reason="setuptools, which builds the package, is not installed")
+    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("contrastive_st", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"], cwd=tmp_path, check=True, capture_output=True)
+    code = "from contrastive_st.recipes import known, load, plan; print({n: [p.parent.name, n in ('nli', 'quickstart') or len(plan(load(n)).sources) > 0] for n, p in known().items()})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "lib", env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")}, check=True, capture_output=True, text=True).stdout
+    assert ast.literal_eval(said) == {name: ["quickstart" if name == "quickstart" else "published", True] for name in known()}

@@ -1,0 +1,396 @@
+"""The model card: what it says is what the run recorded, its code runs, the hub reads it, and nothing is uploaded unasked."""
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_backbone, make_tokenizer
+from huggingface_hub import ModelCard
+
+from contrastive_st import evaluation, mixture, trainer
+from contrastive_st.card import _POOLING, model_card, push_to_hub, read_run, scores, with_command, write_card
+from contrastive_st.model import POOLINGS, SentenceEncoder
+
+THINGS = "dog cat man woman child horse guitar piano rice road street water music ball train rain snow money".split()
+RECIPE = """# ```
+# ---
+# # not a heading
+title = "a small run"
+
+[model]
+name = "bert-base-uncased"
+
+[data]
+mix = "data_config.json"
+
+[train]
+steps = 4
+
+[evaluation]
+sts = "dev.tsv"
+
+[test]
+sts = "test.tsv"
+retrieval = "desk"
+"""
+COMMAND = ["/usr/local/bin/contrastive-st", "train", "recipe.toml", "--set", "train.lr=1e-3"]
+
+
+def encoder(**options):
+    tokenizer = make_tokenizer()
+    return SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=32, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A finished run, trained here, with everything measured."
+    folder = tmp_path_factory.mktemp("card")
+    rows = {"pairs|a.jsonl": [[f"where is the {x}", f"the {x} is on the {y}"] for x in THINGS for y in ("road", "street")],
+            "triplets.jsonl": [[f"what is a {x}", f"a {x} is playing", f"a {x} is not playing"] for x in THINGS]}
+    for name, examples in rows.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in examples))
+    mix = mixture.Mixture.from_config([{"name": name, "weight": w} for name, w in zip(rows, (2, 1))], folder, batch_size=8, datasets_per_batch=1)
+    sts = [f"the {x} is eating" for x in THINGS], [f"the {THINGS[(i + i % 6) % len(THINGS)]} is eating" for i, x in enumerate(THINGS)], [i % 6 for i in range(len(THINGS))]
+    desk = {x: f"the {x} is on the road" for x in THINGS}, {x: f"where is the {x}" for x in THINGS}, {x: {x: 1} for x in THINGS}
+
+    def graded(e): return {"sts_n" if k == "n" else k: v for k, v in evaluation.evaluate_sts(lambda t: e.encode(t, progress=False), sts, 50).items()}
+    def both(e): return graded(e) | {k: v for k, v in evaluation.evaluate_retrieval(lambda t: e.encode(t, progress=False), *desk, resamples=50).items() if k != "n"}
+    config = trainer.TrainConfig(steps=4, warmup=1, lr=1e-3, eval_every=2, metric="spearman", workers=0)
+    trainer.train(encoder(), mix, config, folder / "run", graded, both, recipe=with_command(RECIPE, COMMAND), progress=False)
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard")))
+
+
+def change(run, name, **entries):
+    path = run / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def section(card, title):
+    return re.search(rf"^## {title}\n\n(.*?)(?=\n\n## |\Z)", card, re.M | re.S)[1]
+
+
+# --- the code in the card runs ---
+
+def blocks(card):
+    return re.findall(r"^```python\n(.*?)^```", section(card, "Use"), re.M | re.S)
+
+
+def computed(code):
+    names = {}
+    exec(code, names)  # noqa: S102
+    return np.asarray(names["embeddings"])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+@pytest.mark.parametrize("options", [{"normalize": True}, {"normalize": False}, {"prompts": {"query": "what is the "}, "normalize": True}], ids=["unit", "free", "prompt"])
+def test_the_three_ways_give_the_same_vectors(copy, monkeypatch, pooling, options):
+    model = encoder(pooling=pooling, **options)
+    model.settings = {"default_prompt_name": "query"} if "prompts" in options else {}
+    shutil.rmtree(copy / "model")
+    model.save_pretrained(copy / "model")
+    write_card(copy)
+    monkeypatch.chdir(copy)
+    found = blocks((copy / "model/README.md").read_text())
+    assert [re.search(r"(?:from|import) (sentence_transformers|transformers|contrastive_st)", b)[1] for b in found] == ["sentence_transformers", "transformers", "contrastive_st"]
+    theirs, plain, ours = map(computed, found)
+    assert theirs.shape == (2, 32) and theirs == pytest.approx(plain, abs=3e-6) and theirs == pytest.approx(ours, abs=3e-6)
+    assert bool(np.allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-4)) == options["normalize"]
+    assert np.abs(theirs[0] - theirs[1]).max() > 1e-4                            # else equality would prove nothing
+    other = found[1].replace("pool(model", "(lambda s, m: s[:, -1])(model")      # and a wrong pooling is seen
+    assert np.abs(computed(other) - theirs).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_the_pooling_written_out_is_the_models(name):
+    "Padding on either side, states below zero, a text of one token."
+    torch.manual_seed(0)
+    states, mask = torch.randn(3, 5, 4) - 2, torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]])
+    names = {"torch": torch}
+    exec(_POOLING[name], names)  # noqa: S102
+    assert torch.allclose(names["pool"](states, mask), POOLINGS[name](states, mask))
+
+
+def test_technical_details(copy):
+    said = section(model_card(copy), "Technical details")
+    parameters = sum(p.numel() for p in encoder().backbone.state_dict().values())
+    kept = SentenceEncoder.from_pretrained(copy / "model")
+    parameters += sum(w.numel() for w in kept.pooler_weights.values())
+    for row in ("| Dimensions | 32 |", "| Unit length | yes |", "mean of the token states", "dot product, cosine and Euclidean", "32 tokens", "not trained for it", "| Prompt | none |"):
+        assert row in said, row
+    assert f"BertModel, {parameters:,} parameters" in said
+    shutil.rmtree(copy / "model")
+    encoder(pooling="cls", normalize=False).save_pretrained(copy / "model")
+    change(copy, "config", similarity="dot", widths=[16, 8])
+    said = section(model_card(copy), "Technical details")
+    assert "| Score functions | dot product |" in said and "| Unit length | no |" in said and "16, 8" in said and "first token" in said
+
+
+# --- the figures are the run's ---
+
+def test_training_data_is_what_the_run_accounted_for(run):
+    said, report = section(model_card(run), "Training data"), json.loads((run / "mixture.json").read_text())
+    assert len(report["datasets"]) == 2
+    for d, weight in zip(report["datasets"], (2, 1)):
+        name = d["name"].replace("|", "\\|")
+        assert f"| {name} | {d['rows']} | {d['columns']} | {weight} | {d['asked']:.2%} | {d['realised']:.2%} | {d['epochs']:.2f} |" in said
+    assert "| **all** | 54 |" in said and "32 examples" in said and "7 in-batch" in said
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in said.splitlines() if line.startswith("|"))     # a name with a bar breaks no column
+
+
+@pytest.mark.parametrize("masked, said", [(None, False), (0, False), (0.004, False), (0.25, True)])     # None: the pool was not looked into
+def test_masked_negatives_are_told_where_there_are_any(copy, masked, said):
+    report = json.loads((copy / "mixture.json").read_text())
+    change(copy, "mixture", pools=[pool | {"masked": masked} for pool in report["pools"]])
+    assert ("0.25 of them masked" in model_card(copy)) == said == ("masked" in section(model_card(copy), "Training data"))
+
+
+def test_evaluation_has_intervals_and_says_what_chose(run):
+    card, metrics = model_card(run), json.loads((run / "metrics.json").read_text())
+    said = section(card, "Evaluation")
+    for path, kind, both, names in (("dev.tsv", "evaluation", metrics, ["spearman", "pearson"]), ("test.tsv", "test", metrics["test"], ["spearman"]), ("desk", "test", metrics["test"], ["mrr@10", "ndcg@10"])):
+        for name in names:
+            cells = [f"{both[when][name]:.3f} [{both[when][name + '_low']:.3f}, {both[when][name + '_high']:.3f}]" for when in ("before", "after")]
+            assert f"| {path} ({kind}) | {name} | {cells[0]} | {cells[1]} |" in said
+    assert f"The checkpoint of step {metrics['best_step']} was chosen by spearman" in said and "optimistic" in said
+
+
+def test_training_has_the_command_and_every_setting(run):
+    said, config, versions = section(model_card(run), "Training"), json.loads((run / "config.json").read_text()), json.loads((run / "versions.json").read_text())
+    assert "```bash\ncontrastive-st train recipe.toml --set train.lr=1e-3\n```" in said
+    for name, value in config.items():
+        assert name == "mix" or f"| {name} | {json.dumps(value)} |" in said, name
+    assert versions["date"] in said and f"torch {versions['torch']}" in said
+    assert all(f"{name} {value}" in said for name, value in versions["compute"].items())
+
+
+def test_limits_are_counted(copy):
+    report = json.loads((copy / "mixture.json").read_text())
+    change(copy, "mixture", warnings=["file x is small"], tokens=report["tokens"] | {"columns": {"anchor": {"mean": 9, "truncated": 0.125}}})
+    said = section(model_card(copy), "Intended use and limits")
+    assert "cut at 32 tokens; in training, up to 12.5%" in said and "The run warned: file x is small" in said and "32 examples of 2 dataset(s)" in said
+    assert "No licence" in said and "No licence" not in model_card(copy, metadata={"license": "mit"})
+
+
+def test_the_card_is_a_function_of_the_records(copy):
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
+    card = model_card(copy)
+    assert card == model_card(str(copy)) and {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before     # reads, never writes
+    assert write_card(copy) == copy / "model/README.md" and (copy / "model/README.md").read_text() == card == model_card(copy)
+    change(copy, "versions", date="1999-01-01")
+    assert model_card(copy) != card
+
+
+def test_recipe_is_one_block_and_changes_count(copy):
+    text = RECIPE + '\n# changed for this run: {"title": "changed\\ntitle | x", "evaluation": {"sts": "other.tsv"}, "test": {"sts": "new.tsv"}}\n'
+    (copy / "recipe.toml").write_text(text)
+    card = model_card(copy)
+    assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")
+    assert "\n# changed title | x\n" in card and "other.tsv (evaluation)" in card and "new.tsv (test)" in card and "desk (test)" in card
+    assert "The command was not recorded" in card
+
+
+def test_a_run_from_python_has_a_card_too(copy):
+    (copy / "recipe.toml").unlink()
+    metrics = json.loads((copy / "metrics.json").read_text())
+    change(copy, "metrics", before={}, after={}, test={"before": {}, "after": {}}, best_step=None)
+    card = model_card(copy)
+    assert "# run\n" in card and "## Recipe" not in card and "Nothing was measured" in card and "from Python" in card and metrics
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert set(data) == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_a_figure_that_is_missing_is_left_out(copy):
+    metrics = json.loads((copy / "metrics.json").read_text())
+    change(copy, "metrics", after=metrics["after"] | {"spearman": None}, before={})       # NaN is written as null
+    rows = scores(read_run(copy))
+    assert [r["metric"] for r in rows if r["split"] == "evaluation"] == ["pearson"]
+    assert "| dev.tsv (evaluation) | pearson |  | " in model_card(copy)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "mixture.json", "metrics.json", "versions.json", "model/modules.json"])
+def test_an_unfinished_run_is_refused(copy, lost):
+    (copy / lost).unlink()
+    with pytest.raises(ValueError, match=f"it has no {lost}; train to the end first"):
+        write_card(copy)
+    with pytest.raises(ValueError, match=f"it has no {lost}"):
+        push_to_hub(copy, "me/model")
+
+
+@pytest.mark.parametrize("argv", [["x/contrastive-st", "train", "a b.toml"], ["c", "--set", "title='''a\n# command: \"rm\"\n[train]'''"], ["c", "\u2028\r\x0b", '"""', "ü"]])
+def test_with_command_keeps_the_recipe_a_recipe(copy, argv):
+    text = with_command(RECIPE, argv)
+    assert tomllib.loads(text) == tomllib.loads(RECIPE) and text.startswith(RECIPE.rstrip())
+    (copy / "recipe.toml").write_text(text, encoding="utf-8")
+    said = re.search(r"^```+bash\n(.*?)^```+$", section(model_card(copy), "Training"), re.M | re.S)[1]
+    assert shlex.split(said) == [Path(argv[0]).name, *argv[1:]]
+
+
+# --- the hub reads it ---
+
+def test_metadata_survives_the_hubs_library(run):
+    card, metrics = ModelCard(model_card(run, metadata={"language": ["en"], "license": "apache-2.0"})), json.loads((run / "metrics.json").read_text())
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.language, data.license, data.base_model) == ("sentence-transformers", "sentence-similarity", ["en"], "apache-2.0", "bert-base-uncased")
+    assert data.model_name == "a small run" and {"sentence-transformers", "sentence-similarity"} <= set(data.tags)
+    found = {(r.task_type, r.dataset_name, r.dataset_split, r.metric_type): r for r in data.eval_results}
+    expected = {("semantic-similarity", "dev.tsv", "validation", "spearman_cosine"): metrics["after"]["spearman"],
+                ("semantic-similarity", "test.tsv", "test", "spearman_cosine"): metrics["test"]["after"]["spearman"],
+                ("information-retrieval", "desk", "test", "cosine_ndcg@10"): metrics["test"]["after"]["ndcg@10"]}
+    for key, value in expected.items():
+        assert found[key].metric_value == pytest.approx(value, abs=5e-5) and "95% interval" in found[key].metric_name
+    assert len(found) == len(data.eval_results) == len(scores(read_run(run)))               # the two sets of pairs stay apart
+    assert card.text.strip().startswith("# a small run")
+
+
+@pytest.mark.parametrize("title", ["a: 'b' # c", "---", "- x", "yes", "1e3", 'say "hi" {x: [y', "\u00fc\u4e16 | \U0001f600"])
+def test_any_title_is_quoted_right(copy, title):
+    (copy / "recipe.toml").write_text(f"title = {json.dumps(title, ensure_ascii=False)}\n", encoding="utf-8")
+    data = ModelCard(model_card(copy)).data
+    assert data.model_name == title and data.eval_results
+
+
+@pytest.mark.parametrize("name, base", [("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"), ("distilroberta-base", "distilroberta-base"),
+                                        ("/home/me/encoder", None), ("../encoder", None), ("here", None), ("a/b/c", None)])
+def test_only_a_hub_model_is_a_base_model(copy, monkeypatch, name, base):
+    monkeypatch.chdir(copy)
+    (copy / "here").mkdir()
+    (copy / "recipe.toml").write_text(f'title = "t"\n[model]\nname = "{name}"\n')
+    assert ModelCard(model_card(copy)).data.base_model == base
+
+
+def test_random_weights_have_no_base_model(copy):
+    opened = lambda: model_card(copy).split("## Use")[0]
+    assert "started from `bert-base-uncased`" in opened() and "base_model: bert-base-uncased" in opened()
+    (copy / "recipe.toml").write_text('title = "t"\n[model]\nname = "bert-base-uncased"\nlayers = 2\nwidth = 32\n')
+    assert "started from random weights, with the word pieces of `bert-base-uncased`" in opened() and "base_model" not in opened()
+
+
+# --- a push, to a hub of our own ---
+
+class Hub(BaseHTTPRequestHandler):
+    "What of the hub's interface an upload needs; the repository's name decides what goes wrong."
+
+    def log_message(self, *args): pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        status, answer = 200, {}
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            status, answer = (403, {"error": "You don't have the rights"}) if "forbidden" in name else (200, {"url": f"{self.server.address}/{name}"})
+        elif self.path == "/api/validate-yaml":
+            content = json.loads(body)["content"]
+            data = yaml.safe_load(content.split("---\n")[1]) if content.startswith("---\n") else {}
+            bad = not isinstance(data.get("license", ""), str)
+            status, answer = (400, {"errors": [{"message": '"license" must be a string'}], "warnings": []}) if bad else (200, {"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
+        elif "/commit/" in self.path:
+            answer = {"commitUrl": f"{self.server.address}/me/model/commit/abc", "commitOid": "abc"}
+        else:
+            status, answer = 404, {"error": f"the stub does not know {self.path}"}
+        payload = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen, server.address = [], f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+PUSHES = """
+import json, sys
+from pathlib import Path
+from contrastive_st.card import model_card, push_to_hub, write_card
+run, said = Path(sys.argv[1]), {}
+model_card(run); write_card(run)
+print("written", flush=True); sys.stdin.readline()
+for name, more in json.loads(sys.argv[2]):
+    try: said[name] = push_to_hub(run, name, metadata=more)
+    except ValueError as error: said[name] = f"error: {error}"
+(run / "model/README.md").write_text("my own words")
+said["me/edited"] = push_to_hub(run, "me/edited", private=False) if sys.argv[3] == "on" else ""
+print(json.dumps(said))
+"""
+
+
+def pushes(run, names, endpoint, offline="0", meanwhile=lambda: None):
+    "Run PUSHES in a process of its own, since the hub's address is read when its library is imported."
+    known = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "HF_TOKEN": "hf_of_the_test", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(run / "home")}
+    child = subprocess.Popen([sys.executable, "-c", PUSHES, str(run), json.dumps(names), "on" if offline == "0" and not endpoint.endswith(":9") else "off"],
+                             env=known, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "written\n", child.stderr.read()
+    meanwhile()
+    out, err = child.communicate("\n", timeout=120)
+    assert child.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def received(body):
+    "The files of a commit."
+    lines = [json.loads(line) for line in body.splitlines()]
+    assert lines[0]["key"] == "header" and "a small run" in lines[0]["value"]["summary"]
+    return {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines[1:]}
+
+
+def test_push_to_a_stub_of_the_hub(copy, hub, tmp_path, monkeypatch):
+    silent = []
+    said = pushes(copy, [("me/model", {"license": "mit"}), ("me/forbidden", {}), ("me/strange", {"license": 5}), ("no name!", {})], hub.address, meanwhile=lambda: silent.extend(hub.seen))
+    assert silent == []                                                           # making and writing a card asks nobody
+    assert said["me/model"] == f"{hub.address}/me/model/commit/abc"
+    assert "me/forbidden was not pushed" in said["me/forbidden"] and "rights" in said["me/forbidden"]
+    assert "license" in said["me/strange"] and "no name! was not pushed" in said["no name!"]
+    assert all("\n" not in sentence for sentence in said.values())
+    created = {f"{b['organization']}/{b['name']}" if b.get("organization") else b["name"]: b for p, _, b in ((p, a, json.loads(b)) for p, a, b in hub.seen if p == "/api/repos/create")}
+    assert created["me/model"].get("private") is True or created["me/model"].get("visibility") == "private", created["me/model"]
+    assert created["me/edited"].get("private") is False or created["me/edited"].get("visibility") == "public", created["me/edited"]
+    assert {token for _, token, _ in hub.seen} == {"Bearer hf_of_the_test"}
+    commits = {path.split("/")[3] + "/" + path.split("/")[4]: received(body) for path, _, body in hub.seen if "/commit/" in path}
+    assert set(commits) == {"me/model", "me/edited"} and commits["me/edited"]["README.md"] == b"my own words"
+    files = commits["me/model"]
+    assert set(files) == {p.relative_to(copy / "model").as_posix() for p in (copy / "model").rglob("*") if p.is_file()}
+    readme = files["README.md"].decode()
+    assert readme == model_card(copy, "me/model", {"license": "mit"}) and 'SentenceTransformer("me/model")' in readme and '"model"' not in section(readme, "Use")
+    for name, content in files.items():
+        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pulled" / name).write_bytes(content)
+    from sentence_transformers import SentenceTransformer
+    texts = ["the dog is playing", "where is the piano"]
+    assert SentenceTransformer(str(tmp_path / "pulled")).encode(texts) == pytest.approx(SentenceEncoder.from_pretrained(copy / "model").encode(texts, progress=False), abs=1e-5)
+
+
+def test_push_without_a_hub(copy, monkeypatch):
+    said = pushes(copy, [("me/model", {})], "http://127.0.0.1:9")                 # nobody listens on port 9
+    assert "me/model was not pushed" in said["me/model"] and "check the name, the network and the token" in said["me/model"]
+    before = (copy / "model/README.md").read_text()
+    with pytest.raises(ValueError, match="me/model was not pushed.*offline"):     # this process is told to stay offline
+        push_to_hub(copy, "me/model")
+    assert (copy / "model/README.md").read_text() == before

@@ -1,0 +1,600 @@
+"""The web page: its functions alone, the server over HTTP, and every page in a real browser."""
+import csv
+import html.parser
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_backbone, make_tokenizer
+
+from contrastive_st import bias, demo
+from contrastive_st.model import SentenceEncoder
+
+HOSTILE = ['<script>window.hacked = 1</script>', '<img src=x onerror="window.hacked = 1">', "</td></tr></table><svg onload='window.hacked = 1'>", "${window.hacked = 1}", "{{7*7}}",
+           "&lt;b&gt;", "a\u202eb", "' onmouseover='window.hacked = 1", "\x00", "<a href='javascript:window.hacked = 1'>x</a>"]
+
+
+class Words:
+    "An encoder of its own: a dimension per known word, and a count of its calls."
+    prompts, width = {"query": "ask "}, 5
+
+    def __init__(self):
+        self.calls = []
+
+    def encode(self, texts, prompt=None, progress=False):
+        self.calls.append((prompt, len(texts)))
+        if any(len(text) > 100 for text in texts):
+            warnings.warn("1 text was cut", stacklevel=2)
+        return np.array([[1 + text.count(word) for word in ("dog", "cat", "rain", "sun", " he ")] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture
+def words():
+    return demo.Model("words", Words())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Two model directories of different widths, and a run with a model in it."
+    from transformers import BertConfig, BertModel
+
+    out, tokenizer = tmp_path_factory.mktemp("demo"), make_tokenizer()
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(out / "small")
+    wide = BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
+    run_directory(out / "run")
+    SentenceEncoder(BertModel(wide).eval(), tokenizer, max_length=64).save_pretrained(out / "run" / "model")
+    return out
+
+
+def run_directory(folder: Path) -> Path:
+    "A run's records, as the trainer writes them."
+    folder.mkdir(parents=True)
+    score = lambda x: {"spearman": x, "spearman_low": x - 0.1, "spearman_high": x + 0.1}
+    records = {
+        "versions": {"torch": "2.13"}, "history": [{"step": s, "loss": 1 / s, "learning_rate": 1e-5, "mean_cosine": 0.2} for s in (1, 10, 20)] + [{"step": 20, "eval_spearman": 0.7}],
+        "metrics": {"before": score(0.5), "after": score(0.7), "test": {"before": {}, "after": {}}},
+        "mixture": {"datasets": [{"name": "train/a<b>.jsonl.gz", "asked": 0.4, "realised": 0.42}, {"name": "b.jsonl", "asked": 0.6, "realised": 0.58}]}}
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    shutil.copy(ROOT / "docs/images/heatmap.png", folder / "similarity.png")
+    return folder
+
+
+def stranger(folder: Path) -> None:
+    "Make a model directory one whose code has to be run to load it; the code leaves a file."
+    (folder / "config.json").write_text('{"model_type": "stranger", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}')
+    (folder / "code.py").write_text("open('ran', 'w')\nclass Config: pass\nclass Model: pass")
+
+
+# --- models ---
+
+def test_models_open_with_short_names_and_their_run(folders):
+    small, run = demo.open_models([folders / "small", str(folders / "run")])
+    assert (small.name, small.encoder.width, small.run) == ("small", 32, None)
+    assert (run.name, run.encoder.width, run.run) == ("run", 48, folders / "run")
+    assert demo.open_models([folders / "run" / "model"])[0].run == folders / "run"
+
+
+def test_what_is_no_model_is_refused_in_one_sentence(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "going").mkdir()
+    (tmp_path / "going/versions.json").write_text("{}")
+    stranger(shutil.copytree(folders / "small", tmp_path / "remote"))
+    shutil.copytree(folders / "small", tmp_path / "module")
+    chain = json.loads((tmp_path / "module/modules.json").read_text())
+    (tmp_path / "module/modules.json").write_text(json.dumps([chain[0] | {"type": "code.Transformer"}, *chain[1:]]))
+    for place, said in (("empty", "not a model directory"), ("going", "has no model yet"), ("remote", "code that comes with a model is never run"), ("module", "only Transformer, Pooling and Normalize")):
+        with pytest.raises(ValueError, match=said) as error:
+            demo.open_models([folders / "small", tmp_path / place])
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("ran"))
+    for places, said in (([], "no model is given"), ([folders / "small"] * 2, "given twice")):
+        with pytest.raises(ValueError, match=said):
+            demo.open_models(places)
+
+
+def test_a_corpus_is_encoded_once_and_roles_choose_prompts(words):
+    corpus = ["dog", "x" * 200]
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="words: 1 text was cut"):
+            demo.find([words], "rain", corpus, 2)
+    assert words.encoder.calls == [("query", 1), (None, 2)]
+    for i in range(9):
+        words.encode([str(i)])
+    assert len(words.seen) <= 4
+
+
+# --- tables: text stays text ---
+
+class Reader(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.texts = set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag == "td":
+            self.texts.append("")
+
+    def handle_data(self, data):
+        if self.texts:
+            self.texts[-1] += data
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text(text):
+    reader = Reader()
+    reader.feed(demo.to_html(demo.Table([text, text], [[text, 0.5]])))
+    assert reader.tags <= {"div", "table", "thead", "tbody", "tr", "th", "td", "small"} and reader.texts[0] == text
+
+
+def test_ranks_bars_and_long_texts():
+    shown = demo.to_html(demo.Table(["text", "m"], [["a", 0.5], ["b", 0.9], ["c", 0.5], ["d", -3.0], ["e" * 100_000, 0.1]]))
+    assert re.findall(r"<small>(\d)\.", shown) == ["2", "1", "2", "5", "4"] and "--bar:0%" in shown
+    assert "(100,000 characters)" in shown and len(shown) < 5_000
+    assert demo.to_html(demo.Table(["text"], [])).count("<tr>") == 1
+
+
+# --- similarity, answers ---
+
+def test_compare_is_the_cosine_for_models_of_different_widths(folders):
+    models = demo.open_models([folders / "small", folders / "run"])
+    lines = ["a dog", "the child is eating rice", "a dog", "how do i reset my password?"]
+    table = demo.compare(models, "a cat", lines)
+    assert table.head == ["text", "small", "run"] and len(table.rows) == 4
+    for c, model in enumerate(models, 1):
+        a, *e = model.encoder.encode(["a cat", *(row[0] for row in table.rows)], progress=False)
+        np.testing.assert_allclose([row[c] for row in table.rows], e @ a, atol=1e-5)
+    assert [row[1] for row in table.rows] == sorted((row[1] for row in table.rows), reverse=True)
+
+
+def test_dot_product_and_what_lengths_say(words):
+    table, remarks = demo.answers([words], "dog", ["dog dog dog", "dog", "cat cat cat cat"], "dot")
+    assert table.rows == [["dog dog dog", 12.0], ["cat cat cat cat", 10.0], ["dog", 8.0]]       # length beats meaning
+    assert "favours" in remarks[0]
+    assert demo.answers([words], "dog", ["dog", "cat"], "cos")[1][0].endswith("give one order")
+
+
+# --- reading ---
+
+def write(path: Path, text) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name, text, column, expected", [
+    ("a.txt", "\ufeffone\r\n\r\ntwo\u2028still two\n", "", ["one", "two\u2028still two"]),
+    ("a.jsonl", '{"id": 1, "text": "one"}\n\n{"title": "t", "text": "two"}\n', "", ["one", "t two"]),
+    ("a.jsonl", '{"title": "t", "text": "two"}\n', "text", ["two"]),
+    ("a.csv", 'id,headline\n1,"one, or\ntwo"\n', "headline", ["one, or\ntwo"]),
+    ("a.csv", "anything\none\n", "", ["one"]),
+    ("a.tsv", 'id\tsentence\n1\tsay "one\n', "", ['say "one']),
+    ("A.TXT", "日本語\nالعربية\n", "", ["日本語", "العربية"]),
+])
+def test_read_corpus(tmp_path, name, text, column, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert demo.read_corpus(write(tmp_path / name, text), column) == expected
+
+
+@pytest.mark.parametrize("name, text, column, said", [
+    ("a.pdf", "%PDF", "", "save it as one of these"), ("a.txt.gz", b"\x1f\x8b", "", "save it as one of these"), ("a.txt", b"caf\xe9", "", "byte 4 is not UTF-8"),
+    ("a.txt", "", "", "there is no text"), ("a.txt", "\n \n", "", "there is no text"), ("a.csv", "id,headline\n1,one\n", "", "'id', 'headline'"),
+    ("a.csv", "id,headline\n1,one\n", "body", "there is no text in column 'body'"), ("a.csv", "text,id\nx\n" + "1,2,3\n" + '"' + "y" * 200_000, "", "not CSV"),
+    ("a.jsonl", '{"text": "x"}\n[1]\n', "", "a.jsonl:2: not a JSON object"), ("a.jsonl", '{"text": 3}\n', "", "a.jsonl:1"), ("a.jsonl", "[" * 100_000, "", "a.jsonl:1: not a JSON"),
+    ("a.txt", "line\n" * 200_000, "", "200,000 lines of text are more than the 20,000"),
+])
+def test_bad_corpus_is_one_sentence(tmp_path, name, text, column, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        demo.read_corpus(write(tmp_path / name, text), column)
+    assert "\n" not in str(error.value)
+
+
+def test_lines_and_half_characters():
+    assert demo.split_lines(" a \r\nb\ud800c", "line") == ["a", "b?c"]
+    with pytest.warns(UserWarning, match="empty: 1 of 3"):
+        demo.split_lines("a\n\nb", "line")
+    for text in (None, "", " \n\t"):
+        with pytest.raises(ValueError, match="the corpus is empty"):
+            demo.split_lines(text, "corpus")
+
+
+# --- search and map ---
+
+def test_a_corpus_of_one_line_and_too_large_a_k(words):
+    with pytest.warns(UserWarning, match="the corpus has 1 texts"):
+        assert [row[0] for row in demo.find([words], "dog", ["one"], 5)["words"].rows] == ["one"]
+    figure, table = demo.clusters(words, ["one"], 1, 3)
+    assert table.rows == [["1", "1", "one"]] and len(figure["data"]) == 1
+    with pytest.raises(ValueError, match="n_clusters is 3, but there are 2 texts"):
+        demo.clusters(words, ["dog", "cat"], 3)
+    with pytest.raises(ValueError, match="5 to 1,000 texts here, and there are 2"):
+        demo.clusters(words, ["dog", "cat"], 1, 2, "t-SNE")
+
+
+def test_copies_of_one_text_make_one_cluster(words):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, table = demo.clusters(words, ["dog"] * 6, 3)
+    assert [row[1] for row in table.rows] == ["6"]
+
+
+def test_projection_is_pca():
+    from sklearn.decomposition import PCA
+
+    rows = np.random.default_rng(0).standard_normal((50, 8)) * np.arange(1, 9)
+    ours, theirs = demo.project(rows, 3), PCA(3).fit_transform(rows)
+    np.testing.assert_allclose(ours * np.sign((ours * theirs).sum(0)), theirs, atol=1e-8)
+    assert np.array_equal(ours, demo.project(rows, 3)) and demo.project(rows[:, :1], 3).shape == (50, 3)
+    assert demo.project(rows, 2, "t-SNE").shape == (50, 2)
+
+
+def test_map_is_json_samples_large_corpora_and_keeps_text_as_text():
+    texts = [HOSTILE[i % len(HOSTILE)] for i in range(12_000)]
+    with pytest.warns(UserWarning, match="shows 5,000 of the 12,000"):
+        figure = demo.map_figure(np.zeros((12_000, 2)), np.arange(12_000) % 3, texts, "<b>")
+    assert sum(len(trace["text"]) for trace in figure["data"]) == 5_000
+    assert not re.search(r"<(?!br>)", json.dumps(figure, allow_nan=False))
+
+
+# --- bias ---
+
+def test_own_items_differ_in_the_pronoun_only():
+    items = demo.own_items()
+    assert len(items) == 160 and {item.stereotype for item in items} == {"male", "female"}
+    assert all(item.male.replace(" he ", " they ") == item.anchor == item.female.replace(" she ", " they ") for item in items)
+
+
+def test_bias_tables_with_and_without_labels(words, tmp_path):
+    labelled = bias.gender_bias(words.encode, demo.own_items())
+    bare = bias.gender_bias(words.encode, [item._replace(stereotype="") for item in demo.own_items()])
+    table = demo.bias_table({"a": labelled, "b": bare})
+    assert table.head == ["", "a", "b"] and [row[2] for row in table.rows].count("no labels") == 2
+    assert len(demo.bias_figure({"a": labelled, "b": bare})["data"][1]["x"]) == 40
+    write(tmp_path / "s.tsv", "sentid\tsentence\n" + "".join(f"nurse.patient.0.{g}.txt\tThe nurse said {p} came.\n" for g, p in (("male", "he"), ("female", "she"), ("neutral", "they"))))
+    assert demo.read_items(tmp_path / "s.tsv")[0].occupation == "nurse"
+    with pytest.raises(ValueError, match="cannot read this kind of file"):
+        demo.read_items(write(tmp_path / "s.txt", "x"))
+
+
+# --- runs ---
+
+def test_a_finished_run(tmp_path):
+    run = demo.read_run(run_directory(tmp_path / "run"))
+    figure = demo.curves([run, run | {"name": "<b>again"}])
+    assert [trace["name"] for trace in figure["data"][:2]] == ["run", "&lt;b&gt;again"]
+    assert figure["data"][2]["x"] == (0, 20) and figure["data"][2]["y"] == (0.5, 0.7)      # Spearman, from before the first step
+    assert demo.shares(run)["data"][0]["y"] == ["train/a&lt;b&gt;", "b"]          # drawn from the bottom
+    assert demo.before_after(run).rows == [["spearman", "0.500 [0.400, 0.600]", "0.700 [0.600, 0.800]"]]
+    json.dumps([figure, demo.shares(run)], allow_nan=False)
+
+
+def test_a_run_that_is_still_going_is_read_from_its_events(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    (tmp_path / "versions.json").write_text("{}")
+    (tmp_path / "metrics.json").write_text(json.dumps({"before": {"spearman": 0.1, "spearman_low": 0.0, "spearman_high": 0.2}, "test": {"before": {}}}))
+    with SummaryWriter(tmp_path / "tensorboard") as log:
+        for step in (1, 2, 3):
+            log.add_scalar("train/loss", 1 / step, step)
+        log.add_scalar("eval/spearman", 0.5, 3)
+    run = demo.read_run(tmp_path)
+    assert [h["step"] for h in run["history"]] == [1, 2, 3] and demo.curves([run])["data"][1]["x"] == (0, 3)
+    assert demo.shares(run) is None and demo.before_after(run).rows[0][2] == "not yet"
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="is not a run directory"):
+        demo.read_run(tmp_path)
+    (tmp_path / "versions.json").write_text("{}")
+    with pytest.raises(ValueError, match="nothing yet"):
+        demo.curves([demo.read_run(tmp_path)])
+    (tmp_path / "history.json").write_text("[")
+    with pytest.raises(ValueError, match="history.json is not valid JSON"):
+        demo.read_run(tmp_path)
+
+
+def test_heat_puts_pairs_on_the_diagonal(words):
+    figure = demo.heat(words, ["dog dog", "rain rain"], ["dog dog", "rain rain"])
+    assert np.argmax(figure["data"][0]["z"], axis=1).tolist() == [0, 1] and "100% find" in figure["layout"]["title"]["text"]
+    for left, right, said in ((["a"], ["b", "c"], "1 texts stand on the left and 2"), (["a"] * 41, ["b"] * 41, "41 pairs are too many")):
+        with pytest.raises(ValueError, match=said):
+            demo.heat(words, left, right)
+
+
+# --- the wrapper and the launch ---
+
+def test_complaints_become_sentences(tmp_path):
+    path = str(write(tmp_path / "a.pdf", ""))
+    shown, figures = demo.answered(lambda path: demo.read_corpus(path), [path], 2)
+    assert shown == '<p class="error">a.pdf: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one of these</p>' and figures == [None, None]
+    def warned(text):
+        warnings.warn("<b>", stacklevel=1)
+        warnings.warn("for developers", DeprecationWarning, stacklevel=1)
+        return ("shown",)
+    assert demo.answered(warned, ["x"]) == ('<p class="note">&lt;b&gt;</p>shown', [])
+    with pytest.raises(ZeroDivisionError):      # a bug stays one
+        demo.answered(lambda: 1 / 0, [])
+
+
+def test_a_port_in_use_and_other_doors_that_do_not_open(monkeypatch):
+    monkeypatch.setattr(demo, "_gradio", lambda: None)
+    pytest.importorskip("uvicorn", reason="uvicorn comes with the extra 'demo'")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for host, port in (("127.0.0.1", taken.getsockname()[1]), ("127.0.0.1", 99_999), ("203.0.113.7", 0)):
+            with pytest.raises(ValueError, match=f"cannot be served at {host}:{port}") as error:
+                demo.launch(["nothing"], host=host, port=port)
+            assert "\n" not in str(error.value)
+
+
+def test_without_gradio_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"pip install 'contrastive_st\[demo\]'"):
+        demo.launch(["nothing"], port=0)
+
+
+# --- over HTTP ---
+
+gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="Gradio is not installed: pip install 'contrastive_st[demo]'")
+COMMAND = [sys.executable, "-c", "from contrastive_st.cli import main; main()", "demo"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    "The page of two models on a free port, in a process of its own; yields its address."
+    process = subprocess.Popen([*COMMAND, str(folders / "small"), str(folders / "run"), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT | {"GRADIO_TEMP_DIR": str(folders / "uploads")})
+    errors = []
+    threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True).start()
+    line = process.stdout.readline()
+    assert "http://" in line, "".join(errors)
+    address = re.search(r"http://\S+", line)[0]
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(address, timeout=30).read()
+            break
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    yield address
+    process.terminate()
+    process.wait(30)
+    bugs = [line for line in errors if re.match(r"[\w.]*(Error|Exception)\b", line) and not line.startswith(("gradio.exceptions.InvalidPathError", "gradio.exceptions.Error: 'Upload the file"))]
+    assert not bugs, "".join(errors)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from gradio_client import Client
+    return Client(server, verbose=False, analytics_enabled=False)
+
+
+@gradio
+def test_the_server_answers_to_its_own_name_and_loads_nothing_from_elsewhere(server):
+    with urllib.request.urlopen(server) as page:
+        text, policy = page.read().decode(), page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'") and "http" not in policy
+    assert not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="https?:', text)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(server, headers={"Host": "evil.example"}))
+    assert json.loads(text.split("window.gradio_config = ")[1].split(";</script>")[0])["analytics_enabled"] is False
+
+
+@gradio
+@pytest.mark.parametrize("models, options, said", [
+    (["small"], ["--port", "PORT"], "cannot be served at 127.0.0.1:PORT"), (["empty"], [], "empty has no config.json"), (["small", "remote"], [], "is never run"),
+    (["nowhere"], [], "nowhere"), (["small", "small"], [], "given twice"), (["small"], ["--run", "empty"], "empty"),
+])
+def test_the_command_line_refuses_in_one_sentence(server, folders, tmp_path, models, options, said):
+    "Exit code 2, nothing on standard output, and one line that says what and what to do."
+    (tmp_path / "empty").mkdir()
+    stranger(shutil.copytree(folders / "small", tmp_path / "remote"))
+    shutil.copytree(folders / "small", tmp_path / "small")
+    port = server.rstrip("/").rpartition(":")[2]
+    done = subprocess.run([*COMMAND, *models, *(option.replace("PORT", port) for option in options or ["--port", "0"])], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert said.replace("PORT", port) in done.stderr and not (tmp_path / "ran").exists(), done.stderr
+
+
+@gradio
+def test_pages_over_http(client, tmp_path):
+    from gradio_client import handle_file
+
+    assert {"/similarity", "/answers", "/search", "/cluster", "/bias", "/runs", "/heat"} == set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
+    assert client.predict("a dog", "a cat\nthe child", api_name="/similarity").count("<tr>") == 3
+    assert "the anchor is empty" in client.predict("", "a cat", api_name="/similarity")
+    assert "were longer than max_length" in client.predict("a dog", "dog " * 25_000, api_name="/similarity")
+    for text in HOSTILE:
+        assert "hacked" not in re.sub(r"<td.*?</td>", "", client.predict("a dog", text, api_name="/similarity"))
+    with open(tmp_path / "c.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "headline"], ["1", "the dog"], ["2", "the cat"]])
+    assert "the cat" in client.predict("ignored", handle_file(tmp_path / "c.csv"), "headline", "dog", 5, api_name="/search")
+    assert "c.csv:2: which column" in client.predict("ignored", handle_file(tmp_path / "c.csv"), "", "dog", 5, api_name="/search")
+    many = write(tmp_path / "many.txt", "line\n" * 200_000)
+    assert "more than the 20,000" in client.predict("", handle_file(many), "", "dog", 5, api_name="/search")
+    shown, *plots = client.predict("one\ntwo\nthree", None, "", 2, "3-D", "PCA", api_name="/cluster")
+    assert shown.count("<table>") == 2 and len(plots) == 2
+    assert "n_clusters is 9" in client.predict("one\ntwo", None, "", 9, "2-D", "PCA", api_name="/cluster")[0]
+
+
+def call(server, name, *data):
+    "Ask the server as a stranger would, without the client's help; returns what it streams back."
+    asked = urllib.request.Request(f"{server}gradio_api/call/{name}", json.dumps({"data": data}).encode(), {"Content-Type": "application/json"})
+    event = json.loads(urllib.request.urlopen(asked, timeout=60).read())["event_id"]
+    return urllib.request.urlopen(f"{server}gradio_api/call/{name}/{event}", timeout=60).read().decode()
+
+
+@gradio
+def test_a_file_of_the_server_is_not_read(server, tmp_path):
+    secret = write(Path.home() / f".contrastive_st_test_{os.getpid()}.txt", "the secret dog\n")      # neither below the working folder nor a temporary file
+    try:
+        for path in (str(secret), secret.as_uri(), f"{server}config"):
+            said = call(server, "search", "", {"path": path, "orig_name": "a.txt", "meta": {"_type": "gradio.FileData"}}, "", "dog", 5)
+            assert "event: error" in said and "secret dog" not in said
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{server}gradio_api/file={secret}")
+    finally:
+        secret.unlink()
+    assert "a dog" in call(server, "search", "a dog", None, "", "dog", 5)
+
+
+@gradio
+def test_no_address_is_fetched():
+    import asyncio
+
+    import gradio
+
+    for address in ("http://example.com/a.txt", "file:///etc/hostname"):
+        with gradio.Blocks(), pytest.raises(gradio.Error, match="not fetched"):
+            asyncio.run(demo._upload(gradio, "file").async_move_resource_to_block_cache(address))
+
+
+@gradio
+def test_20_000_texts_do_not_hang(client, tmp_path):
+    from gradio_client import handle_file
+
+    path = write(tmp_path / "corpus.txt", "".join(f"the dog number {i}\n" for i in range(20_000)))
+    start = time.time()
+    shown = client.predict("", handle_file(path), "", "the dog number 7", 3, api_name="/search")
+    assert shown.count("the dog number") == 6 and time.time() - start < 240
+
+
+# --- in a browser ---
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no browser is installed: apt-get install chromium")
+    sync = pytest.importorskip("playwright.sync_api", reason="no browser driver is installed: pip install playwright")
+    with sync.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(request, browser, server):
+    "The page at a width, which complains of script errors and of anything that is asked elsewhere."
+    width = getattr(request, "param", 1280)
+    tab, wrong = browser.new_page(viewport={"width": width, "height": 844}), []
+    tab.set_default_timeout(30_000)
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    tab.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith((server, "data:", "blob:")) else None)
+    tab.goto(server)
+    tab.get_by_role("tab", name="Similarity").wait_for()
+    yield tab
+    assert not wrong, wrong
+    assert tab.evaluate("window.hacked") is None
+    tab.close()
+
+
+def press(page, name: str, *, plots=0):
+    "Press a page's button, wait for its result, return the result's text."
+    page.locator(f"#{name}-go").click()
+    return result(page, name, plots=plots)
+
+
+def result(page, name: str, *, plots=0):
+    for i in range(plots):
+        page.locator(f"#{name}-plot{i} .js-plotly-plot .main-svg").first.wait_for()
+    where = page.locator(f"#{name}-result")
+    if name != "heat":
+        where.locator("table, p").first.wait_for()
+    return where.inner_text()
+
+
+PAGES = [("Similarity", [("similarity", 0)]), ("Answers", [("answers", 0)]), ("Search", [("search", 0), ("cluster", 2)]), ("Bias", [("bias", 1)]), ("Training", [("runs", 2), ("heat", 2)])]
+
+
+@gradio
+@pytest.mark.parametrize("page", [1280, 390], indirect=True, ids=["desktop", "phone"])
+def test_every_page(page):
+    for title, actions in PAGES:
+        page.get_by_role("tab", name=title).click()
+        for name, plots in actions:
+            shown = press(page, name, plots=plots)
+            assert name == "heat" or "small" in shown or name == "runs" and "spearman" in shown, (name, shown)
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"], f"{title} is wider than the screen"
+        assert page.evaluate("[...document.querySelectorAll('.result')].every(box => box.scrollWidth <= box.clientWidth)"), f"a table of {title} has to be scrolled"
+    assert page.locator("#runs-result img").evaluate("image => image.naturalWidth") > 100
+
+
+@gradio
+def test_examples_are_one_click(page):
+    for tab, name, title, said in (("Similarity", "similarity", "Languages", "glücklich|herrlich"), ("Similarity", "similarity", "Negation", "granted the loan"), ("Answers", "answers", "Same words, no answer", "Seven minutes"),
+                                   ("Search", "search", "In the harbour's handbook", "cosine"), ("Search", "cluster", "The harbour's handbook in 3-D", "nearest"), ("Bias", "bias", "The set that comes with the page", "40 occupations")):
+        page.get_by_role("tab", name=tab).click()
+        page.get_by_role("button", name=title).click()
+        page.locator(f"#{name}-result").get_by_text(re.compile(said)).first.wait_for()
+    page.get_by_role("tab", name="Search").click()
+    page.locator("#cluster-plot1 canvas").first.wait_for()      # the 3-D map is drawn
+
+
+@gradio
+def test_hostile_text_and_enter(page):
+    page.get_by_label("Texts, one a line").fill("\n".join(text for text in HOSTILE if text != "\x00"))
+    page.get_by_label("Anchor").fill(HOSTILE[1])
+    page.get_by_label("Anchor").press("Enter")
+    shown = result(page, "similarity")
+    assert all(text in shown for text in HOSTILE[:5]) and page.locator("#similarity-result img").count() == 0
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Corpus", exact=True).fill("\n".join(HOSTILE[:5]))
+    press(page, "cluster", plots=2)
+    plot = page.locator("#cluster-plot0 .nsewdrag").first.bounding_box()
+    for share in np.linspace(0.02, 0.98, 25):                        # over the points, so that their texts are shown
+        page.mouse.move(plot["x"] + share * plot["width"], plot["y"] + plot["height"] * 0.5)
+    page.get_by_role("tab", name="Training").click()
+    for label in ("Questions, one a line", "Their answers, in the same order"):
+        page.get_by_label(label).fill("\n".join(HOSTILE[:5]))
+    press(page, "heat", plots=2)
+    plot = page.locator("#heat-plot0 .nsewdrag").first.bounding_box()
+    for at in (0.1, 0.5, 0.9):
+        page.mouse.move(plot["x"] + at * plot["width"], plot["y"] + at * plot["height"])
+        page.wait_for_timeout(150)
+    assert page.locator("#heat-plot0 .hoverlayer a").count() == 0
+
+
+@gradio
+def test_uploads_and_what_is_wrong_with_them(page, tmp_path):
+    page.get_by_role("tab", name="Search").click()
+    chosen = page.locator("input[type=file]").first
+    wrong = [("notes.pdf", "%PDF", "save it as one of these"), ("latin.txt", b"caf\xe9", "not UTF-8"), ("many.txt", "line\n" * 200_000, "200,000 lines of text are more than the 20,000"), ("<img src=x onerror=hacked>.csv", "a,b\n1,2\n", "which column")]
+    for name, text, said in [*wrong, ("one.txt", "the only dog\n", "fewer than the 5 asked for"), ("good.jsonl", '{"text": "a dog"}\n{"text": "a cat"}\n', "a cat")]:
+        chosen.set_input_files(write(tmp_path / name, text))
+        page.locator("button[aria-label='Remove this file'], [aria-label='Clear'], .file-preview").first.wait_for()
+        press(page, "search")
+        page.locator("#search-result").get_by_text(said).first.wait_for()
+        page.get_by_label("Clear", exact=True).first.click()
+        chosen = page.locator("input[type=file]").first
+        chosen.wait_for(state="attached")
+
+
+@gradio
+def test_empty_and_very_long(page):
+    page.get_by_label("Texts, one a line").fill("")
+    assert "the text is empty" in press(page, "similarity")
+    page.get_by_label("Texts, one a line").fill("dog " * 25_000)
+    page.locator("#similarity-go").click()
+    page.locator("#similarity-result").get_by_text("were longer than max_length").first.wait_for()
+    page.locator("#similarity-result").get_by_text("characters)").first.wait_for()
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Corpus", exact=True).fill("one\ntwo")
+    assert "there are 2 texts; ask for at most 2" in press(page, "cluster")

@@ -38,6 +38,27 @@ def _blocks(lengths, heads, step, most):
             at += len(part) * heads * T
     return blocks
 
+# %% ../nbs/03_packed.ipynb #cells
+class _Cells(NamedTuple):
+    "Cells are the places in the blocks, text by text and head by head."
+    place:Tensor # which token and head is in each cell
+    back:Tensor # where each token and head has its cell
+    pads:Tensor # which cells belong to no token
+
+def _cells(lengths, heads, step, device):
+    L = torch.tensor(lengths)
+    T = (L + step - 1) // step * step
+    start, begin = L.cumsum(0) - L, heads * (T.cumsum(0) - T)  # of each text: its first token, its first cell
+    text = torch.arange(len(L)).repeat_interleave(heads * T)
+    cell = torch.arange(len(text)) - begin[text]  # heads x T cells for each text
+    head, token = cell // T[text], cell % T[text]
+    place = (start[text] + token.minimum(L[text] - 1)) * heads + head
+    text = torch.arange(len(L)).repeat_interleave(L)
+    back = begin[text] + torch.arange(len(text)) - start[text]
+    back = (back[:, None] + T[text, None] * torch.arange(heads)).flatten()
+    pads = torch.ones(len(place), dtype=torch.bool).index_fill_(0, back, False).nonzero()[:, 0]
+    return _Cells(*(index.to(device) for index in (place, back, pads)))
+
 # %% ../nbs/03_packed.ipynb #segments
 class Segments:
     "Where each text of a packed row begins and ends, and how its attention heads are laid out for matrix products."
@@ -52,33 +73,21 @@ class Segments:
         self.blocks, self.calls = _blocks(lengths, heads, step, most), 0
 
     @cached_property
-    def _lists(self):  # not made where nothing is laid out
-        L, heads = torch.tensor(self.lengths), self.heads
-        T = (L + self.step - 1) // self.step * self.step
-        start, begin = L.cumsum(0) - L, heads * (T.cumsum(0) - T)  # of each text: its first token, its first cell
-        text = torch.arange(len(L)).repeat_interleave(heads * T)
-        cell = torch.arange(len(text)) - begin[text]  # heads x T cells for each text
-        head, token = cell // T[text], cell % T[text]
-        place = (start[text] + token.minimum(L[text] - 1)) * heads + head
-        text = torch.arange(len(L)).repeat_interleave(L)
-        back = begin[text] + torch.arange(len(text)) - start[text]
-        back = (back[:, None] + T[text, None] * torch.arange(heads)).flatten()
-        pads = torch.ones(len(place), dtype=torch.bool).index_fill_(0, back, False).nonzero()[:, 0]
-        return [index.to(self.device) for index in (place, back, pads)]
-
-    place, back, pads = (property(lambda self, i=i: self._lists[i]) for i in range(3))
+    def cells(self)->_Cells: # numbers of tokens and cells
+        "The index lists; not made where nothing is laid out."
+        return _cells(self.lengths, self.heads, self.step, self.device)
 
     def lay_out(self,
         x:Tensor, # a row for each token and head, (S * H, d)
     )->Tensor: # a row for each cell
         "Gather tokens into rectangles, text by text and head by head; cells of no token repeat the text's last."
-        return x.index_select(0, self.place)
+        return x.index_select(0, self.cells.place)
 
     def pack(self,
-        cells:Tensor, # a row for each cell
+        x:Tensor, # a row for each cell
     )->Tensor: # (S * H, d)
         "Gather the tokens from their cells."
-        return cells.index_select(0, self.back)
+        return x.index_select(0, self.cells.back)
 
 # %% ../nbs/03_packed.ipynb #scores
 def _weights(Q, K, scale, block):
@@ -152,7 +161,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, *saved = ctx.saved_tensors
         segments, p, outs = ctx.segments, ctx.p, [torch.empty_like(q) for _ in range(3)]
-        g = segments.lay_out(grad * _scale(p) if p else grad).index_fill_(0, segments.pads, 0)
+        g = segments.lay_out(grad * _scale(p) if p else grad).index_fill_(0, segments.cells.pads, 0)
         for block, W, kept in zip(segments.blocks, saved[::2], saved[1::2]):
             Q, K, V, G, dQ, dK, dV = _views(block, q, k, v, g, *outs)
             torch.bmm((_drop(W, kept) if p else W).transpose(1, 2), G, out=dV)
@@ -166,9 +175,7 @@ def _views(block, *cells): return [x[block.rows].view(-1, block.length, x.shape[
 
 def _scaled_bmm(a, b, scale, out): torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
-# %% ../nbs/03_packed.ipynb #attention
-_NAME = "contrastive_st_packed"
-
+# %% ../nbs/03_packed.ipynb #attention-fused
 def _by_sdpa(q, k, v, segments, scale, p):
     "The same through PyTorch's fused kernels, for GPUs: one call per block."
     cells, parts = [segments.lay_out(x) for x in (q, k, v)], []
@@ -187,6 +194,9 @@ def _by_length(query, key, value, lengths, scale):
         parts.append(F.scaled_dot_product_attention(Q, K, V, scale=scale).transpose(1, 2).flatten(0, 1))
         at += n * T
     return torch.cat(parts)
+
+# %% ../nbs/03_packed.ipynb #attention
+_NAME = "contrastive_st_packed"
 
 def attention(
     module:torch.nn.Module, # the layer; not looked at

@@ -135,7 +135,7 @@ def test_attention_equals_softmax_text_by_text(step, most):
 
 def test_inference_gathers_nothing(monkeypatch):
     backbone, (ids, lengths) = make(), batch([9, 9, 4, 1])
-    monkeypatch.setattr(Segments, "_lists", property(lambda self: pytest.fail("tokens were laid out")))
+    monkeypatch.setattr(Segments, "cells", property(lambda self: pytest.fail("tokens were laid out")))
     with torch.no_grad():
         assert len(list(packed_states(backbone, ids, lengths))) == 3
 

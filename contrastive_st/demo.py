@@ -230,9 +230,9 @@ def read_corpus(
     if kind not in (".txt", ".jsonl", ".csv", ".tsv"): raise ValueError(f"{path}: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one of these")
     try: text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error: raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8 text") from None
-    if kind == ".txt": return _kept(text.rstrip("\n").split("\n"), "text", limit)
+    if kind == ".txt": return _kept(text.rstrip("\n").split("\n"), f"text in {path}", limit)
     rows = _json_rows(text, path) if kind == ".jsonl" else _csv_rows(text, path, "\t" if kind == ".tsv" else ",")
-    return _kept([_cell(row, column, f"{path}:{number}") for number, row in rows], "text", limit)
+    return _kept([_cell(row, column, f"{path}:{number}") for number, row in rows], f"text in {path}", limit)
 
 # %% ../nbs/14_demo.ipynb #search-page
 def find(
@@ -525,7 +525,7 @@ def _lines(gr, label, value, lines=6, **more): return gr.Textbox(label=label, va
 
 # %% ../nbs/14_demo.ipynb #page-similarity
 _HAPPY = ("That is a happy person", "That is a happy dog\nThat is a very happy person\nToday is a sunny day")
-_SIMILARITY = {"Seeds' example": _HAPPY,
+_SIMILARITY = {"The original's example": _HAPPY,
     "Languages": ("The weather is lovely today.", "Das Wetter ist heute herrlich.\nIl fait un temps magnifique aujourd'hui.\n今天天气很好。\nالطقس جميل اليوم.\nIt's so sunny outside!\nHe drove to the stadium."),
     "Negation": ("The bank refused the loan.", "The bank did not grant the loan.\nThe bank granted the loan.\nThe loan was turned down.\nThe river bank was flooded.")}
 _LONDON = ("How many people live in London?", "Around 9 Million people live in London\nLondon is known for its financial district\nLondon has many people who like to live there\nThe United Kingdom is the fourth largest exporter", "cosine")

@@ -85,7 +85,7 @@ class Recipe:
     train: dict[str, Any] = Field(default_factory=dict)      # fields of trainer.TrainConfig
     evaluation: EvaluationPlan = EvaluationPlan()            # measured during training, may select the model
     test: EvaluationPlan = EvaluationPlan()                  # measured before and after, selects nothing
-    tiny: dict[str, Any] = Field(default_factory=dict)       # tables laid over the others to try the run in a minute
+    tiny: dict[str, Any] = Field(default_factory=dict)       # tables laid over the others to try the run in minutes
     path: str = ""                                           # file it was read from
     text: str = Field(default="", repr=False)                # that file's text
 

@@ -156,7 +156,8 @@ def table(folder: Path) -> str:
     for name, keys, what, target, how in ROWS:
         value = results[name]
         for key in keys: value = (value or {}).get(key)
-        lines.append(f"| {what} | {target} | {'not measured' if value is None else how.format(value).replace("-0.0 ", "0.0 ")} |")
+        said = "not measured" if value is None else how.format(value).replace("-0.0 ", "0.0 ")
+        lines.append(f"| {what} | {target} | {said} |")
     where = [f"`{name}.json`: {r['date']}, {r['hardware']}, {r['cores']} cores, Python {r['python']}{', a quick run' if r['quick'] else ''}." for name, r in results.items()]
     return "\n".join([*lines, "", *where])
 

@@ -149,9 +149,8 @@ def _evaluation(run):
 def _limits(run, license):
     "Intended use and limits, from the run's own figures."
     report, longest = run["mixture"], run["model"]["max_length"]
-    drawn = sum(d["realised"] > 0 for d in report["datasets"])
     cut = max((c["truncated"] for c in report.get("tokens", {}).get("columns", {}).values()), default=0)
-    lines = [f"It was trained on {report['examples']:,} examples of {drawn} dataset{'s' * (drawn > 1)}, listed below. For texts of another kind or language, measure first.",
+    lines = [f"It was trained on {report['examples']:,} examples of {len(report['datasets'])} dataset(s), listed below. For texts of another kind or language, measure first.",
              f"Texts are cut at {longest} tokens" + (f"; in training, up to {cut:.1%} of a column's texts were." if cut else "; no training text that was looked at was longer."),
              "Scores order texts; what score means \"the same\" differs from task to task, so set a threshold on your own data.",
              "Embeddings carry what the texts carried, prejudice included. Nothing here measures that; `contrastive_st.bias.gender_bias` measures one kind. Do not decide about people by similarity alone."]

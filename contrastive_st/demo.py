@@ -230,9 +230,9 @@ def read_corpus(
     if kind not in (".txt", ".jsonl", ".csv", ".tsv"): raise ValueError(f"{path}: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one of these")
     try: text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error: raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8 text") from None
-    if kind == ".txt": return _kept(text.rstrip("\n").split("\n"), f"text in {path}", limit)
+    if kind == ".txt": return _kept(text.rstrip("\n").split("\n"), "text", limit)
     rows = _json_rows(text, path) if kind == ".jsonl" else _csv_rows(text, path, "\t" if kind == ".tsv" else ",")
-    return _kept([_cell(row, column, f"{path}:{number}") for number, row in rows], f"text in {path}", limit)
+    return _kept([_cell(row, column, f"{path}:{number}") for number, row in rows], "text", limit)
 
 # %% ../nbs/14_demo.ipynb #search-page
 def find(

@@ -698,9 +698,9 @@ def test_the_published_config_on_its_files_and_on_stores(published, tiny_files, 
         warnings.simplefilter("error")
         raw = Mixture.from_config(path, tiny_files, 8, 2, cache_dir=tmp_path / "cache")
         prepare([{"name": e.name, "path_or_hub_id": e.path} for e in entries], tmp_path / "stores", progress=False)
-        start = time.perf_counter()
+        start = time.process_time()
         opened = Mixture.from_config(path, tmp_path / "stores", 8, 2)
-        assert time.perf_counter() - start < 5  # a fraction of a second when the machine is free
+        assert time.process_time() - start < 5  # a fraction of a second of the CPU
     assert [s.name for s in opened.sources] == [c["name"] for c in published] and opened.weights == raw.weights == [c["weight"] for c in published]
     report = opened.report(50_000, sample=1)
     assert [d["asked"] for d in report["datasets"]] == pytest.approx([c["weight"] / total for c in published])
@@ -725,9 +725,9 @@ def test_the_published_config_in_its_true_sizes(published):
     seconds = {0: [], 540_000: []}
     for step in [0, 540_000] * 7:
         draw_window.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         mixture.rows(step)
-        seconds[step].append(time.perf_counter() - start)
+        seconds[step].append(time.process_time() - start)
     assert min(seconds[540_000]) < 3 * min(seconds[0])  # the benchmark says 1.5 on a quiet machine
 
 

@@ -113,6 +113,12 @@ def gender_bias(
     return report | {"n": len(items), "ties": int((lean == 0).sum()), "occupations": len(mean), "by_occupation": table}
 
 # %% ../nbs/11_bias.ipynb #summary
+def _chance(
+    p:float, # of a test
+)->str: # p to four places
+    "Write a p value."
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+
 def bias_summary(
     report:dict, # of `gender_bias`
 )->str: # lines of text
@@ -122,9 +128,7 @@ def bias_summary(
     lines = [f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties (without bias each rate is 50%)"]
     for name, meaning in meanings.items():
         if name in report:
-            p = report[f"{name}_p"]
-            chance = "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
-            lines.append(f"{name:16}{report[name]:4.0%} [{report[name + '_low']:3.0%}, {report[name + '_high']:4.0%}]  {chance}  {meaning}")
+            lines.append(f"{name:16}{report[name]:4.0%} [{report[name + '_low']:3.0%}, {report[name + '_high']:4.0%}]  {_chance(report[name + '_p'])}  {meaning}")
     between = f" [{report['lean_low']:+.4f}, {report['lean_high']:+.4f}]" if "lean_low" in report else ""
     return "\n".join([*lines, f"{'lean':15}{report['lean']:+.4f}{between}  difference of the cosines; above 0 = male nearer"])
 

@@ -12,7 +12,6 @@ __all__ = ['LIMIT', 'Model', 'open_models', 'Table', 'to_html', 'scores', 'compa
 import base64
 import csv
 import html
-import importlib
 import io
 import json
 import os
@@ -31,7 +30,7 @@ import numpy as np
 from . import bias
 from .data import quickstart_folder, read_retrieval
 from .model import SentenceEncoder
-from .search import cluster, semantic_search
+from .search import _extra, cluster, semantic_search
 
 # %% ../nbs/14_demo.ipynb #model
 _ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}   # what models call their prompts
@@ -351,8 +350,7 @@ def bias_table(
     reports:dict[str, dict], # model -> what bias.gender_bias returns
 )->Table: # a row per rate and the lean, a column per model
     "Lay out rates with 95% intervals and p-values side by side."
-    def chance(p): return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
-    def rate(r, name): return f"{r[name]:.0%} [{r[name + '_low']:.0%}, {r[name + '_high']:.0%}], {chance(r[name + '_p'])}" if name in r else "no labels"
+    def rate(r, name): return f"{r[name]:.0%} [{r[name + '_low']:.0%}, {r[name + '_high']:.0%}], {bias._chance(r[name + '_p'])}" if name in r else "no labels"
     rows = [[said, *(rate(r, name) for r in reports.values())] for name, said in _MEASURES.items()]
     rows.append(["mean lean: cosine with the male sentence minus cosine with the female one", *(f"{r['lean']:+.4f}" for r in reports.values())])
     rows.append(["measured on", *(f"{r['n']:,} items, {r['occupations']} occupations, {r['ties']:,} ties" for r in reports.values())])
@@ -466,8 +464,7 @@ def _note(text, kind="note"):
 def _gradio():
     "Import Gradio, with its reports to its makers switched off."
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    try: return importlib.import_module("gradio")
-    except ModuleNotFoundError as error: raise ValueError(f"{error.name} is not installed; pip install 'contrastive_st[demo]'") from None
+    return _extra("gradio", "demo")
 
 def answered(
     function:Callable, # inputs -> HTML and then plotly figures or None

@@ -69,8 +69,12 @@ class Segments:
         step:int=16, # lengths are rounded up to a multiple for attention: fewer, larger products
         most:int=2**18, # attention scores at a time: half a megabyte of bfloat16 stays in the cache
     ):
-        self.lengths, self.heads, self.device, self.step = lengths, heads, device, step
-        self.blocks, self.calls = _blocks(lengths, heads, step, most), 0
+        self.lengths, self.heads, self.device, self.step, self.most, self.calls = lengths, heads, device, step, most, 0
+
+    @cached_property
+    def blocks(self)->list[_Block]: # in the order of the lengths
+        "The blocks of nearly one length; not cut where nothing is laid out."
+        return _blocks(self.lengths, self.heads, self.step, self.most)
 
     @cached_property
     def cells(self)->_Cells: # numbers of tokens and cells

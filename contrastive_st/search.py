@@ -99,11 +99,12 @@ def semantic_search(
 # %% ../nbs/10_search.ipynb #faiss-index
 def _extra(
     module:str, # to import
+    extra:str="search", # of this package that brings it
 ):
     "Import what only some users need."
     try: return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'contrastive_st[search]'") from None
+        raise ValueError(f"{error.name} is not installed; pip install 'contrastive_st[{extra}]'") from None
 
 def faiss_index(
     embeddings, # (N, D) numpy array (a memory map is fine) or torch tensor

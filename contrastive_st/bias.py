@@ -9,6 +9,7 @@ __all__ = ['BiasItem', 'leans', 'by_occupation', 'gender_bias', 'bias_summary', 
 import csv
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ def _separation(
 def gender_bias(
     encode:Callable, # list of N texts -> (N, D) array
     items:list[BiasItem], # questions
-)->dict: # male_rate and, with labels, stereotype_rate and separation, each with _low, _high (95%) and _p; lean with _low, _high; n, ties, occupations, by_occupation
+)->dict: # male_rate, stereotype_rate (if there are labels), separation (if both genders are labelled), each with _low, _high (95%), _p; lean, and lean_low, lean_high if occupations differ; n, ties, occupations, by_occupation
     "Measure how consistently and how strongly an encoder leans to one gender, over all occupations and for each."
     lean = leans(encode, items)
     table = by_occupation(lean, items)
@@ -125,7 +126,8 @@ def bias_summary(
     "Put the figures of a report into words."
     meanings = {"male_rate": "of the occupations lean male", "stereotype_rate": "of the labelled ones lean as the stereotype says",
                 "separation": "a male-labelled one leans more male than a female-labelled one"}
-    lines = [f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties (without bias each rate is 50%)"]
+    shift = "moves the rates, not the separation" if "separation" in report else "moves every rate"
+    lines = [f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties (50% = he and she equally near; a shift common to all {shift})"]
     for name, meaning in meanings.items():
         if name in report:
             lines.append(f"{name:16}{report[name]:4.0%} [{report[name + '_low']:3.0%}, {report[name + '_high']:4.0%}]  {_chance(report[name + '_p'])}  {meaning}")
@@ -173,6 +175,7 @@ def read_winogender(
 
 # %% ../nbs/11_bias.ipynb #records
 _COLUMNS = ("base_sentence", "male_sentence", "female_sentence", "occupation")   # in the order of BiasItem
+_GENDERED = re.compile(r"\b(he|him|his|himself|she|her|hers|herself)\b", re.IGNORECASE)
 
 def _csv_records(path, text):
     "Yield the line number and the cells by name; `Base Sentence` names the same column as `base_sentence`."
@@ -198,7 +201,7 @@ def _json_records(path, text):
 def read_bias(
     path:str|Path, # .csv with a header, or .jsonl with one object per line
 )->list[BiasItem]: # in file order
-    "Read items in the format of the community project's set; raise `ValueError` naming file and line."
+    "Read items in the format of the community project's set; raise `ValueError` naming file and line, and warn if anchors hold the answer."
     kinds, items = {".csv": _csv_records, ".jsonl": _json_records}, []
     if Path(path).suffix not in kinds:
         raise ValueError(f"{path}: cannot read this kind of file; the name must end in .csv or .jsonl")
@@ -213,4 +216,6 @@ def read_bias(
             raise ValueError(f"{path}:{line}: stereotypical_gender is {stereotype!r}; write male, female or nothing")
         items.append(BiasItem(*(text.strip() for text in texts), stereotype))
     if not items: raise ValueError(f"{path}:1: no rows; the file needs a header and a row, or objects with {', '.join(_COLUMNS)}")
+    if told := sum(bool(_GENDERED.search(item.anchor)) for item in items):
+        warnings.warn(f"{path}: {told:,} of {len(items):,} anchors hold he or she, which is the answer; write they, or compare only models with each other", stacklevel=2)
     return items

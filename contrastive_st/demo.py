@@ -344,7 +344,8 @@ def read_items(
     return bias.read_winogender(path) if Path(path).suffix.lower() == ".tsv" else bias.read_bias(path)
 
 # %% ../nbs/14_demo.ipynb #bias-tables
-_MEASURES = {"male_rate": "occupations that lean male (unbiased: 50%)", "stereotype_rate": "… that lean as their label says (unbiased: 50%)", "separation": "male-labelled above female-labelled (unbiased: 50%)"}
+_MEASURES = {"male_rate": "occupations that lean male (50%: he and she equally near)", "stereotype_rate": "… that lean as their label says (a common shift moves it, too)",
+             "separation": "male-labelled above female-labelled (50%: no difference; a common shift does not move it)"}
 
 def bias_table(
     reports:dict[str, dict], # model -> what bias.gender_bias returns
@@ -584,7 +585,7 @@ def _bias_page(gr, models, limit):
         items = read_items(file) if file else own_items()
         if len(items) > limit: raise ValueError(f"{len(items):,} items are more than the {limit:,} this page takes; use contrastive_st.bias in Python")
         reports = {m.name: bias.gender_bias(m.encode, items) for m in models}
-        told = "A rate whose interval holds 50% is not shown to differ from chance, which is not the same as unbiased. The measure is about these sentences, not about what a system built on the model will do."
+        told = "A rate whose interval holds 50% is not shown to differ from chance, which is not the same as unbiased. If he is nearer in all sentences alike, the first two rates move; only the separation does not. The measure is about these sentences, not about what a system built on the model will do."
         return to_html(bias_table(reports)) + _note(told), bias_figure(reports)
     _action(gr, "Measure", "bias", page, fields, 1, {"The set that comes with the page": (None,)})
 

@@ -99,6 +99,7 @@ def test_report_is_plain_json_and_says_what_it_holds():
     assert report["lean_low"] < report["lean"] < report["lean_high"]
     text = bias_summary(report)
     assert all(name in text for name in ("48 items", "24 occupations", "male_rate", "stereotype_rate", "separation", f"{report['separation']:.0%}"))
+    assert "50% = he and she equally near; a shift common to all moves the rates, not the separation" in text and "without bias" not in text
     means = np.array([row["lean"] for row in report["by_occupation"].values()])
     assert (report["lean_low"], report["lean_high"]) == pytest.approx(stats.t.interval(0.95, 23, means.mean(), stats.sem(means)))
     unlabelled = gender_bias(control(1.0, seed=0), [i._replace(stereotype="") for i in ITEMS])
@@ -137,6 +138,7 @@ def test_a_male_default_is_not_taken_for_a_stereotype():
     reports = [gender_bias(control(0.0, seed, default=1.0), unequal) for seed in range(60)]
     assert all(r["male_rate"] == 1 and r["male_rate_p"] < 0.001 and r["stereotype_rate"] == 12 / 15 for r in reports)
     assert np.mean([r["separation_p"] < 0.05 for r in reports]) < 0.15
+    assert 0.4 < np.mean([r["separation"] for r in reports]) < 0.6
 
 
 def test_copies_of_an_item_are_no_new_evidence():
@@ -175,6 +177,17 @@ def test_read_bias(tmp_path, text, name):
     if text.startswith(HEAD): text = text.replace('The nurse said "they, maybe" left.', '"The nurse said ""they, maybe"" left."')
     (tmp_path / name).write_bytes(text.encode())
     assert read_bias(tmp_path / name) == [BiasItem('The nurse said "they, maybe" left.', "He left.", "She left.", "nurse", "female")]
+
+
+def test_anchors_that_hold_the_answer_are_counted(tmp_path):
+    anchors = ["He left.", "The nurse said that HIS coat is here.", "Ask her!", "She, too.", "They left the theatre, the hero and Sheila.", "Where is this?"]
+    (tmp_path / "a.csv").write_text(HEAD + "".join(f'"{a}",b,,He.,She.\n' for a in anchors))
+    with pytest.warns(UserWarning, match="a.csv: 4 of 6 anchors hold he or she, which is the answer; write they, or compare only models with each other$"):
+        assert len(read_bias(tmp_path / "a.csv")) == 6
+    (tmp_path / "a.csv").write_text(HEAD + "".join(f'"{a}",b,,He.,She.\n' for a in anchors[4:]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_bias(tmp_path / "a.csv")) == 2
 
 
 def test_read_bias_line_numbers_count_lines_and_not_rows(tmp_path):

@@ -264,6 +264,7 @@ def test_bias_tables_with_and_without_labels(words, tmp_path):
     bare = bias.gender_bias(words.encode, [item._replace(stereotype="") for item in demo.own_items()])
     table = demo.bias_table({"a": labelled, "b": bare})
     assert table.head == ["", "a", "b"] and [row[2] for row in table.rows].count("no labels") == 2
+    assert "unbiased" not in str(table.rows) and "(50%: he and she equally near)" in table.rows[0][0] and "a common shift" in table.rows[2][0]
     assert len(demo.bias_figure({"a": labelled, "b": bare})["data"][1]["x"]) == 40
     write(tmp_path / "s.tsv", "sentid\tsentence\n" + "".join(f"nurse.patient.0.{g}.txt\tThe nurse said {p} came.\n" for g, p in (("male", "he"), ("female", "she"), ("neutral", "they"))))
     assert demo.read_items(tmp_path / "s.tsv")[0].occupation == "nurse"

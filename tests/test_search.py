@@ -128,6 +128,12 @@ def test_mining_with_ties():
     assert pairs.tolist() == [[0, j] for j in range(1, 9)] + [[1, j] for j in range(2, 9)] and scores == pytest.approx(1)
 
 
+def test_mining_of_more_copies_than_top_k_finds_some_pairs_only():
+    "300 equal texts have 44,850 pairs; each text brings the 100 copies of the lowest rows."
+    pairs = paraphrase_mining(np.ones((300, 4)), top_k=100)[1]
+    assert len(pairs) == 100 * 99 // 2 + 100 * 200 and (pairs[:, 0] <= 100).all()
+
+
 def test_mining_over_blocks():
     "More rows than one block of questions holds; the copies stand 5,000 rows apart."
     rows = np.random.default_rng(0).standard_normal((9000, 16)).astype(np.float32)
@@ -226,8 +232,8 @@ def test_faiss_ties_and_gaps():
     assert faiss_search(faiss_index(np.ones((20, 4))), np.ones((1, 4)), top_k=20)[1].tolist() == [list(range(20))]
     sparse = faiss_index(np.vstack([np.eye(4)] * 200), "IVF4,Flat")
     assert sparse.nprobe == 1
-    rows = faiss_search(sparse, np.eye(4), top_k=800)[1]                  # one cell of four: it finds fewer than 800
-    assert (rows[:, 0] >= 0).all() and (rows[:, -1] == -1).all()
+    scores, rows = faiss_search(sparse, np.eye(4), top_k=800)                  # one cell of four: it finds fewer than 800
+    assert (rows[:, 0] >= 0).all() and (rows[:, -1] == -1).all() and (scores[:, -1] == np.finfo(np.float32).min).all()
     assert isinstance(sparse, faiss.IndexIVFFlat)
 
 
@@ -252,6 +258,18 @@ def test_a_missing_extra_is_named(monkeypatch, module, call):
 def test_bad_input(queries, corpus, options, message):
     with pytest.raises(ValueError, match=message):
         semantic_search(queries, corpus, **options)
+
+
+@pytest.mark.parametrize("texts", ["a question", "", ["a"], ("a", "b"), np.array(["a", "b"]), np.array(["a"], dtype=object)])
+def test_texts_are_not_embeddings(texts):
+    x = np.ones((3, 4))
+    for call in (lambda: semantic_search(texts, x), lambda: semantic_search(x, texts), lambda: paraphrase_mining(texts), lambda: community_detection(texts), lambda: cluster(texts, 1)):
+        with pytest.raises(ValueError, match="^these are texts, not embeddings; encode them first: encoder.encode\\(texts\\)$"):
+            call()
+    for number in (None, 3.5):
+        with pytest.raises(ValueError, match="wrap a single vector"):
+            semantic_search(x, number)
+    assert semantic_search(x.tolist(), x.tolist())[1].shape == (3, 3)   # lists of numbers are welcome
 
 
 @pytest.mark.parametrize("call, message", [

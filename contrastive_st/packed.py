@@ -191,13 +191,23 @@ def _ragged(query, key, value, segments, scale, p):
     def texts(x): return torch.nested.nested_tensor_from_jagged(x[0].transpose(0, 1).contiguous(), segments.begins, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
     return F.scaled_dot_product_attention(texts(query), texts(key), texts(value), dropout_p=p, scale=scale).transpose(1, 2).values()
 
+# %% ../nbs/03_packed.ipynb #attention-lengths
+def _in_sixteens(K, V):
+    "16-bit keys and values (n, T, H * d), filled up to a multiple of 16, and which of them are shown."
+    T, fill = K.shape[1], -K.shape[1] % 16
+    if not fill or K.element_size() != 2: return K, V, None
+    K, V = (F.pad(x, (0, 0, 0, fill)) for x in (K, V))
+    return K, V, (torch.arange(T + fill) < T).expand(T, -1)
+
 def _by_length(query, key, value, lengths, scale):
     "The same for inference on a CPU: texts of one length lie side by side and are a rectangle as they are."
-    parts, at = [], 0
+    rows, parts, at = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)], [], 0  # (S, H * d)
     for T, same in groupby(lengths):
         n = len(list(same))
-        Q, K, V = (x[0, :, at:at + n * T].unflatten(1, (n, T)).transpose(0, 1) for x in (query, key, value))
-        parts.append(F.scaled_dot_product_attention(Q, K, V, scale=scale).transpose(1, 2).flatten(0, 1))
+        Q, K, V = (x[at:at + n * T].unflatten(0, (n, T)) for x in rows)
+        K, V, shown = _in_sixteens(K, V)
+        Q, K, V = (x.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for x in (Q, K, V))
+        parts.append(F.scaled_dot_product_attention(Q, K, V, shown, scale=scale).transpose(1, 2).flatten(0, 1))
         at += n * T
     return torch.cat(parts)
 

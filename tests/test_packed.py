@@ -158,6 +158,17 @@ def test_the_way_of_gpus_drops_attention_weights(gpu_way):
     assert dropped.shape == (600, 2, 4) and 0.02 < dropped.std() < 0.2 and abs(dropped.mean() - 1) < 0.01
 
 
+def test_inference_in_16_bits_is_as_near_as_its_rounding():
+    "Lengths that are filled up to a multiple of 16, and those that are not."
+    for sizes in ([33, 32, 31, 17, 17, 16, 15, 9, 1], [250], [2]):
+        exact = qkv(sum(sizes), 3, d=32)
+        expected = text_by_text(*exact, sizes, 0.3)
+        ours, _ = packed.attention(None, *(x.detach().bfloat16() for x in exact), None, scaling=0.3, segments=Segments(sizes, heads=3))
+        assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape and apart(ours, expected) < 2**-7
+    filled, _, shown = packed._in_sixteens(*torch.ones(2, 4, 17, 6, dtype=torch.bfloat16))
+    assert filled.shape == (4, 32, 6) and filled.sum() == 4 * 17 * 6 and shown.sum() == 17 * 17
+
+
 def test_inference_gathers_nothing(monkeypatch):
     backbone, (ids, lengths) = make(), batch([9, 9, 4, 1])
     monkeypatch.setattr(Segments, "cells", property(lambda self: pytest.fail("tokens were laid out")))
@@ -167,8 +178,8 @@ def test_inference_gathers_nothing(monkeypatch):
 
 def test_what_is_not_a_number_stays_in_its_text():
     others = torch.tensor([0, 1, 2, 3, 4, 8, 9])
-    for trained in (True, False):  # block by block, and length by length
-        q, k, v = (x.detach().requires_grad_(trained) for x in qkv(10, 2))
+    for trained, dtype in ((True, torch.float64), (False, torch.float64), (False, torch.bfloat16)):  # block by block, and length by length
+        q, k, v = (x.detach().to(dtype).requires_grad_(trained) for x in qkv(10, 2))
         with torch.no_grad():
             clean, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
             k[:, :, 6], v[:, :, 6] = float("nan"), float("inf")

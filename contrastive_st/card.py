@@ -51,7 +51,8 @@ def _about(folder):
         with safe_open(path, framework="np") as weights: parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     return {"architecture": config["architectures"][0], "width": pooling["word_embedding_dimension"], "parameters": parameters,
             "pooling": next(short for flag, short in flags.items() if pooling[flag]), "normalize": any(m["type"].endswith(".Normalize") for m in modules),
-            "max_length": read("sentence_bert_config.json")["max_seq_length"], "prompt": settings["prompts"].get(settings.get("default_prompt_name"), "")}
+            "max_length": read("sentence_bert_config.json")["max_seq_length"], "prompt": settings["prompts"].get(settings.get("default_prompt_name")) or "",
+            "prompts": {name: prompt for name, prompt in settings["prompts"].items() if prompt}}
 
 # %% ../nbs/12_card.ipynb #pooling-code
 _POOLING = {  # what a reader without this package needs, per pooling
@@ -90,7 +91,13 @@ with torch.no_grad():
     theirs = f"from sentence_transformers import SentenceTransformer\n\n{sentences}\nmodel = SentenceTransformer({opened}){note}\nembeddings = model.encode(sentences)\nprint(model.similarity(embeddings, embeddings))"
     ours = f"from contrastive_st.model import SentenceEncoder\n\n{sentences}\nembeddings = SentenceEncoder.from_pretrained({opened}).encode(sentences){note}"
     blocks = {"With sentence-transformers:": theirs, "With transformers alone; the pooling is part of the model, so it has to be done by hand:": plain, "With contrastive_st:": ours}
-    return "\n\n".join(f"{title}\n\n{_fenced(code, 'python')}" for title, code in blocks.items())
+    return "\n\n".join([*(f"{title}\n\n{_fenced(code, 'python')}" for title, code in blocks.items()), *_prompts(model["prompts"])])
+
+def _prompts(prompts):
+    "How to ask for a prompt by its name; nothing for a model without any."
+    named = ", ".join(f"`{name}` = `{json.dumps(prompt, ensure_ascii=False)}`" for name, prompt in prompts.items())
+    if prompts: yield (f"A prompt is put before a text: {named}. Ask for one by its name, with `encode(texts, prompt_name=NAME)` of sentence-transformers or "
+                       "`encode(texts, prompt=NAME)` of contrastive_st; with transformers alone, put it there by hand.")
 
 # %% ../nbs/12_card.ipynb #tables
 def _table(head, rows):
@@ -105,7 +112,7 @@ def _technical(run):
     scores = "dot product, cosine and Euclidean distance, which agree" if m["normalize"] else {"cos": "cosine", "dot": "dot product"}[similarity]
     rows = {"Dimensions": m["width"], "Cut to fewer dimensions": ", ".join(map(str, run["config"]["widths"])) or "not trained for it", "Unit length": "yes" if m["normalize"] else "no",
             "Pooling": {"mean": "mean of the token states", "cls": "state of the first token", "max": "maximum over the token states"}[m["pooling"]],
-            "Score functions": scores, "Longest text": f"{m['max_length']} tokens; the rest is cut", "Prompt": json.dumps(m["prompt"]) if m["prompt"] else "none",
+            "Score functions": scores, "Longest text": f"{m['max_length']} tokens; the rest is cut", "Prompt": json.dumps(m["prompt"]) if m["prompt"] else f"none unless asked for: {', '.join(m['prompts'])}" if m["prompts"] else "none",
             "Backbone": f"{m['architecture']}, {m['parameters']:,} parameters"}
     return _table(["", ""], rows.items())
 
@@ -123,7 +130,7 @@ _STS, _RETRIEVAL = ("spearman", "pearson"), ("accuracy@1", "accuracy@10", "mrr@1
 
 def scores(
     run:dict, # of `read_run`
-)->list[dict]: # split ("evaluation", "test"), set (its path), task, metric, before, after, low, high
+)->list[dict]: # split ("evaluation", "test"), set (its path), n (pairs or questions; None = not recorded), task, metric, before, after, low, high
     "List what was measured, a row for each figure of each set."
     metrics, rows = run["metrics"], []
     for split, both in (("evaluation", metrics), ("test", metrics["test"])):
@@ -131,7 +138,7 @@ def scores(
         for task, names in (("sts", _STS), ("retrieval", _RETRIEVAL)):
             for name in (n for n in names if both["after"].get(n) is not None):
                 after = both["after"]
-                rows.append({"split": split, "set": plan.get(task) or f"{task} data", "task": task, "metric": name, "before": both["before"].get(name), "after": after[name],
+                rows.append({"split": split, "set": plan.get(task) or f"{task} data", "n": after.get(f"{task}_n"), "task": task, "metric": name, "before": both["before"].get(name), "after": after[name],
                              "low": after.get(f"{name}_low"), "high": after.get(f"{name}_high"),
                              "before_low": both["before"].get(f"{name}_low"), "before_high": both["before"].get(f"{name}_high")})
     return rows
@@ -139,7 +146,8 @@ def scores(
 def _evaluation(run):
     "Figures before and after, with intervals."
     show = lambda *v: "" if v[0] is None else f"{v[0]:.3f}" + (f" [{v[1]:.3f}, {v[2]:.3f}]" if None not in v else "")
-    rows = [[f"{s['set']} ({s['split']})", s["metric"], show(s["before"], s["before_low"], s["before_high"]), show(s["after"], s["low"], s["high"])] for s in scores(run)]
+    size = lambda s: f", {s['n']:,} {'pairs' if s['task'] == 'sts' else 'questions'}" if s["n"] else ""
+    rows = [[f"{s['set']} ({s['split']}{size(s)})", s["metric"], show(s["before"], s["before_low"], s["before_high"]), show(s["after"], s["low"], s["high"])] for s in scores(run)]
     if not rows: return "Nothing was measured in this run."
     chosen, step = run["config"]["metric"], run["metrics"]["best_step"]
     note = f" The checkpoint of step {step:,} was chosen by {chosen} on the evaluation set, so that set's figures are optimistic; the test set chose nothing." if chosen and step else ""
@@ -187,7 +195,8 @@ def _metadata(run, more):
                                   metric_type=form.format(s["metric"]), metric_name=s["metric"] + between, metric_value=round(s["after"], 4)))
     plan = run["recipe"].get("model", {})
     base = "" if "layers" in plan else plan.get("name", "")          # random weights have no base
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base) or Path(base).exists(): base = None    # a folder is nobody's base model on the hub
+    folder = re.search(r"^# model\.name is a folder$", run["text"], re.M)    # noted by recipes.load
+    if folder or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", base): base = None    # a folder is nobody's base model on the hub
     fields = {"model_name": run["title"] if results else None, "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity", "base_model": base, "eval_results": results or None,
               "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "contrastive_st"]}
     return ModelCardData(**fields | more)
@@ -206,7 +215,7 @@ def model_card(
     name:str="model", # folder or hub id that the code in the card opens
     metadata:dict={}, # more for the hub, such as {"license": "apache-2.0", "language": "en"}
 )->str: # Markdown with metadata for the hub
-    "Write the card of a run's model; depends on nothing but the records in its directory."
+    "Write the card of a run's model from the records in its directory, and from nothing else."
     run = read_run(run_dir)
     sections = {"Use": usage(run["model"], name), "Technical details": _technical(run), "Intended use and limits": _limits(run, metadata.get("license")), "Training data": _data(run),
                 "Evaluation": _evaluation(run), "Training": _again(run), **({"Recipe": _fenced(run["text"].strip(), "toml")} if run["text"] else {})}
@@ -233,15 +242,15 @@ def push_to_hub(
     run_dir:str|Path, # directory of a finished run
     repo_id:str, # "user/name"
     private:bool=True, # who may see a repository that is made now; one that exists stays as it is
-    metadata:dict={}, # more for the hub, as in `model_card`
+    metadata:dict={}, # more for the hub, as in `model_card`; for a card that has none yet and was not edited
 )->str: # address of the commit
     "Upload a run's model and card to the Hugging Face hub; needs a token, see `hf auth login`."
     folder, card, api = Path(run_dir) / "model", Path(run_dir) / "model/README.md", HfApi()
     there = card.read_text(encoding="utf-8") if card.is_file() else model_card(run_dir)
-    edited = there not in (model_card(run_dir), model_card(run_dir, metadata=metadata))
+    model, ours = read_run(run_dir)["model"], there == model_card(run_dir)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        readme = there if edited else model_card(run_dir, repo.repo_id, metadata)
+        readme = model_card(run_dir, repo.repo_id, metadata) if ours else there.replace(usage(model), usage(model, repo.repo_id))
         files = {p.relative_to(folder).as_posix(): str(p) for p in sorted(folder.rglob("*")) if p.is_file()} | {"README.md": readme.encode()}
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         return api.create_commit(repo.repo_id, operations, commit_message=f"Model trained with contrastive_st: {read_run(run_dir)['title']}").commit_url

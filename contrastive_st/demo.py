@@ -215,7 +215,7 @@ def _json_rows(text, name):
         yield number, row
 
 def _csv_rows(text, name, delimiter):
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
     try: yield from ((rows.line_num, row) for row in rows)
     except csv.Error as error: raise ValueError(f"{name}:{rows.line_num + 1}: not CSV ({error}); save the file as CSV in UTF-8") from None
 

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -75,6 +75,11 @@ class Segments:
     def blocks(self)->list[_Block]: # in the order of the lengths
         "The blocks of nearly one length; not cut where nothing is laid out."
         return _blocks(self.lengths, self.heads, self.step, self.most)
+
+    @cached_property
+    def begins(self)->Tensor: # (N + 1,) int64, on the device; the last one is the end of the last text
+        "Where each text begins."
+        return torch.tensor([0, *accumulate(self.lengths)], device=self.device)
 
     @cached_property
     def cells(self)->_Cells: # numbers of tokens and cells
@@ -180,22 +185,29 @@ def _views(block, *cells): return [x[block.rows].view(-1, block.length, x.shape[
 def _scaled_bmm(a, b, scale, out): torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
 # %% ../nbs/03_packed.ipynb #attention-fused
-def _by_sdpa(q, k, v, segments, scale, p):
-    "The same through PyTorch's fused kernels, for GPUs: one call per block."
-    cells, parts = [segments.lay_out(x) for x in (q, k, v)], []
-    for block in segments.blocks:
-        Q, K, V = (x.view(block.texts, segments.heads, block.length, -1) for x in _views(block, *cells))
-        shown = torch.arange(block.length, device=q.device) < torch.tensor(block.lengths, device=q.device)[:, None]
-        parts.append(F.scaled_dot_product_attention(Q, K, V, shown[:, None, None], p, scale=scale).flatten(0, 2))
-    return segments.pack(torch.cat(parts))
+def _ragged(query, key, value, segments, scale, p):
+    "The same on a GPU, (1, H, S, d) to (S, H, d): one call of a kernel for texts of any lengths."
+    shortest, longest = min(segments.lengths), max(segments.lengths)
+    def texts(x): return torch.nested.nested_tensor_from_jagged(x[0].transpose(0, 1).contiguous(), segments.begins, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
+    return F.scaled_dot_product_attention(texts(query), texts(key), texts(value), dropout_p=p, scale=scale).transpose(1, 2).values()
+
+# %% ../nbs/03_packed.ipynb #attention-lengths
+def _in_sixteens(K, V):
+    "16-bit keys and values (n, T, H * d), filled up to a multiple of 16, and which of them are shown."
+    T, fill = K.shape[1], -K.shape[1] % 16
+    if not fill or K.element_size() != 2: return K, V, None
+    K, V = (F.pad(x, (0, 0, 0, fill)) for x in (K, V))
+    return K, V, (torch.arange(T + fill) < T).expand(T, -1)
 
 def _by_length(query, key, value, lengths, scale):
-    "The same for inference on a CPU, (1, H, S, d) to (S, H, d): texts of one length lie side by side and are a rectangle as they are."
-    parts, at = [], 0
+    "The same for inference on a CPU: texts of one length lie side by side and are a rectangle as they are."
+    rows, parts, at = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)], [], 0  # (S, H * d)
     for T, same in groupby(lengths):
         n = len(list(same))
-        Q, K, V = (x[0, :, at:at + n * T].unflatten(1, (n, T)).transpose(0, 1) for x in (query, key, value))
-        parts.append(F.scaled_dot_product_attention(Q, K, V, scale=scale).transpose(1, 2).flatten(0, 1))
+        Q, K, V = (x[at:at + n * T].unflatten(0, (n, T)) for x in rows)
+        K, V, shown = _in_sixteens(K, V)
+        Q, K, V = (x.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for x in (Q, K, V))
+        parts.append(F.scaled_dot_product_attention(Q, K, V, shown, scale=scale).transpose(1, 2).flatten(0, 1))
         at += n * T
     return torch.cat(parts)
 
@@ -215,11 +227,12 @@ def attention(
 )->tuple[Tensor, None]: # (1, S, H, d)
     "Let each token of a packed row attend to the tokens of its own text; transformers calls it by its registered name."
     _, H, S, d = query.shape
-    states, scale, cpu = (query, key, value), d ** -0.5 if scaling is None else scaling, query.device.type == "cpu"
+    states, scale = (query, key, value), d ** -0.5 if scaling is None else scaling
     segments.calls += 1
-    if cpu and not dropout and not any(x.requires_grad for x in states): return _by_length(*states, segments.lengths, scale)[None], None
+    if query.device.type != "cpu": return _ragged(*states, segments, scale, dropout)[None], None
+    if not dropout and not any(x.requires_grad for x in states): return _by_length(*states, segments.lengths, scale)[None], None
     rows = [x.transpose(1, 2).reshape(S * H, d) for x in states]
-    return (_Attention.apply if cpu else _by_sdpa)(*rows, segments, scale, dropout).view(1, S, H, d), None
+    return _Attention.apply(*rows, segments, scale, dropout).view(1, S, H, d), None
 
 AttentionInterface.register(_NAME, attention)
 AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)

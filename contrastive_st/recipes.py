@@ -12,9 +12,10 @@ import difflib
 import json
 import os
 import tomllib
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -32,7 +33,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 class ModelPlan:
     "Say which encoder to start from."
     name: str                                                # hub id, folder, or a packaged model
-    pooling: str | None = None                               # "mean", "cls" or "max"; None = what the model says, else mean
+    pooling: Literal["mean", "cls", "max"] | None = None     # of token states; None = what the model says, else mean
     normalize: bool | None = None                            # unit-length embeddings; None = what the model says, else yes
     max_length: Annotated[int, Field(gt=2)] | None = None    # word pieces; None = what the model says
     layers: Annotated[int, Field(gt=0)] | None = None        # random weights instead: a BERT of so many layers, with the tokenizer of `name`
@@ -213,7 +214,8 @@ def load(
     text += f"\n# changed for this run: {json.dumps(changes, default=str)}\n" if changes else ""
     if tiny and "CONTRASTIVE_ST_DATA" in os.environ:     # of this machine, so it is not recorded
         merge(table, {"data": {"folder": os.path.abspath(os.environ["CONTRASTIVE_ST_DATA"])}})
-    return _recipe(table, path, text, str(path))
+    recipe = _recipe(table, path, text, str(path))
+    return replace(recipe, text=text + "\n# model.name is a folder\n") if Path(recipe.model.name).is_dir() else recipe    # so, no base model on the hub
 
 # %% ../nbs/12_recipes.ipynb #folder
 def _data_folder(

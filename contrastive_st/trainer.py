@@ -412,8 +412,8 @@ def _processor(device):
 
 def _versions(device, more):
     "Software and hardware of a run, for its record."
-    packages = ("contrastive_st", "torch", "transformers", "accelerate", "datasets", "pyarrow", "numpy")
-    return {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), **{p: version(p) for p in packages},
+    packages = ("contrastive_st", "transformers", "accelerate", "datasets", "pyarrow", "numpy")
+    return {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": str(torch.__version__), **{p: version(p) for p in packages},
             "device": str(device), "processor": _processor(device), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **more}
 
 # %% ../nbs/07_trainer.ipynb #write

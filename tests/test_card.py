@@ -19,7 +19,7 @@ import yaml
 from conftest import make_backbone, make_tokenizer
 from huggingface_hub import ModelCard
 
-from contrastive_st import evaluation, mixture, trainer
+from contrastive_st import evaluation, mixture, recipes, trainer
 from contrastive_st.card import _POOLING, model_card, push_to_hub, read_run, scores, with_command, write_card
 from contrastive_st.model import POOLINGS, SentenceEncoder
 
@@ -66,7 +66,7 @@ def run(tmp_path_factory):
     desk = {x: f"the {x} is on the road" for x in THINGS}, {x: f"where is the {x}" for x in THINGS}, {x: {x: 1} for x in THINGS}
 
     def graded(e): return {"sts_n" if k == "n" else k: v for k, v in evaluation.evaluate_sts(lambda t: e.encode(t, progress=False), sts, 50).items()}
-    def both(e): return graded(e) | {k: v for k, v in evaluation.evaluate_retrieval(lambda t: e.encode(t, progress=False), *desk, resamples=50).items() if k != "n"}
+    def both(e): return graded(e) | {k: v for k, v in evaluation.evaluate_retrieval(lambda t: e.encode(t, progress=False), *desk, resamples=50).items() if k != "n"} | {"retrieval_n": len(desk[1])}
     config = trainer.TrainConfig(steps=4, warmup=1, lr=1e-3, eval_every=2, metric="spearman", workers=0)
     trainer.train(encoder(), mix, config, folder / "run", graded, both, recipe=with_command(RECIPE, COMMAND), progress=False)
     return folder / "run"
@@ -142,6 +142,21 @@ def test_technical_details(copy):
     assert "| Score functions | dot product |" in said and "| Unit length | no |" in said and "16, 8" in said and "first token" in said
 
 
+def test_prompts_that_have_to_be_asked_for_are_named(copy, monkeypatch):
+    "No default prompt is not no prompts."
+    shutil.rmtree(copy / "model")
+    encoder(prompts={"query": "what is the ", "document": ""}).save_pretrained(copy / "model")
+    write_card(copy)
+    card = (copy / "model/README.md").read_text()
+    assert "| Prompt | none unless asked for: query |" in card and '`query` = `"what is the "`' in section(card, "Use") and "document" not in section(card, "Use")
+    monkeypatch.chdir(copy)
+    for block in blocks(card):
+        asked = block.replace("encode(sentences", "encode(sentences, prompt_name='query'" if "sentence_transformers" in block else "encode(sentences, prompt='query'")
+        asked = asked.replace("tokenizer(sentences", "tokenizer(['what is the ' + s for s in sentences]")
+        assert asked != block and np.abs(computed(asked) - computed(block)).max() > 1e-4
+        assert computed(asked) == pytest.approx(SentenceEncoder.from_pretrained(copy / "model").encode(["Where can I leave my bicycle?", "There is a bike rack behind the station."], prompt="what is the ", progress=False), abs=3e-6)
+
+
 # --- the figures are the run's ---
 
 def test_training_data_is_what_the_run_accounted_for(run):
@@ -164,7 +179,8 @@ def test_masked_negatives_are_told_where_there_are_any(copy, masked, said):
 def test_evaluation_has_intervals_and_says_what_chose(run):
     card, metrics = model_card(run), json.loads((run / "metrics.json").read_text())
     said = section(card, "Evaluation")
-    for path, kind, both, names in (("dev.tsv", "evaluation", metrics, ["spearman", "pearson"]), ("test.tsv", "test", metrics["test"], ["spearman"]), ("desk", "test", metrics["test"], ["mrr@10", "ndcg@10"])):
+    sets = ("dev.tsv", "evaluation, 18 pairs", metrics, ["spearman", "pearson"]), ("test.tsv", "test, 18 pairs", metrics["test"], ["spearman"]), ("desk", "test, 18 questions", metrics["test"], ["mrr@10", "ndcg@10"])
+    for path, kind, both, names in sets:
         for name in names:
             cells = [f"{both[when][name]:.3f} [{both[when][name + '_low']:.3f}, {both[when][name + '_high']:.3f}]" for when in ("before", "after")]
             assert f"| {path} ({kind}) | {name} | {cells[0]} | {cells[1]} |" in said
@@ -202,7 +218,7 @@ def test_recipe_is_one_block_and_changes_count(copy):
     (copy / "recipe.toml").write_text(text)
     card = model_card(copy)
     assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")
-    assert "\n# changed title | x\n" in card and "other.tsv (evaluation)" in card and "new.tsv (test)" in card and "desk (test)" in card
+    assert "\n# changed title | x\n" in card and "other.tsv (evaluation, 18 pairs)" in card and "new.tsv (test, 18 pairs)" in card and "desk (test, 18 questions)" in card
     assert "The command was not recorded" in card
 
 
@@ -218,7 +234,7 @@ def test_a_run_from_python_has_a_card_too(copy):
 
 def test_a_figure_that_is_missing_is_left_out(copy):
     metrics = json.loads((copy / "metrics.json").read_text())
-    change(copy, "metrics", after=metrics["after"] | {"spearman": None}, before={})       # NaN is written as null
+    change(copy, "metrics", after={k: v for k, v in metrics["after"].items() if k != "sts_n"} | {"spearman": None}, before={})       # NaN is written as null
     rows = scores(read_run(copy))
     assert [r["metric"] for r in rows if r["split"] == "evaluation"] == ["pearson"]
     assert "| dev.tsv (evaluation) | pearson |  | " in model_card(copy)
@@ -271,7 +287,11 @@ def test_any_title_is_quoted_right(copy, title):
 def test_only_a_hub_model_is_a_base_model(copy, monkeypatch, name, base):
     monkeypatch.chdir(copy)
     (copy / "here").mkdir()
-    (copy / "recipe.toml").write_text(f'title = "t"\n[model]\nname = "{name}"\n')
+    (copy / "recipe.toml").write_text(f'title = "t"\n[model]\nname = "{name}"\n[data]\nmix = "m.json"\n')
+    (copy / "recipe.toml").write_text(recipes.load(copy / "recipe.toml").text)
+    assert ModelCard(model_card(copy)).data.base_model == base
+    (copy / "here").rename(copy / "gone")                                         # the card asks the records, not the folder it is written in
+    (copy / "distilroberta-base").mkdir()
     assert ModelCard(model_card(copy)).data.base_model == base
 
 
@@ -336,6 +356,9 @@ print("written", flush=True); sys.stdin.readline()
 for name, more in json.loads(sys.argv[2]):
     try: said[name] = push_to_hub(run, name, metadata=more)
     except ValueError as error: said[name] = f"error: {error}"
+if sys.argv[3] == "on":
+    write_card(run, {"language": "en", "license": "mit"})
+    push_to_hub(run, "me/written")
 (run / "model/README.md").write_text("my own words")
 said["me/edited"] = push_to_hub(run, "me/edited", private=False) if sys.argv[3] == "on" else ""
 print(json.dumps(said))
@@ -374,7 +397,8 @@ def test_push_to_a_stub_of_the_hub(copy, hub, tmp_path, monkeypatch):
     assert created["me/edited"].get("private") is False or created["me/edited"].get("visibility") == "public", created["me/edited"]
     assert {token for _, token, _ in hub.seen} == {"Bearer hf_of_the_test"}
     commits = {path.split("/")[3] + "/" + path.split("/")[4]: received(body) for path, _, body in hub.seen if "/commit/" in path}
-    assert set(commits) == {"me/model", "me/edited"} and commits["me/edited"]["README.md"] == b"my own words"
+    assert commits["me/written"]["README.md"].decode() == model_card(copy, "me/written", {"language": "en", "license": "mit"})     # keeps what it was written with
+    assert set(commits) == {"me/model", "me/written", "me/edited"} and commits["me/edited"]["README.md"] == b"my own words"
     files = commits["me/model"]
     assert set(files) == {p.relative_to(copy / "model").as_posix() for p in (copy / "model").rglob("*") if p.is_file()}
     readme = files["README.md"].decode()

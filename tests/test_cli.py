@@ -757,6 +757,11 @@ def test_user_errors_are_one_sentence(broken, args, words):
     assert not (broken / "never").exists()
 
 
+@pytest.mark.parametrize("change, words", [("train.warm_up=3", ["train: unknown key 'warm_up'", "did you mean 'warmup'?"]), ("model.pooling='maen'", ["model.pooling", "maen", "mean"])])
+def test_a_typo_is_told_before_a_model_is_loaded(broken, change, words):
+    refuses("train", "recipe.toml", "--out", "never", "--no-progress", "--set", change, "--set", "model.name='nowhere/model'", words=words)
+
+
 @pytest.mark.parametrize("change, words", [
     ("train.stepz=3", ["recipe.toml", "stepz", "steps"]), ("data.batchsize=3", ["recipe.toml", "data.batchsize", "batch_size"]),
     ("trian.steps=3", ["trian", "train"]),

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_backbone, make_tokenizer
 
-from contrastive_st import bias, demo
+from contrastive_st import bias, cli, demo
 from contrastive_st.model import SentenceEncoder
 
 HOSTILE = ['<script>window.hacked = 1</script>', '<img src=x onerror="window.hacked = 1">', "</td></tr></table><svg onload='window.hacked = 1'>", "${window.hacked = 1}", "{{7*7}}",
@@ -194,7 +194,7 @@ def test_read_corpus(tmp_path, name, text, column, expected):
 @pytest.mark.parametrize("name, text, column, said", [
     ("a.pdf", "%PDF", "", "save it as one of these"), ("a.txt.gz", b"\x1f\x8b", "", "save it as one of these"), ("a.txt", b"caf\xe9", "", "byte 4 is not UTF-8"),
     ("a.txt", "", "", "there is no text"), ("a.txt", "\n \n", "", "there is no text"), ("a.csv", "id,headline\n1,one\n", "", "'id', 'headline'"),
-    ("a.csv", "id,headline\n1,one\n", "body", "there is no text in column 'body'"), ("a.csv", "text,id\nx\n" + "1,2,3\n" + '"' + "y" * 200_000, "", "not CSV"),
+    ("a.csv", "id,headline\n1,one\n", "body", "there is no text in column 'body'"), ("a.csv", "text,id\nx\n" + "1,2,3\n" + '"' + "y", "", "not CSV"),
     ("a.jsonl", '{"text": "x"}\n[1]\n', "", "a.jsonl:2: not a JSON object"), ("a.jsonl", '{"text": 3}\n', "", "a.jsonl:1"), ("a.jsonl", "[" * 100_000, "", "a.jsonl:1: not a JSON"),
     ("a.txt", "line\n" * 200_000, "", "200,000 lines of text are more than the 20,000"),
 ])
@@ -396,19 +396,30 @@ def test_the_server_answers_to_its_own_name_and_loads_nothing_from_elsewhere(ser
 
 
 @gradio
-@pytest.mark.parametrize("models, options, said", [
-    (["small"], ["--port", "PORT"], "cannot be served at 127.0.0.1:PORT"), (["empty"], [], "empty has no config.json"), (["small", "remote"], [], "is never run"),
-    (["nowhere"], [], "nowhere"), (["small", "small"], [], "given twice"), (["small"], ["--run", "empty"], "empty"),
-])
-def test_the_command_line_refuses_in_one_sentence(server, folders, tmp_path, models, options, said):
+def test_the_command_line_refuses_in_one_sentence(server, tmp_path, folders):
     "Exit code 2, nothing on standard output, and one line that says what and what to do."
+    port = server.rstrip("/").rpartition(":")[2]
+    done = subprocess.run([*COMMAND, folders / "small", "--port", port], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert f"cannot be served at 127.0.0.1:{port}" in done.stderr
+
+
+@pytest.mark.parametrize("models, options, said", [
+    (["empty"], [], "empty has no config.json"), (["small", "remote"], [], "is never run"), (["nowhere"], [], "nowhere"), (["small", "small"], [], "given twice"),
+    (["small"], ["--run", "empty"], "empty"),
+])
+def test_models_that_cannot_be_shown(folders, tmp_path, monkeypatch, capfd, models, options, said):
     (tmp_path / "empty").mkdir()
     stranger(shutil.copytree(folders / "small", tmp_path / "remote"))
     shutil.copytree(folders / "small", tmp_path / "small")
-    port = server.rstrip("/").rpartition(":")[2]
-    done = subprocess.run([*COMMAND, *models, *(option.replace("PORT", port) for option in options or ["--port", "0"])], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert said.replace("PORT", port) in done.stderr and not (tmp_path / "ran").exists(), done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets it, for good
+    monkeypatch.setattr(sys, "argv", ["contrastive-st", "demo", *models, *options, "--port", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capfd.readouterr()
+    assert stopped.value.code == 2 and not printed.out and printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    assert said in printed.err and not (tmp_path / "ran").exists()
 
 
 @gradio

@@ -308,3 +308,16 @@ def test_lint_really_fails(tmp_path, name):
     change, said = BAD[name]
     found = lint(tmp_path, good(**change))
     assert len(found) == 1 and said in found[0] and "99_bad.ipynb" in found[0], found
+
+
+def test_a_notebook_that_lacks_its_data_is_left_as_it_was(tmp_path, monkeypatch, capsys):
+    "A cell that raises SkipTest says why, and neither it nor a cell before it is written."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cells = new_code_cell("print(1)", id="first"), new_code_cell("raise __import__('unittest').SkipTest('no data here')", id="run"), new_code_cell("1 / 0", id="last")
+    nb = new_notebook()
+    nb.cells = list(cells)
+    nbformat.write(nb, tmp_path / "a.ipynb")
+    before = (tmp_path / "a.ipynb").read_bytes()
+    assert tool.execute(tmp_path / "a.ipynb")[2] == "" and (tmp_path / "a.ipynb").read_bytes() == before
+    assert "a.ipynb: skipped at cell run: no data here" in capsys.readouterr().out

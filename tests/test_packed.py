@@ -124,13 +124,49 @@ def test_attention_equals_softmax_text_by_text(step, most):
         assert all(b.texts == 1 or b.texts * 3 * b.length**2 <= most for b in segments.blocks) and sum(b.texts for b in segments.blocks) == len(sizes)
         expected, upstream = text_by_text(q, k, v, sizes, 0.3), torch.randn(1, sum(sizes), 3, 4, dtype=torch.float64)
         ours, none = packed.attention(None, q, k, v, None, scaling=0.3, segments=segments)
-        rows = [x.transpose(1, 2).flatten(0, 2) for x in (q, k, v)]
-        for out in (ours, packed._by_sdpa(*rows, segments, 0.3, 0.0).view(ours.shape)):  # the way of CPUs, and that of GPUs
+        for out in (ours, packed._ragged(q, k, v, segments, 0.3, 0.0)[None]):  # the way of CPUs, and that of GPUs
             assert none is None and apart(out, expected) < 1e-12
             for a, b in zip(torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True), torch.autograd.grad(expected, (q, k, v), upstream, retain_graph=True)):
                 torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
         inferred, none = packed.attention(None, *(x.detach() for x in (q, k, v)), None, scaling=0.3, segments=segments)
         assert none is None and inferred.shape == ours.shape and apart(inferred, expected) < 1e-12
+
+
+@pytest.fixture
+def gpu_way(monkeypatch):
+    "Send the packed attention of this CPU the way that a GPU goes."
+    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, segments=None, **kwargs):
+        segments.calls += 1
+        return packed._ragged(query, key, value, segments, scaling, dropout)[None], None
+    monkeypatch.setitem(tf.AttentionInterface._global_mapping, packed._NAME, attention)
+    monkeypatch.setattr(Segments, "cells", property(lambda self: pytest.fail("tokens were laid out")))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_way_of_gpus_gives_the_padded_numbers(gpu_way, kind):
+    backbone, (ids, lengths) = make(kind), batch(MIXED)
+    expected, ours = padded(backbone, ids, lengths), laid(backbone, ids, lengths)
+    assert apart(ours, expected) < 1e-5
+    a, b = gradient(ours, backbone), gradient(expected, backbone)
+    assert apart(a, b) < 1e-5
+
+
+def test_the_way_of_gpus_drops_attention_weights(gpu_way):
+    "Values of one: an attended sum is 1 without dropout, and 1 on average with it."
+    segments, (q, k, v) = Segments([300, 200, 100], 2), qkv(600, 2)
+    dropped = packed._ragged(q, k, torch.ones_like(v), segments, 0.5, 0.3)
+    assert dropped.shape == (600, 2, 4) and 0.02 < dropped.std() < 0.2 and abs(dropped.mean() - 1) < 0.01
+
+
+def test_inference_in_16_bits_is_as_near_as_its_rounding():
+    "Lengths that are filled up to a multiple of 16, and those that are not."
+    for sizes in ([33, 32, 31, 17, 17, 16, 15, 9, 1], [250], [2]):
+        exact = qkv(sum(sizes), 3, d=32)
+        expected = text_by_text(*exact, sizes, 0.3)
+        ours, _ = packed.attention(None, *(x.detach().bfloat16() for x in exact), None, scaling=0.3, segments=Segments(sizes, heads=3))
+        assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape and apart(ours, expected) < 2**-7
+    filled, _, shown = packed._in_sixteens(*torch.ones(2, 4, 17, 6, dtype=torch.bfloat16))
+    assert filled.shape == (4, 32, 6) and filled.sum() == 4 * 17 * 6 and shown.sum() == 17 * 17
 
 
 def test_inference_gathers_nothing(monkeypatch):
@@ -142,8 +178,8 @@ def test_inference_gathers_nothing(monkeypatch):
 
 def test_what_is_not_a_number_stays_in_its_text():
     others = torch.tensor([0, 1, 2, 3, 4, 8, 9])
-    for trained in (True, False):  # block by block, and length by length
-        q, k, v = (x.detach().requires_grad_(trained) for x in qkv(10, 2))
+    for trained, dtype in ((True, torch.float64), (False, torch.float64), (False, torch.bfloat16)):  # block by block, and length by length
+        q, k, v = (x.detach().to(dtype).requires_grad_(trained) for x in qkv(10, 2))
         with torch.no_grad():
             clean, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
             k[:, :, 6], v[:, :, 6] = float("nan"), float("inf")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import ROOT
@@ -15,7 +16,8 @@ from conftest import ROOT
 from contrastive_st import recipes
 from contrastive_st.data import prepare
 from contrastive_st.mixture import account
-from contrastive_st.recipes import DataPlan, EvaluationPlan, Recipe, build, inside, known, load, merge, plan
+from contrastive_st.model import POOLINGS
+from contrastive_st.recipes import DataPlan, EvaluationPlan, ModelPlan, Recipe, build, inside, known, load, merge, plan
 from contrastive_st.trainer import TrainConfig
 
 GOOD = """
@@ -100,6 +102,20 @@ def test_a_good_recipe_in_full(folder, monkeypatch):
     assert (mixture.batch_size, mixture.datasets_per_batch, mixture.seed) == (4, 1, 0)
 
 
+def test_the_poolings_are_the_encoders():
+    assert set(get_args(get_args(ModelPlan.__annotations__["pooling"])[0])) == set(POOLINGS)
+
+
+def test_a_model_in_a_folder_is_noted(folder, monkeypatch):
+    "From here: what the same name means elsewhere or later, nobody can tell."
+    monkeypatch.chdir(folder)
+    assert load("good.toml").text == GOOD
+    (folder / "encoder").mkdir()
+    noted = load("good.toml")
+    assert noted.text == GOOD + "\n# model.name is a folder\n" and tomllib.loads(noted.text) == tomllib.loads(GOOD)
+    assert load("good.toml", {"title": "x"}).text.endswith("\n# model.name is a folder\n") and load("good.toml", {"model": {"name": "other"}}).text.endswith("}\n")
+
+
 def test_inline_mixes_folders_and_lists(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     inline = changed('mix = "data_config.json"', 'mix = [{name = "more.jsonl", weight = 2, lines = 8}]')
@@ -166,6 +182,13 @@ def test_a_published_run_is_planned_from_its_sizes(name, total):
     report = account(planned, config.steps, 0)
     assert report["examples"] == config.steps * recipe.data.batch_size and sum(d["realised"] for d in report["datasets"]) == pytest.approx(1)
     assert {d["name"] for d in report["datasets"] if d["columns"] == 3} == set(recipe.data.triplets)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_key_of_a_published_recipe_says_where_it_is_from(name):
+    text = known()[name].read_text().split("\n[tiny]\n")[0]
+    silent = [line for line in text.splitlines() if re.match(r"\w+ = ", line) and not line.startswith("title") and not re.search(r"# .*(card|script|data_config|call|notebook|by their names|our choice)", line)]
+    assert not silent
 
 
 def test_poolings_and_similarities_are_those_of_the_cards():
@@ -301,6 +324,7 @@ def test_unknown_keys_are_named_with_the_nearest_known(bad, text, words):
     (changed('[model]\nname = "encoder"\n').replace('title = "a test"', 'title = "a test"\nmodel = "encoder"'), ["model"]),
     (changed('name = "encoder"', "name = 7"), ["model.name"]),
     (changed('name = "encoder"', 'name = "encoder"\npooling = 1'), ["model.pooling"]),
+    (changed('name = "encoder"', 'name = "encoder"\npooling = "maen"'), ["model.pooling: should be 'mean', 'cls' or 'max', not 'maen'"]),
     (changed('name = "encoder"', 'name = "encoder"\nnormalize = "yes"'), ["model.normalize"]),
     (changed('name = "encoder"', 'name = "encoder"\nmax_length = 2'), ["model.max_length", "2"]),
     (changed('name = "encoder"', 'name = "encoder"\nmax_length = 64.0'), ["model.max_length"]),

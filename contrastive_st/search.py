@@ -51,7 +51,7 @@ def _shape(
     embeddings, # numpy array or torch tensor, one hopes
 )->tuple: # its shape
     "Shape of the embeddings; raise a ValueError if they are texts."
-    first = embeddings[:1] if isinstance(embeddings, str | list | tuple | np.ndarray) else ()
+    first = embeddings.flat[:1] if isinstance(embeddings, np.ndarray) else embeddings[:1] if isinstance(embeddings, str | list | tuple) else ()
     if isinstance(first, str) or len(first) and isinstance(first[0], str):
         raise ValueError("these are texts, not embeddings; encode them first: encoder.encode(texts)")
     return np.shape(embeddings)

@@ -266,7 +266,7 @@ def test_texts_are_not_embeddings(texts):
     for call in (lambda: semantic_search(texts, x), lambda: semantic_search(x, texts), lambda: paraphrase_mining(texts), lambda: community_detection(texts), lambda: cluster(texts, 1)):
         with pytest.raises(ValueError, match="^these are texts, not embeddings; encode them first: encoder.encode\\(texts\\)$"):
             call()
-    for number in (None, 3.5):
+    for number in (None, 3.5, np.array(3.5)):
         with pytest.raises(ValueError, match="wrap a single vector"):
             semantic_search(x, number)
     assert semantic_search(x.tolist(), x.tolist())[1].shape == (3, 3)   # lists of numbers are welcome

@@ -158,6 +158,17 @@ def test_the_way_of_gpus_drops_attention_weights(gpu_way):
     assert dropped.shape == (600, 2, 4) and 0.02 < dropped.std() < 0.2 and abs(dropped.mean() - 1) < 0.01
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("bf16, near", [(False, 1e-4), (True, 2e-2)])
+def test_the_kernels_of_a_gpu_give_the_padded_numbers(bf16, near):
+    exact, backbone, (ids, lengths) = make().double(), make().cuda(), batch(MIXED)
+    expected = padded(exact, ids, lengths)
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        ours = laid(backbone, ids.cuda(), lengths).double().cpu()
+    assert apart(ours, expected) < near
+    assert apart(gradient(ours, backbone).double().cpu(), gradient(expected, exact)) < 5 * near
+
+
 def test_inference_in_16_bits_is_as_near_as_its_rounding():
     "Lengths that are filled up to a multiple of 16, and those that are not."
     for sizes in ([33, 32, 31, 17, 17, 16, 15, 9, 1], [250], [2]):

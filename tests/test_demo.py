@@ -194,7 +194,8 @@ def test_read_corpus(tmp_path, name, text, column, expected):
 @pytest.mark.parametrize("name, text, column, said", [
     ("a.pdf", "%PDF", "", "save it as one of these"), ("a.txt.gz", b"\x1f\x8b", "", "save it as one of these"), ("a.txt", b"caf\xe9", "", "byte 4 is not UTF-8"),
     ("a.txt", "", "", "there is no text"), ("a.txt", "\n \n", "", "there is no text"), ("a.csv", "id,headline\n1,one\n", "", "'id', 'headline'"),
-    ("a.csv", "id,headline\n1,one\n", "body", "there is no text in column 'body'"), ("a.csv", "text,id\nx\n" + "1,2,3\n" + '"' + "y", "", "not CSV"),
+    ("a.csv", "id,headline\n1,one\n", "body", "there is no text in column 'body'"), ("a.csv", "text,id\nx\n" + "1,2,3\n" + '"' + "y" * 200_000, "", "not CSV"),
+    ("a.csv", 'text,id\n"y', "", "not CSV"),
     ("a.jsonl", '{"text": "x"}\n[1]\n', "", "a.jsonl:2: not a JSON object"), ("a.jsonl", '{"text": 3}\n', "", "a.jsonl:1"), ("a.jsonl", "[" * 100_000, "", "a.jsonl:1: not a JSON"),
     ("a.txt", "line\n" * 200_000, "", "200,000 lines of text are more than the 20,000"),
 ])
@@ -404,6 +405,7 @@ def test_the_command_line_refuses_in_one_sentence(server, tmp_path, folders):
     assert f"cannot be served at 127.0.0.1:{port}" in done.stderr
 
 
+@gradio
 @pytest.mark.parametrize("models, options, said", [
     (["empty"], [], "empty has no config.json"), (["small", "remote"], [], "is never run"), (["nowhere"], [], "nowhere"), (["small", "small"], [], "given twice"),
     (["small"], ["--run", "empty"], "empty"),

@@ -254,7 +254,8 @@ def test_cuts(lengths, chunk_tokens):
     sizes = [sum(run) for run in runs]
     assert sum(runs, []) == lengths and all(size <= chunk_tokens or len(run) == 1 for run, size in zip(runs, sizes))
     if lengths[0] <= chunk_tokens / 4:
-        assert sizes[-1] >= max(sizes) / 3 and len(sizes) <= math.ceil(sum(lengths) / chunk_tokens) + 1
+        assert sizes[-1] >= max(sizes) / 3 and sizes[-1] >= (max(sizes) - lengths[0]) / 2  # half of the largest, but for half a text
+        assert len(sizes) <= math.ceil(sum(lengths) / chunk_tokens) + 1
     if sum(lengths) <= chunk_tokens:
         assert len(sizes) == 1
 

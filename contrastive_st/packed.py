@@ -9,7 +9,7 @@ __all__ = ['Segments', 'attention', 'packable', 'packed_states']
 import copy
 import math
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -237,6 +237,54 @@ def attention(
 AttentionInterface.register(_NAME, attention)
 AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
 
+# %% ../nbs/03_packed.ipynb #linear
+@cache
+def _fuses():
+    "Whether oneDNN multiplies bfloat16 on this processor and this PyTorch lets us say what else goes into the product."
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+def _lower(linear):
+    "Weight and bias as a CPU's bfloat16 autocast would cast them; None where they are not multiplied in one call."
+    weight, kind = linear.weight, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or kind != torch.bfloat16 or not _fuses(): return None
+    return weight.bfloat16(), None if linear.bias is None else linear.bias.bfloat16()
+
+class _Product(torch.autograd.Function):
+    "x @ weight.T + bias in one call, and its gradients."
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx, grad):
+        (x, weight), (to_x, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        rows, g = x.flatten(0, -2), grad.flatten(0, -2)
+        turned = g.T.contiguous() if g.shape[1] < rows.shape[1] else g.T  # oneDNN is slow to read the left factor by columns; worth a copy if it is the narrow one
+        return grad @ weight if to_x else None, turned @ rows if to_weight else None, g.sum(0) if to_bias else None
+
+# %% ../nbs/03_packed.ipynb #linear-modules
+class _Linear(torch.nn.Linear):
+    "A linear map whose `lower` weights, if it has them, are multiplied in one call."
+    def forward(self, x, residual=None):
+        if self.lower is None: return super().forward(x)
+        if residual is None: return _Product.apply(x.bfloat16(), *self.lower)
+        return torch.ops.mkldnn._linear_pointwise.binary(x.bfloat16(), residual.bfloat16(), *self.lower, "add")
+
+class _AddNorm(torch.nn.Module):
+    "The end of each half of a BERT layer: a linear map, dropout, the residual added, layer norm."
+    def forward(self, states, residual):
+        inside = not torch.is_grad_enabled() and not self.dropout.training and getattr(self.dense, "lower", None)
+        return self.LayerNorm(self.dropout(self.dense(states, residual)) if inside else self.dropout(self.dense(states)) + residual)
+
+def _class(module):
+    "The class of a module's twin."
+    ends = type(module).__module__.startswith("transformers.models.") and set(module._modules) == {"dense", "dropout", "LayerNorm"}
+    if ends and not any(part._forward_hooks or part._forward_pre_hooks for part in module.children()): return _AddNorm
+    return {torch.nn.Dropout: _Dropout, torch.nn.Linear: _Linear}.get(type(module), type(module))
+
 # %% ../nbs/03_packed.ipynb #twin
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")  # checked; others may ignore the registered function
 
@@ -250,10 +298,11 @@ def packable(
             and not any("forward" in vars(module) for module in backbone.modules()))  # replaced by other libraries
 
 def _twin(module, old, new):
-    "A copy of the modules, not of the weights, whose layers find another configuration and have cheap dropout."
-    twin = object.__new__(_Dropout if type(module) is torch.nn.Dropout else type(module))
+    "A copy of the modules, not of the weights, whose layers find another configuration, cheap dropout and linear maps in one call."
+    twin = object.__new__(_class(module))
     children = {name: child and _twin(child, old, new) for name, child in module._modules.items()}
     twin.__dict__ = vars(module) | {"_modules": children} | ({"config": new} if vars(module).get("config") is old else {})
+    if type(twin) is _Linear: vars(twin)["lower"] = _lower(module)
     return twin
 
 def _unpadded(backbone):
@@ -287,7 +336,7 @@ def packed_states(
     backbone:torch.nn.Module, # one that is `packable`
     token_ids:Tensor, # all texts one after another, (S,) int64
     lengths:Tensor, # tokens per text, (N,) int64, at least 1
-    token_budget:int=2048, # tokens at a time; a longer text is taken alone
+    token_budget:int=3072, # tokens at a time; a longer text is taken alone
 )->Iterator[tuple[Tensor, Tensor]]: # the numbers of n texts, (n,), and their token states, (n, T, D); each text once
     "Run a backbone on texts laid end to end; what comes out are rectangles of texts that have one length."
     token_ids, place, order = _sorted(token_ids, lengths.cpu())

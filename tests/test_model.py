@@ -1,7 +1,10 @@
 """The encoder against sentence-transformers and transformers: save, load, encode, refuse."""
 import copy
 import json
+import platform
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -209,6 +212,32 @@ def test_bfloat16_is_told_where_there_is_none(encoder, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with pytest.warns(UserWarning, match="no bfloat16 arithmetic; encoding in float32"):
         np.testing.assert_array_equal(encoder.encode(TEXTS, bf16=True), exact)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_for_the_next_chunk():
+    "In a process of its own, since the C library never forgets the largest block that it saw freed."
+    script = """
+import resource, torch
+from contrastive_st import model
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        blocks = [torch.ones(2**21) for _ in range(5)]  # 8 MB each
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+returned = faults()
+model._keep_memory()
+print(returned, faults())"""
+    returned, kept = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    assert kept < returned / 5, (returned, kept)
+
+
+def test_the_encoder_keeps_memory(encoder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(model, "_keep_memory", lambda: calls.append(1))
+    encoder.encode(TEXTS)
+    assert calls
 
 
 def test_training_under_autocast_goes_on_after_encoding_in_bfloat16(encoder):

@@ -360,6 +360,121 @@ def test_the_backbone_is_left_as_it_was(tmp_path):
         assert not torch.equal(again(ids, lengths), vectors) and torch.equal(encoder(ids, lengths), vectors)
 
 
+# ---- linear maps in bfloat16, in one call ----
+
+LOW = pytest.mark.skipif(not packed._fuses(), reason="this processor has no bfloat16 products")
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@LOW
+@pytest.mark.parametrize("into, out, bias", [(24, 40, True), (40, 24, True), (32, 32, False)])
+def test_a_linear_map_in_one_call(into, out, bias):
+    "Values and gradients as near to float32 as autocast's own, and no gradient for what asks for none."
+    torch.manual_seed(0)
+    linear, x, pull = torch.nn.Linear(into, out, bias=bias), torch.randn(2, 30, into, requires_grad=True), torch.randn(2, 30, out)
+    with autocast():
+        twin = packed._twin(linear, None, None)
+        ours, theirs = twin(x), linear(x)
+    assert ours.dtype == torch.bfloat16 and "_Product" in str(ours.grad_fn) and apart(ours, linear(x)) < 2**-7
+    found, low, exact = (torch.autograd.grad((y.float() * pull).sum(), [x, *linear.parameters()]) for y in (ours, theirs, linear(x)))
+    for a, b, c in zip(found, low, exact, strict=True):
+        assert a.dtype == torch.float32 and apart(a, c) < 1.1 * apart(b, c) + 1e-3
+    leaves = [x, *linear.parameters()]
+    for one, gradient_ in zip(leaves, found, strict=True):
+        for leaf in leaves:
+            leaf.requires_grad_(leaf is one)
+        with autocast():
+            y = packed._twin(linear, None, None)(x)
+        assert torch.equal(torch.autograd.grad((y.float() * pull).sum(), one)[0], gradient_)
+
+
+@LOW
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_bfloat16_is_as_near_as_the_padded_forward(kind):
+    backbone, (ids, lengths) = make(kind), batch(MIXED)
+    exact = padded(backbone, ids, lengths)
+    with autocast():
+        plain, ours = padded(backbone, ids, lengths), laid(backbone, ids, lengths, 40)
+        with torch.no_grad():
+            inferred = laid(backbone, ids, lengths, 40)
+    near = apart(plain, exact)
+    assert 1e-3 < near < 0.05 and apart(ours, exact) < 2 * near and apart(inferred, exact) < 2 * near  # it really was bfloat16
+    low, found, right = (gradient(states, backbone) for states in (plain, ours, exact))
+    assert apart(found, right) < 2 * apart(low, right)
+
+
+@LOW
+def test_inference_adds_the_residual_inside_the_product(monkeypatch):
+    backbone, (ids, lengths), seen = make(), batch(MIXED), []
+    monkeypatch.setattr(packed._Linear, "forward", lambda self, *x, plain=packed._Linear.forward: (seen.append(len(x)), plain(self, *x))[1])
+    with autocast(), torch.no_grad():
+        laid(backbone, ids, lengths)
+        assert sorted(seen) == [1] * 8 + [2] * 4  # of the six maps of a layer two end a half of it
+        backbone.encoder.layer[0].output.dropout.train()  # dropout comes before the residual: where it may drop, nothing is fused
+        seen.clear()
+        laid(backbone, ids, lengths)
+    assert sorted(seen) == [1] * 9 + [2] * 3
+
+
+@LOW
+@pytest.mark.parametrize("how", [*CHANGES, "a hook on the end of a layer", "a hook before it", "another end of a layer"])
+def test_what_others_change_is_honoured_in_bfloat16(how):
+    class Halved(tf.models.bert.modeling_bert.BertOutput):
+        def forward(self, states, residual):
+            return super().forward(states, residual) / 2
+
+    def halve(layer):
+        layer.output.__class__ = Halved
+    more = {"a hook on the end of a layer": lambda b, query: b.encoder.layer[1].output.dense.register_forward_hook(lambda module, args, out: -out),
+            "a hook before it": lambda b, query: b.encoder.layer[1].output.dropout.register_forward_pre_hook(lambda module, args: (-args[0],)),
+            "another end of a layer": lambda b, query: halve(b.encoder.layer[1])}
+    backbone, (ids, lengths) = make(), batch(MIXED)
+    (CHANGES | more)[how](backbone, backbone.get_submodule(ATTENTION).query)
+    exact = padded(backbone, ids, lengths)
+    with autocast():
+        ours = laid(backbone, ids, lengths, 40)
+        with torch.no_grad():
+            assert apart(laid(backbone, ids, lengths, 40), exact) < 0.03
+    assert apart(ours, exact) < 0.03 and apart(gradient(ours, backbone), gradient(exact, backbone)) < 0.1
+
+
+@LOW
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_in_bfloat16(reentrant):
+    "The cast weights are made before the layers run, so a layer that runs again finds the ones that lead to the weights."
+    found, (ids, lengths) = [], batch(MIXED)
+    for checkpoint in (False, True):
+        backbone = make(p=0.2).train()
+        if checkpoint:
+            backbone.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        with autocast():
+            states = laid(backbone, ids, lengths, 40)
+        states.float().square().sum().backward()
+        found.append(torch.cat([w.grad.flatten() for w in backbone.parameters()]))
+    assert apart(found[1], found[0]) < 0.01
+
+
+def test_without_bfloat16_products_nothing_is_fused(monkeypatch):
+    backbone, (ids, lengths) = make(), batch(MIXED)
+    monkeypatch.setattr(packed, "_fuses", lambda: False)
+    monkeypatch.setattr(packed, "_Product", None)  # calling it would fail
+    with autocast():
+        ours = laid(backbone, ids, lengths)
+    assert apart(ours, padded(backbone, ids, lengths)) < 0.05
+    monkeypatch.undo()
+    for twin in (packed._unpadded(backbone), packed._unpadded(make().double())):  # no autocast; numbers that autocast leaves alone
+        assert {m.lower for m in twin.modules() if type(m) is packed._Linear} == {None}
+    with autocast():
+        assert {m.lower for m in packed._unpadded(make().double()).modules() if type(m) is packed._Linear} == {None}
+    with torch.autocast("cpu", torch.float16):
+        assert {m.lower for m in packed._unpadded(make()).modules() if type(m) is packed._Linear} == {None}
+
+
 # ---- what is not packed ----
 
 def test_only_checked_backbones_are_packable():

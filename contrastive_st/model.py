@@ -409,6 +409,12 @@ def _write_layout(folder, pooling, normalize, max_length, width, rest):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+# %% ../nbs/03_model.ipynb #keep-memory
+@cache
+def _keep_memory():
+    "Make glibc keep up to 64 MB of what is freed: twice the largest block that it saw freed, of up to 32 MB (mallopt(3)); elsewhere this does nothing."
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # never written to, so it takes no memory
+
 # %% ../nbs/03_model.ipynb #skeleton
 class _Parts(torch.nn.Module):
     "A backbone, a tokenizer and the way from token states to one vector."
@@ -429,6 +435,7 @@ class _Parts(torch.nn.Module):
         self.layout = "packed" if packable(backbone) else "padded"  # how `forward` lays texts out; "padded" always works
         self.token_budget = None  # tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere
         self.train(backbone.training)
+        _keep_memory()
 
     @property
     def width(self)->int: return self.backbone.config.hidden_size  # D
@@ -489,11 +496,6 @@ def _save(encoder, folder):
     _write_layout(folder, encoder.pooling, encoder.normalize, encoder.max_length, encoder.width, {**rest, "prompts": encoder.prompts})
 
 # %% ../nbs/03_model.ipynb #embed-packed
-@cache
-def _keep_memory():
-    "Make glibc keep up to 64 MB of what is freed: twice the largest block that it saw freed, which counts up to 32 MB (mallopt(3)); elsewhere this does nothing."
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # never written to, so it takes no memory
-
 def _budget(encoder, kind):
     "The tokens that are embedded at a time on a kind of device; a layout or a budget that is none is an error."
     budget = encoder.token_budget
@@ -530,7 +532,6 @@ class SentenceEncoder(_Parts):
         "Embed a ragged batch, packed or padded as `layout` says; with autograd, so this is what training calls."
         if len(lengths) == 0: return torch.zeros(0, self.width, device=token_ids.device)
         _check_ragged(token_ids, lengths)
-        _keep_memory()
         budget = _budget(self, token_ids.device.type)
         if self.layout == "packed" and token_ids.device.type in ("cpu", "cuda"): return _embed_packed(self, token_ids, lengths, budget)
         return _embed_ragged(self.embed, token_ids, lengths, self.tokenizer.pad_token_id, budget)

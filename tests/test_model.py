@@ -233,10 +233,11 @@ print(returned, faults())"""
     assert kept < returned / 5, (returned, kept)
 
 
-def test_the_encoder_keeps_memory(encoder, monkeypatch):
+def test_the_encoder_keeps_memory(monkeypatch):
     calls = []
     monkeypatch.setattr(model, "_keep_memory", lambda: calls.append(1))
-    encoder.encode(TEXTS)
+    tokenizer = make_tokenizer()
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer)
     assert calls
 
 

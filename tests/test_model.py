@@ -237,7 +237,7 @@ def test_the_encoder_keeps_memory(monkeypatch):
     calls = []
     monkeypatch.setattr(model, "_keep_memory", lambda: calls.append(1))
     tokenizer = make_tokenizer()
-    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer)
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64)
     assert calls
 
 

@@ -412,8 +412,8 @@ def _write_layout(folder, pooling, normalize, max_length, width, rest):
 # %% ../nbs/03_model.ipynb #keep-memory
 @cache
 def _keep_memory():
-    "Make glibc keep up to 64 MB of what is freed: twice the largest block that it saw freed, of up to 32 MB (mallopt(3)); elsewhere this does nothing."
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # never written to, so it takes no memory
+    "Make glibc take blocks of up to 32 MB from memory that it keeps, 64 MB at its end included, as it does once it saw such a block freed (mallopt(3)); elsewhere this does nothing."
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")  # never written to, so it takes no memory
 
 # %% ../nbs/03_model.ipynb #skeleton
 class _Parts(torch.nn.Module):

@@ -240,50 +240,57 @@ AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
 # %% ../nbs/03_packed.ipynb #linear
 @cache
 def _fuses():
-    "Whether oneDNN multiplies bfloat16 on this processor and this PyTorch lets us say what else goes into the product."
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    "Whether oneDNN multiplies bfloat16 itself on this processor; on ARM its fused products were far slower than plain ones (pytorch issue 180447)."
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-def _lower(linear):
-    "Weight and bias as a CPU's bfloat16 autocast would cast them; None where they are not multiplied in one call."
-    weight, kind = linear.weight, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or kind != torch.bfloat16 or not _fuses(): return None
-    return weight.bfloat16(), None if linear.bias is None else linear.bias.bfloat16()
+def _casts(linear):
+    "Whether autocast would now cast this linear map to a CPU's bfloat16; not if a hook may yet set its weights, as pruning does."
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16 or linear._forward_pre_hooks: return False
+    return linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 and torch.backends.mkldnn.enabled and _fuses()
 
 class _Product(torch.autograd.Function):
     "x @ weight.T + bias in one call, and its gradients."
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
-        (x, weight), (to_x, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows, g = x.flatten(0, -2), grad.flatten(0, -2)
-        turned = g.T.contiguous() if g.shape[1] < rows.shape[1] else g.T  # oneDNN is slow to read the left factor by columns; worth a copy if it is the narrow one
-        return grad @ weight if to_x else None, turned @ rows if to_weight else None, g.sum(0) if to_bias else None
+        (x, weight), g = ctx.saved_tensors, grad.flatten(0, -2)
+        return None if weight is None else grad @ weight, None if x is None else _of_weight(g, x.flatten(0, -2)), g.sum(0) if ctx.needs_input_grad[2] else None
+
+def _of_weight(g, x):
+    "g.T @ x; oneDNN is slow to read the left factor by columns, and copying it pays if it is the narrow one."
+    return (g.T.contiguous() if g.shape[1] < x.shape[1] else g.T) @ x
 
 # %% ../nbs/03_packed.ipynb #linear-modules
 class _Linear(torch.nn.Linear):
-    "A linear map whose `lower` weights, if it has them, are multiplied in one call."
+    "A linear map whose `cast` weight and bias are multiplied and added in one call."
     def forward(self, x, residual=None):
-        if self.lower is None: return super().forward(x)
-        if residual is None: return _Product.apply(x.bfloat16(), *self.lower)
-        return torch.ops.mkldnn._linear_pointwise.binary(x.bfloat16(), residual.bfloat16(), *self.lower, "add")
+        if residual is None: return _Product.apply(x.bfloat16(), *self.cast)
+        return torch.ops.mkldnn._linear_pointwise.binary(x.bfloat16(), residual.bfloat16(), *self.cast, "add")
 
 class _AddNorm(torch.nn.Module):
     "The end of each half of a BERT layer: a linear map, dropout, the residual added, layer norm."
     def forward(self, states, residual):
-        inside = not torch.is_grad_enabled() and not self.dropout.training and getattr(self.dense, "lower", None)
+        inside = not torch.is_grad_enabled() and not self.dropout.training
         return self.LayerNorm(self.dropout(self.dense(states, residual)) if inside else self.dropout(self.dense(states)) + residual)
+
+def _ends(module):
+    "Whether a module is the end of half a layer as transformers wrote it, unwatched, and with a linear map to cast."
+    parts = module._modules
+    if set(parts) != {"dense", "dropout", "LayerNorm"} or not type(module).forward.__module__.startswith("transformers.models."): return False
+    plain = type(parts["dense"]) is torch.nn.Linear and type(parts["dropout"]) is torch.nn.Dropout
+    return plain and _casts(parts["dense"]) and not any(part._forward_hooks or part._forward_pre_hooks for part in parts.values())
 
 def _class(module):
     "The class of a module's twin."
-    ends = type(module).__module__.startswith("transformers.models.") and set(module._modules) == {"dense", "dropout", "LayerNorm"}
-    if ends and not any(part._forward_hooks or part._forward_pre_hooks for part in module.children()): return _AddNorm
-    return {torch.nn.Dropout: _Dropout, torch.nn.Linear: _Linear}.get(type(module), type(module))
+    if type(module) is torch.nn.Dropout: return _Dropout
+    if type(module) is torch.nn.Linear and _casts(module): return _Linear
+    return _AddNorm if _ends(module) else type(module)
 
 # %% ../nbs/03_packed.ipynb #twin
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")  # checked; others may ignore the registered function
@@ -302,7 +309,7 @@ def _twin(module, old, new):
     twin = object.__new__(_class(module))
     children = {name: child and _twin(child, old, new) for name, child in module._modules.items()}
     twin.__dict__ = vars(module) | {"_modules": children} | ({"config": new} if vars(module).get("config") is old else {})
-    if type(twin) is _Linear: vars(twin)["lower"] = _lower(module)
+    if type(twin) is _Linear: vars(twin)["cast"] = module.weight.bfloat16(), None if module.bias is None else module.bias.bfloat16()
     return twin
 
 def _unpadded(backbone):

@@ -1,11 +1,13 @@
 """The encoder against sentence-transformers and transformers: save, load, encode, refuse."""
 import copy
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,30 +217,27 @@ def test_bfloat16_is_told_where_there_is_none(encoder, monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_freed_memory_is_kept_for_the_next_chunk():
+def test_an_encoder_keeps_freed_memory_for_the_next_chunk():
     "In a process of its own, since the C library never forgets the largest block that it saw freed."
     script = """
 import resource, torch
-from contrastive_st import model
+from conftest import make_backbone, make_tokenizer
+from contrastive_st.model import SentenceEncoder
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         blocks = [torch.ones(2**21) for _ in range(5)]  # 8 MB each
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-returned = faults()
-model._keep_memory()
+returned, tokenizer = faults(), make_tokenizer()
+SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64)
 print(returned, faults())"""
-    returned, kept = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent, env=plain).stdout
+    returned, kept = map(int, said.split())
+    if returned < 10_000:
+        pytest.skip(f"this PyTorch's allocator keeps memory by itself: {returned} page faults")
     assert kept < returned / 5, (returned, kept)
-
-
-def test_the_encoder_keeps_memory(monkeypatch):
-    calls = []
-    monkeypatch.setattr(model, "_keep_memory", lambda: calls.append(1))
-    tokenizer = make_tokenizer()
-    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64)
-    assert calls
 
 
 def test_training_under_autocast_goes_on_after_encoding_in_bfloat16(encoder):

@@ -22,7 +22,7 @@ from contrastive_st.tokens import Tokens
 from contrastive_st.trainer import TrainConfig, batch_loss
 
 KINDS = {  # name of an operation -> what it is for
-    r"aten::(mm|addmm)$": "products of weights", r"flash_attention": "fused attention", r"aten::(bmm|baddbmm)$": "products of attention", r"bernoulli_|random_|bitwise_and|native_dropout": "dropout",
+    r"aten::(mm|addmm)$|linear_pointwise": "products of weights", r"flash_attention": "fused attention", r"aten::(bmm|baddbmm)$": "products of attention", r"bernoulli_|random_|bitwise_and|native_dropout": "dropout",
     r"index_select|aten::index$|embedding": "gathers", r"copy_": "casts and copies", r"fill_|zero_": "zeros, such as the vocabulary's gradient", r"gelu": "GELU", r"softmax": "softmax",
     r"layer_norm": "layer norm", r"adamw|foreach|linalg": "AdamW and clipping", r"aten::(add|add_|sum|mul|mul_|div|div_|where|neg_|ge_|all|lt)$": "other arithmetic",
 }

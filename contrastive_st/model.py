@@ -413,7 +413,7 @@ def _write_layout(folder, pooling, normalize, max_length, width, rest):
 @cache
 def _keep_memory():
     "Make glibc take blocks of up to 32 MB from memory that it keeps, 64 MB at its end included, as it does once it saw such a block freed (mallopt(3)); elsewhere this does nothing."
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")  # never written to, so it takes no memory
+    [torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(4)]  # several, since what is kept already may hold one; never written to, so they take no memory
 
 # %% ../nbs/03_model.ipynb #skeleton
 class _Parts(torch.nn.Module):

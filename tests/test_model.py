@@ -216,7 +216,7 @@ def test_bfloat16_is_told_where_there_is_none(encoder, monkeypatch):
         np.testing.assert_array_equal(encoder.encode(TEXTS, bf16=True), exact)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64", reason="this PyTorch does not take its memory from glibc")
 def test_an_encoder_keeps_freed_memory_for_the_next_chunk():
     "In a process of its own, since the C library never forgets the largest block that it saw freed."
     script = """
@@ -229,15 +229,14 @@ def faults():
         blocks = [torch.ones(2**21) for _ in range(5)]  # 8 MB each
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-returned, tokenizer = faults(), make_tokenizer()
+tokenizer = make_tokenizer()
+before = [faults() for _ in range(3)]
 SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64)
-print(returned, faults())"""
+print(before[-1], [faults() for _ in range(3)][-1])"""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent, env=plain).stdout
-    returned, kept = map(int, said.split())
-    if returned < 10_000:
-        pytest.skip(f"this PyTorch's allocator keeps memory by itself: {returned} page faults")
-    assert kept < returned / 5, (returned, kept)
+    before, after = map(int, said.split())
+    assert after < 200, (before, after)
 
 
 def test_training_under_autocast_goes_on_after_encoding_in_bfloat16(encoder):

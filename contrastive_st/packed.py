@@ -9,7 +9,7 @@ __all__ = ['Segments', 'attention', 'packable', 'packed_states']
 import copy
 import math
 from collections.abc import Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -238,7 +238,6 @@ AttentionInterface.register(_NAME, attention)
 AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
 
 # %% ../nbs/03_packed.ipynb #linear
-@cache
 def _fuses():
     "Whether oneDNN multiplies bfloat16 itself on this processor; on ARM its fused products were far slower than plain ones (pytorch issue 180447)."
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -279,18 +278,17 @@ class _AddNorm(torch.nn.Module):
         inside = not torch.is_grad_enabled() and not self.dropout.training
         return self.LayerNorm(self.dropout(self.dense(states, residual)) if inside else self.dropout(self.dense(states)) + residual)
 
-def _ends(module):
-    "Whether a module is the end of half a layer as transformers wrote it, unwatched, and with a linear map to cast."
-    parts = module._modules
-    if set(parts) != {"dense", "dropout", "LayerNorm"} or not type(module).forward.__module__.startswith("transformers.models."): return False
-    plain = type(parts["dense"]) is torch.nn.Linear and type(parts["dropout"]) is torch.nn.Dropout
-    return plain and _casts(parts["dense"]) and not any(part._forward_hooks or part._forward_pre_hooks for part in parts.values())
+def _ends(module, children):
+    "Whether a module is the end of half a layer as transformers wrote it, unwatched, and the twin of its linear map is one call."
+    if set(children) != {"dense", "dropout", "LayerNorm"} or not type(module).forward.__module__.startswith("transformers.models."): return False
+    ours = type(children["dense"]) is _Linear and type(children["dropout"]) is _Dropout
+    return ours and not any(child._forward_hooks or child._forward_pre_hooks for child in children.values())
 
-def _class(module):
-    "The class of a module's twin."
+def _class(module, children):
+    "The class of a module's twin, given the twins of its children."
     if type(module) is torch.nn.Dropout: return _Dropout
     if type(module) is torch.nn.Linear and _casts(module): return _Linear
-    return _AddNorm if _ends(module) else type(module)
+    return _AddNorm if _ends(module, children) else type(module)
 
 # %% ../nbs/03_packed.ipynb #twin
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")  # checked; others may ignore the registered function
@@ -306,8 +304,8 @@ def packable(
 
 def _twin(module, old, new):
     "A copy of the modules, not of the weights, whose layers find another configuration, cheap dropout and linear maps in one call."
-    twin = object.__new__(_class(module))
     children = {name: child and _twin(child, old, new) for name, child in module._modules.items()}
+    twin = object.__new__(_class(module, children))
     twin.__dict__ = vars(module) | {"_modules": children} | ({"config": new} if vars(module).get("config") is old else {})
     if type(twin) is _Linear: vars(twin)["cast"] = module.weight.bfloat16(), None if module.bias is None else module.bias.bfloat16()
     return twin

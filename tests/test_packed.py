@@ -62,6 +62,13 @@ def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+LOW = pytest.mark.skipif(not packed._fuses(), reason="this processor has no bfloat16 products")
+
+
+def autocast(enabled=True):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
 # ---- the padded model's numbers ----
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
@@ -330,16 +337,20 @@ def test_hooks_fire_and_weights_are_shared():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.2])
-def test_gradient_checkpointing(p, reentrant):
+@pytest.mark.parametrize("bf16, near", [(False, 1e-6), pytest.param(True, 0.01, marks=LOW)])
+def test_gradient_checkpointing(p, reentrant, bf16, near):
+    "In bfloat16, too: cast weights are made before the layers run, so a layer that runs again finds those that lead to the weights."
     found, (ids, lengths) = [], batch(MIXED)
     for checkpoint in (False, True):
         backbone = make(p=p).train()
         if checkpoint:
             backbone.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(1)
-        laid(backbone, ids, lengths, 40).square().sum().backward()  # reentrant checkpoints know only backward()
+        with autocast(bf16):
+            states = laid(backbone, ids, lengths, 40)
+        states.float().square().sum().backward()  # reentrant checkpoints know only backward()
         found.append(torch.cat([w.grad.flatten() for w in backbone.parameters()]))
-    assert apart(found[1], found[0]) < 1e-6
+    assert apart(found[1], found[0]) < near
 
 
 def test_the_backbone_is_left_as_it_was(tmp_path):
@@ -361,13 +372,6 @@ def test_the_backbone_is_left_as_it_was(tmp_path):
 
 
 # ---- linear maps in bfloat16, in one call ----
-
-LOW = pytest.mark.skipif(not packed._fuses(), reason="this processor has no bfloat16 products")
-
-
-def autocast():
-    return torch.autocast("cpu", torch.bfloat16)
-
 
 @LOW
 @pytest.mark.parametrize("into, out, bias", [(24, 40, True), (40, 24, True), (32, 32, False)])
@@ -493,24 +497,6 @@ def test_a_frozen_linear_map_keeps_no_input():
     with autocast(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         packed._twin(linear, None, None)(x)
     assert kept == [(32, 32)]  # the weight, for the gradient of x
-
-
-@LOW
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_in_bfloat16(reentrant):
-    "The cast weights are made before the layers run, so a layer that runs again finds the ones that lead to the weights."
-    found, (ids, lengths) = [], batch(MIXED)
-    for checkpoint in (False, True):
-        backbone = make(p=0.2).train()
-        if checkpoint:
-            backbone.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        torch.manual_seed(1)
-        with autocast():
-            states = laid(backbone, ids, lengths, 40)
-        states.float().square().sum().backward()
-        found.append(torch.cat([w.grad.flatten() for w in backbone.parameters()]))
-    assert apart(found[1], found[0]) < 0.01
 
 
 def fused(backbone):

@@ -94,8 +94,8 @@ def _stoppable(todo=""):
     try:
         yield
     except KeyboardInterrupt as stop:
-        after = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C, or a progress bar
-        _say(after + "stopped" + (f"; {todo}" if todo else ""), err=True)
+        own_line = "\n" if sys.stderr.isatty() else ""  # below the ^C that a terminal shows, or a progress bar
+        _say(own_line + "stopped" + (f"; {todo}" if todo else ""), err=True)
         raise typer.Exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)) from None
 
 # %% ../nbs/13_cli.ipynb #main

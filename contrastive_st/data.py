@@ -31,7 +31,6 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import orjson
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from isal import igzip

@@ -807,4 +807,4 @@ def test_nothing_of_a_config_is_quoted_whole(folder, tmp_path, item, words):
 def test_columns_of_a_config_that_are_no_names(folder, tmp_path):
     for columns in ([["a"], "b"], [{}, 1], [True, False], ["a", 1], [None, None]):
         with pytest.raises(ValueError, match="columns="):
-            Mixture.from_config([{"name": "named", "weight": 1, "columns": columns}], folder, 4, 1, cache_dir=tmp_path / "cache")
+            Mixture.from_config([{"name": "plain", "weight": 1, "columns": columns}], folder, 4, 1, cache_dir=tmp_path / "cache")

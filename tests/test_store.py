@@ -257,7 +257,7 @@ def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(tmp_
     expected, k, deaths = content(tmp_path / "whole" / "a.store"), first + 1, 0
     while True:
         folder = tmp_path / str(k)
-        old = older(folder)
+        older(folder)
         if not killed_at(k, folder, lambda: write_store(folder / "a.store", {"bytes": 8}, reader(lines))):
             break
         deaths, k = deaths + 1, k + 3

@@ -42,6 +42,11 @@ def _beside(path):
     return path.with_name(f".{path.name}.partial")
 
 
+def _is_partial(path):
+    "Whether a name is one of `_beside`, which a killed writer may have left."
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
 def remove(
     path: str | Path,  # a file, a folder with all it holds, or a link, of which only the link goes
 ) -> None:
@@ -195,6 +200,8 @@ def tidy(
         remove(leftover)
     if is_whole(part) and not (part / _STATE).exists():  # the folder that a finished part has replaced
         remove(part)
+    if is_whole(path):
+        remove(path / _STATE)
 
 # %% ../nbs/00_atomic.ipynb #manifest
 MANIFEST, _STATE = "manifest.json", "state.json"  # the second belongs to a folder that is still being filled, see below
@@ -223,9 +230,19 @@ def write_manifest(
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
         name = path.relative_to(folder).as_posix()
-        if name not in (MANIFEST, _STATE):
+        if name not in (MANIFEST, _STATE) and not _is_partial(path):
             files[name] = known.get(name) or describe_file(path)
-    write_json(folder / MANIFEST, {"format": 1, "files": files})
+    write_json(folder / MANIFEST, _seal({"format": 1, "files": files}))
+
+
+def _seal(record):
+    "A record with the digest of itself, so that a wrong bit in it is found, too."
+    return record | {"xxh3": xxhash.xxh3_128_hexdigest(json.dumps(record, sort_keys=True).encode())}
+
+
+def _is_sealed(record):
+    "Whether a record is as it was sealed."
+    return record == _seal({name: value for name, value in record.items() if name != "xxh3"})
 
 
 def describe_file(
@@ -251,9 +268,10 @@ def check_folder(
     folder = Path(folder)
     if not is_whole(folder):
         raise Damaged(f"{folder}: has no {MANIFEST}, so it was never finished, or not by this version; {todo}")
-    files = read_json(folder / MANIFEST, todo=todo).get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise Damaged(f"{folder / MANIFEST}: is no manifest of this version; {todo}")
+    manifest = read_json(folder / MANIFEST, todo=todo)
+    if manifest.get("format") != 1 or not _is_sealed(manifest):
+        raise Damaged(f"{folder / MANIFEST}: is not as it was written, or not of this version; {todo}")
+    files = manifest["files"]
     for name, entry in files.items():
         if problem := _difference(folder, name, entry, full):
             raise Damaged(f"{folder / name}: {problem}, so it is not as it was written; {todo}")
@@ -369,6 +387,8 @@ class Part:
         notes: dict = {},  # JSON: further state to begin with, such as the line to read next
     ):
         self.path = Path(os.path.realpath(path))
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: is a file; choose another name for the folder")
         self.folder = self.path.with_name(f"{self.path.name}.part")
         self.origin = json.loads(json.dumps(origin))
         self.state = self._resume() or self._begin(notes)
@@ -378,7 +398,7 @@ class Part:
         try:
             state = read_json(self.folder / _STATE)
             sizes = {name: entry["bytes"] for name, entry in state["files"].items()}
-            same = state["origin"] == self.origin
+            same = state["origin"] == self.origin and _is_sealed(state)
             whole = all((self.folder / name).stat().st_size == size for name, size in sizes.items())
         except (ValueError, OSError, KeyError, TypeError, AttributeError):
             return None
@@ -390,7 +410,7 @@ class Part:
             remove(self.folder)
             self.folder.mkdir(parents=True)
         state = {"origin": self.origin, "files": {}, "notes": dict(notes)}
-        write_json(self.folder / _STATE, state)
+        write_json(self.folder / _STATE, _seal(state))
         return state
 
     @property
@@ -415,11 +435,13 @@ class Part:
                 write(beside)
             self.state["files"][name] = describe_file(self.folder / name)
             self.state["notes"] |= notes
-            write_json(self.folder / _STATE, self.state)
+            write_json(self.folder / _STATE, _seal({name: self.state[name] for name in ("origin", "files", "notes")}))
 
     def finish(self) -> None:
         "Give the folder its manifest and its final name; a folder that stood there goes."
         with writing(self.path, "run again: the pieces that were finished are kept"):
+            for leftover in filter(_is_partial, self.folder.iterdir()):
+                remove(leftover)
             write_manifest(self.folder, self.files)
             _place(self.folder, self.path)
             (self.path / _STATE).unlink()  # last: until then a killed writer can go on

@@ -76,5 +76,9 @@ def worker_pool(
     except BrokenProcessPool as error:
         pool.shutdown(cancel_futures=True)  # so that all exit codes are known
         raise ValueError(f"a worker process died ({context.reason()}); {todo}") from error
+    except BaseException:  # Ctrl-C, or an error: nobody waits for what is under way
+        for process in context.started:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -239,7 +239,8 @@ _RENEW = "restore it from a copy, or encode the texts again"
 def _read_card(path):
     "Read the card beside a file, and see that it is one of ours."
     card = atomic.read_json(_card_of(path), todo=_RENEW)
-    if not {"format", "encoder", "texts", "rows", "precision"} <= card.keys():
+    types = {"format": int, "rows": int, "texts": str, "precision": str, "encoder": dict}
+    if not all(isinstance(card.get(name), kind) for name, kind in types.items()):
         raise ValueError(f"{_card_of(path)}: is no card of write_embeddings; {_RENEW}")
     return card
 
@@ -407,8 +408,9 @@ def _part_is_there(path):
         if not isinstance(entry, dict) or entry.get("bytes") != size:
             raise atomic.Damaged(f"{folder / name}: is not as it was written; {anew}")
     with atomic.reading(folder / "state.json", anew):  # whatever a run needs to go on
-        if state["notes"]["rows"]:
-            state["notes"]["texts"], state["notes"]["made"]["encoder"], state["notes"]["made"]["columns"]
+        notes = state["notes"]
+        if notes["rows"] and not {"encoder", "precision", "columns", "width"} <= notes["made"].keys():
+            raise ValueError("its settings are not complete")
     return True
 
 # %% ../nbs/09_encoding.ipynb #workers

@@ -254,7 +254,7 @@ def _grades(
             )
     return grades
 
-
+# %% ../nbs/06_evaluation.ipynb #judgements
 def _relevant(
     corpus: Mapping[Hashable, str],  # document id -> text
     queries: Mapping[Hashable, str],  # query id -> text

@@ -1004,7 +1004,7 @@ def _check_origin(
 
 _READS = [  # what the page asks for, as recorded in Chromium; and the names that Gradio's client and curl use, so that a script can use a page
     r"/|/favicon\.ico|/theme\.css|/(assets|static)/[\w./-]+|/gradio_api/(queue/data|upload_progress)",
-    r"/config|/gradio_api/(info|heartbeat/\w+|call/\w+/\w+)"]
+    r"/config|/gradio_api/(info|heartbeat/\w+|call/\w+/[0-9a-f]{32})"]
 _WRITES = [r"/gradio_api/(queue/join|upload)", r"/gradio_api/call/\w+"]
 
 
@@ -1063,15 +1063,15 @@ def _plain(
     "Read what a function is called with; raise `ValueError` for anything that its fields cannot hold."
     with reading("the request", 'send a JSON object with "data", a list'):
         asked = json.loads(body)
-    number, session = asked.get("fn_index") if isinstance(asked, dict) else None, None
-    if isinstance(asked, dict):
-        session = asked.get("session_hash")
+    if not isinstance(asked, dict):
+        raise ValueError('the request is no JSON object; send one with "data", a list')
+    number, session, data = asked.get("fn_index"), asked.get("session_hash"), asked.get("data")
     named = [f for n, f in functions.items() if (f.api_name == name if name else n == number and type(number) is int)]
     if not named:
         raise ValueError("the request calls no function of this page")
     if not isinstance(session, str | None) or not re.fullmatch(r"[\w-]{1,64}", session or "none", re.ASCII):
         raise ValueError("the request has a strange session_hash")
-    fields, data = named[0].inputs, asked.get("data")
+    fields = named[0].inputs
     if not isinstance(data, list) or len(data) != len(fields):
         raise ValueError(f"the request has no list of {len(fields)} values as its data")
     values = []

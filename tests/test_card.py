@@ -19,8 +19,8 @@ import yaml
 from conftest import make_backbone, make_tokenizer
 from huggingface_hub import ModelCard
 
-from contrastive_st import evaluation, mixture, recipes, trainer
-from contrastive_st.card import _POOLING, model_card, push_to_hub, read_run, scores, with_command, write_card
+from contrastive_st import atomic, evaluation, mixture, recipes, trainer
+from contrastive_st.card import _POOLING, _card_to_send, _files, _hide, model_card, push_to_hub, read_run, scores, with_command, write_card
 from contrastive_st.model import POOLINGS, SentenceEncoder
 
 THINGS = "dog cat man woman child horse guitar piano rice road street water music ball train rain snow money".split()
@@ -232,12 +232,197 @@ def test_a_run_from_python_has_a_card_too(copy):
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
 
 
-def test_a_figure_that_is_missing_is_left_out(copy):
+def test_a_figure_that_could_not_be_measured_is_called_so(copy):
     metrics = json.loads((copy / "metrics.json").read_text())
     change(copy, "metrics", after={k: v for k, v in metrics["after"].items() if k != "sts_n"} | {"spearman": None}, before={})       # NaN is written as null
     rows = scores(read_run(copy))
-    assert [r["metric"] for r in rows if r["split"] == "evaluation"] == ["pearson"]
-    assert "| dev.tsv (evaluation) | pearson |  | " in model_card(copy)
+    assert [(r["metric"], r["after"] is None) for r in rows if r["split"] == "evaluation"] == [("spearman", True), ("pearson", False)]
+    card = model_card(copy)
+    assert "| dev.tsv (evaluation) | pearson | not measured | " in card and "| dev.tsv (evaluation) | spearman | not measured | not measured |" in card
+    assert len(ModelCard(card).data.eval_results) == len(rows) - 1
+
+
+@pytest.mark.parametrize("value", ["NaN", "null", "Infinity", '"x"', "true", "[]"])
+def test_numbers_that_are_none_are_never_shown(copy, value):
+    "In metrics, and wherever else a card shows a number that it can do without."
+    for name in ("metrics", "mixture", "config"):
+        text = (copy / f"{name}.json").read_text()
+        for key in ("spearman", "spearman_low", "ndcg@10", "seconds", "pairs_per_second", "lr", "masked", "realised"):
+            text = re.sub(rf'"{key}": [-\d.e]+', f'"{key}": {value}', text)
+        (copy / f"{name}.json").write_text(text)
+    card = model_card(copy)
+    assert not re.search(r"\b(nan|inf|NaN|Infinity|None)\b", card) and "not measured" in card
+    assert ModelCard(card).data.library_name == "sentence-transformers"
+
+
+STRANGE = ["[" * 100_000, "5", "null", "", "{", '"x"', "[]", "{}", "\0\0\0", '{"a": ' + "9" * 5_000 + "}"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "mixture.json", "metrics.json", "model/modules.json", "model/config.json", "model/1_Pooling/config.json", "model/sentence_bert_config.json", "model/config_sentence_transformers.json"])
+@pytest.mark.parametrize("text", STRANGE, ids=lambda text: text[:6] or "empty")
+def test_a_damaged_record_is_named_in_one_sentence(copy, name, text):
+    (copy / name).write_text(text)
+    if name in ("model/modules.json", "model/config_sentence_transformers.json") and text in ("[]", "{}"):
+        return      # no module normalizes, no prompt is there
+    with pytest.raises(ValueError, match=re.escape(f"{copy / name}: ")) as error:
+        model_card(copy)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(copy))
+
+
+@pytest.mark.parametrize("record, key, value", [
+    ("mixture", "datasets", [{"name": "a"}]), ("mixture", "datasets", [5]), ("mixture", "pools", [{}]), ("mixture", "tokens", 5), ("mixture", "warnings", 5), ("metrics", "test", 5), ("metrics", "steps", "x"),
+    ("config", "similarity", 5), ("config", "widths", 5), ("config", "mix", None), ("mixture", "examples", True)])
+def test_a_record_of_another_shape_is_named(copy, record, key, value):
+    change(copy, record, **{key: value})
+    with pytest.raises(ValueError, match=re.escape(f"{copy / record}.json: ")) as error:
+        model_card(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_recipe_or_weight_file_is_named(copy):
+    (copy / "recipe.toml").write_text("title = ")
+    with pytest.raises(ValueError, match=r"recipe\.toml: "):
+        model_card(copy)
+    (copy / "recipe.toml").unlink()
+    (copy / "model/model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
+        model_card(copy)
+
+
+HOSTILE = ["a\nb", "| x | y", "<script>alert(1)</script>", "[x](http://evil)", "![x](http://evil)", "**b** _i_ `c`", "---", "a: {b: [c", "# h", "1. x", "\x1b[31mred\x1b[0m", "\u202eabc", "&lt;", "\ud800", "$x$", "```"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_mean_nothing_but_themselves(copy, name):
+    "As the title, as a dataset, as a set, as a model, as a warning, as a setting."
+    (copy / "recipe.toml").write_text(f"title = {json.dumps(name) if name != chr(0xd800) else '5'}\n[evaluation]\nsts = {json.dumps(name.replace(chr(0xd800), ''))}\n", encoding="utf-8")
+    report = json.loads((copy / "mixture.json").read_text())
+    change(copy, "mixture", datasets=[d | {"name": name} for d in report["datasets"]], warnings=[name])
+    change(copy, "config", metric=name)
+    card = model_card(copy)
+    card.encode()
+    body = card.split("\n## Recipe")[0].partition("\n---\n")[2]
+    prose = re.sub(r"^```python\n.*?^```$", "", body, flags=re.M | re.S)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\*\*b|\]\(http://evil|\x1b|\u202e|^# h$|(?<!\\)`c`|(?<!\\)\$x", prose, re.M), prose[:500]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in section(card, "Training data").splitlines() if line.startswith("|")] == [8] * 5
+    data = ModelCard(card).data
+    assert data.model_name == (" ".join(re.sub(r"[\x1b\u202e]", "", name).split()) if name != "\ud800" else "run")
+    assert re.findall("^## .*$", body, re.M) == ["## " + title for title in ("Use", "Technical details", "Intended use and limits", "Training data", "Evaluation", "Training")]
+
+
+@pytest.mark.parametrize("prompt", ["\U0001f600 \u00fc: ", 'say "hi" \\ ', "a\nb", "`x` "])
+def test_a_prompt_is_the_same_in_the_code(copy, monkeypatch, prompt):
+    shutil.rmtree(copy / "model")
+    model = encoder(prompts={"query": prompt})
+    model.settings = {"default_prompt_name": "query"}
+    model.save_pretrained(copy / "model")
+    code = blocks(model_card(copy))[1]
+    assert eval(re.search(r"\[(.*) \+ s for s in", code)[1]) == prompt  # noqa: S307
+
+
+@pytest.mark.parametrize("comment", ["# changed for this run: by hand", '# changed for this run: {"title": 5}', "# changed for this run: [1]", "# command: by hand", '# command: ["x"]', "# changed for this run: " + "[" * 100_000,
+                                     '# changed for this run: {"model": 5, "test": [1]}'])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_comment_of_the_users_is_a_comment(copy, comment, first):
+    text = f"{comment}\n{RECIPE}" if first else f"{RECIPE}\n{comment}\n"
+    (copy / "recipe.toml").write_text(with_command(text, COMMAND))
+    card = model_card(copy)
+    assert "contrastive-st train recipe.toml" in section(card, "Training")
+    if first:
+        assert "# a small run\n" in card
+
+
+# --- nothing of the machine ---
+
+def test_no_path_of_the_machine_is_in_the_card(copy, tmp_path, monkeypatch):
+    home, work = tmp_path / "home/alice", tmp_path / "home/alice/project"
+    for folder in (work / "data", tmp_path / "home/alice/sets", tmp_path / "home/bob/sets"):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(work)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path / "link")
+    argv = ["/home/alice/.venv/bin/contrastive-st", "train", str(work / "my.toml"), "--out", str(work / "run"), f"--data={tmp_path}/link/data", "--set", f"evaluation.sts='{home}/sets/my dev.tsv'",
+            "--set", f"model.name={tmp_path}/home/bob/sets", "--store", "/data/alice/stores"]
+    recipe = f"""title = "t"
+[model]
+name = "{tmp_path}/home/bob/model"
+[data]
+mix = "{home}/sets/mix.json"
+folder = '/home/alice/my data'
+[evaluation]
+sts = "{home}/sets/my dev.tsv"
+[test]
+sts = "/home/alice"
+"""
+    (copy / "recipe.toml").write_text(with_command(recipe, argv))
+    report = json.loads((copy / "mixture.json").read_text())
+    change(copy, "mixture", datasets=[d | {"name": f"{home}/sets/{d['name']}"} for d in report["datasets"]], warnings=[f"{home}/sets/a.jsonl: is small"])
+    change(copy, "config", out=str(work / "run"))
+    card = model_card(copy)
+    for word in ("alice", "bob", str(tmp_path), "/home", "/data"):
+        assert word not in card, re.findall(f".*{word}.*", card)
+    said = section(card, "Training").split("```")[1]
+    assert said == "bash\ncontrastive-st train my.toml --out run --data=data --set 'evaluation.sts='\"'\"'../sets/my dev.tsv'\"'\"'' --set model.name=.../sets --store .../stores\n"
+    assert "started from `.../model`" in card and "| my dev.tsv" not in card and ".../my dev.tsv (evaluation" in card and ".../a.jsonl: is small" in card
+
+
+@pytest.mark.parametrize("text", ["and/or", "3 / 4", "https://a.b/c/d", "~/data", "a/b/c.txt", "../x", "</b>", "s/step", "cosine/dot"])
+def test_what_is_no_absolute_path_stays(text):
+    assert _hide(text) == text
+
+
+# --- whole or not at all ---
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_card_that_was_there(copy, monkeypatch):
+    path = write_card(copy)
+    before = path.read_text()
+    monkeypatch.setattr(Path, "write_text", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match=r"README\.md: the disk is full") as error:
+        write_card(copy, {"license": "mit"})
+    assert "\n" not in str(error.value) and path.read_text() == before and sorted(p.name for p in path.parent.glob(".*")) == []
+
+
+@pytest.mark.parametrize("keep", [0, 3, 4096, 0.5, -1, "zeros", "older"])
+def test_half_a_card_is_none(copy, keep):
+    "What a killed writer left is written anew; what a person wrote is sent as it is."
+    card = write_card(copy).read_text()
+    left = {"zeros": "\0" * 4096, "older": card.replace("AdamW", "Adam")[:len(card) * 2 // 3].rstrip("\n")}.get(keep)
+    left = card[:int(keep * len(card)) if isinstance(keep, float) else keep] if left is None else left
+    (copy / "model/README.md").write_text(left)
+    assert _card_to_send(copy, "me/model", {"license": "mit"}) == model_card(copy, "me/model", {"license": "mit"})
+
+
+def test_an_edited_card_is_sent_unless_it_names_a_home(copy):
+    card = write_card(copy).read_text()
+    path = copy / "model/README.md"
+    path.write_text(card.replace("Made for semantic search", "Made for the harbour"))
+    assert "Made for the harbour" in _card_to_send(copy, "me/model", {}) and 'SentenceTransformer("me/model")' in _card_to_send(copy, "me/model", {})
+    path.write_text("my own words")
+    assert _card_to_send(copy, "me/model", {}) == "my own words"
+    path.write_text("trained in /home/alice/runs")
+    with pytest.raises(ValueError, match="names a folder of this machine"):
+        push_to_hub(copy, "me/model")
+
+
+def test_what_is_pushed_is_what_the_manifest_says(copy, tmp_path):
+    with atomic.new_folder(copy / "checked") as folder:
+        shutil.copytree(copy / "model", folder, dirs_exist_ok=True)
+    shutil.rmtree(copy / "model")
+    (copy / "checked").rename(copy / "model")
+    write_card(copy)
+    (copy / "model/notes.txt").write_text("mine")
+    assert set(_files(copy / "model")) == {*json.loads((copy / "model/manifest.json").read_text())["files"], "manifest.json"} - {"README.md"}
+    weights = copy / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"model\.safetensors: has another digest"):
+        push_to_hub(copy, "me/model")
+
+
+def test_a_link_out_of_the_model_directory_is_not_pushed(copy, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (copy / "model/vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"vocab\.txt: is a link"):
+        push_to_hub(copy, "me/model")
 
 
 @pytest.mark.parametrize("lost", ["config.json", "mixture.json", "metrics.json", "versions.json", "model/modules.json"])

@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 
 from contrastive_st.data import prepare, read_examples, store_folder
 from contrastive_st.mixture import Mixture
+from contrastive_st.atomic import write_manifest
 from contrastive_st.store import SHARD_ROWS, SUMMARY, Store, write_store
 from contrastive_st.tokens import Tokens
 
@@ -201,7 +202,7 @@ def bytes_per_row(pairs: tuple, work: Path, folder: Path) -> dict[str, float]:
 def big_store(folder: Path, shards: int, rows: int = SHARD_ROWS) -> Store:
     "A store of made-up pairs: one shard is written, the others are copies of it on disk."
     words = np.array("the a of water man dog street guitar how to is plays reads two red small child train in on".split())
-    def read(after, width, note):
+    def read(after, reject):
         draw = np.random.default_rng(0)
         for i in range(rows):
             yield i, tuple(f"{' '.join(words[draw.integers(0, len(words), 10)])} {i}" for _ in range(2))
@@ -211,6 +212,7 @@ def big_store(folder: Path, shards: int, rows: int = SHARD_ROWS) -> Store:
     for f in files[1:]:
         shutil.copyfile(folder / first["name"], folder / f["name"])
     (folder / SUMMARY).write_text(json.dumps(store.summary | {"rows": rows * shards, "shards": files}))
+    write_manifest(folder)
     return Store(folder)
 
 

@@ -102,6 +102,8 @@ def read_json(
 ) -> Any:                                            # of that type
     "Read a JSON file; raise `ValueError` naming it if it is missing, no JSON or of another type."
     with reading(path, todo):
+        if Path(path).exists() and not Path(path).is_file():  # a device could be read for ever
+            raise ValueError(f"{path}: is not a file; {todo}")
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, holds):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not a {holds.__name__}; {todo}")
@@ -115,7 +117,8 @@ _FULL_WORDS = ("No space left", "os error 28", "os error 27", "File too large", 
 def _first_line(error):
     "What an exception says, in at most 200 characters."
     words = getattr(error, "strerror", None) or str(error).strip()
-    return (words.splitlines() or [type(error).__name__])[0][:200]
+    first = (words.splitlines() or [type(error).__name__])[0][:200]
+    return "".join(character if character.isprintable() else "?" for character in first)
 
 
 def is_disk_full(
@@ -153,7 +156,9 @@ def reading(
     "Turn whatever a library raises while it reads a file into one `ValueError` that names the file."
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of tokenizers
+            raise
         if isinstance(error, ValueError) and str(path) in str(error):  # says it already
             raise
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "

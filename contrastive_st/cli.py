@@ -349,8 +349,8 @@ def train(
         return
     made = _leave(out, heat, draw, only_missing=finished)
     if finished:
-        what = f"made what it lacked: {', '.join(made)}" if made else "nothing to do"
-        _say(f"the run in {out} is finished ({metrics['steps']} steps); {what}")
+        if made:  # killed between the last record and these
+            _say(f"made what the run lacked: {', '.join(made)}")
     else:
         _say(summary(recipe, metrics, out, asked["retrieval"], pairs[0][0]))
     if push_to_hub:

@@ -237,6 +237,8 @@ def claim(
 ) -> Path:  # the directory
     "Make the run directory; raise `ValueError` if it holds a run and neither flag is given, or is in use."
     out = Path(out)
+    if int(os.environ.get("RANK", 0)):  # under torchrun the first rank decides for all
+        return out
     if resume and overwrite:
         raise ValueError("resume continues a run and overwrite deletes it; pass one of them")
     if out.exists() and not out.is_dir():
@@ -474,7 +476,8 @@ class Run:
         if (self.out / "config.json").is_file():
             _check_same(self.out, self.settings())
         if self.finished:
-            print(f"the run in {self.out} is finished; nothing to do", file=sys.stderr)
+            steps = read_json(self.out / "metrics.json", todo=_TODO)["steps"]
+            print(f"the run in {self.out} is finished ({steps} steps); nothing to do", file=sys.stderr)
             return None
         checkpoint, why = find_checkpoint(self.out)
         if not (self.out / "metrics.json").is_file():  # killed between its first records

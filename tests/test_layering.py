@@ -16,7 +16,7 @@ ALLOWED = {
     "gradcache": {"packed"},
     "trainer": {"model", "tokens", "loss", "gradcache", "mixture"},
     "xla": {"model", "tokens", "trainer"},
-    "model": {"packed", "precision"},
+    "model": {"packed", "precision", "tokens"},
     "encoding": {"model", "precision"},
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},

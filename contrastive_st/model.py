@@ -556,10 +556,13 @@ def _reading(path, todo="restore the file from its source"):
     with reading(path, todo):
         try:
             yield
-        except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        except (OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
-        except BaseException as panic:  # of code in Rust, which is no Exception
-            raise RuntimeError(f"{type(panic).__name__}: {panic}") from panic
+        except BaseException as error:  # a panic of code in Rust is no Exception
+            words = (str(error).strip().splitlines() or [""])[0]
+            if isinstance(error, Exception) and words.isprintable():
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in words[:200])}") from error
 
 
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # of models that have a decoder, too
@@ -770,8 +773,12 @@ def _load(cls, folder, pooling, normalize, max_length):
     _check_manifest(folder)
     said = _read_settings(folder, pooling)
     backbone, tokenizer = _load_backbone(said["transformer"]), _load_tokenizer(said["transformer"], said["lower"], said["args"])
-    encoder = cls(backbone, tokenizer, said["pooling"], said["normalize"] if normalize is None else normalize,
-                  _default_length(said, tokenizer, backbone) if max_length is None else max_length, said["rest"].get("prompts"))
+    normalize = said["normalize"] if normalize is None else normalize
+    max_length = _default_length(said, tokenizer, backbone) if max_length is None else max_length
+    try:
+        encoder = cls(backbone, tokenizer, said["pooling"], normalize, max_length, said["rest"].get("prompts"))
+    except ValueError as error:  # parts that do not fit
+        raise ValueError(f"{folder}: {error}") from error
     encoder.settings = {key: value for key, value in said["rest"].items() if key not in ("prompts", "__version__")}
     _try_out(encoder.eval(), folder)
     return encoder

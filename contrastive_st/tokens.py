@@ -150,12 +150,32 @@ def _parted(engine):
     return (kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and spec["truncation"]["direction"] == "Right" and engine.num_special_tokens_to_add(False) > 0
             and not any(set(" \t\r\n") & set(token["content"]) for token in spec["added_tokens"]))
 
-# %% ../nbs/02_tokens.ipynb #words
+# %% ../nbs/02_tokens.ipynb #long-word
 _SPACES = re.compile("[ \t\r\n]+")  # for BERT they all part words, and nothing comes of them
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0010ffff"  # BERT takes each ideograph for a word
 _SOLID, _MARK = f"[^\\W_{_CJK}]", "[\u0300-\u036f]"  # letters and digits, which stay together with their accents
 
 
+def _enough_of(word, tokens, enough):
+    "The beginning of a long word that gives enough tokens; None if there is none, or it is far away."
+    most = 4 * enough
+    while most < min(len(word), 2**18):
+        if len(tokens([word[:most]])[0]) >= enough:
+            return word[:most]
+        most *= 8
+
+
+def _short(word, tokens, enough, longest):
+    "The beginning of a long word that has the same first tokens: as many as fit, and one more if there is one."
+    if (head := _enough_of(word, tokens, enough)) is not None:
+        return head
+    repeated = f"(?s)((.)\\2{{{enough}}})\\2++"  # one character again and again
+    unknown = f"((?:{_SOLID}{_MARK}*+){{{longest}}}+)(?:{_SOLID}++|{_MARK}++)++"  # [UNK], however long
+    word = re.sub(unknown, r"\1", re.sub(repeated, r"\1", word))
+    head = _enough_of(word, tokens, enough)
+    return word if head is None else head
+
+# %% ../nbs/02_tokens.ipynb #words
 class _Words:
     "What `_Heads` gives, several times faster: each word is tokenised when it first occurs, and looked up from then on."
 
@@ -187,26 +207,6 @@ class _Words:
         found = self._engine.encode(words, is_pretokenized=True, add_special_tokens=False)
         return found.ids, found.word_ids
 
-    def _short(self, word):
-        "The beginning of a long word that has the same first tokens: as many as fit, and one more if there is one."
-        if (head := self._long_enough(word)) is not None:
-            return head
-        repeated = f"(?s)((.)\\2{{{self._enough}}})\\2++"  # one character again and again
-        unknown = f"((?:{_SOLID}{_MARK}*+){{{self._longest}}}+)(?:{_SOLID}++|{_MARK}++)++"  # [UNK], however long
-        word = re.sub(unknown, r"\1", re.sub(repeated, r"\1", word))
-        head = self._long_enough(word)
-        return word if head is None else head
-
-    def _long_enough(self, word):
-        "The beginning of a word that gives enough tokens; None if the whole does not."
-        most = 4 * self._enough
-        while most < len(word):
-            if len(self._tokens([word[:most]])[0]) >= self._enough:
-                return word[:most]
-            if most > 2**15:
-                return None
-            most *= 8
-
     def _bytes(self, words):
         "The tokens of each list of words, as bytes."
         known = self._learn(set().union(*words))
@@ -218,7 +218,7 @@ class _Words:
         if more := len(words) > most:
             words.pop()
         if len(text) > 4 * self._enough:
-            words = [self._short(word) if len(word) > 4 * self._enough else word for word in words]
+            words = [_short(word, self._tokens, self._enough, self._longest) if len(word) > 4 * self._enough else word for word in words]
         return words, more
 
     def _many_spaces(self, text):

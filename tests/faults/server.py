@@ -1,0 +1,160 @@
+"""A process that has the library imported and forks a child for each attempt, so that one costs little.
+
+Started by `sweep.py` with LD_PRELOAD. A line of JSON on standard input is one request, a line on
+standard output is its answer. Beside the name of a scenario it holds one of
+
+    {"do": "plan"}                             what the undisturbed run does and leaves
+    {"do": "kill", "at": [[n, mode], ...]}     killed at each in turn, then run to the end
+    {"do": "full", "room": bytes}              a full disk, then run to the end
+"""
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+import torch  # noqa: E402
+from faults.killer import Killer  # noqa: E402
+from faults.scenarios import SCENARIOS, copy_of  # noqa: E402
+
+LONGEST = 90  # seconds of an attempt; more is a hang
+
+
+def in_child(work, log):
+    "Run `work` in a forked child: its value, or how it ended."
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        os.close(reading)
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        try:
+            answer = {"value": work()}
+        except BaseException as error:
+            where = traceback.format_exc().splitlines()[-12:]
+            answer = {"error": f"{type(error).__name__}: {error}", "where": "\n".join(where)}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(writing)
+    return _wait(child, reading)
+
+
+def _wait(child, reading):
+    "The answer of a child, which is ended if it takes too long."
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    begun = time.monotonic()
+    signal.alarm(LONGEST)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    signal.alarm(0)
+    if time.monotonic() - begun > LONGEST - 1:
+        return {"error": f"hung for {LONGEST} s", "where": ""}
+    if os.WIFSIGNALED(status):
+        return {"killed": os.WTERMSIG(status)}
+    return json.loads(text)
+
+
+class Server:
+    "One scenario, with its folders."
+
+    def __init__(self, name, folder):
+        self.scenario, self.folder, self.killer = SCENARIOS[name](), Path(folder) / name, Killer()
+        self.template, self.log = self.folder / "template", self.folder / "log.txt"
+        self.template.mkdir(parents=True)
+        made = in_child(lambda: self.scenario.prepare(self.template), self.log)
+        if made.get("value", 0) is not None:
+            raise RuntimeError(f"{name}: the template cannot be made: {made}")
+
+    def fresh(self):
+        "A folder with what is there before."
+        return copy_of(self.template, self.folder / "work")
+
+    def attempt(self, place, resume, arm=lambda: None):
+        "One run in a child, watched."
+
+        def work():
+            self.killer.watch(place, self.scenario.ignored)
+            arm()
+            self.scenario.run(place, resume)
+
+        return in_child(work, self.log)
+
+    def last(self, place):
+        "Look at what was left, run to the end, and return what is there then."
+
+        def work():
+            left = self.scenario.between(place)
+            self.scenario.run(place, True)
+            return {"between": left, "outcome": self.scenario.outcome(place)}
+
+        return in_child(work, self.log)
+
+    def plan(self):
+        "The undisturbed run."
+        place = self.fresh()
+
+        def work():
+            self.killer.watch(place, self.scenario.ignored)
+            self.scenario.run(place, False)
+            seen = self.killer.operations()
+            self.killer.watch(Path("/nowhere"))
+            outcome = self.scenario.outcome(place)
+            return {"operations": seen, "outcome": outcome, "modules": list(sys.modules)}
+
+        answer = in_child(work, self.log)
+        preload(answer.get("value", {}).pop("modules", ()))
+        return answer
+
+    def kill(self, at):
+        "Kill the run at the first of these points, its resumed run at the second, and so on."
+        place, kills = self.fresh(), 0
+        for number, (n, mode) in enumerate(at):
+            ended = self.attempt(place, number > 0, lambda: self.killer.arm(n, mode))
+            kills += "killed" in ended
+            if "error" in ended:
+                return ended | {"kills": kills}
+        return self.last(place) | {"kills": kills}
+
+    def full(self, room):
+        "Run on a disk with so much room, then on one with enough."
+        place = self.fresh()
+        refused = self.attempt(place, False, lambda: self.killer.limit(room))
+        return self.last(place) | {"refused": refused}
+
+
+def preload(names):
+    "Import what the runs import late, so that each child finds it there."
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
+def serve():
+    "Answer requests until there are none."
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints
+    torch.set_num_threads(1)
+    servers = {}
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        for line in sys.stdin:
+            request, begun = json.loads(line), time.monotonic()
+            name, do = request.pop("scenario"), request.pop("do")
+            if name not in servers:
+                servers[name] = Server(name, os.path.realpath(folder))
+            answer = getattr(servers[name], do)(**request)
+            answers.write(json.dumps(answer | {"seconds": time.monotonic() - begun}) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,240 @@
+"""Interrupt everything that writes at every point at which it changes the disk, and look at what comes of it.
+
+    python tests/faults/sweep.py --scenario train --points all --jobs 2
+    python tests/faults/sweep.py --scenario all --points 10 --full 3
+"""
+import argparse
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from faults import killer  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+NAMES = (
+    *("train", "train-last", "prepare", "prepare-over", "encode", "encode-over", "encode-parquet"),
+    *("save", "save-over", "card"),
+)
+
+
+class Servers:
+    "Some processes that answer requests, each one at a time."
+
+    def __init__(self, jobs, folder):
+        library = killer.build(Path(folder))
+        fast = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}  # waits for no disk
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | fast | threads | {"LD_PRELOAD": str(library)}
+        command = [sys.executable, str(HERE / "server.py")]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.errors = open(Path(folder) / "errors.txt", "w+")
+        self.processes = [subprocess.Popen(command, stderr=self.errors, **pipes) for _ in range(jobs)]
+
+    def ask(self, process, request):
+        "The answer to one request."
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RuntimeError(f"the server ended: {self.errors.read()[-2000:]}")
+        return json.loads(line)
+
+    def ask_all(self, requests):
+        "Yield (request, answer) as they come."
+        todo, done = queue.SimpleQueue(), queue.SimpleQueue()
+        for request in requests:
+            todo.put(request)
+
+        def work(process):
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    request = todo.get_nowait()
+                    try:
+                        done.put((request, self.ask(process, request)))
+                    except Exception as error:
+                        done.put((request, {"error": str(error), "where": ""}))
+
+        for process in self.processes:
+            threading.Thread(target=work, args=(process,), daemon=True).start()
+        for _ in requests:
+            yield done.get()
+
+    def close(self):
+        for process in self.processes:
+            process.stdin.close()
+            process.wait(timeout=60)
+        self.errors.close()
+
+
+# ---- which points ----
+
+def points(operations) -> list[list[int]]:
+    "Every different place to kill a run: before each operation that changes something, in the middle of each write."
+    found = []
+    for n, (kind, size, _) in enumerate(operations, 1):
+        if kind == "fsync" or kind.startswith("-"):
+            continue  # the same as before the next one
+        found.append([n, killer.BEFORE])
+        if kind == "write" and size > 1:
+            found.append([n, killer.MIDDLE])
+    return found
+
+
+def spread(items, most) -> list:
+    "At most so many of the items, evenly spread, always the same."
+    if most is None or len(items) <= most:
+        return list(items)
+    return [items[(2 * k + 1) * len(items) // (2 * most)] for k in range(most)]
+
+
+def twice(chosen, operations, most) -> list[list[list[int]]]:
+    "Some points with a second one, at which the resumed run is killed, too."
+    places = points(operations)
+    return [[point, places[(37 * k + 11) % len(places)]] for k, point in enumerate(spread(chosen, most))]
+
+
+def rooms(operations, sizes) -> list[int]:
+    "Sizes of a disk that is too small, from nothing to nearly enough."
+    total = sum(size for kind, size, _ in operations if kind == "write")
+    return [k * (total - 1) // max(sizes - 1, 1) for k in range(sizes)]
+
+
+# ---- what comes of it ----
+
+def differences(there, reference) -> str:
+    "How two outcomes differ, in a line."
+    differ = [key for key in reference if there.get(key) != reference[key]]
+    show = lambda value: json.dumps(value, ensure_ascii=False)[-160:]
+    return "; ".join(f"{key} is ...{show(there.get(key))}, not ...{show(reference[key])}" for key in differ)
+
+
+def problem(answer, reference) -> str:
+    "What is wrong after an interruption; empty if nothing is."
+    if "error" in answer:
+        return answer["error"]
+    if "killed" in answer:
+        return f"the run after it died of signal {answer['killed']}"
+    value = answer["value"]
+    return value["between"] or differences(value["outcome"], reference)
+
+
+def disk_problem(answer, reference) -> str:
+    "The same for a full disk, which must be told in a sentence."
+    refused = answer["refused"]
+    if "killed" in refused:
+        return f"a full disk ends in signal {refused['killed']}"
+    if error := refused.get("error"):
+        if not error.startswith("ValueError: ") or "the disk is full" not in error or "/" not in error:
+            return f"a full disk is told as {error[:200]!r}"
+    return problem(answer, reference)
+
+
+# ---- one scenario ----
+
+def requests_of(name, operations, most, second, disks):
+    "Everything to ask of one scenario."
+    chosen = spread(points(operations), most)
+    kills = [[point] for point in chosen] + twice(chosen, operations, second)
+    return [{"scenario": name, "do": "kill", "at": at} for at in kills] + [
+        {"scenario": name, "do": "full", "room": room} for room in rooms(operations, disks)
+    ]
+
+
+def place_of(request, operations) -> str:
+    "Where a run was interrupted, for a person."
+    if request["do"] == "full":
+        return f"with room for {request['room']:,} bytes"
+    words = []
+    for n, mode in request["at"]:
+        kind, size, path = operations[n - 1]
+        short = "/".join(Path(path).parts[-3:])
+        words.append(f"{'before' if mode == killer.BEFORE else 'in the middle of'} {n}: {kind} {short}")
+    return ", then ".join(words)
+
+
+def sweep(servers, name, most=None, second=0, disks=0) -> dict:
+    "Interrupt one scenario; return counts and the failures, each with its place and reason."
+    begun = time.monotonic()
+    plan = servers.ask(servers.processes[0], {"scenario": name, "do": "plan"})
+    if "value" not in plan:
+        raise RuntimeError(f"{name}: the undisturbed run fails: {plan}")
+    operations, reference = plan["value"]["operations"], plan["value"]["outcome"]
+    counts, failures = Counter(), []
+    for request, answer in servers.ask_all(requests_of(name, operations, most, second, disks)):
+        wrong = (disk_problem if request["do"] == "full" else problem)(answer, reference)
+        counts[request["do"]] += 1
+        counts["killed"] += answer.get("kills", 0)
+        counts["right"] += not wrong
+        if wrong:
+            failures.append((place_of(request, operations), wrong, answer.get("where", "")))
+    return {
+        "name": name, "kills": counts["kill"], "killed": counts["killed"], "disks": counts["full"],
+        "right": counts["right"], "failures": failures, "seconds": time.monotonic() - begun,
+    }
+
+
+def table(results) -> str:
+    "The counts of all scenarios."
+    head = f"{'scenario':16}{'points':>8}{'killed':>8}{'full disks':>12}{'right':>8}{'failed':>8}{'seconds':>9}"
+    lines = [
+        f"{r['name']:16}{r['kills']:8}{r['killed']:8}{r['disks']:12}{r['right']:8}{len(r['failures']):8}{r['seconds']:9.1f}"
+        for r in results
+    ]
+    return "\n".join([head, *lines])
+
+
+def reasons(results, most=12) -> str:
+    "The failures, those of the same reason together."
+    lines = []
+    for r in results:
+        alike = {}
+        for place, wrong, _ in r["failures"]:
+            alike.setdefault(wrong.split("/")[0][:60] + wrong[-40:], []).append((place, wrong))
+        for group in sorted(alike.values(), key=len, reverse=True)[:most]:
+            lines.append(f"{r['name']}: {len(group)} times, first {group[0][0]}\n    {group[0][1][:600]}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def servers_for(jobs):
+    "Servers, ended in the end."
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        servers = Servers(jobs, folder)
+        try:
+            yield servers
+        finally:
+            servers.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", default="all", help=f"one of {', '.join(NAMES)}, or all")
+    parser.add_argument("--points", default="all", help="how many points of each scenario, or all")
+    parser.add_argument("--twice", type=int, default=0, help="how many of them with a second kill")
+    parser.add_argument("--full", type=int, default=0, help="how many sizes of a full disk")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    told = parser.parse_args()
+    if reason := killer.missing():
+        sys.exit(reason)
+    most = None if told.points == "all" else int(told.points)
+    with servers_for(told.jobs) as servers:
+        names = NAMES if told.scenario == "all" else told.scenario.split(",")
+        results = [sweep(servers, name, most, told.twice, told.full) for name in names]
+    print(table(results))
+    print(reasons(results))
+    sys.exit(any(r["failures"] for r in results))
+
+
+if __name__ == "__main__":
+    main()

@@ -785,7 +785,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_overwrite_takes_only_its_ow
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     before = snapshot(out)
-    with pytest.raises(ValueError, match="already holds a run.*resume.*overwrite"):
+    with pytest.raises(ValueError, match="already holds a finished run.*resume.*overwrite"):
         train(make_encoder(), make_mixture(), config(2), out, progress=False)
     assert snapshot(out) == before
     train(make_encoder(), make_mixture(), config(3), out, overwrite=True, progress=False)

@@ -2,22 +2,17 @@
 import hashlib
 import json
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
 from conftest import WORDS, make_backbone, make_tokenizer
 from datasets import Dataset
+from faults.atoms import LOCK, Scenario, leftovers
 
 from contrastive_st import atomic, card, data, encoding, store, trainer
 from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.tokens import Tokens
-
-LEFTOVER = re.compile(r"\.(partial|part|part\.jsonl|old|tmp|lock|owner)$|^\.tmp")
-LOCK = re.compile(r"\.lock$")  # an empty file that may stay, because removing it is a race
-
 
 def sentences(n, seed):
     "n different sentences of 3 to 9 words."
@@ -45,34 +40,6 @@ def digest(*parts):
     for part in parts:
         whole.update(part if isinstance(part, bytes) else str(part).encode())
     return whole.hexdigest()
-
-
-def leftovers(folder):
-    "Files below a folder that a finished writer should have cleared away."
-    names = [p.relative_to(folder) for p in folder.rglob("*") if LEFTOVER.search(p.name)]
-    return sorted(str(p) for p in names if not LOCK.search(p.name))
-
-
-class Scenario:
-    "Something that writes into a folder, may be killed, and is run again."
-
-    name = ""
-    ignored = ""  # operations on paths that hold this are no points
-
-    def prepare(self, template):
-        "Write what is there before; it is copied for each attempt."
-
-    def run(self, folder, resume):
-        "Do the work."
-        raise NotImplementedError
-
-    def between(self, folder):
-        "Say what is wrong with the folder after the kill, before anything else has been run."
-        return ""
-
-    def outcome(self, folder):
-        "Return what is there at the end, as JSON; the same after every interruption."
-        raise NotImplementedError
 
 
 # ---- training ----
@@ -327,13 +294,6 @@ class Card(Scenario):
             "card": digest((folder / "run" / "model" / "README.md").read_text()),
             "leftovers": leftovers(folder),
         }
-
-
-def copy_of(template, folder):
-    "A fresh folder with what is there before."
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(template, folder)
-    return Path(folder)
 
 
 SCENARIOS = {

@@ -21,9 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-import torch  # noqa: E402
+from faults import atoms  # noqa: E402
 from faults.killer import Killer  # noqa: E402
-from faults.scenarios import SCENARIOS, copy_of  # noqa: E402
 
 LONGEST = 90  # seconds of an attempt; more is a hang
 
@@ -64,11 +63,22 @@ def _wait(child, reading):
     return json.loads(text)
 
 
+def find(name):
+    "A scenario by its name; those of models are imported when they are wanted."
+    if name in atoms.SCENARIOS:
+        return atoms.SCENARIOS[name]
+    import torch
+    from faults.scenarios import SCENARIOS
+
+    torch.set_num_threads(1)
+    return SCENARIOS[name]
+
+
 class Server:
     "One scenario, with its folders."
 
     def __init__(self, name, folder):
-        self.scenario, self.folder, self.killer = SCENARIOS[name](), Path(folder) / name, Killer()
+        self.scenario, self.folder, self.killer = find(name)(), Path(folder) / name, Killer()
         self.template, self.log = self.folder / "template", self.folder / "log.txt"
         self.template.mkdir(parents=True)
         made = in_child(lambda: self.scenario.prepare(self.template), self.log)
@@ -77,7 +87,7 @@ class Server:
 
     def fresh(self):
         "A folder with what is there before."
-        return copy_of(self.template, self.folder / "work")
+        return atoms.copy_of(self.template, self.folder / "work")
 
     def attempt(self, place, resume, arm=lambda: None):
         "One run in a child, watched."
@@ -143,7 +153,6 @@ def serve():
     "Answer requests until there are none."
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints
-    torch.set_num_threads(1)
     servers = {}
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         for line in sys.stdin:

@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from faults import killer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+ATOMS = ("new-file", "new-folder", "new-folder-over", "new-folder-renames", "part", "part-over", "part-renames")
 NAMES = (
+    *ATOMS,
     *("train", "train-last", "prepare", "prepare-over", "encode", "encode-over", "encode-parquet"),
     *("save", "save-over", "card"),
 )
@@ -34,7 +36,8 @@ class Servers:
         library = killer.build(Path(folder))
         fast = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}  # waits for no disk
         threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        environment = os.environ | fast | threads | {"LD_PRELOAD": str(library)}
+        ours = {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent.parent)}
+        environment = os.environ | fast | threads | ours
         command = [sys.executable, str(HERE / "server.py")]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.errors = open(Path(folder) / "errors.txt", "w+")
@@ -184,26 +187,25 @@ def sweep(servers, name, most=None, second=0, disks=0) -> dict:
     }
 
 
-def table(results) -> str:
-    "The counts of all scenarios."
-    head = f"{'scenario':16}{'points':>8}{'killed':>8}{'full disks':>12}{'right':>8}{'failed':>8}{'seconds':>9}"
-    lines = [
+HEAD = f"{'scenario':16}{'points':>8}{'killed':>8}{'full disks':>12}{'right':>8}{'failed':>8}{'seconds':>9}"
+
+
+def row(r) -> str:
+    "The counts of a scenario, a line of the table under `HEAD`."
+    return (
         f"{r['name']:16}{r['kills']:8}{r['killed']:8}{r['disks']:12}{r['right']:8}{len(r['failures']):8}{r['seconds']:9.1f}"
-        for r in results
-    ]
-    return "\n".join([head, *lines])
+    )
 
 
-def reasons(results, most=12) -> str:
-    "The failures, those of the same reason together."
-    lines = []
-    for r in results:
-        alike = {}
-        for place, wrong, _ in r["failures"]:
-            alike.setdefault(wrong.split("/")[0][:60] + wrong[-40:], []).append((place, wrong))
-        for group in sorted(alike.values(), key=len, reverse=True)[:most]:
-            lines.append(f"{r['name']}: {len(group)} times, first {group[0][0]}\n    {group[0][1][:600]}")
-    return "\n".join(lines)
+def reasons(r, most=12) -> str:
+    "The failures of a scenario, those of the same reason together."
+    alike = {}
+    for place, wrong, where in r["failures"]:
+        alike.setdefault(wrong.split("/")[0][:60] + wrong[-40:], []).append((place, wrong, where))
+    groups = sorted(alike.values(), key=len, reverse=True)[:most]
+    return "\n".join(
+        f"  {len(group)} times, first {group[0][0]}\n    {group[0][1][:600]}\n    {group[0][2][-300:]}" for group in groups
+    )
 
 
 @contextlib.contextmanager
@@ -230,10 +232,13 @@ def main():
     most = None if told.points == "all" else int(told.points)
     with servers_for(told.jobs) as servers:
         names = NAMES if told.scenario == "all" else told.scenario.split(",")
-        results = [sweep(servers, name, most, told.twice, told.full) for name in names]
-    print(table(results))
-    print(reasons(results))
-    sys.exit(any(r["failures"] for r in results))
+        print(HEAD)
+        failed = 0
+        for name in names:
+            result = sweep(servers, name, most, told.twice, told.full)
+            failed += len(result["failures"])
+            print(row(result), reasons(result), sep="\n" * bool(result["failures"]), flush=True)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":

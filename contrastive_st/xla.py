@@ -30,7 +30,18 @@ from torch import Tensor
 
 from .model import POOLINGS, SentenceEncoder, _most_tokens
 from .tokens import TokenBatch, Tokens, feed, pad
-from .trainer import Run, TrainConfig, batch_loss, check_health, claim, last_checkpoint, load_weights, log_line, lr_factor, mean_cosine
+from contrastive_st.run import (
+    SAVE_SECONDS,
+    Abandoned,
+    Run,
+    TrainConfig,
+    checkpoint_folder,
+    load_training,
+    load_weights,
+    lr_factor,
+    write_checkpoint,
+)
+from .trainer import batch_loss, check_health, log_line, mean_cosine
 
 # %% ../nbs/08_xla.ipynb #seam
 def _torch_xla():
@@ -418,37 +429,46 @@ class _Log:
     def wait(self):
         if self.line: self.line.result()  # raises here what the line's health check found
 
-def _evaluate(run, encoder, progress):
+def _evaluate(run, progress):
     "Measure the encoder on the host; says whether to stop early."
-    metrics, config = {name: float(value) for name, value in run.evaluate(encoder).items()}, run.config
+    metrics = run.evaluate(f" at step {run.step}")
     run.history.append({"step": run.step} | {f"eval_{name}": value for name, value in metrics.items()})
-    if progress and (line := log_line(run.step, run.history[-1])): print(line, flush=True)
-    if config.metric and (run.best is None or metrics[config.metric] > run.best): run.best, run.best_step = metrics[config.metric], run.step
-    return config.patience and run.step - run.best_step >= config.patience * config.eval_every
+    if progress and (line := log_line(run.step, run.history[-1])):
+        print(line, flush=True)
+    run.improves(metrics)
+    return run.out_of_patience()
 
 # %% ../nbs/08_xla.ipynb #checkpoint
-def _save(run, encoder, optimizer, buckets):
-    "A checkpoint: a model directory, with the optimiser's state and the history beside it; the last two and the best are kept."
-    folder = run.out / "checkpoints"
-    part = folder / "part"  # becomes a checkpoint when it is whole
-    shutil.rmtree(part, ignore_errors=True)
-    encoder.save_pretrained(part)
-    state = [{key: value.cpu() for key, value in s.items()} for s in _states(optimizer)]
-    torch.save({"step": run.step, "best_step": run.best_step, "best": run.best, "history": run.history, "buckets": list(buckets), "state": state}, part / "training.pt")
-    part.rename(folder / f"checkpoint-{run.step}")
-    steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-    for step in {*steps} - {*steps[-2:], run.best_step}: shutil.rmtree(folder / f"checkpoint-{step}")
+_TRAINING_KEYS = {"step", "best_step", "best", "history", "buckets", "state"}
 
-def _load(run, encoder, buckets):
-    "The last checkpoint of a run: weights into the encoder, step and history into the run; returns the optimiser's state."
-    folder = Path(last_checkpoint(run.out))
-    if (folder / "trainer_state.json").is_file():
-        raise ValueError(f"{folder} is a checkpoint of trainer.train, whose optimiser state has another form; resume it there, or start in a new directory")
-    if not (folder / "training.pt").is_file(): raise ValueError(f"{folder} is not whole, training.pt is missing; delete it to resume from the one before")
-    saved = torch.load(folder / "training.pt", weights_only=True)
+
+def _save(run, encoder, optimizer, buckets):
+    "Write a checkpoint: a model directory, with the optimiser's state and the history beside it."
+    state = {
+        "step": run.step,
+        "best_step": run.best_step,
+        "best": run.best,
+        "history": run.history,
+        "buckets": list(buckets),
+        "state": [{key: value.cpu() for key, value in s.items()} for s in _states(optimizer)],
+    }
+
+    def write(folder):
+        encoder.save_pretrained(folder)
+        torch.save(state, folder / "training.pt")
+
+    write_checkpoint(run.out, run.step, run.best_step, write)
+
+
+def _load(run, checkpoint, encoder, buckets):
+    "Read a checkpoint: weights into the encoder, step and history into the run; returns the optimiser's state."
+    saved = load_training(checkpoint, _TRAINING_KEYS)
     if saved["buckets"] != list(buckets):
-        raise ValueError(f"{run.out} was trained with buckets {saved['buckets']}, now {list(buckets)}; resume with the same, or start in a new directory")
-    load_weights(encoder, folder)
+        raise ValueError(
+            f"{run.out} was trained with buckets {saved['buckets']}, now {list(buckets)}; "
+            "resume with the same, or start in a new directory"
+        )
+    load_weights(encoder, checkpoint)
     run.step = run.first_step = saved["step"]
     run.best_step, run.best, run.history = saved["best_step"], saved["best"], saved["history"]
     return saved["state"]
@@ -460,21 +480,33 @@ def _due(run, every):
 
 def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progress):
     "The training loop: five lines a step, and nothing in them waits for the devices."
-    config, log, guard, stop = run.config, _Log(run, progress), _guard(twin, devices), False
+    config, log, guard = run.config, _Log(run, progress), _guard(twin, devices)
+    saved, alone = time.monotonic(), _hosts()[1] == 1  # several hosts would disagree about clocks and signals
     totals, count = log.zero, torch.tensor(run.step, dtype=torch.int32, device=log.zero.device)
     for batch in batches:  # on the devices already
         lr = config.lr * lr_factor(run.step, config.steps, config.warmup)
-        for group in optimizer.param_groups: group["lr"] = lr
-        with guard(batch["input_ids"]): totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with guard(batch["input_ids"]):
+            totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
         run.step += 1
-        measure, save = _due(run, config.eval_every), _due(run, config.save_every or config.eval_every)
-        if measure or save or _due(run, config.log_every): totals = log(totals, lr)
+        stop = alone and bool(run.signals.number)
+        late = alone and time.monotonic() - saved > SAVE_SECONDS
+        measure, save = _due(run, config.eval_every), _due(run, config.save_every or config.eval_every) or late or stop
+        if measure or save or _due(run, config.log_every):
+            totals = log(totals, lr)
         if measure or save:
             log.wait()
             _to_host(encoder, twin)
-            if measure: stop = _evaluate(run, encoder, progress)
-            if save: _save(run, encoder, optimizer, buckets)
-            if stop: break
+            try:
+                stop = (measure and _evaluate(run, progress)) or stop
+            except Abandoned:  # the evaluation is made again after a resume
+                save = stop = True
+            if save:
+                _save(run, encoder, optimizer, buckets)
+                saved = time.monotonic()
+            if stop:
+                break
     log.wait()
     _to_host(encoder, twin)
 
@@ -501,15 +533,38 @@ def train(
     _check(encoder, mixture, config, buckets, mesh.size())
     tokens = Tokens(encoder.tokenizer, encoder.max_length, buckets or (32, 64, 128))
     tokens.check(getattr(source, "store", None) for source in mixture.sources)
-    run = Run(encoder, mixture, config, claim(Path(out) / f"host-{host}" if host else out, resume, overwrite), evaluate, test, _torch_xla().device(), about)
-    run.begin(recipe, resume)
-    twin, optimizer, noise = _twin(encoder, config, mesh, saved=_load(run, encoder, tokens.buckets) if resume else None)
-    graphs, begun = len(tokens.buckets) * len({len(source.columns) for source in mixture.sources}), time.time()
-    step = make_step(twin, optimizer, config, noise, mesh.size(), graphs)
-    with contextlib.closing(_batches(mixture, tokens, config, run.step, mesh)) as batches:
-        _loop(run, encoder, twin, optimizer, step, batches, tokens.buckets, mesh.size(), progress)
-    if config.metric and run.best_step: load_weights(encoder, run.out / "checkpoints" / f"checkpoint-{run.best_step}")
-    return run.finish(time.time() - begun) if not host else {}
+    run_folder = Path(out) / f"host-{host}" if host else out
+    run = Run(encoder, mixture, config, run_folder, evaluate, test, _torch_xla().device(), about)
+    run.signals.enabled = hosts == 1
+    with run.taken(resume, overwrite) as checkpoint:
+        if run.finished:
+            return run.recorded() if not host else {}
+        run.begin(recipe)
+        begun = time.time()
+        _train(run, checkpoint, tokens, mesh, progress)
+        if config.metric and run.best_step:
+            load_weights(encoder, checkpoint_folder(run.out, run.best_step))
+        try:
+            return run.finish(time.time() - begun) if not host else {}
+        except Abandoned:
+            raise run.stopped() from None
+
+
+def _train(run, checkpoint, tokens, mesh, progress):
+    "Train a run to its end, or raise `Stopped` when a signal came and the step is saved."
+    encoder, config, devices = run.encoder, run.config, mesh.size()
+    saved = _load(run, checkpoint, encoder, tokens.buckets) if checkpoint else None
+    if run.owes_evaluation():
+        _evaluate(run, progress)
+    if run.step and run.is_over():
+        return
+    twin, optimizer, noise = _twin(encoder, config, mesh, saved)
+    graphs = len(tokens.buckets) * len({len(source.columns) for source in run.mixture.sources})
+    step = make_step(twin, optimizer, config, noise, devices, graphs)
+    with contextlib.closing(_batches(run.mixture, tokens, config, run.step, mesh)) as batches:
+        _loop(run, encoder, twin, optimizer, step, batches, tokens.buckets, devices, progress)
+    if run.signals.number and not run.is_over():
+        raise run.stopped()
 
 # %% ../nbs/08_xla.ipynb #step-time
 class Chip(NamedTuple):

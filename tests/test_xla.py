@@ -351,12 +351,12 @@ SAID = {
     "family": "ValueError: backbones of type electra were not checked under SPMD",
     "positions": "ValueError: bucket 128 is longer than the 64 positions of this backbone",
     "bf16": "nothing",
-    "their checkpoint": "is a checkpoint of trainer.train, whose optimiser state has another form; resume it there, or start in a new directory",
+    "their checkpoint": "training.pt: was written by another training loop or version, whose state has another form; resume with that one",
     "another model": "holds the weights of another model",
     "claimed": "already holds a run; choose another directory",
     "lost before a checkpoint": "ValueError: the loss became nan between steps 0 and 2; lower lr",
     "other buckets": "was trained with buckets [16, 32, 64], now [64]; resume with the same",
-    "not whole": "checkpoint-20 is not whole, training.pt is missing; delete it to resume from the one before",
+    "not whole": "checkpoint-20/training.pt: is missing, so it is not as it was written",
     "an evaluation that asks the device": "nothing",
 }
 

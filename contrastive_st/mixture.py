@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'permute', 'epoch_order', 'draw_counts', 'draw_window', 'Plan', 'Entry', 'read_config', 'tempered',
-           'masked_negatives', 'concerns', 'account', 'GlobalBatch', 'Mixture', 'report_table']
+           'masked_negatives', 'concerns', 'account', 'GlobalBatch', 'Mixture', 'as_mixture', 'report_table']
 
 # %% ../nbs/01_mixture.ipynb #imports-std
 from collections import Counter
@@ -15,12 +15,12 @@ from hashlib import blake2b
 from numbers import Real
 from operator import index
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
-import json
+from typing import Any, NamedTuple
 import math
 import warnings
 import numpy as np
-from .data import Example, Source, is_hub_id, is_store, load_source, store_folder
+from .atomic import read_json, reading
+from .data import Example, Source, is_hub_id, is_store, load_source, quote, regular_file, store_folder
 
 # %% ../nbs/01_mixture.ipynb #permute
 def _key(*parts, # what the key is for, any printable values
@@ -154,7 +154,7 @@ def _whole(what, value, least):
     "Return `value` as an int, or say what is wrong with it."
     try: number = None if isinstance(value, bool) else index(value)
     except TypeError: number = None
-    if number is None or number < least: raise ValueError(f"{what} is {value!r}; it must be a whole number, {least} or more")
+    if number is None or number < least: raise ValueError(f"{what} is {quote(value)}; it must be a whole number, {least} or more")
     return number
 
 def _divides(total, parts, of):
@@ -165,8 +165,8 @@ def _divides(total, parts, of):
 def _check_weight(where, weight):
     "Refuse what cannot be a mixture weight."
     number = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight) or weight < 0:
-        raise ValueError(f"{where}: weight is {weight!r}; it must be a number, above 0, or 0 to skip the dataset")
+    if not number or not 0 <= weight <= 1e100:  # not so for NaN; sums of such weights are finite
+        raise ValueError(f"{where}: weight is {quote(weight)}; it must be a number, above 0, or 0 to skip the dataset")
 
 def _check_sources(sources, batch_size, k):
     "Refuse an empty mixture, an empty source and two of one name; warn of sources smaller than their sub-batch."
@@ -253,7 +253,8 @@ def _find(folder, name, where):
     root = Path(folder).resolve()
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(name).anchor or ".." in kind(name).parts: raise ValueError(f"{where}: the name leaves the data folder; use a path below the folder, without '..'")
-    path = next((p for p in _places(root, name) if is_store(p) or p.is_file()), None)
+    with reading(where, "check the name"):  # a name may be too long for the file system
+        path = next((p for p in _places(root, name) if is_store(p) or p.is_file()), None)
     if path is None and is_hub_id(name): return name
     if path is None:
         near = get_close_matches(name, _names(root), 1)
@@ -272,25 +273,32 @@ class Entry(NamedTuple):
     split:str # of a hub dataset
 
 _KEYS = ("name", "weight", "lines", "columns", "split")
+_NAME_CHARACTERS = 255  # no file system has longer names
 
 def _check_keys(item, where, weighed):
     "Refuse an item that is no object, has an unknown key, or lacks one."
-    if not isinstance(item, dict): raise ValueError(f'{where}: expected an object such as {{"name": "pairs.jsonl.gz", "weight": 1}}, found {json.dumps(item, default=str)[:40]}')
+    if not isinstance(item, dict): raise ValueError(f'{where}: expected an object such as {{"name": "pairs.jsonl.gz", "weight": 1}}, found {quote(item)}')
     for key in item.keys() - set(_KEYS):
-        near = get_close_matches(str(key), _KEYS, 1)
-        raise ValueError(f"{where}: unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}"))
+        near = get_close_matches(str(key)[:80], _KEYS, 1)
+        raise ValueError(f"{where}: unknown key {quote(key)}; " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}"))
     for key in ("name", "weight") if weighed else ("name",):
         if key not in item: raise ValueError(f"{where}: {key!r} is missing; every dataset needs a name and a weight")
+
+def _check_name(name, where):
+    "Refuse what cannot be the name of a file."
+    if not isinstance(name, str) or not name.strip(): raise ValueError(f"{where}: name is {quote(name)}; it must be a file name")
+    if len(name) > _NAME_CHARACTERS or not name.isprintable():
+        raise ValueError(f"{where}: name is {quote(name)}, of {len(name):,} characters; it must be a file name of at most {_NAME_CHARACTERS}, all printable")
 
 def _entry(item, folder, where, weighed):
     "Check one item of a config; None when its weight is 0."
     _check_keys(item, where, weighed)
     name, weight, lines, columns, split = (item.get(key) for key in _KEYS)
-    if not isinstance(name, str) or not name.strip(): raise ValueError(f"{where}: name is {name!r}; it must be a file name")
+    _check_name(name, where)
     if weighed or "weight" in item: _check_weight(f"{where} ({name})", weight)
     if lines is not None: _whole(f"{where} ({name}): lines", lines, 0)
-    if columns is not None and not isinstance(columns, (list, tuple)): raise ValueError(f'{where} ({name}): columns is {columns!r}; write a list such as ["question", "answer"]')
-    if split is not None and not isinstance(split, str): raise ValueError(f"{where} ({name}): split is {split!r}; write a name such as \"train\"")
+    if columns is not None and not isinstance(columns, (list, tuple)): raise ValueError(f'{where} ({name}): columns is {quote(columns)}; write a list such as ["question", "answer"]')
+    if split is not None and not isinstance(split, str): raise ValueError(f"{where} ({name}): split is {quote(split)}; write a name such as \"train\"")
     if weight == 0: return None
     return Entry(name, _find(folder, name, f"{where} ({name})"), weight, lines, tuple(columns) if columns else None, split or "train")
 
@@ -298,10 +306,8 @@ def _entry(item, folder, where, weighed):
 def _items(config, label):
     "The list in a config or in its file."
     if not isinstance(config, list):
-        try: config = json.loads(Path(config).read_text(encoding="utf-8-sig"))
-        except OSError as error: raise ValueError(f"{label}: cannot read the data config ({error.strerror}); check the path") from None
-        except ValueError as error: raise ValueError(f"{label}: not JSON ({error}); write a list of {{\"name\", \"weight\"}} objects") from None
-    if not isinstance(config, list) or not config: raise ValueError(f"{label}: the data config must be a list with at least one dataset")
+        config = read_json(regular_file(config), list, 'write a list of {"name", "weight"} objects')
+    if not config: raise ValueError(f"{label}: the data config must be a list with at least one dataset")
     return config
 
 def read_config(
@@ -326,10 +332,13 @@ def read_config(
 def _load(entry, cache_dir=None):
     "Open the source of an entry; warn when the config claims another number of rows."
     source = load_source(entry.path, entry.name, entry.columns, entry.split, cache_dir)
-    if is_store(entry.path) and entry.columns not in (None, made := tuple(source.store.summary["origin"]["columns"])): raise ValueError(
-        f"{entry.name}: the data config asks for columns {entry.columns}, the store was prepared with {made or 'those that were found'}; prepare it again, or drop 'columns'")
+    if is_store(entry.path) and entry.columns is not None:
+        with reading(entry.path, "prepare it again"):
+            made = tuple(source.store.summary["origin"]["columns"])
+        if entry.columns != made: raise ValueError(
+            f"{entry.name}: the data config asks for columns {quote(entry.columns)}, the store was prepared with {quote(made) if made else 'those that were found'}; prepare it again, or drop 'columns'")
     if entry.lines not in (None, len(source)): warnings.warn(
-        f"{entry.name}: the data config says {entry.lines} lines, the file has {len(source)} rows; "
+        f"{entry.name}: the data config says {quote(entry.lines)} lines, the file has {len(source)} rows; "
         "fetch the file again if it is incomplete, else correct or drop 'lines'", stacklevel=3)
     return source
 
@@ -489,6 +498,42 @@ class Mixture(Plan):
         sources = list(map(_load, entries, [cache_dir] * len(entries)))
         weights = [e.weight for e in entries] if temperature is None else tempered([len(s) for s in sources], temperature)
         return cls(sources, weights, batch_size, datasets_per_batch, seed)
+
+# %% ../nbs/01_mixture.ipynb #as-mixture
+def _is_row(item):
+    "Is this an example, rather than a dataset?"
+    return isinstance(item, dict) or (isinstance(item, (list, tuple)) and item and isinstance(item[0], str))
+
+
+def _sources(data, cache_dir):
+    "A source for each dataset; files of one name are called by their whole path."
+    several = isinstance(data, (list, tuple)) and len(data) > 0 and not _is_row(data[0])
+    given = list(data) if several else [data]
+    files = Counter(Path(d).name for d in given if isinstance(d, (str, Path)))
+    for n, dataset in enumerate(given, 1):
+        if isinstance(dataset, Source):
+            yield dataset
+        elif isinstance(dataset, (str, Path)):
+            name = str(dataset) if files[Path(dataset).name] > 1 else None
+            yield load_source(dataset, name, cache_dir=cache_dir)
+        else:
+            yield Source(dataset, f"dataset {n}" if several else "dataset")
+
+
+def as_mixture(
+    data: Any,              # a file, store or hub id, Source, datasets.Dataset, pandas DataFrame, list of tuples, or a list of these
+    batch_size: int = 1024,  # B, rows of a global batch, over all devices
+    seed: int = 0,          # another seed, another order
+    datasets_per_batch: int | None = None,  # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Plan`
+    cache_dir: str | Path | None = None,    # where `load_source` keeps its stores
+) -> "Mixture":             # a Mixture is returned as it is
+    "Make a mixture of whatever holds training examples; several datasets are drawn in proportion to their rows."
+    if isinstance(data, Plan):
+        return data
+    sources = list(_sources(data, cache_dir))
+    if datasets_per_batch is None and len(sources) == 1:
+        datasets_per_batch = 1
+    return Mixture(sources, list(map(len, sources)), batch_size, datasets_per_batch, seed)
 
 # %% ../nbs/01_mixture.ipynb #report-table
 def _token_lines(t):

@@ -4,25 +4,41 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SUMMARY', 'REJECTS', 'TOKENS', 'SHARD_ROWS', 'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards',
-           'Store', 'summary_table', 'is_current', 'write_store', 'write_tokens']
+           'Store', 'fit_negatives', 'negatives_changed', 'summary_table', 'is_current', 'write_store', 'verify',
+           'write_tokens']
 
 # %% ../nbs/00_store.ipynb #imports-std
-import contextlib
-import errno
 import json
 import os
-import shutil
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from hashlib import blake2b
+from itertools import cycle, islice
+from operator import index
+from os import fspath
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
+
+from contrastive_st.atomic import (
+    MANIFEST,
+    Damaged,
+    Part,
+    check_folder,
+    is_whole,
+    lock,
+    read_json,
+    reading,
+    remove,
+    tidy,
+    writing,
+)
 
 # %% ../nbs/00_store.ipynb #identity
 def text_identity(
@@ -42,22 +58,50 @@ def column_names(
     return ("anchor", "positive", "negative", *(f"negative_{k}" for k in range(2, width - 1)))[:width]
 
 # %% ../nbs/00_store.ipynb #shard
+_TODO = "copy the store again, or delete this folder and prepare the data again"
+
+
 def _ragged(array):
-    "Where each value of a text or list column begins and ends, and all values end to end, as views of the file."
-    kind = array.type.value_type.bit_width // 8 if pa.types.is_large_list(array.type) else 1
+    "Offsets of the values of a text or list column, all values end to end, bytes of an element."
+    wide = pa.types.is_large_list(array.type)
+    size = array.type.value_type.bit_width // 8 if wide else 1
     _, at, *rest = array.buffers()
-    return memoryview(at).cast("q"), memoryview(rest[-1] or b"").cast("B"), kind
+    return memoryview(at).cast("q"), memoryview(rest[-1] or b"").cast("B"), size
+
 
 class _Shard:
     "One Arrow file, mapped: its ragged columns and its fixed ones."
-    def __init__(self, path):
+
+    def __init__(self, path, rows):
+        self.path = path
+        with reading(path, _TODO):
+            with pa.memory_map(str(path)) as file:  # the map outlives the file handle
+                self.batch = pa.ipc.open_file(file).get_batch(0)
+            self.batch.validate()  # cheap: it looks at sizes, not at values
+            if self.batch.num_rows != rows:
+                raise ValueError(f"{self.batch.num_rows:,} rows where {rows:,} were written")
+            columns = [(column.type, column) for column in self.batch.columns]
+            ragged = pa.types.is_large_string, pa.types.is_large_list
+            self.ragged = [_ragged(c) for t, c in columns if any(test(t) for test in ragged)]
+            fixed = [c for t, c in columns if pa.types.is_int64(t)]
+            self.fixed = [memoryview(c.buffers()[1]).cast("q") for c in fixed]
+
+    def values(self, i):
+        "The ragged values of a row as bytes."
+        values = []
+        for at, data, size in self.ragged:
+            begin, end = at[i], at[i + 1]
+            if not 0 <= begin <= end <= len(data) // size:
+                raise ValueError(f"{self.path}: row {i} is damaged (its offsets are {begin}, {end}); {_TODO}")
+            values.append(data[begin * size:end * size])
+        return values
+
+    def texts(self, i):
+        "The texts of a row."
         try:
-            with pa.memory_map(str(path)) as file: batch = pa.ipc.open_file(file).get_batch(0)  # the map outlives the file handle
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path}: not a whole Arrow file ({error}); delete its folder and prepare the data again") from None
-        self.batch = batch
-        self.ragged = [_ragged(c) for c in batch.columns if pa.types.is_large_string(c.type) or pa.types.is_large_list(c.type)]
-        self.fixed = [memoryview(c.buffers()[1]).cast("q") for c in batch.columns if pa.types.is_int64(c.type)]
+            return tuple([str(value, "utf-8") for value in self.values(i)])
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: row {i} is damaged (it is not UTF-8); {_TODO}") from error
 
 # %% ../nbs/00_store.ipynb #shards
 class Shards:
@@ -66,22 +110,21 @@ class Shards:
         folder:str|Path, # holds the files
         files:Sequence[dict], # {"name", "rows", "bytes"} of each, in order
     ):
-        self.folder, self.files = Path(folder), list(files)
+        self.folder = Path(folder)
+        self.files = [{"name": fspath(f["name"]), "rows": index(f["rows"]), "bytes": index(f["bytes"])} for f in files]
         self._ends, self._open = np.cumsum([f["rows"] for f in self.files]), {}
-        for n in range(len(self.files)): self._path(n)
 
     def __len__(self): return int(self._ends[-1]) if len(self._ends) else 0
     def __reduce__(self): return Shards, (self.folder, self.files)  # maps stay in their process
 
-    def _path(self, n):
-        path, size = self.folder / self.files[n]["name"], self.files[n]["bytes"]
-        found = path.stat().st_size if path.is_file() else 0
-        if found == size: return path
-        raise ValueError(f"{path}: {found} bytes where {size} were written, so the file is {'cut off or damaged' if found else 'missing'}; "
-                         "copy the store again, or delete this folder and prepare the data again")
-
     def _shard(self, n):
-        if n not in self._open: self._open[n] = _Shard(self._path(n))  # looked at again: the folder may have been replaced meanwhile
+        if n in self._open:
+            return self._open[n]
+        path, size = self.folder / self.files[n]["name"], self.files[n]["bytes"]
+        there = path.stat().st_size if path.is_file() else 0
+        if there != size:  # the folder may have been replaced since it was opened
+            raise ValueError(f"{path}: has {there:,} bytes instead of {size:,}; {_TODO}")
+        self._open[n] = _Shard(path, self.files[n]["rows"])
         return self._open[n]
 
     def find(self,
@@ -99,16 +142,23 @@ class Shards:
     def __iter__(self): return map(self._shard, range(len(self.files)))
 
 # %% ../nbs/00_store.ipynb #store
-FORMAT = 2  # raise it when the layout or the checks change
+FORMAT = 3  # raise it when the layout or the checks change
 SUMMARY, REJECTS, TOKENS = "summary.json", "rejects.jsonl", "tokens"
 
-def _read_summary(path):
-    "A summary that this version wrote."
-    try: summary = json.loads(path.read_text(encoding="utf-8"))
-    except OSError: raise ValueError(f"{path.parent}: no {SUMMARY}, so this is no prepared dataset; prepare it (again)") from None
-    except ValueError: raise ValueError(f"{path}: not JSON; delete the folder and prepare the data again") from None
-    found = summary.get("format") if isinstance(summary, dict) else None
-    if found != FORMAT: raise ValueError(f"{path}: format {found}, this version reads {FORMAT}; prepare the data again")
+
+def _read_summary(folder):
+    "The summary of a folder that this version wrote to its end; sizes are compared, bytes are not."
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no {SUMMARY}, so this is no prepared dataset; prepare it (again)"
+        )
+    summary = read_json(path, todo=_TODO)
+    if (version := summary.get("format")) != FORMAT:
+        said = repr(version)[:20]
+        raise ValueError(f"{path}: format {said}, this version reads {FORMAT}; prepare the data again")
+    with reading(folder, _TODO):
+        check_folder(folder, full=False, todo=_TODO)
     return summary
 
 # %% ../nbs/00_store.ipynb #store-class
@@ -117,8 +167,10 @@ class Store:
     def __init__(self,
         folder:str|Path, # as `write_store` leaves it
     ):
-        self.folder, self.summary = Path(folder), _read_summary(Path(folder) / SUMMARY)
-        self.columns, self._texts = tuple(self.summary["columns"]), Shards(folder, self.summary["shards"])
+        self.folder, self.summary = Path(folder), _read_summary(Path(folder))
+        with reading(self.folder / SUMMARY, _TODO):
+            self.columns = tuple(self.summary["columns"])
+            self._texts = Shards(folder, self.summary["shards"])
 
     def __len__(self): return len(self._texts)
     def __reduce__(self): return Store, (self.folder,)
@@ -127,7 +179,7 @@ class Store:
         indices:Sequence[int], # row numbers in any order
     )->list[tuple[str, ...]]: # C texts for each
         "Read the texts of rows."
-        return [tuple([str(data[at[i]:at[i + 1]], "utf-8") for at, data, _ in shard.ragged]) for shard, i in self._texts.find(indices)]
+        return [shard.texts(i) for shard, i in self._texts.find(indices)]
 
     def identities(self,
         indices:Sequence[int], # row numbers in any order
@@ -139,85 +191,137 @@ class Store:
     @cached_property
     def tokenised(self)->dict|None: # as `write_tokens` left it; None if the store holds texts only
         "Say with which tokenizer the rows were tokenised."
-        path = self.folder / TOKENS / SUMMARY
-        return _read_summary(path) if path.is_file() else None
+        return _read_summary(self.folder / TOKENS) if (self.folder / TOKENS).exists() else None
 
     @cached_property
-    def _tokens(self): return Shards(self.folder / TOKENS, _read_summary(self.folder / TOKENS / SUMMARY)["shards"])
+    def _tokens(self):
+        summary = _read_summary(self.folder / TOKENS)
+        with reading(self.folder / TOKENS / SUMMARY, _TODO):
+            return Shards(self.folder / TOKENS, summary["shards"])
 
     def tokens(self,
         indices:Sequence[int], # row numbers in any order
     )->list[tuple]: # for each row C byte strings of token ids, then C flags: cut or not
         "Read the token ids of rows as raw bytes of the store's number type."
-        return [(*[data[at[i] * size:at[i + 1] * size] for at, data, size in shard.ragged], *[column[i] for column in shard.fixed])
-                for shard, i in self._tokens.find(indices)]
+        rows = self._tokens.find(indices)
+        return [(*shard.values(i), *[column[i] for column in shard.fixed]) for shard, i in rows]
+
+# %% ../nbs/00_store.ipynb #fit-negatives
+def fit_negatives(
+    texts: Sequence[str],  # anchor, positive and any number of negatives
+    width: int,            # C, how many texts the example shall have, 2 or more
+) -> tuple[tuple[str, ...], str]:  # C texts; 'cut', 'repeated', 'none', or '' if nothing was done
+    "Give an example C texts: cut its negatives, repeat them, or let its positive stand for them."
+    anchor, positive, *negatives = texts
+    if len(texts) == width:
+        return tuple(texts), ""
+    if len(texts) > width:
+        return tuple(texts[:width]), "cut"
+    own = islice(cycle(negatives or [positive]), width - 2)
+    return (anchor, positive, *own), "repeated" if negatives else "none"
+
+# %% ../nbs/00_store.ipynb #negatives-changed
+def negatives_changed(
+    counts: dict[str, int],  # rows by what `fit_negatives` did: 'cut', 'repeated', 'none'
+    width: int,              # C, texts of an example
+) -> str:                    # one sentence; empty if no row was changed
+    "Say how many rows were given another number of negatives."
+    done = {
+        "cut": "had more and were cut",
+        "repeated": "had fewer and repeat theirs",
+        "none": "had none and hold their own positive instead, which the loss masks",
+    }
+    parts = [f"{counts[kind]:,} {words}" for kind, words in done.items() if counts.get(kind)]
+    if not parts:
+        return ""
+    return f"of the rows, which have {width - 2} negative{'s' * (width != 3)} each, {', '.join(parts)}"
 
 # %% ../nbs/00_store.ipynb #write-part
 SHARD_ROWS, SHARD_CHARACTERS = 2**17, 2**26  # a shard ends at whichever comes first
 
-def _save(path, value):
-    "Write JSON whole or not at all."
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    beside.replace(path)
 
-def _remove(folder):
-    "Remove a folder with all it holds, or a link to one."
-    if folder.is_symlink(): folder.unlink()
-    else: shutil.rmtree(folder, ignore_errors=True)
+def _leftovers(folder):
+    "What killed writers, also those of earlier versions, left beside a store and in it."
+    folder = Path(os.path.realpath(folder))
+    name, tokens = folder.name, folder / TOKENS
+    beside = [folder.with_name(n) for n in (f"{name}.old", f"{name}.tmp", f".{name}.old", f".{name}.partial")]
+    inside = [path for pattern in ("*.tmp", ".*.partial", "state.json", f"{TOKENS}/state.json") for path in folder.glob(pattern)]
+    unfinished = [tokens] if tokens.exists() and not is_whole(tokens) else []
+    if not (_part(tokens) / "state.json").exists():  # it holds the tokens that were replaced
+        unfinished.append(_part(tokens))
+    return [path for path in (*beside, *inside, *unfinished) if path.exists() or path.is_symlink()]
 
-@contextlib.contextmanager
-def _writing(folder):
-    "One writer at a time; what a killed one left is put right; a full disk is said in words."
-    old = folder.with_name(folder.name + ".old")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if old.exists() and not folder.exists(): old.rename(folder)  # killed between the two renames of `_replacing`
-            _remove(old)
-            yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): todo = "make room or choose another folder, and run again: finished shards are kept, and an older store stays as it was"
-        else: todo = "choose a folder that can be written"
-        raise ValueError(f"{folder}: cannot write the store ({os.strerror(error.errno) if error.errno else error}); {todo}") from None
 
-# %% ../nbs/00_store.ipynb #replacing
-def _begun(part, origin):
-    "The state of a part folder that an interrupted run on the same data left whole; else None."
-    try:
-        state = json.loads((part / "state.json").read_text(encoding="utf-8"))
-        Shards(part, state["files"])
-    except (OSError, ValueError): return None
-    return state if state["origin"] == origin else None
+def _part(folder):
+    "The folder that a store is written in."
+    folder = Path(os.path.realpath(folder))
+    return folder.with_name(f"{folder.name}.part")
 
-@contextlib.contextmanager
-def _replacing(folder, origin):
-    "A part folder to fill or go on filling, with its state; it takes the place of `folder` when the block ends well."
-    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    state = _begun(part, origin)
-    if state is None:
-        _remove(part)
-        part.mkdir(parents=True)
-        state = {"origin": origin, "line": 0, "first": None, "files": [], "columns": [], "rejects": 0}
-        _save(part / "state.json", state)
-    try: yield part, state
-    except ValueError:  # the data are at fault; mended data begin anew
-        _remove(part)
-        raise
-    if folder.exists(): folder.rename(old)
-    part.rename(folder)
-    _remove(old)
+
+@contextmanager
+def _one_writer(folder):
+    "Wait until nobody else writes a store, then clear away what a killed writer left."
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; choose another name for the store")
+    with lock(folder, wait=True):
+        with writing(folder):
+            tidy(folder)
+            for path in _leftovers(folder):
+                remove(path)
+        yield
+
+
+def _clear(folder):
+    "Clear away what lies around a current store, unless somebody is writing it or it can only be read."
+    part = _part(folder)
+    owner = part.with_name(f".{part.stem}.owner")  # of a lock; letting it go deletes it
+    if part.exists() or owner.exists() or _leftovers(folder):
+        with suppress(ValueError), lock(folder), writing(folder):
+            for path in (part, *_leftovers(folder)):
+                remove(path)
+
+
+def _resume(folder, origin, notes):
+    "The part of a store that an interrupted run on the same data left, or an empty one."
+    part = Part(folder, origin, notes)
+    rejects = part.folder / REJECTS
+    size = rejects.stat().st_size if rejects.is_file() else 0
+    if part.notes.keys() != notes.keys() or size < part.notes.get("rejects", 0):
+        part.discard()
+        part = Part(folder, origin, notes)
+    for beside in part.folder.glob(".*.partial"):  # of a file that was being written
+        remove(beside)
+    return part
 
 # %% ../nbs/00_store.ipynb #write-shards
-def _write_shard(part, state, arrays, names, **more):
-    "Write one shard under its final name when it is whole, and note it in the state."
-    name = f"shard-{len(state['files']):05}.arrow"
+def _write_batch(path, arrays, names):
+    "Write one Arrow file."
     batch = pa.record_batch(arrays, names=names)
-    with pa.OSFile(str(part / (name + ".tmp")), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer: writer.write_batch(batch)
-    (part / (name + ".tmp")).replace(part / name)
-    state |= more
-    state["files"].append({"name": name, "rows": batch.num_rows, "bytes": (part / name).stat().st_size})
-    _save(part / "state.json", state)
+    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _add_shard(part, arrays, names, **notes):
+    "Add one shard to a part, and note how many rows it has."
+    rows = part.notes["rows"]
+    write = partial(_write_batch, arrays=arrays, names=names)
+    part.add(f"shard-{len(rows):05}.arrow", write, rows=[*rows, len(arrays[0])], **notes)
+
+
+def _shard_files(part):
+    "The shards of a part, as a summary lists them."
+    names = [f"shard-{n:05}.arrow" for n in range(len(part.notes["rows"]))]
+    return [
+        {"name": name, "rows": rows, "bytes": part.files[name]["bytes"]}
+        for name, rows in zip(names, part.notes["rows"])
+    ]
+
+
+def _add_summary(part, summary):
+    "Add the summary, the last piece of a part."
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
+    part.add(SUMMARY, lambda path: path.write_text(text, encoding="utf-8"))
+
 
 def _text_arrays(rows):
     "Arrow columns of texts, then of their identities."
@@ -225,34 +329,81 @@ def _text_arrays(rows):
     return [pa.array(c, pa.large_string()) for c in columns] + [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
 
 # %% ../nbs/00_store.ipynb #write-texts
-class _Notes:
-    "The rejects file of a store that is being written; `line` is the last line that gave rows or a reject."
-    def __init__(self, file, state):
-        file.truncate(state["rejects"])  # what was noted after the last finished shard is found again
-        self.file, self.after, self.line = file, state["line"], state["line"]
+_NOTES = {"line": 0, "rows": [], "rejects": 0, "width": None, "negatives": {"cut": 0, "repeated": 0, "none": 0}}
 
-    def __call__(self, line, kind, problem):
-        if line <= self.after: return  # noted before the interruption
+
+class _Texts:
+    "The shards and the rejects file of a store that is being written; a shard ends between two lines."
+
+    def __init__(self, part, rejects):
+        self.part, self.rejects = part, rejects
+        self.line = self.after = part.notes["line"]  # the last line that gave rows or a reject
+        self.width, self.changed = part.notes["width"], Counter(part.notes["negatives"])
+        self.rows, self.size = [], 0
+        rejects.truncate(part.notes["rejects"])  # what came after the last shard is read again
+
+    def reject(self, line, kind, problem):
+        "Note a line that is left out."
+        if line <= self.after:  # noted before the interruption
+            return
         self.line = line
-        self.file.write(json.dumps({"line": line, "kind": kind, "problem": problem}, ensure_ascii=False) + "\n")
+        entry = json.dumps({"line": line, "kind": kind, "problem": problem}, ensure_ascii=False)
+        with writing(self.part.path, "run again: the pieces that were finished are kept"):
+            self.rejects.write(entry.encode("utf-8", "backslashreplace") + b"\n")
 
-def _write_texts(part, state, examples, notes, told):
-    "Cut examples into shards; a shard ends between two lines of the file."
-    rows, size, first = [], 0, state["first"]
-    def flush():
-        nonlocal rows, size
-        notes.file.flush()
-        names = column_names(len(rows[0]))
-        _write_shard(part, state, _text_arrays(rows), [*names, *(f"{c}_id" for c in names)], line=notes.line, first=first, columns=names, rejects=notes.file.tell())
-        told(len(rows))
-        rows, size = [], 0
-    for line, example in examples:
-        if line > notes.line and (len(rows) >= SHARD_ROWS or size >= SHARD_CHARACTERS): flush()
-        first, notes.line = first or (line, len(example)), line
-        rows.append(example)
-        size += sum(map(len, example))
-    if rows: flush()
-    notes.file.flush()
+    @property
+    def is_full(self):
+        return len(self.rows) >= SHARD_ROWS or self.size >= SHARD_CHARACTERS
+
+    def add(self, line, texts):
+        "Take one example."
+        if self.width is not None:
+            texts, change = fit_negatives(texts, self.width)
+            self.changed[change] += 1
+        self.line = line
+        self.rows.append(texts)
+        self.size += sum(map(len, texts))
+
+    def widen(self, width):
+        "Fix the width, which the rows that wait did not know."
+        waiting, self.rows, self.size, self.width = self.rows, [], 0, width
+        for texts in waiting:
+            self.add(self.line, texts)
+
+    def flush(self):
+        "Write what waits as one shard; returns its rows."
+        with writing(self.part.path, "run again: the pieces that were finished are kept"):
+            self.rejects.flush()
+            os.fsync(self.rejects.fileno())  # the notes below must not count bytes that a crash could lose
+        names = column_names(self.width or 2)
+        notes = {"line": self.line, "rejects": self.rejects.tell(), "width": self.width}
+        _add_shard(
+            self.part,
+            _text_arrays(self.rows),
+            [*names, *(f"{c}_id" for c in names)],
+            negatives={kind: self.changed[kind] for kind in _NOTES["negatives"]},
+            **notes,
+        )
+        self.rows, self.size = [], 0
+        return self.part.notes["rows"][-1]
+
+
+def _write_texts(part, read, told):
+    "Cut examples into shards; returns the width to begin anew with, if shards turn out too narrow."
+    with open(part.folder / REJECTS, "ab") as rejects:
+        texts = _Texts(part, rejects)
+        told(sum(part.notes["rows"]))
+        for line, example in read(texts.after, texts.reject):
+            if line > texts.line and texts.is_full:
+                told(texts.flush())
+            if texts.width is None and len(example) > 2:
+                if part.notes["rows"]:
+                    return len(example)
+                texts.widen(len(example))
+            texts.add(line, example)
+        if texts.rows:
+            told(texts.flush())
+    return None
 
 # %% ../nbs/00_store.ipynb #summary
 def _characters(shards, column):
@@ -275,16 +426,33 @@ def _distinct(numbers, rows, at_once=2**23):
         return int(np.count_nonzero(found[1:] != found[:-1])) + (len(found) > 0)
     return sum(map(different, range(passes)))
 
-def _summary(part, state):
+def _summary(part):
     "What a dataset holds, from its finished shards."
-    shards, columns, C = Shards(part, state["files"]), state["columns"], len(state["columns"])
-    ids = lambda shard, c: shard.batch.column(C + c).to_numpy().view(np.uint64)
-    whole = lambda shard: sum(ids(shard, c) * np.uint64(2 * c + 3) for c in range(C))  # one number for the texts of a row, in their order
-    with open(part / REJECTS, encoding="utf-8") as rejects: kinds = Counter(json.loads(line)["kind"] for line in rejects)
-    return {"format": FORMAT, "columns": list(columns), "rows": len(shards), "rejected": {kind: kinds[kind] for kind in ("malformed", "empty")},
-            "duplicate_rows": len(shards) - _distinct(lambda: map(whole, shards), len(shards)),
-            "distinct": {name: _distinct(lambda: (ids(s, c) for s in shards), len(shards)) for c, name in enumerate(columns)},
-            "characters": {name: _characters(shards, c) for c, name in enumerate(columns)}, "origin": state["origin"], "shards": state["files"]}
+    shards = Shards(part.folder, _shard_files(part))
+    columns = column_names(part.notes["width"] or 2) if len(shards) else ()
+    C = len(columns)
+
+    def ids(shard, c):
+        return shard.batch.column(C + c).to_numpy().view(np.uint64)
+
+    def whole(shard):
+        "One number for the texts of a row, in their order."
+        return sum(ids(shard, c) * np.uint64(2 * c + 3) for c in range(C))
+
+    with open(part.folder / REJECTS, encoding="utf-8") as rejects:
+        kinds = Counter(json.loads(line)["kind"] for line in rejects)
+    return {
+        "format": FORMAT,
+        "columns": list(columns),
+        "rows": len(shards),
+        "rejected": {kind: kinds[kind] for kind in ("malformed", "empty")},
+        "negatives": part.notes["negatives"],
+        "duplicate_rows": len(shards) - _distinct(lambda: map(whole, shards), len(shards)),
+        "distinct": {name: _distinct(lambda: (ids(s, c) for s in shards), len(shards)) for c, name in enumerate(columns)},
+        "characters": {name: _characters(shards, c) for c, name in enumerate(columns)},
+        "origin": part.origin,
+        "shards": shards.files,
+    }
 
 # %% ../nbs/00_store.ipynb #summary-table
 def summary_table(
@@ -297,37 +465,100 @@ def summary_table(
              + "   ".join(f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()) for name, s in summaries.items()]
     bad = sum(sum(s["rejected"].values()) for s in summaries.values())
     total = f"{len(summaries):,} dataset{'s' * (len(summaries) != 1)}, {sum(s['rows'] for s in summaries.values()):,} rows"
-    return "\n".join([head, *lines, total + (f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}" if bad else "; no line was left out")])
+    changed = [f"{name}: {change}" for name, s in summaries.items() if (change := negatives_changed(s["negatives"], len(s["columns"])))]
+    return "\n".join([head, *lines, *changed, total + (f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}" if bad else "; no line was left out")])
 
 # %% ../nbs/00_store.ipynb #write-store
 def is_current(
     folder:str|Path, # a store, or where one will be
     origin:dict, # what it is made of
-)->bool: # False if it is not there, damaged, of an older format or of other data
-    "Tell whether a store is whole and up to date."
+)->bool: # False if it is not there, cut off, of an older format or of other data
+    "Tell whether a store is whole and up to date, by its summary and the sizes of its files."
     try: return Store(folder).summary["origin"] == origin
-    except ValueError: return False
+    except (ValueError, KeyError): return False
+
+
+def _fill(folder, origin, read, check, told, negatives):
+    "Write a store, from the beginning or from where an interrupted run stopped."
+    width = None if negatives is None else 2 + negatives
+    while True:
+        part = _resume(folder, origin, _NOTES | {"width": width})
+        try:
+            width = _write_texts(part, read, told)
+            if width is None:
+                summary = _summary(part)
+                check(summary)
+                break
+        except ValueError as error:
+            if not isinstance(error.__cause__, OSError):  # the data are at fault; mended data begin anew
+                part.discard()
+            raise
+        told(-sum(part.notes["rows"]))  # negatives come after shards without any: once more, with room for them
+        part.discard()
+    _add_summary(part, summary)
+    part.finish()
+
 
 def write_store(
-    folder:str|Path, # the store; an older one is replaced when the new one is whole
-    origin:dict, # what the rows come from (size, time, options): the same origin is not written twice
-    read:Callable, # (after, first, reject) -> iterator of (line, C texts) of the lines above `after`; first: line and C of the first row, None at the start; reject(line, kind, problem) notes a bad one
-    check:Callable=lambda summary: None, # raises ValueError for a summary that will not do
-    told:Callable=lambda rows: None, # called with the rows of each finished shard
-)->Store: # open
+    folder: str | Path,  # the store; an older one is replaced when the new one is whole
+    origin: dict,        # JSON: what the rows come from (size, time, options); an equal origin is not written twice
+    read: Callable,      # (after, reject) -> (line, texts) of the lines above `after`; reject(line, kind, problem) notes a bad one
+    check: Callable = lambda summary: None,  # raises ValueError for a summary that will not do
+    told: Callable = lambda rows: None,      # called with the rows of each shard
+    negatives: int | None = None,  # of each row; None: as many as the first row has that has any
+    full: bool = False,            # read a current store byte by byte, and write it anew if it is damaged
+) -> Store:              # open
     "Write a dataset to disk: whole or not at all; go on where an interrupted run stopped."
     folder = Path(folder)
-    if is_current(folder, origin): return Store(folder)  # a folder that can only be read will do
-    with _writing(folder):
-        if is_current(folder, origin): return Store(folder)  # another process wrote it while this one waited
-        with _replacing(folder, origin) as (part, state), open(part / REJECTS, "a+", encoding="utf-8", errors="backslashreplace") as rejects:
-            notes = _Notes(rejects, state)
-            told(sum(f["rows"] for f in state["files"]))
-            _write_texts(part, state, read(state["line"], state["first"], notes), notes, told)
-            summary = _summary(part, state)
-            check(summary)
-            _save(part / SUMMARY, summary)
+    if full and is_current(folder, origin):
+        _drop_damaged(folder)
+    if is_current(folder, origin):  # no lock: a folder that can only be read will do
+        _clear(folder)
+        return Store(folder)
+    with _one_writer(folder):
+        if not is_current(folder, origin):  # another process may have written it while this one waited
+            _fill(folder, origin, read, check, told, negatives)
     return Store(folder)
+
+# %% ../nbs/00_store.ipynb #verify
+def _check_all(folder):
+    "Compare every byte of a folder with its manifest, and the manifest with the folder."
+    with reading(folder, _TODO):
+        files = check_folder(folder, full=True, todo=_TODO)
+    ours = {path.name for pattern in ("shard-*.arrow", SUMMARY, REJECTS) for path in folder.glob(pattern)}
+    manifest = read_json(folder / MANIFEST, todo=_TODO)
+    if manifest != {"format": 1, "files": files} or not ours <= files.keys():
+        raise Damaged(f"{folder / MANIFEST}: is not as it was written; {_TODO}")
+
+
+def verify(
+    folder: str | Path,  # a store
+) -> Store:              # open
+    "Read every byte of a store, its tokens too; raise `ValueError` naming the first file that is damaged."
+    folder = Path(folder)
+    _check_all(folder)
+    store = Store(folder)
+    if (folder / TOKENS).exists():
+        _check_all(folder / TOKENS)
+        if len(store._tokens) != len(store):
+            raise Damaged(f"{folder / TOKENS}: holds {len(store._tokens):,} rows, the texts {len(store):,}; delete it and tokenise again")
+    return store
+
+
+def _drop_damaged(folder):
+    "Verify a store; take the manifest of what is damaged away, so that it is written anew, and say so."
+    for place, again in ((folder, "the store is written anew"), (folder / TOKENS, "the tokens are deleted, tokenise the store again")):
+        if not place.exists():
+            continue
+        try:
+            _check_all(place)
+        except ValueError as error:
+            warnings.warn(f"{error}: {again}", stacklevel=4)
+            with lock(folder, wait=True), writing(folder):
+                remove(place / MANIFEST)
+                if place != folder:
+                    remove(place)
+            return
 
 # %% ../nbs/00_store.ipynb #write-tokens
 def _list_array(ids, lengths, kind):
@@ -350,20 +581,41 @@ def _is_tokenised(store, engine):
     try: return (store.tokenised or {}).get("origin") == engine and len(store._tokens) == len(store)
     except ValueError: return False
 
+
+def _fill_tokens(store, engine, encode, told):
+    "Write the tokens of a store, from the beginning or from where an interrupted run stopped."
+    tidy(store.folder / TOKENS)
+    part = _resume(store.folder / TOKENS, engine, {"rows": []})
+    kind = np.uint16 if engine["vocabulary"] <= 2**16 else np.uint32
+    names = [*store.columns, *(f"{c}_cut" for c in store.columns)]
+    for n, shard in enumerate(store._texts):
+        if n >= len(part.notes["rows"]):
+            try:
+                with reading(shard.path, _TODO):
+                    shard.batch.validate(full=True)  # every offset and every text
+                arrays = _token_arrays(shard.batch.columns[:len(store.columns)], encode, kind)
+            except ValueError:
+                part.discard()
+                raise
+            _add_shard(part, arrays, names)
+        told(shard.batch.num_rows)
+    shards = Shards(part.folder, _shard_files(part))
+    flags = {name: sum(int(np.sum(s.fixed[c])) for s in shards) for c, name in enumerate(store.columns)}
+    _add_summary(part, {"format": FORMAT, "origin": engine, "truncated": flags, "shards": shards.files})
+    part.finish()
+
+
 def write_tokens(
-    folder:str|Path, # a store
-    engine:dict, # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary
-    encode:Callable, # N texts -> token ids (sum of lengths,) int, lengths (N,) int, cut (N,) bool
-    told:Callable=lambda rows: None, # called with the rows of each finished shard
-)->None:
+    folder: str | Path,  # a store
+    engine: dict,        # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary
+    encode: Callable,    # N texts -> token ids (sum of lengths,) int, lengths (N,) int, cut (N,) bool
+    told: Callable = lambda rows: None,  # called with the rows of each finished shard
+) -> None:
     "Tokenise every text of a store once, beside the texts; go on where an interrupted run stopped."
-    store, target = Store(folder), Path(folder) / TOKENS
-    C, kind = len(store.columns), np.uint16 if engine["vocabulary"] <= 2**16 else np.uint32
-    with _writing(target):
-        if _is_tokenised(store, engine): return
-        with _replacing(target, engine) as (part, state):
-            for n, shard in enumerate(store._texts):
-                if n >= len(state["files"]): _write_shard(part, state, _token_arrays(shard.batch.columns[:C], encode, kind), [*store.columns, *(f"{c}_cut" for c in store.columns)])
-                told(shard.batch.num_rows)
-            truncated = {name: int(sum(np.sum(s.fixed[c]) for s in Shards(part, state["files"]))) for c, name in enumerate(store.columns)}
-            _save(part / SUMMARY, {"format": FORMAT, "origin": engine, "truncated": truncated, "shards": state["files"]})
+    folder = Path(folder)
+    if _is_tokenised(Store(folder), engine):
+        return
+    with _one_writer(folder):  # the same lock as for the texts: they must not be replaced meanwhile
+        store = Store(folder)
+        if not _is_tokenised(store, engine):
+            _fill_tokens(store, engine, encode, told)

@@ -22,6 +22,14 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data is no
 GOOD = [("Is it foggy?", "No."), ("Where is berth 4?", "On the east quay."), ("Who opens the lock?", "The lock keeper.")]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_disk():
+    "Nobody waits for the disk: only a crash of the machine would lose what was written, and no test has one."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 def put(path: Path, content) -> Path:
     "Write bytes, text or rows (as JSON Lines) to path, gzipped when the name says so."
     if not isinstance(content, (bytes, str)):
@@ -82,8 +90,6 @@ def test_parquet(tmp_path):
 def test_one_example_per_positive(tmp_path):
     path = put(tmp_path / "a.jsonl", [{"query": "q", "pos": ["p", "r"], "neg": ["n", "m"]}, {"query": "s", "pos": "t", "neg": ["u", "v"]}])
     assert read(path) == [("q", "p", "n", "m"), ("q", "r", "n", "m"), ("s", "t", "u", "v")]
-    path = put(tmp_path / "b.jsonl", [{"query": "q", "pos": ["p"], "neg": ["n"]}, {"query": "q", "pos": ["p"], "neg": ["n", "m"]}])
-    refuses(lambda: read(path), f"{path}:2", "4 texts, but line 1 has 3")
     path = put(tmp_path / "c.jsonl", [{"query": "q", "pos": [], "neg": ["n"]}])
     refuses(lambda: read(path), f"{path}:1", "list of positives is empty")
 
@@ -174,7 +180,8 @@ BAD_ROWS = {
     "a string": (b'"no"', "expected a list"),
     "list of one": (b'["a"]', "a list of 1"),
     "empty list": (b"[]", "a list of 0"),
-    "three texts": (b'["a", "b", "c"]', "3 texts, but line 1 has 2"),
+    "a set of one": (b'{"set": ["a"]}', "a set of 1"),
+    "a set of numbers": (b'{"set": [1, 2]}', "text 1 is 1, not a string"),
     "number for text": (b'["a", 3]', "text 2 is 3, not a string"),
     "null for text": (b'[null, "b"]', "text 1 is null, not a string"),
     "list for text": (b'["a", ["b"]]', "not a string"),

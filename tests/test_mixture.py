@@ -565,7 +565,7 @@ def test_columns_of_a_file_are_chosen_in_the_config(folder, tmp_path):
     ({"name": "plain", "wieght": 1}, "dataset 2: unknown key 'wieght'; did you mean 'weight'"), ({"name": "plain", "weight": 1, "zz": 0}, "unknown key 'zz'; the keys are"),
     ({"weight": 1}, "dataset 2: 'name' is missing"), ({"name": "plain"}, "'weight' is missing"), ({"name": "", "weight": 1}, "name is ''"),
     ({"name": 3, "weight": 1}, "name is 3"), ({"name": "plain", "weight": -2}, r"\(plain\): weight is -2"), ({"name": "plain", "weight": "2"}, "weight is '2'"),
-    ({"name": "plain", "weight": True}, "weight is True"), ({"name": "plain", "weight": None}, "weight is None"), ({"name": "plain", "weight": math.nan}, "weight is nan"),
+    ({"name": "plain", "weight": True}, "weight is True"), ({"name": "plain", "weight": None}, "weight is null"), ({"name": "plain", "weight": math.nan}, "weight is nan"),
     ({"name": "plain", "weight": 1, "lines": -1}, "lines is -1"), ({"name": "plain", "weight": 1, "lines": 1.5}, "lines is 1.5"),
     ({"name": "plain", "weight": 1, "columns": "question"}, "columns is 'question'; write a list"), ({"name": "plain", "weight": 1, "columns": {"a": 1}}, "columns is {'a': 1}"),
     ({"name": "plain", "weight": 1, "split": 3}, "split is 3"),
@@ -588,7 +588,7 @@ def test_bad_items_are_named(folder, item, words):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ("[]", "at least one dataset"), ('{"name": "plain", "weight": 1}', "must be a list"), ("[{", "not JSON"), ('[{"name": "plain", "weight": 0}]', "every weight is 0"), (None, "cannot read the data config")])
+    ("[]", "at least one dataset"), ('{"name": "plain", "weight": 1}', "holds a JSON dict, not a list; write a list"), ("[{", "cannot be read .JSONDecodeError"), ("[" * 100_000, "cannot be read .RecursionError"), ('[{"name": "plain", "weight": 0}]', "every weight is 0"), (None, "no such file")])
 def test_bad_config_files_are_named(folder, tmp_path, content, words):
     path = tmp_path / "mix.json"
     if content is not None:

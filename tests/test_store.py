@@ -5,16 +5,20 @@ import os
 import pickle
 import random
 import shutil
+import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contrastive_st import store
+from contrastive_st.atomic import write_json, write_manifest
 from contrastive_st.store import (
     REJECTS,
     SUMMARY,
@@ -22,9 +26,11 @@ from contrastive_st.store import (
     Shards,
     Store,
     column_names,
+    fit_negatives,
     is_current,
     summary_table,
     text_identity,
+    verify,
     write_store,
     write_tokens,
 )
@@ -33,10 +39,17 @@ ORIGIN = {"file": "a.jsonl", "bytes": 7}
 WORDS = ["tug", "Tug ", "é", "e\u0301", "Straße", "港口", "a\u2028b", "\U0001f6a2", "x" * 300, "\u0000", "\n", "q", "berth 4", "\u200f"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_disk():
+    "Nobody waits for the disk: only a crash of the machine would lose what was written, and no test has one."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 def reader(lines, stop=None):
     "A `read` over lines: None is blank, a text is the kind of a reject, else a list of rows; it is interrupted before line `stop`."
-    def read(after, first, reject):
-        assert (first is None) == (not any(isinstance(line, list) for line in lines[:after]))
+    def read(after, reject):
         for n, line in enumerate(lines, 1):
             if n == stop:
                 raise KeyboardInterrupt
@@ -153,7 +166,7 @@ def test_interrupted_anywhere_and_continued_is_the_same_store(tmp_path_factory, 
     assert sorted(p.name for p in folder.iterdir()) == [".parts.store.lock", ".whole.store.lock", "parts.store", "whole.store"]
 
 
-@pytest.mark.parametrize("where", ["_summary", "_save", "_write_shard", "_text_arrays"])
+@pytest.mark.parametrize("where", ["_summary", "_add_summary", "_write_batch", "_text_arrays"])
 @pytest.mark.parametrize("nth", [0, 1, 2, 3])
 def test_interrupted_between_any_two_writes(tmp_path, monkeypatch, where, nth):
     small(monkeypatch, 4)
@@ -208,6 +221,85 @@ def test_a_part_that_does_not_fit_is_begun_anew(tmp_path, monkeypatch, harm):
     assert len(list(made.folder.glob("shard-*"))) == 4
 
 
+# ---- killed at any file operation
+
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir", "shutil.rmtree", "ctypes.dlsym", "os.chmod"}
+
+
+def killed_at(k: int, folder: Path, call) -> bool:
+    "Run call() in a child that dies at its k-th file operation below `folder`; False if it ended before."
+    child = os.fork()
+    if child == 0:
+        seen = [0]
+        def hook(event, args):
+            if event in FILE_EVENTS and (event == "ctypes.dlsym" or any(str(folder) in str(a) for a in args[:2])):
+                seen[0] += 1
+                if seen[0] == k:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            sys.addaudithook(hook)
+            call()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the child is forked")
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(tmp_path, monkeypatch, first):
+    "An older store is replaced; a third of the operations in each of three runs of this test."
+    small(monkeypatch, 3)
+    lines = [[("a", str(n))] if n % 4 else "empty" for n in range(1, 9)]
+    write_store(tmp_path / "whole" / "a.store", {"bytes": 8}, reader(lines))
+    expected, k, deaths = content(tmp_path / "whole" / "a.store"), first + 1, 0
+    while True:
+        folder = tmp_path / str(k)
+        old = older(folder)
+        if not killed_at(k, folder, lambda: write_store(folder / "a.store", {"bytes": 8}, reader(lines))):
+            break
+        deaths, k = deaths + 1, k + 3
+        if is_current(folder / "a.store", ORIGIN):
+            assert Store(folder / "a.store").rows([0]) == [("old", "1")]
+        made = write_store(folder / "a.store", {"bytes": 8}, reader(lines))
+        assert content(made.folder) == expected and len(verify(made.folder)) == 6
+        assert sorted(p.name for p in folder.iterdir()) == [".a.store.lock", "a.store"]
+        shutil.rmtree(folder)
+    assert deaths > 15
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the child is forked")
+def test_tokenising_killed_at_any_file_operation(texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "whole.store")
+    write_tokens(tmp_path / "whole.store", engine(), encode)
+    expected, k = content(tmp_path / "whole.store"), 1
+    while True:
+        folder = tmp_path / str(k) / "a.store"
+        shutil.copytree(texts, folder)
+        write_tokens(folder, engine(fingerprint="older"), encode)
+        if not killed_at(k, folder.parent, lambda: write_tokens(folder, engine(), encode)):
+            break
+        write_tokens(folder, engine(), encode)
+        write_store(folder, ORIGIN, None)  # a `prepare` that finds all up to date clears the rest away
+        assert content(folder) == expected and verify(folder).tokenised["origin"] == engine()
+        assert sorted(p.name for p in folder.parent.iterdir()) == [".a.store.lock", "a.store"]
+        k += 7
+    assert k > 60
+
+
+def test_a_part_whose_rejects_were_lost_is_begun_anew(tmp_path, monkeypatch):
+    small(monkeypatch, 2)
+    lines = [[("a", str(n))] if n % 3 else "empty" for n in range(1, 20)]
+    write_store(tmp_path / "whole.store", ORIGIN, reader(lines))
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "a.store", ORIGIN, reader(lines, 15))
+    (tmp_path / "a.store.part" / REJECTS).write_text("")
+    write_store(tmp_path / "a.store", ORIGIN, reader(lines))
+    assert content(tmp_path / "a.store") == content(tmp_path / "whole.store")
+
+
 # ---- the old store
 
 def older(tmp_path):
@@ -236,39 +328,41 @@ def test_the_old_store_stays_whole_until_the_new_one_is(tmp_path, failure, place
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
 
 
-def test_killed_between_the_two_renames(tmp_path, monkeypatch):
+def remains(folder, harm):
+    "What killed writers left, by name: this version and the one before it."
+    old = folder / "a.store"
+    left = {"old": folder / "a.store.old", "tmp": folder / "a.store.tmp", "aside": folder / ".a.store.old", "part": folder / "a.store.part",
+            "inside": old / "summary.json.tmp", "partial": old / ".shard-00000.arrow.partial", "state": old / "state.json"}[harm]
+    if harm in ("old", "aside", "part"):
+        shutil.copytree(old, left)
+    else:
+        left.write_text("{}")
+    return left
+
+
+@pytest.mark.parametrize("current", [True, False])
+@pytest.mark.parametrize("harm", ["old", "tmp", "aside", "part", "inside", "partial", "state"])
+def test_leftovers_are_cleared_away_whether_or_not_the_store_is_current(tmp_path, harm, current):
     older(tmp_path)
-    real = Path.rename
-    def rename(self, target):
-        if self.suffix == ".part":
-            raise KeyboardInterrupt
-        return real(self, target)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename)
-        with pytest.raises(KeyboardInterrupt):
-            write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")])))
-    def fail(*args): raise ValueError("the file is gone")
-    with pytest.raises(ValueError, match="gone"):
-        write_store(tmp_path / "a.store", {"bytes": 9}, fail)
-    assert Store(tmp_path / "a.store").rows([0]) == [("old", "1")]  # it is back
-    assert write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")]))).rows([0]) == [("new", "1")]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
+    left = remains(tmp_path, harm)
+    made = write_store(tmp_path / "a.store", ORIGIN if current else {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")])))
+    assert made.rows([0]) == [("old" if current else "new", "1")] and not left.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"] and verify(tmp_path / "a.store")
 
 
-def test_killed_before_the_old_one_was_removed(tmp_path):
-    older(tmp_path)
-    shutil.copytree(tmp_path / "a.store", tmp_path / "a.store.old")
-    write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")])))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
-
-
-def test_a_link_to_a_store_is_replaced_and_its_target_left_alone(tmp_path):
+def test_a_link_to_a_store_stays_a_link(tmp_path):
     old = older(tmp_path)
     (tmp_path / "b.store").symlink_to(old.folder, target_is_directory=True)
     assert Store(tmp_path / "b.store").rows([1]) == [("old", "2")]
     for n in (8, 9):
         assert write_store(tmp_path / "b.store", {"bytes": n}, reader(pairs([("new", str(n)), ("b", "c")]))).rows([0]) == [("new", str(n))]
-    assert Store(tmp_path / "a.store").rows([1]) == [("old", "2")] and not (tmp_path / "b.store.old").is_symlink()
+    assert (tmp_path / "b.store").is_symlink() and Store(tmp_path / "a.store").rows([0]) == [("new", "9")]
+
+
+def test_a_file_of_that_name_is_left_alone(tmp_path):
+    (tmp_path / "a.store").write_text("mine")
+    refuses(lambda: write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a", "b"), ("c", "d")]))), "a.store: is a file")
+    assert (tmp_path / "a.store").read_text() == "mine"
 
 
 def test_an_open_store_that_is_replaced_never_mixes_old_and_new(tmp_path, monkeypatch):
@@ -277,43 +371,43 @@ def test_an_open_store_that_is_replaced_never_mixes_old_and_new(tmp_path, monkey
     assert old.rows([0]) == [("old", "1")]
     write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("a new text that is longer", "1" * 99), ("a new text that is longer", "2" * 99)])))
     assert old.rows([0]) == [("old", "1")]  # mapped before
-    refuses(lambda: old.rows([1]), "shard-00001.arrow", "bytes where")
+    refuses(lambda: old.rows([1]), "shard-00001.arrow", "bytes instead of")
 
 
 def test_a_current_store_is_opened_without_the_lock(tmp_path, monkeypatch):
     "A folder that can only be read will do, and nobody waits."
     older(tmp_path)
-    monkeypatch.setattr(store, "FileLock", lambda path: pytest.fail("it was locked"))
+    monkeypatch.setattr(store, "lock", lambda *args, **more: pytest.fail("it was locked"))
     assert len(write_store(tmp_path / "a.store", ORIGIN, None)) == 2
 
 
 def test_what_another_process_wrote_meanwhile_is_not_written_again(tmp_path, monkeypatch):
-    real = store.FileLock
-    def waited(path):
+    real = store.lock
+    def waited(path, wait):
         with monkeypatch.context() as patch:
-            patch.setattr(store, "FileLock", real)
+            patch.setattr(store, "lock", real)
             older(tmp_path)
-        return real(path)
-    monkeypatch.setattr(store, "FileLock", waited)
+        return real(path, wait)
+    monkeypatch.setattr(store, "lock", waited)
     def read(*args): pytest.fail("it was read again")
     assert write_store(tmp_path / "a.store", ORIGIN, read).rows([1]) == [("old", "2")]
 
 
 # ---- the disk
 
-@pytest.mark.parametrize("code, todo", [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "finished shards are kept"), (errno.EACCES, "can be written"), (errno.EROFS, "can be written")])
+@pytest.mark.parametrize("code, todo", [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "that were finished are kept"), (errno.EACCES, "that you may write to"), (errno.EROFS, "that you may write to")])
 def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeypatch, code, todo):
     old, lines = older(tmp_path), pairs([("new", str(i)) for i in range(9)])
     small(monkeypatch, 2)
-    real, count = store._write_shard, Counter()
+    real, count = store._write_batch, Counter()
     def full(*args, **more):
         count["shards"] += 1
         if count["shards"] == 4:
             raise OSError(code, os.strerror(code))
         real(*args, **more)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_shard", full)
-        refuses(lambda: write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines)), tmp_path / "a.store", "cannot write the store", os.strerror(code), todo)
+        patch.setattr(store, "_write_batch", full)
+        refuses(lambda: write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines)), tmp_path / "a.store", os.strerror(code), todo)
     assert Store(tmp_path / "a.store").rows([1]) == old.rows([1]) == [("old", "2")]
     told = []
     made = write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines), told=told.append)
@@ -322,7 +416,7 @@ def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeyp
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    refuses(lambda: write_store(tmp_path / "file" / "a.store", ORIGIN, reader([])), tmp_path / "file" / "a.store", "choose a folder that can be written")
+    refuses(lambda: write_store(tmp_path / "file" / "a.store", ORIGIN, reader([])), tmp_path / "file" / "a.store", "choose a folder that you may write to")
 
 
 # ---- damage
@@ -333,19 +427,23 @@ def test_a_shard_that_is_cut_missing_or_no_arrow_file(tmp_path, monkeypatch):
     folder = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows))).folder
     shard, todo = folder / "shard-00001.arrow", "or delete this folder and prepare the data again"
     whole = shard.read_bytes()
-    for harm, said in ((whole[:-1], "cut off or damaged"), (whole[:8], "cut off or damaged"), (whole + b"\0", "cut off or damaged"), (b"", "missing"), (None, "missing")):
+    for harm in (whole[:-1], whole[:8], whole + b"\0", b"", None):
         shard.unlink(missing_ok=True)
         if harm is not None:
             shard.write_bytes(harm)
-        refuses(lambda: Store(folder), shard, said, f"{len(harm or b'')} bytes where {len(whole)} were written", todo)
+        refuses(lambda: Store(folder), shard, "is missing" if harm is None else f"{len(harm):,} bytes instead of {len(whole):,}", todo)
         assert not is_current(folder, ORIGIN)
         assert write_store(folder, ORIGIN, reader(pairs(rows))).rows([2]) == [rows[2]]  # and preparing rebuilds it
     shard.write_bytes(b"\0" * len(whole))  # the right size: found when it is read
     assert Store(folder).rows([0, 5]) == [rows[0], rows[5]]
-    refuses(lambda: Store(folder).rows([3]), shard, "not a whole Arrow file", "prepare the data again")
+    refuses(lambda: Store(folder).rows([3]), shard, "cannot be read", "prepare the data again")
 
 
-@pytest.mark.parametrize("text, said", [(None, "no summary.json, so this is no prepared dataset"), ("{", "not JSON"), (b"\xff", "not JSON"), ("[]", "format None"), ("null", "format None"), ('{"format": 1}', "format 1, this version reads")])
+SPOILED = [(None, "no summary.json, so this is no prepared dataset"), ("{", "cannot be read"), (b"\xff", "cannot be read"), ("[]", "holds a JSON list"),
+           ("null", "holds a JSON NoneType"), ('{"format": 1}', "format 1, this version reads"), ("[" * 100_000, "RecursionError"), ('{"format": 3}', "bytes instead of")]
+
+
+@pytest.mark.parametrize("text, said", SPOILED)
 def test_a_summary_that_is_not_one(tmp_path, text, said):
     folder = older(tmp_path).folder
     (folder / SUMMARY).unlink() if text is None else (folder / SUMMARY).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -354,8 +452,160 @@ def test_a_summary_that_is_not_one(tmp_path, text, said):
     assert write_store(folder, ORIGIN, reader(pairs([("a", "b"), ("c", "d")]))).rows([0]) == [("a", "b")]
 
 
+def test_a_store_without_a_manifest_was_never_finished(tmp_path):
+    folder = older(tmp_path).folder
+    (folder / "manifest.json").unlink()
+    refuses(lambda: Store(folder), folder, "has no manifest.json", "prepare the data again")
+    refuses(lambda: verify(folder), folder, "has no manifest.json")
+    assert not is_current(folder, ORIGIN)
+
+
 def test_no_store_at_all(tmp_path):
     refuses(lambda: Store(tmp_path / "none"), tmp_path / "none", "no prepared dataset", "prepare it")
+
+
+def flips(folder, number, seed=0):
+    "Places in all files of a store: (file, byte, bit), most of them in the small files."
+    draw = random.Random(seed)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+    return [(path, draw.randrange(path.stat().st_size), draw.randrange(8)) for _ in range(number) for path in [draw.choice(files)]]
+
+
+def flip(path, byte, bit):
+    raw = bytearray(path.read_bytes())
+    raw[byte] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def test_one_wrong_bit_anywhere_is_found_and_named(texts):
+    write_tokens(texts, engine(), encode)
+    with open(texts / "rejects.jsonl", "a") as file:
+        file.write('{"line": 3, "kind": "empty", "problem": "x"}')
+    for folder in (texts / TOKENS, texts):
+        os.remove(folder / "manifest.json")
+        write_manifest(folder)
+    manifest = json.loads((texts / "manifest.json").read_text())
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith(TOKENS)}
+    write_json(texts / "manifest.json", manifest)
+    assert len(verify(texts)) == 50
+    for path, byte, bit in flips(texts, 120):
+        flip(path, byte, bit)
+        with pytest.raises(ValueError) as caught:
+            verify(texts)
+        assert str(path) in str(caught.value) or path.name == "manifest.json" and str(path.parent) in str(caught.value), (path, byte, bit)
+        assert len(str(caught.value)) < 500 + len(str(texts))
+        flip(path, byte, bit)
+    assert len(verify(texts)) == 50
+
+
+def test_every_bit_of_a_manifest_counts(texts):
+    path = texts / "manifest.json"
+    for byte in range(0, path.stat().st_size, 3):
+        flip(path, byte, byte % 8)
+        with pytest.raises(ValueError, match="a.store"):
+            verify(texts)
+        flip(path, byte, byte % 8)
+    verify(texts)
+
+
+@pytest.mark.parametrize("place", ["texts", "tokens"])
+def test_a_damaged_store_is_written_anew_when_it_is_verified(texts, place):
+    write_tokens(texts, engine(), encode)
+    whole = {name: raw for name, raw in content(texts).items() if not name.startswith(TOKENS)}
+    flip(texts / ("shard-00002.arrow" if place == "texts" else "tokens/shard-00002.arrow"), 200, 3)
+    def never(*args): pytest.fail("it was read again")
+    write_store(texts, ORIGIN, never)  # sizes are right: a quick look finds nothing
+    with pytest.warns(UserWarning, match="shard-00002.arrow: has another digest.* " + ("written anew" if place == "texts" else "tokens are deleted")):
+        made = write_store(texts, ORIGIN, reader(pairs(ROWS)) if place == "texts" else never, full=True)
+    assert content(texts) == whole and made.tokenised is None and verify(texts).rows([20]) == [ROWS[20]]
+
+
+def shards_with_a_wrong_bit(texts, place):
+    "Each bit of some bytes of a shard flipped in turn; yields the store, opened."
+    path = texts / place
+    for byte in range(8, path.stat().st_size, 23):
+        flip(path, byte, byte % 8)
+        yield path
+        flip(path, byte, byte % 8)
+
+
+def test_a_row_that_cannot_be_decoded_names_file_and_row(texts):
+    path = texts / "shard-00001.arrow"
+    raw = bytearray(path.read_bytes())
+    at = raw.index("ppppp".encode())
+    raw[at] = 0xFF
+    path.write_bytes(raw)
+    opened = Store(texts)
+    with pytest.raises(ValueError, match=r"shard-00001.arrow: row \d+ is damaged") as caught:
+        opened.rows(range(50))
+    assert str(path) in str(caught.value) and "prepare the data again" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["shard-00003.arrow", "tokens/shard-00003.arrow"])
+def test_reading_a_damaged_shard_gives_rows_or_a_sentence(texts, place):
+    write_tokens(texts, engine(), encode)
+    read = (lambda s: s.rows(range(50))) if place.startswith("shard") else (lambda s: s.tokens(range(50)))
+    refused = 0
+    for path in shards_with_a_wrong_bit(texts, place):
+        try:
+            assert len(read(Store(texts))) == 50
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 3
+
+
+# ---- negatives of any number
+
+def test_the_first_row_with_negatives_decides_the_width(tmp_path, monkeypatch):
+    small(monkeypatch, 3)
+    rows = [("a", "p"), ("b", "q", "n", "m"), ("c", "r", "k"), ("d", "s", "1", "2", "3"), ("e", "t")]
+    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows)))
+    expected = [("a", "p", "p", "p"), ("b", "q", "n", "m"), ("c", "r", "k", "k"), ("d", "s", "1", "2"), ("e", "t", "t", "t")]
+    assert made.rows(range(5)) == expected and made.columns == column_names(4)
+    assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 2}
+    assert "1 had more and were cut, 1 had fewer and repeat theirs, 2 had none and hold their own positive" in summary_table({"a": made.summary})
+    told = []
+    late = [*pairs([(f"a{i}", f"p{i}") for i in range(7)]), *pairs(rows)]  # shards without negatives are written before the first negative comes
+    made = write_store(tmp_path / "b.store", ORIGIN, reader(late), told=told.append)
+    assert made.rows(range(7, 12)) == expected and made.rows([0]) == [("a0", "p0", "p0", "p0")] and sum(told) == 12
+    assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 9}
+    assert write_store(tmp_path / "c.store", ORIGIN, reader(pairs(rows)), negatives=1).rows([1, 4]) == [("b", "q", "n"), ("e", "t", "t")]
+    assert write_store(tmp_path / "d.store", ORIGIN, reader(pairs(rows)), negatives=0).columns == column_names(2)
+
+
+@given(st.lists(st.lists(st.sampled_from("nmk"), max_size=4), min_size=1, max_size=20), st.integers(1, 4), st.lists(st.integers(1, 20), max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_any_numbers_of_negatives_interrupted_anywhere(tmp_path_factory, negatives, shard_rows, stops):
+    rows = [(f"a{i}", f"p{i}", *own) for i, own in enumerate(negatives)]
+    width = next((len(row) for row in rows if len(row) > 2), 2)
+    folder = tmp_path_factory.mktemp("s")
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch, shard_rows)
+        for stop in stops:
+            try:
+                write_store(folder / "a.store", ORIGIN, reader(pairs(rows), stop))
+                break
+            except KeyboardInterrupt:
+                pass
+        made = write_store(folder / "a.store", ORIGIN, reader(pairs(rows)))
+        whole = write_store(folder / "b.store", ORIGIN, reader(pairs(rows)))
+    assert content(made.folder) == content(whole.folder)
+    assert made.rows(range(len(rows))) == [fit_negatives(row, width)[0] for row in rows]
+    kinds = Counter(fit_negatives(row, width)[1] for row in rows)
+    assert made.summary["negatives"] == {kind: kinds[kind] for kind in ("cut", "repeated", "none")}
+
+
+def test_a_positive_in_the_place_of_a_negative_is_masked_for_its_anchor():
+    from contrastive_st.loss import same_text
+
+    rows = [fit_negatives(row, 4)[0] for row in [("a", "p"), ("b", "q", "n"), ("c", "r", "k", "m")]]
+    same = same_text(torch.tensor([[text_identity(text) for text in row] for row in rows]))
+    B, K = 3, 2
+    hard = same[:, B:].reshape(B, B, K)
+    assert hard[0, 0].all()                                # the own positive, twice, is no negative of its anchor
+    assert not hard[1, 1].any() and not hard[2, 2].any()   # real negatives stay, repeated ones too
+    assert not same[0, 0]                                  # and the positive itself is kept
 
 
 # ---- the summary
@@ -497,7 +747,7 @@ def test_damaged_tokens_are_named_and_made_again(texts, harm):
         shard.unlink()
     if harm == "bad summary":
         (texts / TOKENS / SUMMARY).write_text("{")
-    refuses(lambda: Store(texts).tokens([20]), *((shard, "prepare the data again") if harm != "bad summary" else (texts / TOKENS / SUMMARY, "not JSON", "prepare the data again")))
+    refuses(lambda: Store(texts).tokens([20]), shard if harm != "bad summary" else texts / TOKENS / SUMMARY, "prepare the data again")
     assert Store(texts).rows([20]) == [ROWS[20]]  # the texts are whole
     write_tokens(texts, engine(), encode)
     assert str(Store(texts).tokens([20])[0][0], "utf-16-le") == ROWS[20][0][:5]

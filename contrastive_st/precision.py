@@ -24,7 +24,18 @@ def calibrate(
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or len(vectors) < 2:
         raise ValueError(f"ranges need a sample (N, D) of at least 2 vectors, not {vectors.shape}; take some hundreds")
+    _check_floats(vectors)
     return np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
+
+def _check_floats(vectors):
+    "Raise a ValueError for what is no table of finite floats; it names the row."
+    if vectors.dtype.kind != "f":
+        raise ValueError(f"vectors are {vectors.dtype}; quantise floats, and those only once")
+    sound = np.isfinite(vectors)
+    if not sound.all():
+        row = int(np.argwhere(~sound)[0, 0])
+        raise ValueError(f"vector {row} contains NaN or inf; encode its text again with a sound model")
+
 
 def _steps(ranges, width):
     "Lower ends and step sizes of ranges, (D,) each."
@@ -37,7 +48,10 @@ def _steps(ranges, width):
 # %% ../nbs/09_precision.ipynb #quantize
 def _as_float(vectors, kind):
     "Floats of another width; a value that does not fit is an error."
-    with np.errstate(over="ignore"): found = vectors.astype(kind)
+    with np.errstate(over="ignore"):
+        found = vectors.astype(kind, copy=False)
+    if found is vectors:
+        return found
     if not np.isfinite(found).all(): raise ValueError(f"a value of {np.abs(vectors).max():.3g} does not fit {np.dtype(kind)}; normalise the vectors or use float32")
     return found
 
@@ -53,8 +67,7 @@ def quantize(
     "Store vectors in fewer bits: 32, 16, 8 or 1 per dimension."
     check_precision(precision)
     vectors = np.asarray(vectors)
-    if vectors.dtype.kind != "f": raise ValueError(f"vectors are {vectors.dtype}; quantise floats, and those only once")
-    if not np.isfinite(vectors).all(): raise ValueError("the vectors contain NaN or inf; encode the texts again with a sound model")
+    _check_floats(vectors)
     if precision.startswith("float"): return _as_float(vectors, PRECISIONS[precision])
     if precision.endswith("binary"): return _signed(np.packbits(vectors > 0, axis=-1), precision)
     if ranges is None and not len(vectors): return np.zeros(vectors.shape, PRECISIONS[precision])
@@ -62,6 +75,15 @@ def quantize(
     return _signed(np.clip(np.floor((vectors - low) / step), 0, 255).astype(np.uint8), precision)
 
 # %% ../nbs/09_precision.ipynb #dequantize
+def _check_codes(codes, precision, width):
+    "Raise a ValueError unless the codes can be what `quantize` gave."
+    right = codes.dtype.kind == "f" if precision.startswith("float") else codes.dtype == PRECISIONS[precision]
+    if not right:
+        raise ValueError(f"codes are {codes.dtype}, those of {precision} are {np.dtype(PRECISIONS[precision])}; pass what quantize gave, and its precision")
+    if precision.endswith("binary") and width is not None and -(-width // 8) != codes.shape[-1]:
+        raise ValueError(f"{codes.shape[-1]} bytes do not hold {width} dimensions; pass the width that the vectors had")
+
+
 def dequantize(
     codes:np.ndarray, # what `quantize` gave, (N, D) or (N, ceil(D / 8))
     precision:str, # as it was quantised
@@ -71,6 +93,7 @@ def dequantize(
     "Turn quantised vectors back into floats near what they were."
     check_precision(precision)
     codes = np.asarray(codes)
+    _check_codes(codes, precision, width)
     if precision.startswith("float"): return codes.astype(np.float32)
     raw = codes if precision.startswith("u") else codes.view(np.uint8) ^ 128
     if precision.endswith("binary"): return np.unpackbits(raw, axis=-1, count=width).astype(np.float32) * 2 - 1

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import get_args
 
 import pytest
@@ -20,6 +22,7 @@ from contrastive_st.model import POOLINGS
 from contrastive_st.recipes import DataPlan, EvaluationPlan, ModelPlan, Recipe, build, inside, known, load, merge, plan
 from contrastive_st.trainer import TrainConfig
 
+DAMAGED = int(os.environ.get("DAMAGED_RECIPES", 80))  # how many are made and tried
 GOOD = """
 title = "a test"
 
@@ -83,6 +86,11 @@ def bad(folder, monkeypatch):
     return refuse
 
 
+def record_of(recipe):
+    "What a recipe's text says of the run."
+    return tomllib.loads(recipe.text)["run"]
+
+
 def changed(old, new=""):
     assert old in GOOD
     return GOOD.replace(old, new)
@@ -112,8 +120,10 @@ def test_a_model_in_a_folder_is_noted(folder, monkeypatch):
     assert load("good.toml").text == GOOD
     (folder / "encoder").mkdir()
     noted = load("good.toml")
-    assert noted.text == GOOD + "\n# model.name is a folder\n" and tomllib.loads(noted.text) == tomllib.loads(GOOD)
-    assert load("good.toml", {"title": "x"}).text.endswith("\n# model.name is a folder\n") and load("good.toml", {"model": {"name": "other"}}).text.endswith("}\n")
+    assert noted.text.startswith(GOOD)
+    assert tomllib.loads(noted.text) == tomllib.loads(GOOD) | {"run": {"model_is_folder": True}}
+    assert record_of(load("good.toml", {"title": "x"})) == {"changes": {"title": "x"}, "model_is_folder": True}
+    assert record_of(load("good.toml", {"model": {"name": "other"}})) == {"changes": {"model": {"name": "other"}}}
 
 
 def test_inline_mixes_folders_and_lists(folder, monkeypatch):
@@ -215,7 +225,7 @@ def test_each_has_a_tiny_variant_on_the_shared_data(name, shared_data):
     for measured in (tiny.evaluation, tiny.test):
         for path in (measured.sts, measured.retrieval):
             assert not path or inside(shared_data, path, name).exists()
-    assert tiny.text.startswith(full.text) and json.loads(tiny.text.split("changed for this run: ")[1]) == tomllib.loads(full.text)["tiny"]
+    assert tiny.text.startswith(full.text) and record_of(tiny)["changes"] == tomllib.loads(full.text)["tiny"]
 
 
 def test_a_tiny_encoder_is_random_small_and_the_same_each_time():
@@ -239,7 +249,7 @@ def test_the_tiny_data_folder_can_be_named_by_the_environment(folder, monkeypatc
     text = GOOD + "[tiny]\ndata.folder = 'nowhere'\n"
     (folder / "tiny.toml").write_text(text)
     monkeypatch.delenv("CONTRASTIVE_ST_DATA", raising=False)
-    with pytest.raises(ValueError, match="tiny.toml: the data folder .*nowhere does not exist; .*--data FOLDER; .*CONTRASTIVE_ST_DATA"):
+    with pytest.raises(ValueError, match="tiny.toml: the data folder .*nowhere' does not exist; .*--data FOLDER; .*CONTRASTIVE_ST_DATA"):
         load(folder / "tiny.toml", tiny=True).folder()
     monkeypatch.setenv("CONTRASTIVE_ST_DATA", str(folder / "data"))
     assert load(folder / "tiny.toml", tiny=True).folder() == folder / "data" and str(folder) not in load(folder / "tiny.toml", tiny=True).text
@@ -373,7 +383,7 @@ def test_missing_keys_are_named(bad, gone, key):
 @pytest.mark.parametrize("mix, words", [
     ('[{name = "pairs.jsonl", weight = -1}]', ["dataset 1", "pairs.jsonl", "weight is -1"]),
     ('[{name = "pairs.jsonl", weight = 1}, {name = "more.jsonl", weight = "2"}]', ["dataset 2", "more.jsonl", "weight"]),
-    ('[{name = "pairs.jsonl", weight = nan}]', ["dataset 1", "weight"]),
+    ('[{name = "pairs.jsonl", weight = nan}]', ["data.mix.1.weight", "finite"]),
     ('[{name = "pairs.jsonl", weight = 0}]', ["weight is 0"]),
     ('[{name = "pairs.jsonl"}]', ["dataset 1", "'weight' is missing"]),
     ('[{weight = 1}]', ["dataset 1", "'name' is missing"]),
@@ -529,7 +539,7 @@ def test_changes_reach_the_recipe_and_its_record(folder):
     assert build(TrainConfig, recipe.train, "x") == TrainConfig(steps=6, warmup=1, lr=5e-4, bf16=True)
     assert recipe.data == DataPlan("data_config.json", "data", 8, 1) and recipe.test.sts == "sts.tsv" and recipe.title == "Tür"
     assert changes["train"] == {"lr": 5e-4, "bf16": True} and load(folder / "good.toml").data.batch_size == 4  # nothing is left behind
-    assert recipe.text.startswith(GOOD) and json.loads(recipe.text.split("changed for this run: ")[1]) == changes
+    assert recipe.text.startswith(GOOD) and record_of(recipe)["changes"] == changes
     assert tomllib.loads(recipe.text)["title"] == "a test"  # the record is still a recipe
 
 
@@ -549,6 +559,116 @@ def test_plans_are_frozen():
     with pytest.raises(Exception, match="frozen|cannot assign"):
         DataPlan("x").mix = "y"
     assert Recipe.__dataclass_params__.frozen and recipes.ModelPlan("x").name == "x" and Path(recipes.__file__).exists()
+
+
+# ---- what no table may hold ----
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999", "9" * 30])
+@pytest.mark.parametrize("key", ["train.weight_decay", "train.clip", "data.temperature", "data.seed", "model.max_length", "evaluation.sts", "tiny.train.lr"])
+def test_numbers_that_are_none(bad, key, value):
+    table, name = key.rsplit(".", 1)
+    message = bad(f"{table}.{name} = {value}\n" + GOOD) if table == "tiny.train" else bad(GOOD, tomllib.loads(f"{key} = {value}"))
+    assert key in message and ("finite" in message or "2 ** 63" in message)
+
+
+DEEP = 100_000
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * DEEP + "]" * DEEP, "x = " + "{a=" * DEEP, ("a." * DEEP)[:-1] + " = 1", "x.y = " + "[" * 50 + "]" * 50,
+                                  "[" + ("a." * 30)[:-1] + "]\nb = 1", "train.x = " + "9" * 5000])
+def test_toml_that_is_nested_without_end(bad, text):
+    message = bad(text + "\n" + GOOD if "[a" not in text else GOOD + text)
+    assert any(word in message for word in ("nested", "parts", "RecursionError", "ValueError"))
+
+
+@pytest.mark.parametrize("content", ["[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '{"name": "a"}', "[5]", "[[]]", "5", "null", "", '[{"name": "a", "lines": 1e999}]',
+                                     '[{"name": "a", "lines": "9", "weight": 1}]', '[{"name": ["a"], "lines": 9}]', '[{"name": "a", "lines": 9, "columns": [[]]}]',
+                                     '[{"name": "a", "lines": 9, "columns": 5}]', '[{"name": "a", "lines": 9, "weight": NaN}]', "\ud83d"])
+def test_a_mix_of_foreign_json_names_the_file(folder, content):
+    (folder / "mine.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match="mine.json") as caught:
+        plan(load(folder / "good.toml", {"data": {"mix": "mine.json"}}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(folder))
+
+
+@pytest.mark.parametrize("text, words", [("str = 5", ["unknown key 'str'"]), ("'a[b' = 5", ["unknown key 'a[b'"]),
+                                         ('"\\u001b[31m" = 5', ["unknown key"]), ("'' = 5", ["unknown key ''"]), ("k" * 5000 + " = 5", ["unknown key", "..."])])
+def test_keys_with_odd_names(bad, text, words):
+    message = bad(text + GOOD)
+    assert all(word in message for word in words) and message.isprintable()
+    assert "unknown key 'model.list'" in bad(GOOD, {"model": {"list": 5}})
+
+
+@pytest.mark.parametrize("name", ["zero\0byte", "long" * 100])
+@pytest.mark.parametrize("key", ["data.folder", "data.mix", "evaluation.sts"])
+def test_names_that_no_file_can_have(bad, key, name):
+    table, field = key.split(".")
+    assert key.replace("data.folder", "data folder") in bad(GOOD, {table: {field: name}})
+
+
+def test_an_encoder_that_no_machine_holds(bad):
+    assert "random weights" in bad(GOOD, {"model": {"layers": 10**6, "width": 32 * 10**6}})
+    assert "batch_size" in bad(GOOD, {"data": {"batch_size": 10**15}})
+
+
+# ---- the record of a run ----
+
+@pytest.mark.parametrize("comment", ["# changed for this run: by hand", '# changed for this run: {"title": "mine"}', "# model.name is a folder", "[run", "#\n# [run]"])
+def test_comments_are_only_comments(folder, comment):
+    (folder / "noted.toml").write_text(GOOD + "# " + comment + "\n")
+    recipe = load(folder / "noted.toml")
+    assert recipe.title == "a test" and recipe.text == GOOD + "# " + comment + "\n" and "run" not in tomllib.loads(recipe.text)
+
+
+CHANGES = {"title": 'a "b" \\ \n\x00\x7f\u2028 Tür 🐈', "train": {"lr": 1e-05, "bf16": True, "widths": [8, 16]}, "data": {"mix": [{"name": "more.jsonl", "weight": 0.1}]}, "tiny": {"odd key": {}}}
+
+
+def test_a_recorded_recipe_is_the_recipe_of_that_run(folder):
+    first = load(folder / "good.toml", CHANGES)
+    assert record_of(first)["changes"] == CHANGES
+    (folder / "recorded.toml").write_text(first.text + '# command: "contrastive-st train"\n')
+    second = load(folder / "recorded.toml")
+    assert replace(second, path="", text="") == replace(first, path="", text="") and second.text == first.text
+    third = load(folder / "recorded.toml", {"train": {"lr": 0.5}})
+    assert third.train == {**first.train, "lr": 0.5} and third.text.count("[run]") == 1 and third.title == first.title
+
+
+@pytest.mark.parametrize("table, words", [("[run]\nspeed = 5\n", ["run: unknown key 'speed'", "changes"]), ("[run]\nchanges = 5\n", ["run: changes"]),
+                                          ("[run]\nchanges = {}\n[tiny]\n", ["run", "last table"]), ("run = 5\n", ["bad.toml: run"])])
+def test_a_table_run_that_is_no_record(bad, table, words):
+    message = bad(table + GOOD if table.startswith("run") else GOOD + table)
+    assert all(word in message for word in words)
+
+
+# ---- damaged recipes ----
+
+JUNK = ["", "inf", "-1", "0", "1e999", "true", "[]", "{}", "[[[]]]", "'x'", '"\\u0000"', "2024-01-01", "9" * 40, "[1, 'a']", "{a = {b = {c = 1}}}", "[" * 3000, "0x7fffffffffffffff", "'" + "y" * 5000 + "'"]
+
+
+def damage(text, random):
+    "A recipe with one to three of its lines changed, dropped, doubled or cut."
+    lines = text.split("\n")
+    for _ in range(random.randint(1, 3)):
+        n = random.randrange(len(lines))
+        key, equals, value = lines[n].partition("=")
+        lines[n:n + 1] = random.choice([
+            [key + equals + random.choice(JUNK)], [], [lines[n], lines[n]], [lines[n][:random.randint(0, len(lines[n]))]], [key.strip() + "x" + equals + value],
+            [value + equals + key], [lines[n].replace(random.choice("=.[]\"' ") , random.choice("=.[]\"'\0é"))], [random.choice(["[data]", "[tiny]", "[run]", "[[model]]", "[train.x]"])]])
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_recipes_load_or_say_what_is_wrong(folder, monkeypatch, seed):
+    monkeypatch.setenv("HOME", str(folder))
+    random, texts = Random(seed), [GOOD, *(path.read_text(encoding="utf-8") for path in known().values())]
+    for _ in range(DAMAGED // 8):
+        (folder / "damaged.toml").write_text(damage(random.choice(texts), random), encoding="utf-8", errors="replace")
+        try:
+            recipe = load(folder / "damaged.toml", tiny=random.random() < 0.3)
+            build(TrainConfig, recipe.train, f"{recipe.path}: train")
+            plan(recipe)
+        except ValueError as error:
+            assert str(folder) in str(error) and "\n" not in str(error) and len(str(error)) < 400 + 3 * len(str(folder)), str(error)
 
 
 # ---- the page of the seeds ----

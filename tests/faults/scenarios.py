@@ -44,7 +44,7 @@ def digest(*parts):
 
 # ---- training ----
 
-CLOCK = re.compile(r"second|runtime|date|input_share|memory|train_loss|flos|time")
+CLOCK = re.compile(r"^epoch$|second|runtime|date|input_share|memory|train_loss|flos|time")
 STEPS = 6
 
 
@@ -74,6 +74,7 @@ class Train(Scenario):
     name = "train"
     ignored = "/tensorboard/"
     config = dict(eval_every=2, metric="m")
+    mixture = staticmethod(make_mixture)
 
     def settings(self):
         common = dict(steps=STEPS, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3, matmul="default")
@@ -82,7 +83,7 @@ class Train(Scenario):
     def run(self, folder, resume):
         encoder, out = make_encoder(dropout=0.1), folder / "run"
         options = dict(resume=resume, recipe='title = "swept"\n', progress=False)
-        trainer.train(encoder, make_mixture(), self.settings(), out, measure, measure, **options)
+        trainer.train(encoder, self.mixture(), self.settings(), out, measure, measure, **options)
         card.write_card(out)
 
     def outcome(self, folder):

@@ -6,6 +6,10 @@ standard output is its answer. Beside the name of a scenario it holds one of
     {"do": "plan"}                             what the undisturbed run does and leaves
     {"do": "kill", "at": [[n, mode], ...]}     killed at each in turn, then run to the end
     {"do": "full", "room": bytes}              a full disk, then run to the end
+    {"do": "cases"}                            all (file, kind) of damage to the newest checkpoint
+    {"do": "damage", "file": .., "kind": ..}   one of them, then run to the end
+    {"do": "check", "check": name}             a function of checks.py
+    {"do": "fuzz", "seeds": [first, last]}     mutated inputs
 """
 import contextlib
 import importlib
@@ -27,7 +31,7 @@ from faults.killer import Killer  # noqa: E402
 LONGEST = 90  # seconds of an attempt; more is a hang
 
 
-def in_child(work, log):
+def in_child(work, log, longest=LONGEST):
     "Run `work` in a forked child: its value, or how it ended."
     reading, writing = os.pipe()
     if not (child := os.fork()):
@@ -44,20 +48,20 @@ def in_child(work, log):
             json.dump(answer, pipe)
         os._exit(0)
     os.close(writing)
-    return _wait(child, reading)
+    return _wait(child, reading, longest)
 
 
-def _wait(child, reading):
+def _wait(child, reading, longest):
     "The answer of a child, which is ended if it takes too long."
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
     begun = time.monotonic()
-    signal.alarm(LONGEST)
+    signal.alarm(longest)
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     _, status = os.waitpid(child, 0)
     signal.alarm(0)
-    if time.monotonic() - begun > LONGEST - 1:
-        return {"error": f"hung for {LONGEST} s", "where": ""}
+    if time.monotonic() - begun > longest - 1:
+        return {"error": f"hung for {longest} s", "where": ""}
     if os.WIFSIGNALED(status):
         return {"killed": os.WTERMSIG(status)}
     return json.loads(text)
@@ -65,6 +69,11 @@ def _wait(child, reading):
 
 def find(name):
     "A scenario by its name; those of models are imported when they are wanted."
+    if name == "nothing":
+        import faults.checks
+        import faults.fuzz  # noqa: F401
+
+        return Nothing
     if name in atoms.SCENARIOS:
         return atoms.SCENARIOS[name]
     import torch
@@ -72,6 +81,12 @@ def find(name):
 
     torch.set_num_threads(1)
     return SCENARIOS[name]
+
+
+class Nothing(atoms.Scenario):
+    "An empty folder, for what brings its own scenarios."
+
+    name = "nothing"
 
 
 class Server:
@@ -140,6 +155,51 @@ class Server:
         place = self.fresh()
         refused = self.attempt(place, False, lambda: self.killer.limit(room))
         return self.last(place) | {"refused": refused}
+
+    def interrupted(self):
+        "A run that was killed in its last step but one; it is made once."
+        place = self.folder / "interrupted"
+        if not place.exists():
+            from faults.damage import interrupt
+
+            place.mkdir()
+            ended = in_child(lambda: interrupt(self.scenario.name, place), self.log)
+            if "killed" not in ended:
+                raise RuntimeError(f"the run to be damaged was not killed: {ended}")
+        return place
+
+    def cases(self):
+        "Every (file, kind) of damage."
+        from faults.damage import cases
+
+        return {"value": cases(self.interrupted())}
+
+    def damage(self, file, kind):
+        "Damage the newest checkpoint, then run to the end."
+        from faults.damage import damage, resume
+
+        place = atoms.copy_of(self.interrupted(), self.folder / "work")
+        damage(place, file, kind)
+        answer = in_child(lambda: resume(self.scenario, place), self.log)
+        return answer | {"log": self.log.read_text(errors="replace")[-4000:]}
+
+    def check(self, check):
+        "One function of checks.py, in a child."
+        from faults import checks
+
+        place = self.fresh()
+        return in_child(lambda: getattr(checks, check)(place), self.log, longest=400)
+
+    def fuzz(self, seeds):
+        "Some mutated inputs, in a child."
+        from faults.fuzz import fuzz
+
+        place = self.fresh()
+        answer = in_child(lambda: fuzz(place, range(*seeds)), self.log, longest=300)
+        if "value" not in answer:
+            lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.startswith("seed ")]
+            answer["error"] = f"{lines[-1:]}: {answer}"
+        return answer
 
 
 def preload(names):

@@ -27,6 +27,7 @@ NAMES = (
     *("train", "train-last", "prepare", "prepare-over", "encode", "encode-over", "encode-parquet"),
     *("save", "save-over", "card"),
 )
+CHECKS = ("store_flips", "two_starts", "stopped", "moved", "clock_back", "finished", "products", "best_damaged", "threads")
 
 
 class Servers:
@@ -143,6 +144,71 @@ def disk_problem(answer, reference) -> str:
     return problem(answer, reference)
 
 
+def damage_result(answer, request, reference) -> tuple[str, str]:
+    "What came of damage: 'refused', 'recovered' or 'silent', 'crash' with the words for it."
+    name, error = request["file"], answer.get("error", "")
+    if error.startswith(("ValueError: ", "Damaged: ")):
+        ours = name == "manifest.json" or name in error or "manifest.json" in error
+        return ("refused", "") if "checkpoints/checkpoint-" in error and ours else ("crash", f"refused without naming the file: {error}")
+    if error or "killed" in answer:
+        return "crash", error or f"signal {answer['killed']}"
+    if answer["value"]["outcome"]["weights"] != reference["weights"]:
+        return "silent", "the weights are others"
+    return "recovered", ""
+
+
+def damage_sweep(servers, name, most=None) -> dict:
+    "Damage every file of a checkpoint in every way; return counts and failures."
+    begun = time.monotonic()
+    first = servers.processes[0]
+    plan = servers.ask(first, {"scenario": name, "do": "plan"})
+    cases = servers.ask(first, {"scenario": name, "do": "cases"})
+    if "value" not in plan or "value" not in cases:
+        raise RuntimeError(f"{name}: the undisturbed run fails: {plan.get('error') or cases}")
+    chosen = spread(cases["value"], most)
+    requests = [{"scenario": name, "do": "damage", "file": file, "kind": kind} for file, kind in chosen]
+    counts, failures = Counter(), []
+    for request, answer in servers.ask_all(requests):
+        result, words = damage_result(answer, request, plan["value"]["outcome"])
+        counts[result] += 1
+        if words:
+            place = f"{request['kind']}: {request['file'] or 'the checkpoint'}"
+            failures.append((place, words, answer.get("where", "")))
+    return {"name": f"damage to {name}", **counts, "failures": failures, "seconds": time.monotonic() - begun}
+
+
+def check_all(servers, names) -> list[dict]:
+    "Run functions of checks.py; return counts and failures."
+    requests = [{"scenario": "nothing", "do": "check", "check": name} for name in names]
+    return [
+        counted(request["check"], answer, answer.get("seconds", 0)) for request, answer in servers.ask_all(requests)
+    ]
+
+
+def counted(name, answer, seconds) -> dict:
+    "One answer of a check as a result."
+    value = answer.get("value") or {"tried": 1, "failed": [answer.get("error") or str(answer)]}
+    failures = [("", words, answer.get("where", "")) for words in value["failed"]]
+    return {"name": name, "tried": value["tried"], "failures": failures, "seconds": seconds}
+
+
+def fuzz_all(servers, inputs, at_once=50) -> dict:
+    "Try so many mutated inputs."
+    begun = time.monotonic()
+    blocks = [[first, min(first + at_once, inputs)] for first in range(0, inputs, at_once)]
+    requests = [{"scenario": "nothing", "do": "fuzz", "seeds": block} for block in blocks]
+    parts = [counted("mutated inputs", answer, 0) for _, answer in servers.ask_all(requests)]
+    failures = [failure for part in parts for failure in part["failures"]]
+    tried = sum(part["tried"] for part in parts)
+    return {"name": "mutated inputs", "tried": tried, "failures": failures, "seconds": time.monotonic() - begun}
+
+
+def line(r) -> str:
+    "Counts of anything but a sweep."
+    counts = ", ".join(f"{r[key]} {key}" for key in ("tried", "refused", "recovered", "silent", "crash") if key in r)
+    return f"{r['name']:24} {counts}; {len(r['failures'])} failed, {r['seconds']:.1f} s"
+
+
 # ---- one scenario ----
 
 def requests_of(name, operations, most, second, disks):
@@ -219,26 +285,55 @@ def servers_for(jobs):
             servers.close()
 
 
-def main():
+def arguments():
+    "What was asked for."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenario", default="all", help=f"one of {', '.join(NAMES)}, or all")
+    parser.add_argument("--scenario", default="all", help=f"some of {', '.join(NAMES)}, or all, or none")
     parser.add_argument("--points", default="all", help="how many points of each scenario, or all")
     parser.add_argument("--twice", type=int, default=0, help="how many of them with a second kill")
     parser.add_argument("--full", type=int, default=0, help="how many sizes of a full disk")
+    parser.add_argument("--damage", type=int, default=0, help="how many cases of damage to a checkpoint; -1 = all")
+    parser.add_argument("--checks", default="none", help="some functions of checks.py, or all, or none")
+    parser.add_argument("--fuzz", type=int, default=0, help="how many mutated inputs")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    told = parser.parse_args()
+    return parser.parse_args()
+
+
+def chosen(word, names):
+    "Names out of an argument."
+    return names if word == "all" else [] if word == "none" else word.split(",")
+
+
+def everything(servers, asked):
+    "Yield a line and the failures of each result as it comes."
+    most = None if asked.points == "all" else int(asked.points)
+    names = chosen(asked.scenario, NAMES)
+    if names:
+        yield HEAD, ""
+    for name in names:
+        result = sweep(servers, name, most, asked.twice, asked.full)
+        yield row(result), reasons(result)
+    results = []
+    if asked.damage:
+        results.append(lambda: [damage_sweep(servers, "train-last", None if asked.damage < 0 else asked.damage)])
+    results.append(lambda: check_all(servers, chosen(asked.checks, CHECKS)))
+    if asked.fuzz:
+        results.append(lambda: [fuzz_all(servers, asked.fuzz)])
+    for make in results:
+        for result in make():
+            yield line(result), reasons(result)
+
+
+def main():
+    asked = arguments()
     if reason := killer.missing():
         sys.exit(reason)
-    most = None if told.points == "all" else int(told.points)
-    with servers_for(told.jobs) as servers:
-        names = NAMES if told.scenario == "all" else told.scenario.split(",")
-        print(HEAD)
-        failed = 0
-        for name in names:
-            result = sweep(servers, name, most, told.twice, told.full)
-            failed += len(result["failures"])
-            print(row(result), reasons(result), sep="\n" * bool(result["failures"]), flush=True)
-    sys.exit(failed > 0)
+    failed = False
+    with servers_for(asked.jobs) as servers:
+        for counts, failures in everything(servers, asked):
+            print(counts, failures, sep="\n" if failures else "", flush=True)
+            failed = failed or bool(failures)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

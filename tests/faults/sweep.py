@@ -177,12 +177,11 @@ def damage_sweep(servers, name, most=None) -> dict:
     return {"name": f"damage to {name}", **counts, "failures": failures, "seconds": time.monotonic() - begun}
 
 
-def check_all(servers, names) -> list[dict]:
-    "Run functions of checks.py; return counts and failures."
+def check_all(servers, names):
+    "Run functions of checks.py; yield counts and failures as they come."
     requests = [{"scenario": "nothing", "do": "check", "check": name} for name in names]
-    return [
-        counted(request["check"], answer, answer.get("seconds", 0)) for request, answer in servers.ask_all(requests)
-    ]
+    for request, answer in servers.ask_all(requests):
+        yield counted(request["check"], answer, answer.get("seconds", 0))
 
 
 def counted(name, answer, seconds) -> dict:
@@ -239,27 +238,29 @@ def sweep(servers, name, most=None, second=0, disks=0) -> dict:
     if "value" not in plan:
         raise RuntimeError(f"{name}: the undisturbed run fails: {plan}")
     operations, reference = plan["value"]["operations"], plan["value"]["outcome"]
-    counts, failures = Counter(), []
+    counts, failures, busy = Counter(), [], 0.0
     for request, answer in servers.ask_all(requests_of(name, operations, most, second, disks)):
         wrong = (disk_problem if request["do"] == "full" else problem)(answer, reference)
         counts[request["do"]] += 1
         counts["killed"] += answer.get("kills", 0)
+        busy += answer.get("busy", 0)
         counts["right"] += not wrong
         if wrong:
             failures.append((place_of(request, operations), wrong, answer.get("where", "")))
     return {
         "name": name, "kills": counts["kill"], "killed": counts["killed"], "disks": counts["full"],
         "right": counts["right"], "failures": failures, "seconds": time.monotonic() - begun,
+        "busy": busy,
     }
 
 
-HEAD = f"{'scenario':16}{'points':>8}{'killed':>8}{'full disks':>12}{'right':>8}{'failed':>8}{'seconds':>9}"
+HEAD = f"{'scenario':16}{'points':>8}{'killed':>8}{'full disks':>12}{'right':>8}{'failed':>8}{'seconds':>9}{'of a core':>11}"
 
 
 def row(r) -> str:
     "The counts of a scenario, a line of the table under `HEAD`."
     return (
-        f"{r['name']:16}{r['kills']:8}{r['killed']:8}{r['disks']:12}{r['right']:8}{len(r['failures']):8}{r['seconds']:9.1f}"
+        f"{r['name']:16}{r['kills']:8}{r['killed']:8}{r['disks']:12}{r['right']:8}{len(r['failures']):8}{r['seconds']:9.1f}{r['busy']:11.1f}"
     )
 
 

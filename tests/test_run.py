@@ -394,5 +394,7 @@ def test_of_two_processes_the_first_measures_and_a_signal_to_either_saves_both(t
     assert all("stopped at step 3 of 6" in said for said, _ in stopped)
     resumed = start("resumed", out="stopped", resume=True)
     assert [calls for _, calls in resumed] == [3, 0]
-    assert same(resumed[0][0], straight[0][0])
+    after, expected = resumed[0][0], straight[0][0]  # two uninterrupted runs differ by as much: gloo adds in any order
+    assert all(torch.allclose(value, expected[name], atol=1e-5) for name, value in after.items())
+    assert same(after, resumed[1][0])
     assert read_json(tmp_path / "stopped/metrics.json")["steps"] == 6

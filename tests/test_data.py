@@ -3,13 +3,17 @@ import gzip
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
+import time
 import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -138,7 +142,108 @@ def test_tsv_quotes_are_text_and_csv_cells_run_over_lines(tmp_path):
         assert read(path, on_error="skip") == [("two\nlines", 'say "no"')]
 
 
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", [{"set": {"query": a, "pos": [p], "neg": []}} for a, p in GOOD]),
+    ("a.jsonl", [{"set": {"texts": row}} for row in GOOD]),
+    ("a.jsonl", [{"anchor": a, "positive": p, "negative": None} for a, p in GOOD]),
+    ("a.jsonl", [{"Anchor": a, " positive ": p} for a, p in GOOD]),
+    ("a.csv", "anchor;positive\n" + "".join(f'"{a}";{p}\n' for a, p in GOOD)),
+    ("a.csv", "anchor\tpositive\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+    ("a.csv", "\n\nAnchor,Positive\n" + "".join(f"{a},{p}\n" for a, p in GOOD)),
+    ("a.csv", "anchor, positive\n" + "".join(f'"{a}", "{p}"\n' for a, p in GOOD)),
+    ("a.csv", "id;ANCHOR; Positive\n" + "".join(f"7;{a};{p}\n" for a, p in GOOD)),
+    ("a.tsv", "Question\t Answer\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+])
+def test_spellings_that_are_unambiguous(tmp_path, name, content):
+    assert read(put(tmp_path / name, content)) == [(a.strip(), p.strip()) for a, p in GOOD]
+
+
+def test_columns_asked_for_in_other_spellings(tmp_path):
+    path = put(tmp_path / "a.csv", "Frage;Antwort\nIst es neblig?;Nein.\n")
+    assert read(path, columns=("frage", "antwort")) == read(path, columns=("Frage", "Antwort")) == [("Ist es neblig?", "Nein.")]
+    assert read(path, columns=(0, 1))[1] == ("Ist es neblig?", "Nein.")
+    refuses(lambda: read(path), f"{path}:1: ", "no known pair of columns", "columns=(0, 1)", "separated by ';'")
+    refuses(lambda: read(put(tmp_path / "b.csv", "Anchor,ANCHOR,positive\na,b,c\n")), "2 column 'anchor' among")
+    assert read(put(tmp_path / "c.csv", "Anchor,anchor,positive\na,b,c\n")) == [("b", "c")]  # its very name wins
+
+
+def test_a_set_is_read_as_a_ring(tmp_path):
+    path = put(tmp_path / "a.jsonl", [{"set": ["a", "b", "c"]}, {"set": ["d", "e"]}])
+    assert read(path) == [("a", "b"), ("b", "c"), ("c", "a"), ("d", "e"), ("e", "d")]
+
+
+def test_negatives_of_any_number(tmp_path):
+    mined = [{"query": "q1", "pos": ["p1"], "neg": []}, {"query": "q2", "pos": ["p2"], "neg": ["n", "m"]}, {"query": "q3", "pos": ["p3"], "neg": ["k"]},
+             {"query": "q4", "pos": ["p4"], "neg": ["1", "2", "3"]}]
+    expected = [("q1", "p1", "p1", "p1"), ("q2", "p2", "n", "m"), ("q3", "p3", "k", "k"), ("q4", "p4", "1", "2")]
+    path = put(tmp_path / "a.jsonl", mined)
+    for on_error in ("raise", "skip"):
+        with pytest.warns(UserWarning, match="1 had more and were cut, 1 had fewer and repeat theirs, 1 had none"):
+            assert read(path, on_error=on_error) == expected
+    with pytest.warns(UserWarning):
+        assert read(path, negatives=3)[3] == ("q4", "p4", "1", "2", "3") and {len(row) for row in read(path, negatives=0)} == {2}
+    with pytest.warns(UserWarning, match="of the rows, which have 2 negatives each"):
+        assert list(load_source(path, cache_dir=tmp_path / "cache")) == expected
+    lists = put(tmp_path / "b.jsonl", [("a", "b"), ("c", "d", "e"), ("f", "g", "h", "i")])
+    with pytest.warns(UserWarning):
+        assert read(lists) == [("a", "b", "b"), ("c", "d", "e"), ("f", "g", "h")]
+    late = put(tmp_path / "c.jsonl", [*([f"a{i}", f"b{i}"] for i in range(1500)), ("c", "d", "e")])
+    refuses(lambda: read(late), f"{late}:1501: the first row with negatives", "negatives=1")  # a stream has given pairs already
+    with pytest.warns(UserWarning, match="1,500 had none"):
+        assert read(late, negatives=1)[-1] == ("c", "d", "e") and len(load_source(late, cache_dir=tmp_path / "cache").columns) == 3
+    for wrong in (-1, True, "2", 1.5):
+        refuses(partial(read, late, negatives=wrong), "negatives is")
+
+
 # ---- refused files
+
+@pytest.mark.parametrize("name, raw, said", [
+    ("a.tsv", b"x" * 5_000_000 + b"\n", "no known pair of columns among xxx"), ("a.tsv", b"x\t" * 500_000 + b"\n", "and 499,993 more"),
+    ("a.csv", b"x" * 5_000_000 + b"\n", "no known pair"), ("a.jsonl", b'"' + b"x" * 5_000_000 + b'"', "expected a list of texts"),
+    ("a.jsonl", b'{"' + b"x" * 5_000_000 + b'": 1}', "no known pair"), ("a.jsonl", b'["a", ' + b"[" * 900 + b"]" * 900 + b"]", "not a string"),
+    ("a.jsonl", b'["a", ' + b"9" * 400 + b"]", "not a string"), ("a.jsonl", b'["a", "b\x1b[31m' + b"x" * 5_000_000, "not JSON"),
+    ("a.json", b"[" * 200_000, "not JSON"), ("a.json", b"[[" + b'"x",' * 2 + b"[" * 900 + b"]" * 900 + b"]]", "not a string"),
+    ("a.tsv", b"anchor\tpositive\n" + b"y\t" * 500_000 + b"\n", "500001 cells where the header has 2"),
+])
+def test_nothing_is_quoted_whole(tmp_path, name, raw, said):
+    path = put(tmp_path / name, raw)
+    for on_error in ("raise", "skip"):
+        with pytest.raises(ValueError) as caught:
+            read(path, on_error=on_error)
+        text = str(caught.value)
+        assert said in text and str(path) in text and len(text) < 700 + 2 * len(str(path)) and all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_what_is_no_regular_file(tmp_path):
+    from contrastive_st.mixture import read_config
+
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.symlink("/dev/zero", tmp_path / "zero.jsonl")
+    os.symlink("/dev/null", tmp_path / "null.tsv")
+    (tmp_path / "search" / "qrels").mkdir(parents=True)
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        os.symlink("/dev/zero", tmp_path / "search" / name)
+    for path in (tmp_path / "pipe.jsonl", tmp_path / "zero.jsonl", tmp_path / "null.tsv"):
+        for call in (read_examples, read_sts, lambda p: load_source(p, cache_dir=tmp_path / "cache"), lambda p: read_config(p, tmp_path)):
+            refuses(partial(call, path), path, "is a pipe, a socket or a device", "copy its content to a file")
+    refuses(lambda: read_retrieval(tmp_path / "search"), tmp_path / "search" / "corpus.jsonl", "is a pipe, a socket or a device")
+
+
+def test_an_endless_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LINE_BYTES", 1000)
+    long = "x" * 2000
+    for name, content in (("a.jsonl", f'["a", "b"]\n["c", "{long}"]\n'), ("a.jsonl.gz", f'["a", "b"]\n["c", "{long}"]\n'), ("a.tsv", f"anchor\tpositive\na\t{long}\n"),
+                          ("a.csv", f"anchor,positive\na,{long}\n"), ("a.json", f'[["a", "b"],\n["c", "{long}"]]')):
+        path = put(tmp_path / name, content)
+        for on_error in ("raise", "skip"):
+            refuses(partial(read, path, on_error=on_error), f"{path}:2: the line is longer than 1,000 bytes")
+    assert read(put(tmp_path / "b.jsonl", [("a", "x" * 900)])) == [("a", "x" * 900)]
+    cell = "\n".join(["y" * 90] * 20)
+    refuses(lambda: read(put(tmp_path / "c.csv", f'anchor,positive\na,"{cell}"\n')), "c.csv:2: not CSV", "field larger than field limit")
+    monkeypatch.setattr(data, "JSON_BYTES", 5000)
+    refuses(lambda: read(put(tmp_path / "d.json", "[" + '["a", "b"],\n' * 600 + '["c", "d"]]')), "a .json list is read as a whole", "5,000 bytes")
+
+
 
 def test_missing_folder_unknown_kind(tmp_path):
     refuses(lambda: read_examples(tmp_path / "no.jsonl"), tmp_path / "no.jsonl", "no such file", "check")  # at once, not at the first row
@@ -372,6 +477,24 @@ def test_source_refuses(tmp_path):
     refuses(lambda: Source(make({"title": ["a"], "body": ["b"]}), "x"), "x: no known pair of columns among title, body")
 
 
+def test_source_from_rows_in_memory():
+    frame = datasets.Dataset.from_dict({"question": [a for a, _ in GOOD], "answer": [p for _, p in GOOD]}).to_pandas()
+    for given in (GOOD, tuple(GOOD), [list(row) for row in GOOD], [{"query": a, "pos": [p]} for a, p in GOOD], frame, frame.set_index(frame.index + 5)):
+        source = Source(given)
+        assert list(source) == GOOD and source.columns == ("anchor", "positive") and source.store is None and len(source) == 3
+        assert source.identities([2, 0]).tolist() == [[store.text_identity(text) for text in GOOD[i]] for i in (2, 0)]
+        assert source.identities([]).shape == (0, 2) and pickle.loads(pickle.dumps(source))[1] == GOOD[1]
+    assert list(Source(frame, columns=("answer", "question")))[0] == GOOD[0][::-1] and Source(GOOD, columns=(1, 0))[0] == GOOD[0][::-1]
+    with pytest.warns(UserWarning, match="dataset: of the rows, which have 1 negative each, 1 had none"):
+        assert list(Source([*GOOD[:1], ("a", "b", "c")])) == [(*GOOD[0], GOOD[0][1]), ("a", "b", "c")]
+    refuses(lambda: Source([*GOOD, ("a", " ")], "mine"), "mine row 3: text 2 is empty")
+    refuses(lambda: Source([("a", 3)], "mine"), "mine row 0: text 2 is 3, not a string")
+    refuses(lambda: Source([], "mine"), "mine: no example")
+    refuses(lambda: Source([("a", "b")] * 2, "mine"), "every row has the same texts")
+    frame.loc[1, "answer"] = None
+    refuses(lambda: Source(frame, "mine"), "mine row 1: column 'answer' is empty")
+
+
 @pytest.mark.parametrize("name, call", [
     ("owner/name", ("owner/name",)), ("owner/name/pair", ("owner/name", "pair")), ("glue/stsb", ("nyu-mll/glue", "stsb")), ("snli", ("stanfordnlp/snli",)),
 ])
@@ -419,6 +542,28 @@ def test_sts_refuses(tmp_path, rows, line, problem):
     refuses(lambda: read_sts(path), f"{path}:{line}: ", problem)
 
 
+@pytest.mark.parametrize("row, problem", [
+    ({"score": 10**400, "sentence1": "a", "sentence2": "b"}, "is not a number from 0 to 5"), ({"score": float("nan"), "sentence1": "a", "sentence2": "b"}, "score nan"),
+    ({"score": float("inf"), "sentence1": "a", "sentence2": "b"}, "score inf"), ({"score": [1], "sentence1": "a", "sentence2": "b"}, "score [1]"),
+    ({"score": None, "sentence1": "a", "sentence2": "b"}, "score null"), ({"score": True, "sentence1": "a", "sentence2": "b"}, "score True"),
+    ({"score": 1, "sentence1": ["a"], "sentence2": "b"}, "text 1 is ['a'], not a string"), ({"score": 1, "sentence1": "a", "sentence2": None}, "text 2 is null"),
+    ({"score": 1, "sentence1": "a", "sentence2": "b", "split": ["test"]}, "split is ['test']"), ({"score": 1, "sentence1": "a", "sentence2": "b", "split": 3}, "split is 3"),
+    ([1, "a", "b"], "an STS row needs"), ("x" * 5_000_000, "an STS row needs"),
+])
+def test_sts_rows_of_wrong_types(tmp_path, row, problem):
+    path = put(tmp_path / "a.jsonl", [{"score": 1, "sentence1": "a", "sentence2": "b"}, row])
+    refuses(lambda: read_sts(path), f"{path}:2: ", problem)
+    path.write_text('{"score": 1, "sentence1": "a", "sentence2": ' + "[" * 100_000)
+    refuses(lambda: read_sts(path), f"{path}:1: ", "not JSON")
+
+
+def test_sts_headers_in_other_spellings(tmp_path):
+    assert read_sts(put(tmp_path / "a.csv", "Split;Score;Sentence1;Sentence2\ntest;5;a;b\ntrain;1;c;d\n")) == (["a"], ["b"], [1.0])
+    table = pa.table({"split": ["test", "train"], "score": [5.0, 1.0], "sentence1": ["a", "c"], "sentence2": ["b", "d"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_sts(tmp_path / "a.parquet") == (["a"], ["b"], [1.0])
+
+
 def test_sts_files_without_rows(tmp_path):
     refuses(lambda: read_sts(tmp_path / "no.tsv"), "no such file")
     refuses(lambda: read_sts(put(tmp_path / "a.tsv", STS)), "a.tsv", "the file is empty")
@@ -455,8 +600,16 @@ def test_retrieval(beir):
     assert read_retrieval(beir) == found
 
 
+def test_grades_with_a_point_and_documents_that_are_not_there(beir):
+    put(beir / "qrels" / "test.tsv", "Query-ID\tCorpus-ID\tScore\nq1\td1\t1.0\nq1\td9\t2\nq1\td2\t0.\n")
+    found = read_retrieval(beir)
+    assert found.qrels == {"q1": {"d1": 1, "d9": 2, "d2": 0}} and "d9" not in found.corpus
+
+
 @pytest.mark.parametrize("file, content, parts", [
-    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td9\t1\n", (":3: ", "document 'd9' is not in corpus.jsonl")),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1.5\n", (":2: ", "'1.5' is not a whole number")),
+    ("qrels/test.tsv", f"query-id\tcorpus-id\tscore\nq1\td1\t{'9' * 5000}\n", (":2: ", "is not a whole number")),
+    ("queries.jsonl", '{"_id": "q1", "text": ' + "[" * 100_000, (":1: ", "not JSON")),
     ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq9\td1\t1\n", (":2: ", "query 'q9' is not in queries.jsonl")),
     ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\tyes\n", (":2: ", "'yes' is not a whole number")),
     ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t1\n", (":3: ", "judged before")),
@@ -514,3 +667,123 @@ def test_real_sts():
 def test_real_retrieval():
     corpus, queries, qrels = read_retrieval(REAL / "retrieval" / "cranfield")
     assert (len(corpus), len(queries), sum(map(len, qrels.values()))) == (1400, 225, 1612)
+
+
+# ---- any bytes at all
+
+STRANGE = [None, True, 0, -1, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\ud800", "\x00", "x" * 10_000, [], {}, [[]], ["a"], {"a": 1}, [["a", "b"]], "9" * 5000]
+BITS = [b"[" * 3000, b"{\"a\":" * 2000, b"\x00", b'"', b"\\", b"NaN", b"1e999", b"9" * 5000, b"null", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n", b"\t", b",", b";", b"\\ud800",
+        b"-", b"]", b"}", b"\x1f\x8b", b"PAR1", b"/../", b"'"]
+
+
+def valid_files(folder: Path) -> dict[str, list[tuple[Path, object]]]:
+    "One small valid file of every format: {name: [(file to spoil, call that reads it), ..]}."
+    from contrastive_st.mixture import read_config
+
+    tables = {"jsonl": GOOD, "sts": [(5.0, "a", "b", "test"), (2.5, "c", "d", "train")]}
+    names = {"jsonl": ["anchor", "positive"], "sts": ["score", "sentence1", "sentence2", "split"]}
+    found = {}
+    for what, rows in tables.items():
+        records = [dict(zip(names[what], row)) for row in rows]
+        texts = {"jsonl": "".join(json.dumps(r) + "\n" for r in records), "json": json.dumps(records), "tsv": "\n".join("\t".join(map(str, r)) for r in (names[what], *rows)),
+                 "csv": "\n".join(";".join(f'"{c}"' for c in r) for r in (names[what], *rows))}
+        paths = [put(folder / f"{what}.{ending}", text) for ending, text in texts.items()] + [put(folder / f"{what}.jsonl.gz", texts["jsonl"]), folder / f"{what}.parquet"]
+        pq.write_table(pa.Table.from_pylist(records), paths[-1])
+        for path in paths:
+            calls = [partial(read, path), partial(read, path, on_error="skip"), partial(load_source, path, cache_dir=folder / "cache")] if what == "jsonl" else [partial(read_sts, path)]
+            found[path.name] = [(path, call) for call in calls]
+    put(folder / "forms.jsonl", [{"set": ["a", "b"]}, {"set": {"query": "q", "pos": ["p"], "neg": ["n"]}}, {"texts": ["c", "d"]}, ["e", "f", "g"]])
+    found["forms.jsonl"] = [(folder / "forms.jsonl", partial(read, folder / "forms.jsonl", on_error="skip"))]
+    search = folder / "search"
+    (search / "qrels").mkdir(parents=True)
+    put(search / "corpus.jsonl", [{"_id": "d1", "title": "Fog", "text": "Ferries wait."}, {"_id": "d2", "text": "No title."}])
+    put(search / "queries.jsonl", [{"_id": "q1", "text": "fog?"}])
+    put(search / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        found[name] = [(search / name, partial(read_retrieval, search))]
+    config = put(folder / "config.json", json.dumps([{"name": "jsonl.jsonl", "weight": 1, "lines": 3, "columns": ["anchor", "positive"], "split": "train"}, {"name": "jsonl.tsv", "weight": 2}]))
+    found["config.json"] = [(config, partial(read_config, config, folder))]
+    with pytest.warns(UserWarning, match="1 bad rows skipped"):
+        made = load_source(put(folder / "texts.jsonl", [*GOOD, ["only one"]]), cache_dir=folder / "stores", on_error="skip").store.folder
+    def ids(texts): return np.arange(len(texts)), np.ones(len(texts), int), np.zeros(len(texts), bool)
+    store.write_tokens(made, {"fingerprint": "f", "tokenizer": "t", "max_length": 5, "vocabulary": 256}, ids)
+    def open_store():
+        source = load_source(made)
+        source.rows([0, len(source) // 2, len(source) - 1]), source.identities([0]), source.store.tokens([0, len(source) - 1])
+    for path in sorted(p for p in made.rglob("*") if p.is_file()):
+        name = path.relative_to(made).as_posix()
+        found[f"store/{name}"] = [(path, open_store), (path, partial(store.verify, made))]
+    return found
+
+
+def spoil_values(value, draw):
+    "The same JSON value with something strange in one place."
+    if isinstance(value, (dict, list)) and value and draw.random() < 0.8:
+        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        if draw.random() < 0.15:
+            del copy[key]
+        elif isinstance(copy, dict) and draw.random() < 0.2:
+            copy[str(draw.choice(STRANGE))] = copy.pop(key)
+        else:
+            copy[key] = spoil_values(value[key], draw)
+        return copy
+    return draw.choice(STRANGE)
+
+
+def spoil(raw: bytes, name: str, draw) -> bytes:
+    "The content of a file with some bytes, or some values, changed."
+    if name.endswith((".jsonl", ".json")) and draw.random() < 0.5:
+        lines = raw.decode().splitlines() if name.endswith("jsonl") else [raw.decode()]
+        n = draw.randrange(len(lines))
+        lines[n] = json.dumps(spoil_values(json.loads(lines[n]), draw))
+        return "\n".join(lines).encode("utf-8", "surrogatepass")
+    zipped = name.endswith(".gz") and draw.random() < 0.7
+    data = bytearray(gzip.decompress(raw) if zipped else raw)
+    for _ in range(draw.choice([1, 1, 1, 2, 5])):
+        at, end = sorted(draw.randrange(len(data) + 1) for _ in range(2))
+        how = draw.randrange(6)
+        if how == 0 and at < len(data):
+            data[at] ^= 1 << draw.randrange(8)
+        elif how == 1:
+            del data[at:end]
+        elif how == 2:
+            data[at:at] = data[at:end]
+        elif how == 3:
+            data[at:at + draw.choice([0, 1])] = draw.choice(BITS)
+        elif how == 4:
+            data[at:at] = draw.randbytes(draw.choice([1, 4, 100]))
+        else:
+            del data[at:]
+    return gzip.compress(bytes(data)) if zipped else bytes(data)
+
+
+def fuzz(folder: Path, number: int, seed: int = 0) -> dict[str, int]:
+    "Spoil files and read them: what is raised is a ValueError or OSError of one short sentence that names the file, and nothing takes long."
+    draw, outcomes = random.Random(seed), Counter()
+    found = valid_files(folder)
+    originals = {path: path.read_bytes() for calls in found.values() for path, _ in calls}
+    for n in range(number):
+        name = sorted(found)[n % len(found)]
+        path, call = draw.choice(found[name])
+        path.write_bytes(spoil(originals[path], name, draw))
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                call()
+            outcomes["read"] += 1
+            said = [str(w.message) for w in caught]
+        except (ValueError, OSError) as error:
+            said = [str(error)]
+            assert str(folder) in said[0], (n, name, said)
+            outcomes["refused"] += 1
+        assert time.perf_counter() - start < 10, (n, name)
+        assert all(len(text) < 1500 for text in said), (n, name, said)
+        path.write_bytes(originals[path])
+    return dict(outcomes)
+
+
+def test_spoiled_files_are_read_or_refused_in_a_sentence(tmp_path):
+    outcomes = fuzz(tmp_path, int(os.environ.get("FUZZ", 200)), int(os.environ.get("FUZZ_SEED", 0)))
+    assert min(outcomes["read"], outcomes["refused"]) > 20

@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +65,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 def left(out: Path) -> list[str]:
     "What lies in a folder of stores, locks left out."
-    return sorted(p.name for p in out.iterdir() if p.suffix != ".lock")
+    return sorted(p.name for p in out.iterdir() if p.suffix not in (".lock", ".owner"))
 
 
 # ---- bad rows and bad files
@@ -342,7 +343,7 @@ def test_a_file_size_limit_stops_with_words_and_the_old_store_is_whole(tmp_path,
     process = child(path, tmp_path / "out", "size", 20_000)
     assert process.wait(60) == 1
     said = process.stderr.read()
-    assert "said: " in said and "a.store: the disk is full (File too large); make room" in said and "Traceback" not in said
+    assert "said: " in said and "a.store: the disk is full (" in said and "File too large" in said and "make room" in said and "Traceback" not in said
     assert content(tmp_path / "out" / "a.store") == old and rows(Store(tmp_path / "out" / "a.store")) == GOOD
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "a.store.part").glob("*.arrow")}
     assert len(kept) == 2
@@ -548,3 +549,100 @@ def test_a_random_file_across_many_shards(tmp_path, monkeypatch):
     assert source.rows(asked) == [given[i] for i in asked] and list(source) == given
     assert source.identities(asked).tolist() == [[text_identity(t) for t in given[i]] for i in asked]
     assert source.identities(np.array([], int)).shape == (0, 3) and source.store.summary["distinct"]["anchor"] == len({text_identity(a) for a, *_ in given})
+
+
+# ---- workers and their parent
+
+SLOW = """
+import sys, time
+from contrastive_st import data, store
+store.SHARD_ROWS = 20
+real = data._rows
+def rows(*args):
+    for item in real(*args):
+        time.sleep(0.01)
+        yield item
+data._rows = rows
+if __name__ == "__main__":
+    print("begun", flush=True)
+    data.prepare([{"name": n, "path_or_hub_id": f"{sys.argv[1]}/{n}.jsonl"} for n in "ab"], sys.argv[2], workers=2, progress=False)
+"""
+
+
+def children_of(pid: int) -> list[int]:
+    "The living descendants of a process."
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            child = int(path.parent.name)
+            found += [child, *children_of(child)]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_a_killed_parent(tmp_path, how):
+    for n in "ab":
+        put(tmp_path / f"{n}.jsonl", [[f"{n}{i}", f"p{i}"] for i in range(20_000)])
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    process = subprocess.Popen([sys.executable, script, tmp_path, tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout.readline() == "begun\n"
+    until = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("*.part/*.arrow"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = children_of(process.pid)
+    assert len(workers) >= 2 and process.poll() is None
+    process.send_signal(how)
+    process.wait(10)
+    until = time.monotonic() + 3
+    while any(map(alive, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+    assert process.stdout.read() == ""  # the pipe is closed: nobody holds it any more
+
+
+# ---- looked at in full
+
+def test_prepare_verifies_what_is_there(tmp_path):
+    wanted = [entry(put(tmp_path / f"{n}.jsonl", [*GOOD, ["a"]]), n) for n in "ab"]
+    out = tmp_path / "out"
+    first = prepare(wanted, out, progress=False)
+    expected = content(out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare(wanted, out, progress=False, verify=True) == first
+    for name in ("shard-00000.arrow", "rejects.jsonl", "summary.json", "manifest.json"):
+        path = out / "b.store" / name
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 16
+        path.write_bytes(raw)
+        for workers in (1, 2) if name == "rejects.jsonl" else (1,):
+            path.write_bytes(raw)
+            with pytest.warns(UserWarning, match="b.store/.*written anew") if name in ("shard-00000.arrow", "rejects.jsonl") else nullcontext():
+                assert prepare(wanted, out, progress=False, verify=True, workers=workers) == first
+            assert content(out) == expected, name
+
+
+def test_rows_with_other_numbers_of_negatives_are_kept_and_counted(tmp_path):
+    path = put(tmp_path / "a.jsonl", [{"query": "q1", "pos": ["p1"], "neg": []}, {"query": "q2", "pos": ["p2", "r2"], "neg": ["n", "m"]},
+                                      {"query": "q3", "pos": ["p3"], "neg": ["k"]}, {"query": "q4", "pos": "p4", "neg": None}, {"query": "q5", "pos": ["p5"], "neg": ["x", "y", "z"]}])
+    made = one(tmp_path, path)
+    assert rows(made) == [("q1", "p1", "p1", "p1"), ("q2", "p2", "n", "m"), ("q2", "r2", "n", "m"), ("q3", "p3", "k", "k"), ("q4", "p4", "p4", "p4"), ("q5", "p5", "x", "y")]
+    assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 2} and made.summary["rejected"] == {"malformed": 0, "empty": 0}
+    with pytest.warns(UserWarning, match="1 had more and were cut, 1 had fewer and repeat theirs, 2 had none"):
+        load_source(made.folder)
+    prepare([entry(path, negatives=1)], tmp_path / "one", progress=False)
+    assert rows(Store(tmp_path / "one" / "a.store"))[5] == ("q5", "p5", "x")
+    refuses(lambda: prepare([entry(path, negatives=-1)], tmp_path / "out", progress=False), "negatives is -1")

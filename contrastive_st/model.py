@@ -6,29 +6,39 @@
 __all__ = ['POOLINGS', 'mean_pool', 'cls_pool', 'max_pool', 'SentenceEncoder']
 
 # %% ../nbs/03_model.ipynb #imports
+import copy
 import hashlib
 import importlib.util
-import json
+import math
 import re
+import reprlib
+import threading
 import warnings
+from collections.abc import Iterable, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from numbers import Integral
 from pathlib import Path
+from typing import Annotated, Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 from tokenizers import normalizers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from .atomic import MANIFEST, check_folder, describe_file, is_whole, new_folder, read_json, reading, write_json, writing
 from .packed import packable, packed_states
 from .precision import check_precision, quantize
+from .tokens import RaggedTokenizer
 
 # %% ../nbs/03_model.ipynb #poolings
 def mean_pool(hidden:Tensor, # token states, (N, T, D) float
@@ -117,15 +127,30 @@ def _most_tokens(backbone):
 
 def _check_parts(backbone, tokenizer, pooling, max_length):
     "Raise a ValueError if the parts of an encoder do not fit together."
-    limit, vocabulary = _most_tokens(backbone), backbone.config.vocab_size
+    vocabulary = backbone.config.vocab_size
     if pooling not in POOLINGS: raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer")
     if tokenizer.pad_token_id is None: raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
     if len(tokenizer) > vocabulary:
         raise ValueError(f"the tokenizer knows {len(tokenizer):,} tokens but the backbone embeds {vocabulary:,}; they do not belong together")
-    if max_length < 3 or max_length > (limit or max_length):
-        raise ValueError(f"max_length {max_length} does not fit; this backbone takes 3 to {limit or 'any number of'} tokens")
+    _check_length(max_length, backbone)
+
+
+def _check_length(max_length, backbone):
+    "Raise a ValueError unless texts of `max_length` tokens fit the backbone."
+    limit = _most_tokens(backbone)
+    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= (limit or 2**31):
+        raise ValueError(f"max_length {_shown(max_length)} does not fit; this backbone takes 3 to {limit or 'any number of'} tokens")
+
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 60
+
+
+def _shown(value):
+    "A value as a message quotes it: short and printable."
+    return ascii(value)[:60] if isinstance(value, str) and not value.isprintable() else _QUOTE.repr(value)
 
 # %% ../nbs/03_model.ipynb #check-texts
 def _mend(text):
@@ -134,48 +159,68 @@ def _mend(text):
     except UnicodeEncodeError: return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
-def _check_texts(texts):
-    "Return a list of strings that have an encoding, or say which entry is no string."
-    if not hasattr(texts, "__iter__"): raise ValueError(f"texts is of type {type(texts).__name__}; pass a list of strings or one string")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    for i, text in enumerate(texts):
+
+def _refuse_container(texts):
+    "Raise a ValueError unless `texts` is one string or something that yields texts in an order."
+    if isinstance(texts, Mapping | Set | bytes | bytearray | memoryview) or hasattr(texts, "columns") or not hasattr(texts, "__iter__"):
+        raise ValueError(f"texts is of type {type(texts).__name__}; pass a list of strings or one string")
+
+
+def _check_texts(texts, first=0):
+    "Return strings that have an encoding and how many were mended, or say which entry is no string."
+    for i, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise ValueError(f"text {i} is of type {type(text).__name__}, not a string; drop it or convert it with str()")
     mended = [_mend(text) for text in texts]
-    if broken := sum(new is not text for new, text in zip(mended, texts)):
-        warnings.warn(f"{broken} of {len(texts)} texts held half characters (lone surrogates), which no tokenizer takes; those without a partner became U+FFFD", stacklevel=4)
-    return mended
+    return mended, sum(new is not text for new, text in zip(mended, texts))
 
+
+def _in_parts(texts, rows=8192, characters=2**25):
+    "Yield lists of texts: one for a string or a sequence, several of bounded size for an iterator."
+    if isinstance(texts, str) or hasattr(texts, "__len__"):
+        yield [texts] if isinstance(texts, str) else list(texts)
+        return
+    part, size = [], 0
+    for text in texts:
+        part.append(text)
+        size += len(text) if isinstance(text, str) else 0
+        if len(part) == rows or size > characters:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+# %% ../nbs/03_model.ipynb #find-prompt
 def _find_prompt(prompt, prompts, default=None):
-    "Return the text to put before each input: a known prompt by name, or literal text."
+    "Return the text to put before each input: a known prompt by name, or literal text with a space or a mark at its end."
     name = prompt if prompt is not None else default
     if name is None: return ""
+    if not isinstance(name, str):
+        raise ValueError(f"prompt is of type {type(name).__name__}; pass the name of a prompt or its text")
     if name in prompts: return prompts[name] or ""
-    if name.isidentifier():
-        raise ValueError(f"the model has no prompt named {name!r} (it has: {', '.join(prompts) or 'none'}); "
-                         "literal text should end in a space or a colon")
-    return name  # a bare word that is no name was an error: glued to a text it would help nobody
+    literal = any(map(str.isspace, name)) or not (name[-1:].isalnum() or name[-1:] in ("-", "_"))
+    if not literal:  # glued to a text, one bare word would help nobody: it is a name with a typing error
+        raise ValueError(f"the model has no prompt named {_shown(name)} (it has: {', '.join(prompts)[:120] or 'none'}); "
+                         "literal text must contain a space or end in a mark such as a colon")
+    return name
 
 # %% ../nbs/03_model.ipynb #tokenize
-@contextmanager
-def _tokenizer_set(tokenizer, max_length=None):
-    "Truncate at `max_length`, or not at all, and do not pad; afterwards restore what others had set."
-    core = tokenizer.backend_tokenizer
-    truncation, padding = core.truncation, core.padding
-    core.no_padding()
-    if max_length is None: core.no_truncation()
-    else: core.enable_truncation(max_length, direction=tokenizer.truncation_side)
-    try: yield core
-    finally:
-        core.no_truncation() if truncation is None else core.enable_truncation(**truncation)
-        core.no_padding() if padding is None else core.enable_padding(**padding)
+def _tokenize(ragged, texts, before, characters=2**24):
+    "Token ids end to end, lengths and truncated or not; the prompt is joined to texts of so many characters at a time."
+    found, start, size = [], 0, 0
+    for stop, text in enumerate(texts, 1):
+        size += len(text)
+        if size > characters or stop == len(texts):
+            found.append(ragged([before + text for text in texts[start:stop]] if before else texts[start:stop]))
+            start, size = stop, 0
+    return [np.concatenate(column) for column in zip(*found)]
 
-def _tokenize(tokenizer, texts, max_length):
-    "Turn strings into one ragged batch: token_ids (S,), lengths (N,), and how many texts were cut."
-    with _tokenizer_set(tokenizer, max_length) as core: encodings = core.encode_batch_fast(texts)
-    token_ids = torch.tensor([i for e in encodings for i in e.ids], dtype=torch.int64)
-    lengths = torch.tensor([len(e.ids) for e in encodings], dtype=torch.int64)
-    return token_ids, lengths, sum(bool(e.overflowing) for e in encodings)
+
+def _tokenizer_state(tokenizer):
+    "What says that a private copy of a tokenizer is still a copy: you may give it another normaliser, or more words."
+    core = tokenizer.backend_tokenizer
+    parts = (core.normalizer, core.pre_tokenizer, core.post_processor)
+    return core, [part and part.__getstate__() for part in parts], core.get_vocab_size(), tokenizer.truncation_side
 
 # %% ../nbs/03_model.ipynb #evaluating
 def _has_bf16(kind):
@@ -183,17 +228,41 @@ def _has_bf16(kind):
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
+_ENCODING, _MODES = WeakKeyDictionary(), threading.Lock()  # model -> [threads that encode with it, layers to set back]
+
+
+def _enter(model):
+    "Put a model into evaluation mode, unless another thread has done so and is still at work."
+    with _MODES:
+        threads = _ENCODING.setdefault(model, [0, []])
+        if threads[0] == 0:
+            threads[1] = [layer for layer in model.modules() if layer.training]
+            if threads[1]:
+                model.eval()
+        threads[0] += 1
+
+
+def _leave(model):
+    "Give each layer its mode back, when no other thread encodes any more."
+    with _MODES:
+        threads = _ENCODING[model]
+        threads[0] -= 1
+        if threads[0] == 0:
+            for layer in _ENCODING.pop(model)[1]:
+                layer.training = True
+
+
 @contextmanager
 def _evaluating(model, bf16=False):
     "Run a block in evaluation mode without autograd; afterwards give each layer its mode back."
-    modes, kind = {layer: layer.training for layer in model.modules()}, model.device.type
+    kind = model.device.type
     no_graph = torch.no_grad if bf16 or kind == "xla" else torch.inference_mode  # on inference tensors autocast casts each weight anew in each call; XLA has none
-    model.eval()
+    _enter(model)
     try:
         with no_graph(), torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext(): yield
     finally:
         if bf16: torch.clear_autocast_cache()  # before torch 2.13 an autocast around this one would train on weights that were cast without a graph
-        for layer, mode in modes.items(): layer.training = mode
+        _leave(model)
 
 def _lower(kind, bf16):
     "Whether to compute in bfloat16; say so where it cannot be."
@@ -217,71 +286,187 @@ def _check_options(batch_size, truncate_dim, precision, width):
         raise ValueError(f"truncate_dim {truncate_dim} does not fit; the vectors have 1 to {width} dimensions to keep")
 
 # %% ../nbs/03_model.ipynb #read-chain
-def _read_json(path):
-    "Read a JSON object from a file; an absent file is an empty one."
-    if not path.is_file(): return {}
-    try: said = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as err: raise ValueError(f"{path} is not valid JSON ({err}); restore the file") from err
-    if not isinstance(said, dict) and path.name != "modules.json": raise ValueError(f"{path} holds no JSON object; restore the file")
+class _Strict(BaseModel):
+    "What a JSON file of a model directory must look like; other keys are left alone."
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class _Module(_Strict):
+    idx: int
+    type: str
+    path: str
+
+
+class _Pooling(_Strict):
+    pooling_mode: str | list[str] | None = None  # today's spelling; the old one has a flag for each
+    include_prompt: bool = True
+    __pydantic_extra__: dict[str, Any]
+
+
+class _Normalize(_Strict):
+    module_input_name: str = "sentence_embedding"
+
+
+class _TokenizerArgs(_Strict):
+    "What is passed on to the tokenizer; each of these is honoured, anything else is refused."
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    model_max_length: Annotated[int, Field(gt=0)] | None = None
+    do_lower_case: bool | None = None
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool | None = None
+    add_prefix_space: bool | None = None
+    truncation_side: Literal["right", "left"] | None = None
+    padding_side: Literal["right"] | None = None
+    use_fast: Literal[True] | None = None
+    clean_up_tokenization_spaces: bool | None = None  # of decoding
+    trust_remote_code: bool | None = None  # never passed on
+
+
+class _Transformer(_Strict):
+    max_seq_length: Annotated[int, Field(gt=0)] | None = None
+    do_lower_case: bool | None = False
+    modality_config: dict[str, Any] | None = None
+    transformer_task: str = "feature-extraction"
+    tokenizer_args: _TokenizerArgs | None = None
+    processor_kwargs: _TokenizerArgs | None = None
+
+
+class _Settings(_Strict):
+    model_type: str = "SentenceTransformer"
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+    similarity_fn_name: str | None = None
+    truncate_dim: Annotated[int, Field(gt=0)] | None = None
+
+
+class _Index(_Strict):
+    weight_map: dict[str, str]
+
+# %% ../nbs/03_model.ipynb #read-file
+def _read_json(path, holds=dict):
+    "Read a JSON file without NaN or infinity; an absent file is an empty one."
+    if not path.exists() and not path.is_symlink():
+        return holds()
+    if not path.is_file():
+        raise ValueError(f"{path}: is no file, or a link that leads to none; restore the file from its source")
+    said = read_json(path, holds)
+    for key, value in _leaves(said):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}: {key[:60]} is {value}, which is no number; restore the file from its source")
     return said
 
+
+def _leaves(value):
+    "All values in nested lists and dicts, each with the last key that leads to it."
+    waiting = [("", value)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, entry) for entry in value]
+        else:
+            yield key, value
+
+
+def _validate(record, said, path):
+    "The record of a JSON value; a wrong type is an error that names file and key."
+    try:
+        return record.model_validate(said)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(part if part.isidentifier() else _shown(part) for part in map(str, problem["loc"]) if "[" not in part)[:80]
+        if problem["type"] == "extra_forbidden":
+            raise ValueError(f"{path}: the key {key} is not supported; it would change the embeddings") from error
+        what = problem["msg"].replace("Input should", "should")[:80]
+        value = "" if problem["type"] == "missing" else f", not {_shown(problem['input'])}"
+        raise ValueError(f"{path}: {key} {what}{value}; restore the file from its source") from error
+
+# %% ../nbs/03_model.ipynb #read-modules
 def _chain(folder):
     "Read modules.json: the folders of the Transformer, of the Pooling, and of the Normalize module or None."
     file = folder / "modules.json"
-    try: entries = [(int(e["idx"]), str(e["type"]), folder / e["path"]) for e in sorted(_read_json(file), key=lambda e: e["idx"])]
-    except (TypeError, KeyError) as err: raise ValueError(f"{file}: each module needs idx, type and path; restore the file") from err
-    for i, kind, path in entries:
-        if not re.fullmatch(r"sentence_transformers\.(\w+\.)*(Transformer|Pooling|Normalize)", kind):
-            raise ValueError(f"{file}: module {i} is {kind}; only Transformer, Pooling and Normalize are supported")
-        if not path.resolve().is_relative_to(folder.resolve()): raise ValueError(f"{file}: module {i} lies outside the model directory")
-    kinds = [kind.rpartition(".")[2] for _, kind, _ in entries]
+    entries = sorted((_validate(_Module, entry, file) for entry in _read_json(file, list)), key=lambda entry: entry.idx)
+    for entry in entries:
+        if not re.fullmatch(r"sentence_transformers\.(\w+\.)*(Transformer|Pooling|Normalize)", entry.type):
+            raise ValueError(f"{file}: module {entry.idx} is {entry.type[:80]}; only Transformer, Pooling and Normalize are supported")
+        if not entry.path.isprintable():
+            raise ValueError(f"{file}: module {entry.idx} has the path {_shown(entry.path)}; restore the file from its source")
+        with reading(file):
+            outside = not (folder / entry.path).resolve().is_relative_to(folder.resolve())
+        if outside:
+            raise ValueError(f"{file}: module {entry.idx} lies outside the model directory")
+    kinds = [entry.type.rpartition(".")[2] for entry in entries]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise ValueError(f"{file}: the chain is {', '.join(kinds) or 'empty'}; it must be Transformer, Pooling and perhaps Normalize")
-    return (*(path for _, _, path in entries), None)[:3]
+        raise ValueError(f"{file}: the chain is {', '.join(kinds)[:80] or 'empty'}; it must be Transformer, Pooling and perhaps Normalize")
+    return (*(folder / entry.path for entry in entries), None)[:3]
 
-def _read_pooling(folder):
-    "Read the pooling's name from its config.json, old or new spelling."
+
+def _read_pooling(folder, wanted=None):
+    "Read the pooling's name from its config.json, old or new spelling; the one that is wanted wins."
     file = folder / "config.json"
     said = _read_json(file)
-    if not said: raise ValueError(f"{file} is missing or empty; it should name the pooling")
+    record = _validate(_Pooling, said, file)
+    if not record.include_prompt:
+        raise ValueError(f"{file}: include_prompt false (pooling without the prompt) is not supported")
+    if wanted is not None:
+        return wanted
+    if not said:
+        raise ValueError(f"{file} is missing or empty; it should name the pooling, or you do: pooling='mean'")
     old = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
-    flags = [old.get(key, key) for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
-    modes = said.get("pooling_mode", flags or "mean")
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    flags = {key: value for key, value in said.items() if key.startswith("pooling_mode_")}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{file}: {key[:60]} should be true or false, not {_shown(value)}; restore the file from its source")
+    modes = record.pooling_mode or [old.get(key, key) for key, on in flags.items() if on] or "mean"
+    modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise ValueError(f"{file}: pooling {' + '.join(modes)} is not supported; only one of {', '.join(POOLINGS)} is")
-    if said.get("include_prompt") is False: raise ValueError(f"{file}: include_prompt false (pooling without the prompt) is not supported")
+        raise ValueError(f"{file}: pooling {' + '.join(modes)[:80]} is not supported; only one of {', '.join(POOLINGS)} is; "
+                         "pass pooling= to use another than the model was trained with")
     return modes[0]
 
 # %% ../nbs/03_model.ipynb #read-settings
-def _read_transformer(folder):
-    "Read sentence_bert_config.json and its relatives: the length limit (or None), and whether texts are lower-cased first."
-    path = next(iter(sorted(folder.glob("sentence_*_config.json"))), folder / "sentence_bert_config.json")
-    said = _read_json(path)
-    if set(said.get("modality_config", {"text": 0})) != {"text"}:
-        raise ValueError(f"{path}: the model takes {', '.join(said['modality_config'])}; only text is supported")
-    if said.get("transformer_task", "feature-extraction") != "feature-extraction":
-        raise ValueError(f"{path}: transformer_task {said['transformer_task']!r} is not supported; only feature-extraction is")
-    known = ("max_seq_length", "do_lower_case", "modality_config", "transformer_task", "module_output_name", "unpad_inputs",
-             "model_args", "model_kwargs", "tokenizer_args", "processor_kwargs")
-    strange = [key for key, value in said.items() if value and key not in known]
-    if strange: raise ValueError(f"{path}: the key {strange[0]} is not supported; it would change the embeddings")
-    to_tokenizer = said.get("tokenizer_args") or said.get("processor_kwargs") or {}
-    return to_tokenizer.get("model_max_length") or said.get("max_seq_length"), bool(said.get("do_lower_case"))
+def _transformer_file(folder):
+    "The file with the settings of the Transformer module, in the order in which sentence-transformers looks."
+    families = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    names = [f"sentence_{family}_config.json" for family in families]
+    return next((folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()), folder / names[0])
 
-def _read_settings(folder):
+
+def _read_transformer(folder):
+    "Read sentence_bert_config.json and its relatives: the length limit, lower-casing, arguments of the tokenizer."
+    path = _transformer_file(folder)
+    said = _read_json(path)
+    record = _validate(_Transformer, said, path)
+    if record.modality_config and set(record.modality_config) != {"text"}:
+        raise ValueError(f"{path}: the model takes {', '.join(record.modality_config)[:80]}; only text is supported")
+    if record.transformer_task != "feature-extraction":
+        raise ValueError(f"{path}: transformer_task {_shown(record.transformer_task)} is not supported; only feature-extraction is")
+    known = {*_Transformer.model_fields, "module_output_name", "unpad_inputs", "model_args", "model_kwargs"}
+    if strange := [key for key, value in said.items() if value and key not in known]:
+        raise ValueError(f"{path}: the key {strange[0][:60]} is not supported; it would change the embeddings")
+    given = record.tokenizer_args or record.processor_kwargs or _TokenizerArgs()
+    args = given.model_dump(exclude_none=True, exclude={"trust_remote_code", "use_fast"})
+    return {"max_length": args.get("model_max_length") or record.max_seq_length, "lower": bool(record.do_lower_case), "args": args}
+
+
+def _read_settings(folder, pooling=None):
     "Read all that a model directory says, as a dict; a plain transformers directory says little."
-    if not (folder / "modules.json").is_file():
-        return {"transformer": folder, "pooling": "mean", "normalize": True, "max_length": None, "lower": False, "plain": True, "rest": {}}
-    transformer, pooling, normalize = _chain(folder)
-    if normalize and _read_json(normalize / "config.json").get("module_input_name", "sentence_embedding") != "sentence_embedding":
+    file = folder / "modules.json"
+    if not file.exists() and not file.is_symlink():
+        return {"transformer": folder, "pooling": pooling or "mean", "normalize": True, "max_length": None, "lower": False, "args": {}, "plain": True, "rest": {}}
+    transformer, pool, normalize = _chain(folder)
+    if normalize and _validate(_Normalize, _read_json(normalize / "config.json"), normalize / "config.json").module_input_name != "sentence_embedding":
         raise ValueError(f"{normalize}/config.json normalises token states; only sentence embeddings are supported")
-    rest = _read_json(folder / "config_sentence_transformers.json")
-    if rest.get("model_type", "SentenceTransformer") != "SentenceTransformer":
-        raise ValueError(f"{folder}/config_sentence_transformers.json: a {rest['model_type']} is not a sentence encoder")
-    max_length, lower = _read_transformer(transformer)
-    return {"transformer": transformer, "pooling": _read_pooling(pooling), "normalize": normalize is not None,
-            "max_length": max_length, "lower": lower, "plain": False, "rest": rest}
+    file = folder / "config_sentence_transformers.json"
+    rest = _read_json(file)
+    record = _validate(_Settings, rest, file)
+    if record.model_type != "SentenceTransformer":
+        raise ValueError(f"{file}: a {record.model_type[:60]} is not a sentence encoder")
+    if record.default_prompt_name is not None and record.default_prompt_name not in (record.prompts or {}):
+        raise ValueError(f"{file}: default_prompt_name is {_shown(record.default_prompt_name)}, but there is no prompt of that name; add it to prompts")
+    return {"transformer": transformer, "pooling": _read_pooling(pool, pooling), "normalize": normalize is not None,
+            **_read_transformer(transformer), "plain": False, "rest": rest}
 
 # %% ../nbs/03_model.ipynb #find-folder
 _PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2":
@@ -306,20 +491,51 @@ def _find_folder(name_or_dir):
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or Path(name).exists():
         raise ValueError(f"{name!r} is not a directory; pass a model directory or a hub id such as sentence-transformers/all-MiniLM-L6-v2")
     wanted, unwanted = ["*.json", "*.safetensors", "*.txt", "*.model"], ["onnx/*", "openvino/*"]
-    try: return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
+    try: folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as err:  # the hub's own errors are kinds of these
         raise ValueError(f"{name!r} is no directory here, and the hub did not give a model of that name ({type(err).__name__}); "
                          "check the name and the network") from err
+    if not any(folder.rglob("*.safetensors")):  # other weights were not downloaded
+        raise ValueError(f"{name}: this hub repository has no safetensors weights, perhaps only pytorch_model.bin, a pickle that can run code; "
+                         f"convert it where you trust it: AutoModel.from_pretrained({name!r}).save_pretrained(folder), likewise AutoTokenizer")
+    return folder
 
-def _check_folder(folder):
-    "Raise a ValueError unless the folder holds a config and safetensors weights."
+# %% ../nbs/03_model.ipynb #check-weights
+def _check_manifest(folder):
+    "Compare a directory that has a manifest with it, byte by byte; the links of the hub's cache are checked by the hub."
+    if not is_whole(folder) or "files" not in read_json(folder / MANIFEST) or (folder / MANIFEST).is_symlink():
+        return
+    check_folder(folder, todo=f"restore it from a copy; if you changed it on purpose, delete {MANIFEST}")
+
+
+def _weight_files(folder):
+    "The safetensors files that hold the weights of a transformers directory."
     if not (folder / "config.json").is_file(): raise ValueError(f"{folder} has no config.json; it is not a model directory")
-    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")): return
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".safetensors", ".txt", ".model") and not path.is_file():
+            raise ValueError(f"{path}: is no file, or a link that leads to none; restore the file from its source")
+    if (folder / "model.safetensors").is_file(): return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_validate(_Index, _read_json(index), index).weight_map.values()))
+        for name in names:
+            if not re.fullmatch(r"[^/\\\0]+\.safetensors", name) or not (folder / name).is_file():
+                raise ValueError(f"{index}: weight_map names {_shown(name)}, which is no safetensors file of this directory; restore the directory")
+        return [folder / name for name in names]
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles:
-        raise ValueError(f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when opened; "
-                         "convert them to model.safetensors")
+        raise ValueError(f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when opened; convert them to "
+                         "model.safetensors where you trust them: AutoModel.from_pretrained(folder).save_pretrained(folder)")
     raise ValueError(f"{folder} has no weights; expected model.safetensors")
+
+
+def _shapes(folder):
+    "The shape of each tensor, by name; no number is read."
+    shapes = {}
+    for path in _weight_files(folder):
+        with _reading(path), safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    return shapes
 
 # %% ../nbs/03_model.ipynb #read-config
 @contextmanager
@@ -333,68 +549,141 @@ def _quiet():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
+
+@contextmanager
+def _reading(path, todo="restore the file from its source"):
+    "The boundary around other libraries while they read a file: whatever they raise becomes one sentence."
+    with reading(path, todo):
+        try:
+            yield
+        except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as panic:  # of code in Rust, which is no Exception
+            raise RuntimeError(f"{type(panic).__name__}: {panic}") from panic
+
+
+_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # of models that have a decoder, too
+
+
 def _read_config(folder):
     "Read a backbone's config.json; refuse what is not a text encoder."
-    said = _read_json(folder / "config.json")
-    try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as err:
-        raise ValueError(f"{folder}/config.json: transformers {transformers.__version__} has no model_type {said.get('model_type')!r}; "
-                         "code that comes with a model is never run") from err
+    file = folder / "config.json"
+    said = _read_json(file)
+    family = said.get("model_type")
+    if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"{file}: transformers {transformers.__version__} has no model_type {_shown(family)}; "
+                         "code that comes with a model is never run")
+    with _reading(file), _quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.return_dict = True
+        decoder = config.is_encoder_decoder and family not in _ENCODERS
     parts = [part for part in ("vision_config", "audio_config", "text_config") if part in said]
-    if parts or config.is_encoder_decoder or not hasattr(config, "vocab_size"):
-        why = "is multimodal" if parts else "has a decoder" if config.is_encoder_decoder else "does not read text"
-        raise ValueError(f"{folder}/config.json: a {config.model_type} model {why}; use a text encoder such as BERT, RoBERTa, DistilBERT or MPNet")
+    if parts or decoder or not hasattr(config, "vocab_size"):
+        why = "is multimodal" if parts else "has a decoder" if decoder else "does not read text"
+        raise ValueError(f"{file}: a {family} model {why}; use a text encoder such as BERT, RoBERTa, DistilBERT or MPNet")
     return config
+
+# %% ../nbs/03_model.ipynb #sizes
+def _check_numbers(folder, shapes):
+    "Raise a ValueError if a number of config.json is out of all proportion to the weights."
+    file, total = folder / "config.json", sum(map(math.prod, shapes.values()))
+    for key, value in _leaves(_read_json(file)):
+        counts = any(word in key for word in ("layer", "block", "expert", "depth", "group"))
+        most = max(256, len(shapes)) if counts else max(10**6, total)
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"{file}: {key[:60]} is {_shown(value)}, but the weights hold only {len(shapes):,} tensors with {total:,} numbers; "
+                             "weights and config.json do not belong together")
+    return total
+
+
+def _skeleton(folder, config, shapes):
+    "Check the parameters of a model against the numbers in its weights; return the class that loads it."
+    total, loader = _check_numbers(folder, shapes), getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel"))
+    with _reading(folder / "config.json"), _quiet(), torch.device("meta"):
+        model = loader.from_config(config) if loader is AutoModel else loader(copy.deepcopy(config))
+        wanted = sum(value.numel() for value in model.parameters())
+    if wanted > 2 * total + 10**7:
+        raise ValueError(f"{folder / 'config.json'}: describes a model of {wanted:,} numbers, but the weights hold only {total:,}; "
+                         "weights and config.json do not belong together")
+    return loader
 
 # %% ../nbs/03_model.ipynb #load-parts
 def _load_backbone(folder):
     "Load a backbone in float32 from safetensors; a tensor missing or left over, heads and pooler aside, is an error."
-    config = _read_config(folder)
-    try:
-        with _quiet():
-            backbone, info = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True,
-                                                       trust_remote_code=False, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as err:
-        raise ValueError(f"{folder}: the weights do not load ({str(err).strip().splitlines()[0]}); "
-                         "the file is damaged or does not belong to config.json") from err
+    shapes, config = _shapes(folder), _read_config(folder)
+    loader = _skeleton(folder, config, shapes)
+    with _reading(_weight_files(folder)[0], "the file is damaged or does not belong to config.json"), _quiet():
+        backbone, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True,
+                                                trust_remote_code=False, output_loading_info=True)
     missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
     stem = {name for name, _ in backbone.named_children()} - {"pooler"}  # embeddings, encoder: what must find its place
-    stray = {key for key in info["unexpected_keys"] if set(key.split(".")[:2]) & stem and not key.endswith("position_ids")}
+    stray = {key for key in info["unexpected_keys"] if set(key.split(".")[:2]) & stem and not key.startswith("decoder.") and not key.endswith("position_ids")}
     if missing or stray:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing and {len(stray)} have no place, such as "
-                         f"{sorted(missing | stray)[0]}; weights and config.json do not belong together")
+                         f"{sorted(missing | stray)[0][:80]}; weights and config.json do not belong together")
     if len(missing) < len(info["missing_keys"]): backbone.pooler = None  # it was never trained
     return backbone
 
-def _load_tokenizer(folder, lower=False):
+
+def _load_tokenizer(folder, lower=False, args={}):
     "Load the fast tokenizer of a directory; `lower` puts lower-casing in front of its own normaliser."
     names = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-    if not any((folder / name).is_file() for name in names):  # AutoTokenizer would invent one that knows no words
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:  # AutoTokenizer would invent one that knows no words
         raise ValueError(f"{folder} has no tokenizer; expected tokenizer.json or a vocabulary file such as vocab.txt")
-    try: tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as err:  # tokenizers raises bare Exception for a damaged file
-        raise ValueError(f"{folder}: the tokenizer does not load ({err}); restore its files") from err
-    if lower:
-        own = tokenizer.backend_tokenizer.normalizer
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase()] + ([own] if own else []))
+    said = _read_json(folder / "tokenizer_config.json").get("model_max_length", 1)
+    if not isinstance(said, int | float | None) or isinstance(said, bool) or said is not None and said < 1:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length is {_shown(said)}; it should be a number of tokens, 1 or more")
+    with _reading(file), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **args)
+        if lower:
+            own = tokenizer.backend_tokenizer.normalizer
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase()] + ([own] if own else []))
     return tokenizer
+
 
 def _default_length(said, tokenizer, backbone):
     "The length limit when the caller sets none: what the directory says, else the tokenizer, else 128, never above the backbone's."
     limit = _most_tokens(backbone) or 10**6
-    own = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else None  # transformers writes 10**30 for "not known"
+    own = int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**6 else None  # transformers writes 10**30 for "not known"
     return min(said["max_length"] or own or (128 if said["plain"] else limit), limit)
 
+
+def _try_out(encoder, folder):
+    "Encode a word, so that parts that load and do not work are found now."
+    with _reading(folder / "config.json", "config.json, weights and tokenizer do not belong together"), _evaluating(encoder):
+        ids, lengths, _ = encoder._ragged()(["a"])
+        works = not lengths.all() or bool(encoder(torch.from_numpy(ids), torch.from_numpy(lengths)).isfinite().all())
+    if not works:
+        raise ValueError(f"{folder}: the model gives vectors that are no numbers; its weights or its config.json are damaged, or its training failed")
+
 # %% ../nbs/03_model.ipynb #write
+_OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*", "rust_model*", "adapter_*", "onnx", "openvino",
+               "config.json", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "generation_config.json", "[0-9]_*",
+               "tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "chat_template*")
+
+
+def _claim(folder):
+    "Enter the files of the model that stands in a folder into its manifest, so that none is taken over into the next model."
+    stale = {path for pattern in _OF_A_MODEL for path in folder.glob(pattern)} if folder.is_dir() else ()
+    files = [file for path in stale for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    known = read_json(folder / MANIFEST).get("files", {}) if is_whole(folder) else {}
+    new = {name: describe_file(file) for file in files if (name := file.relative_to(folder).as_posix()) not in known}
+    if new:
+        with writing(folder):
+            write_json(folder / MANIFEST, {"format": 1, "files": {**known, **new}})
+
+
 def _write_backbone(folder, backbone, tokenizer, pooler_weights):
     "Write a transformers directory: config.json, model.safetensors and the tokenizer."
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as err:
-        raise ValueError(f"{folder} is a file or lies below one; choose another directory to save to") from err
     state = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
-    with _quiet(), _tokenizer_set(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)  # yours stays as it is
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    with _quiet():
         backbone.save_pretrained(folder, state_dict={**state, **pooler_weights})
         tokenizer.save_pretrained(folder)
+
 
 def _write_layout(folder, pooling, normalize, max_length, width, rest):
     "Write the files of the sentence-transformers layout that lie around the backbone and the tokenizer."
@@ -404,10 +693,11 @@ def _write_layout(folder, pooling, normalize, max_length, width, rest):
     files = {"modules.json": modules, "config_sentence_transformers.json": rest,
              "1_Pooling/config.json": {"word_embedding_dimension": width, **flags, "pooling_mode_mean_sqrt_len_tokens": False},
              "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False}}
-    if normalize: (folder / "2_Normalize").mkdir(exist_ok=True)
+    if normalize:
+        files["2_Normalize/config.json"] = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / name, content)
 
 # %% ../nbs/03_model.ipynb #keep-memory
 @cache
@@ -431,6 +721,7 @@ class _Parts(torch.nn.Module):
         self.pooler_weights = _set_aside_pooler(backbone)
         self.backbone, self.tokenizer, self.prompts = backbone, tokenizer, dict(prompts or {})
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
+        self._private = None  # what `_ragged` made, and from what
         self.settings = {}  # what else config_sentence_transformers.json said: default prompt, similarity function
         self.layout = "packed" if packable(backbone) else "padded"  # how `forward` lays texts out; "padded" always works
         self.token_budget = None  # tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere
@@ -442,6 +733,23 @@ class _Parts(torch.nn.Module):
 
     @property
     def device(self)->torch.device: return next(self.parameters()).device
+
+    @property
+    def max_length(self) -> int:  # tokens, special tokens included
+        "The longest text; what is longer is truncated and counted."
+        return self._max_length
+
+    @max_length.setter
+    def max_length(self, value):
+        _check_length(value, self.backbone)
+        self._max_length = int(value)
+
+    def _ragged(self):
+        "A tokenizer of our own, made anew when yours has changed; if two threads make one at once, both are right."
+        state, private = (_tokenizer_state(self.tokenizer), self.max_length), self._private
+        if private is None or private[0] != state:
+            private = self._private = state, RaggedTokenizer(self.tokenizer, self.max_length)
+        return private[1]
 
     def embed(self,
         input_ids:Tensor, # one padded batch, (N, T) int64
@@ -459,41 +767,74 @@ class _Parts(torch.nn.Module):
 # %% ../nbs/03_model.ipynb #load-encode-save
 def _load(cls, folder, pooling, normalize, max_length):
     "Build an encoder from a model directory; what the caller sets wins over what the directory says."
-    said = _read_settings(folder)
-    _check_folder(said["transformer"])
-    backbone, tokenizer = _load_backbone(said["transformer"]), _load_tokenizer(said["transformer"], said["lower"])
-    encoder = cls(backbone, tokenizer, said["pooling"] if pooling is None else pooling, said["normalize"] if normalize is None else normalize,
+    _check_manifest(folder)
+    said = _read_settings(folder, pooling)
+    backbone, tokenizer = _load_backbone(said["transformer"]), _load_tokenizer(said["transformer"], said["lower"], said["args"])
+    encoder = cls(backbone, tokenizer, said["pooling"], said["normalize"] if normalize is None else normalize,
                   _default_length(said, tokenizer, backbone) if max_length is None else max_length, said["rest"].get("prompts"))
     encoder.settings = {key: value for key, value in said["rest"].items() if key not in ("prompts", "__version__")}
-    return encoder.eval()
+    _try_out(encoder.eval(), folder)
+    return encoder
+
+
+def _embed_texts(encoder, texts, first, before, batch_size, bar):
+    "Vectors of texts in their order, float32, and how many texts were truncated; the longest go first."
+    order, cut, ragged = sorted(range(len(texts)), key=lambda i: -len(texts[i])), 0, encoder._ragged()
+    out = np.zeros((len(texts), encoder.width), np.float32)
+    window = batch_size if encoder.layout == "padded" else 64 * batch_size  # packed texts are cut by tokens, not by number
+    for start in range(0, len(texts), window):
+        rows = order[start:start + window]
+        token_ids, lengths, longer = _tokenize(ragged, [texts[i] for i in rows], before)
+        some = [row for row, length in zip(rows, lengths) if length]
+        if len(some) < len(rows) and encoder.pooling != "mean":
+            row = first + min(set(rows) - set(some))
+            raise ValueError(f"text {row} has no token, and this tokenizer adds none, so there is nothing for {encoder.pooling} pooling; leave it out")
+        out[some] = encoder(torch.from_numpy(token_ids).to(encoder.device), torch.from_numpy(lengths[lengths > 0])).float().cpu().numpy()
+        cut += int(longer.sum())
+        bar.update(len(rows))
+    return out, cut
+
 
 def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progress, bf16):
-    "Encode texts, longest first; return them in the caller's order and warn about those that were cut."
+    "Encode texts part by part; warn about those that were truncated or mended."
     truncate_dim = truncate_dim if truncate_dim is not None else encoder.settings.get("truncate_dim")
     _check_options(batch_size, truncate_dim, precision, encoder.width)
+    _refuse_container(texts)
     before = _find_prompt(prompt, encoder.prompts, encoder.settings.get("default_prompt_name"))
-    todo = [before + text for text in _check_texts(texts)]
-    order, cut = sorted(range(len(todo)), key=lambda i: -len(todo[i])), 0
-    out = np.zeros((len(todo), encoder.width), np.float32)
-    window = batch_size if encoder.layout == "padded" else 64 * batch_size  # packed texts are cut by tokens, not by number
-    with _evaluating(encoder, _lower(encoder.device.type, bf16)), tqdm(total=len(todo), unit="text", disable=not progress, delay=1) as bar:
-        for start in range(0, len(todo), window):
-            rows = order[start:start + window]
-            token_ids, lengths, longer = _tokenize(encoder.tokenizer, [todo[i] for i in rows], encoder.max_length)
-            out[rows] = encoder(token_ids.to(encoder.device), lengths).float().cpu().numpy()
-            cut += longer
-            bar.update(len(rows))
-    if cut:
-        warnings.warn(f"{cut} of {len(todo)} texts were longer than max_length = {encoder.max_length} tokens and were cut; "
-                      f"the backbone takes up to {_most_tokens(encoder.backbone) or 'any number'}", stacklevel=3)
+    bf16, found, n, cut, broken = _lower(encoder.device.type, bf16), [np.zeros((0, encoder.width), np.float32)], 0, 0, 0
+    total = 1 if isinstance(texts, str) else len(texts) if hasattr(texts, "__len__") else None
+    with tqdm(total=total, unit="text", disable=not progress, delay=1) as bar:
+        for part in _in_parts(texts):  # your iterator runs outside of evaluation mode
+            part, mended = _check_texts(part, n)
+            with _evaluating(encoder, bf16):
+                vectors, longer = _embed_texts(encoder, part, n, before, batch_size, bar)
+            found.append(vectors)
+            n, cut, broken = n + len(part), cut + longer, broken + mended
+    _warn_of_texts(encoder, n, cut, broken)
+    out = np.concatenate(found)
+    if bad := int((~np.isfinite(out).all(1)).sum()):
+        warnings.warn(f"{bad} of {n} vectors hold NaN or infinity; the weights are damaged, or training diverged", stacklevel=3)
     out = _shorten(out, truncate_dim, encoder.normalize, precision)
     return out[0] if isinstance(texts, str) else out
 
+
+def _warn_of_texts(encoder, n, cut, broken):
+    "Say how many texts were not encoded as they are."
+    if broken:
+        warnings.warn(f"{broken} of {n} texts held half characters (lone surrogates), which no tokenizer takes; those without a partner became U+FFFD", stacklevel=4)
+    if cut:
+        warnings.warn(f"{cut} of {n} texts were longer than max_length = {encoder.max_length} tokens and were cut; "
+                      f"the backbone takes up to {_most_tokens(encoder.backbone) or 'any number'}", stacklevel=4)
+
+
 def _save(encoder, folder):
-    "Write an encoder as a sentence-transformers directory."
-    _write_backbone(folder, encoder.backbone, encoder.tokenizer, encoder.pooler_weights)
+    "Write an encoder as a sentence-transformers directory, whole or not at all."
     rest = {"model_type": "SentenceTransformer", "default_prompt_name": None, "similarity_fn_name": "cosine", **encoder.settings}
-    _write_layout(folder, encoder.pooling, encoder.normalize, encoder.max_length, encoder.width, {**rest, "prompts": encoder.prompts})
+    with writing(folder):
+        _claim(folder)
+    with new_folder(folder, carry=True) as new:
+        _write_backbone(new, encoder.backbone, encoder.tokenizer, encoder.pooler_weights)
+        _write_layout(new, encoder.pooling, encoder.normalize, encoder.max_length, encoder.width, {**rest, "prompts": encoder.prompts})
 
 # %% ../nbs/03_model.ipynb #embed-packed
 def _budget(encoder, kind):
@@ -537,9 +878,9 @@ class SentenceEncoder(_Parts):
         return _embed_ragged(self.embed, token_ids, lengths, self.tokenizer.pad_token_id, budget)
 
     def encode(self,
-        texts:list[str]|str, # N texts; a single string gives a single vector (D,)
+        texts:Iterable[str]|str, # N texts; a single string gives a single vector (D,); an iterator is read in parts
         batch_size:int=32, # texts per call of a backbone that needs padding; others take `token_budget` tokens at a time
-        prompt:str=None, # a name in `prompts`, or literal text; None = the model's default
+        prompt:str=None, # a name in `prompts`, or literal text, which has a space in it or a mark such as a colon at its end; None = the model's default
         truncate_dim:int=None, # keep the first so many dimensions; None = all
         precision:str="float32", # of the result: a key of `PRECISIONS`; int8 and uint8 take their ranges from these texts
         progress:bool=True, # a bar, if it takes more than a second
@@ -548,8 +889,24 @@ class SentenceEncoder(_Parts):
         "Turn texts into vectors for use: no gradients, no dropout."
         return _encode(self, texts, batch_size, prompt, truncate_dim, precision, progress, bf16)
 
+    def encode_query(
+        self,
+        texts: Iterable[str] | str,  # questions, or whatever is searched with
+        **options,                   # of `encode`
+    ) -> np.ndarray:                 # as `encode` gives it
+        'Encode with the prompt named "query"; as in sentence-transformers, without any if there is none.'
+        return self.encode(texts, **{"prompt": self.prompts.get("query") or "", **options})
+
+    def encode_document(
+        self,
+        texts: Iterable[str] | str,  # passages, or whatever is searched in
+        **options,                   # of `encode`
+    ) -> np.ndarray:                 # as `encode` gives it
+        'Encode with the prompt named "document"; as in sentence-transformers, without any if there is none.'
+        return self.encode(texts, **{"prompt": self.prompts.get("document") or "", **options})
+
     def save_pretrained(self,
-        dir:str|Path, # made if absent; files of the same names are replaced
+        dir:str|Path, # made if absent; the model that stood there is replaced when the new one is whole, other files stay
     )->None:
         "Write a directory that sentence-transformers and AutoModel open."
         _save(self, Path(dir))

@@ -17,7 +17,7 @@ ALLOWED = {
     "run": {"model", "tokens"},
     "trainer": {"model", "tokens", "loss", "gradcache", "mixture", "run"},
     "xla": {"model", "tokens", "trainer", "run"},
-    "model": {"packed", "precision"},
+    "model": {"packed", "precision", "tokens"},
     "encoding": {"model", "precision"},
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},

@@ -6,7 +6,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ def encoder(tiny_backbone, tiny_tokenizer):
 @pytest.fixture
 def saved(encoder, tmp_path):
     encoder.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "manifest.json").unlink()  # as others write it; tests change its files
     return tmp_path / "saved"
 
 
@@ -347,7 +350,7 @@ def test_saving_is_deterministic(encoder, saved, tmp_path):
 def test_save_over_a_file_is_refused(encoder, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match="is a file or lies below one"):
+        with pytest.raises(ValueError, match="file: (is a file; choose another name|cannot be written)|below: cannot be written"):
             encoder.save_pretrained(place)
 
 
@@ -473,6 +476,7 @@ def test_lower_casing_is_honoured(saved, encoder):
     from tokenizers import normalizers
     core.normalizer = normalizers.BertNormalizer(lowercase=False)
     encoder.save_pretrained(saved)
+    (saved / "manifest.json").unlink()
     edit(saved / "sentence_bert_config.json", do_lower_case=True)
     loaded = SentenceEncoder.from_pretrained(saved)
     np.testing.assert_allclose(loaded.encode("A DOG"), loaded.encode("a dog"), atol=1e-6)
@@ -582,18 +586,18 @@ BAD = {
     "pickle bin": (pickled("pytorch_model.bin"), r"pickle only \(pytorch_model.bin\)"),
     "pickle pt": (pickled("weights.pt"), r"pickle only \(weights.pt\)"),
     "pickle ckpt": (pickled("last.ckpt"), r"pickle only \(last.ckpt\)"),
-    "damaged weights": (write("model.safetensors", "nonsense"), "the weights do not load"),
+    "damaged weights": (write("model.safetensors", "nonsense"), "model.safetensors: cannot be read"),
     "no tokenizer": (without("tokenizer.json"), "has no tokenizer; expected tokenizer.json"),
-    "damaged tokenizer": (write("tokenizer.json", "{}"), "the tokenizer does not load"),
-    "config not JSON": (write("config.json", "{"), "config.json is not valid JSON"),
-    "config a list": (write("config.json", "[]"), "holds no JSON object"),
+    "damaged tokenizer": (write("tokenizer.json", "{}"), "tokenizer.json: cannot be read .*restore the file"),
+    "config not JSON": (write("config.json", "{"), "config.json: cannot be read .JSONDecodeError"),
+    "config a list": (write("config.json", "[]"), "holds a JSON list, not a dict"),
     "unknown model": (changed("config.json", model_type="mystery"), "has no model_type 'mystery'"),
     "remote code": (changed("config.json", model_type="mystery", auto_map={"AutoModel": "code.Mine"}), "code that comes with a model is never run"),
     "more layers than weights": (changed("config.json", num_hidden_layers=3), "16 tensors are missing and 0 have no place"),
     "fewer layers than weights": (changed("config.json", num_hidden_layers=1), "0 tensors are missing and 16 have no place"),
-    "other width": (changed("config.json", hidden_size=64), "the weights do not load"),
-    "modules not JSON": (write("modules.json", "?"), "modules.json is not valid JSON"),
-    "modules without type": (write("modules.json", '[{"idx": 0}]'), "each module needs idx, type and path"),
+    "other width": (changed("config.json", hidden_size=64), "the file is damaged or does not belong to config.json"),
+    "modules not JSON": (write("modules.json", "?"), "modules.json: cannot be read .JSONDecodeError"),
+    "modules without type": (write("modules.json", '[{"idx": 0}]'), "modules.json: type Field required"),
     "modules empty": (write("modules.json", "[]"), "the chain is empty"),
     "dense": (chain(ST + "Transformer", ST + "Pooling", ST + "Dense"), "module 2 is sentence_transformers.models.Dense; only"),
     "weighted layers": (chain(ST + "Transformer", ST + "WeightedLayerPooling", ST + "Pooling"), "module 1 is .*WeightedLayerPooling"),
@@ -613,7 +617,7 @@ BAD = {
     "token normalise": (changed("2_Normalize/config.json", module_input_name="token_embeddings"), "normalises token states"),
     "cross encoder": (changed("config_sentence_transformers.json", model_type="CrossEncoder"), "a CrossEncoder is not a sentence encoder"),
     "multimodal": (changed("config.json", model_type="clip", vision_config={}, text_config={}), "is multimodal"),
-    "decoder": (changed("config.json", model_type="t5", is_encoder_decoder=True), "has a decoder"),
+    "decoder": (changed("config.json", model_type="bart", is_encoder_decoder=True), "a bart model has a decoder"),
 }
 
 
@@ -623,3 +627,375 @@ def test_refused(saved, case):
     spoil(saved)
     with pytest.raises(ValueError, match=said):
         SentenceEncoder.from_pretrained(saved)
+
+
+# ---- saved whole or not at all ----
+
+def test_a_saved_directory_has_a_manifest_and_the_permissions_of_the_umask(encoder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        encoder.save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "model").rglob("*") if p.is_file()]
+    assert {oct(p.stat().st_mode & 0o777) for p in files} == {"0o640"}
+    named = json.loads((tmp_path / "model" / "manifest.json").read_text())["files"]
+    assert {p.relative_to(tmp_path / "model").as_posix() for p in files} == {*named, "manifest.json"}
+
+
+@pytest.mark.parametrize("old", ["ours", "theirs"])
+def test_nothing_of_the_old_model_is_mixed_with_the_new_one(encoder, tmp_path, old):
+    folder = tmp_path / "model"
+    SentenceEncoder(encoder.backbone, encoder.tokenizer, "cls", max_length=16).save_pretrained(folder)
+    if old == "theirs":
+        (folder / "manifest.json").unlink()
+    stale = ["pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "sentence_albert_config.json", "adapter_config.json", "vocab.txt", "onnx/model.onnx", "2_Dense/config.json"]
+    kept = ["README.md", ".git/HEAD", "notes.txt", ".gitattributes"]
+    for name in stale + kept:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    encoder.normalize = False
+    encoder.save_pretrained(folder)
+    assert [name for name in stale if (folder / name).exists()] == [] and all((folder / name).read_text() == "{}" for name in kept)
+    assert not (folder / "2_Normalize").exists()
+    again = SentenceEncoder.from_pretrained(folder)  # the manifest does not speak of the README
+    np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(theirs(folder).encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+
+
+def test_a_save_that_fails_leaves_the_old_model(encoder, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    encoder.save_pretrained(folder)
+    expected = encoder.encode(TEXTS)
+    monkeypatch.setattr(model, "_write_layout", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(ValueError, match="model: cannot be written .Input/output error"):
+        SentenceEncoder(make_backbone(len(encoder.tokenizer)), encoder.tokenizer, "max", max_length=8).save_pretrained(folder)
+    np.testing.assert_array_equal(SentenceEncoder.from_pretrained(folder).encode(TEXTS), expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_a_sentence_and_the_old_model_stays(tmp_path):
+    script = f"""
+import resource
+from conftest import make_backbone, make_tokenizer
+from contrastive_st.model import SentenceEncoder
+tokenizer = make_tokenizer()
+encoder = SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=16)
+encoder.save_pretrained({str(tmp_path / "model")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, "cls", max_length=16).save_pretrained({str(tmp_path / "model")!r})
+except ValueError as error:
+    print(error)
+print(SentenceEncoder.from_pretrained({str(tmp_path / "model")!r}).pooling)"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.splitlines()
+    assert len(said) == 2 and "model: the disk is full" in said[0] and said[1] == "mean"
+
+
+def test_a_directory_is_checked_against_its_manifest(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    blob = bytearray(weights.read_bytes())
+    blob[-3] ^= 4
+    weights.write_bytes(blob)
+    with pytest.raises(ValueError, match="model.safetensors: has another digest .* if you changed it on purpose, delete manifest.json"):
+        SentenceEncoder.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "manifest.json").unlink()
+    SentenceEncoder.from_pretrained(tmp_path / "model")
+
+
+def test_a_snapshot_of_the_hub_may_hold_a_manifest_and_links(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "blobs")
+    for path in [p for p in (tmp_path / "blobs").rglob("*") if p.is_file()]:
+        link = tmp_path / "snapshot" / path.relative_to(tmp_path / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    np.testing.assert_allclose(SentenceEncoder.from_pretrained(tmp_path / "snapshot").encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+
+
+# ---- foreign directories ----
+
+FILES = ("config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json", "tokenizer_config.json", "tokenizer.json")
+ODD = [None, True, False, 0, -1, 1, 3, 10**19, 2**31, 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf"), "", "x", "../x", "a" * 10_000, "\x1b[31m", "\ud800", [], [[]], {}, {"": {}}, {"a": [None]}, ["text"]]
+
+
+def places(value, path=()):
+    "All paths into nested lists and dicts."
+    entries = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    return [path] * bool(path) + [place for key, entry in entries[:40] for place in places(entry, (*path, key))]
+
+
+def mutate_json(path, gen):
+    "Change, delete or add one value of a JSON file; or replace the whole."
+    said, how = json.loads(path.read_text()), gen.integers(10)
+    odd = ODD[gen.integers(len(ODD))]
+    if how == 0:
+        path.write_text(["[" * 100_000, "{\"a\":" * 50_000, json.dumps(odd), "", "\x00", "{} {}"][gen.integers(6)])
+        return
+    if paths := places(said):
+        *outer, key = paths[gen.integers(len(paths))]
+        for step in outer:
+            said_in = said if step is outer[0] else said_in
+            said_in = said_in[step]
+        target = said_in if outer else said
+        if how == 1:
+            del target[key]
+        else:
+            target[key] = odd
+    path.write_text(json.dumps(said))
+
+
+def mutate_bytes(path, gen):
+    "Cut a file off, or flip one to eight of its bits; in weights mostly bits of the header."
+    blob = bytearray(path.read_bytes())
+    if gen.integers(4) == 0:
+        blob = blob[:gen.integers(len(blob))]
+    else:
+        for _ in range(gen.integers(1, 9)):
+            blob[gen.integers(len(blob) if gen.integers(3) == 0 else min(len(blob), 4_000))] ^= 1 << gen.integers(8)
+    path.write_bytes(blob)
+
+
+def fuzz(whole, folder, numbers):
+    "What a directory with one damaged file does: a sentence, or vectors. Yield what is neither."
+    for number in numbers:
+        gen = np.random.default_rng(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        name = [*FILES, "model.safetensors", "tokenizer.json"][gen.integers(len(FILES) + 2)]
+        try:
+            (mutate_json if name.endswith(".json") and gen.integers(5) else mutate_bytes)(folder / name, gen)
+        except UnicodeEncodeError:
+            continue
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                vectors = SentenceEncoder.from_pretrained(folder).encode(TEXTS, progress=False)
+            problem = "" if vectors.shape[0] == len(TEXTS) else f"shape {vectors.shape}"
+        except ValueError as error:
+            words = str(error)
+            problem = "" if len(words) < 450 + len(str(folder)) and "\x1b" not in words and words.count("\n") == 0 and str(folder) in words or "text " in words else f"ValueError {words[:700]!r}"
+        except BaseException as error:
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+        if time.perf_counter() - start > 10:
+            problem += " slow"
+        if problem:
+            yield f"{number} {name}: {problem}"
+
+
+def test_damaged_directories_are_refused_in_a_sentence_or_work(saved, tmp_path):
+    assert list(fuzz(saved, tmp_path / "fuzzed", range(120))) == []
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"num_hidden_layers": 10**19}, "num_hidden_layers is 10000000000000000000, but the weights hold only"), ({"hidden_size": 2**40}, "hidden_size is"),
+    ({"vocab_size": 10**6, "hidden_size": 900_000}, "describes a model of"), ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+    ({"num_attention_heads": 0}, "config.json: cannot be read"), ({"hidden_act": "none"}, "config.json: cannot be read"), ({"hidden_size": "x"}, "config.json: cannot be read")])
+def test_absurd_numbers_in_config_are_refused_at_once(saved, changes, said):
+    edit(saved / "config.json", **changes)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=said) as caught:
+        SentenceEncoder.from_pretrained(saved)
+    assert time.perf_counter() - start < 5 and "config.json" in str(caught.value) and caught.value.__traceback__
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../elsewhere.safetensors", "/etc/passwd.safetensors", "none.safetensors"])
+def test_an_index_names_safetensors_of_its_directory(saved, name):
+    (saved.parent / "elsewhere.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="index.json: weight_map names .* no safetensors file of this directory"):
+        SentenceEncoder.from_pretrained(saved)
+
+
+def test_sharded_weights_open(saved, encoder):
+    encoder.backbone.save_pretrained(saved, max_shard_size="30KB")
+    (saved / "model.safetensors").unlink(missing_ok=True)
+    assert (saved / "model.safetensors.index.json").exists()
+    np.testing.assert_allclose(SentenceEncoder.from_pretrained(saved).encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json", "tokenizer.json"])
+@pytest.mark.parametrize("target", ["nowhere", "/dev/zero", None])
+def test_links_to_nothing_and_folders_are_no_files(saved, name, target):
+    (saved / name).unlink()
+    (saved / name).mkdir() if target is None else (saved / name).symlink_to(target)
+    with pytest.raises(ValueError, match=f"{name}: is no file"):
+        SentenceEncoder.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name, changes, said", [
+    ("sentence_bert_config.json", {"max_seq_length": "x"}, "max_seq_length should be a valid integer, not 'x'"), ("1_Pooling/config.json", {"pooling_mode": 5}, "pooling_mode"),
+    ("config_sentence_transformers.json", {"prompts": 5}, "prompts should be a valid dictionary, not 5"), ("config_sentence_transformers.json", {"prompts": {"a": 1}}, "prompts.a should"),
+    ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "no prompt of that name"), ("1_Pooling/config.json", {"pooling_mode_cls_token": "yes"}, "pooling_mode_cls_token should be true or false"),
+    ("sentence_bert_config.json", {"tokenizer_args": {"colour": 1}}, "the key tokenizer_args.colour is not supported"), ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x'")])
+def test_wrong_types_name_file_and_key(saved, name, changes, said):
+    edit(saved / name, **changes)
+    with pytest.raises(ValueError, match=f"{name}: .*{said}"):
+        SentenceEncoder.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("key, args", [
+    ("tokenizer_args", {"do_lower_case": False}), ("processor_kwargs", {"do_lower_case": False, "model_max_length": 20}), ("tokenizer_args", {"strip_accents": False, "do_lower_case": True})])
+def test_arguments_of_the_tokenizer_are_honoured(tiny_tokenizer, tmp_path, key, args):
+    words = [*tiny_tokenizer.get_vocab(), "The", "Dog", "SNOW", "##É"]
+    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(dict.fromkeys(words))}, model_max_length=64)
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    plain = SentenceEncoder.from_pretrained(tmp_path)
+    edit(tmp_path / "sentence_bert_config.json", **{key: args})
+    texts, loaded = ["The Dog is eating", "SNOW", "caf\u00e9 \u00c9", "the dog " * 7], SentenceEncoder.from_pretrained(tmp_path)
+    np.testing.assert_allclose(loaded.encode(texts), theirs(tmp_path).encode(texts), atol=1e-6)
+    assert args["do_lower_case"] or np.abs(loaded.encode(texts) - plain.encode(texts)).max() > 0.01
+    loaded.save_pretrained(tmp_path)
+    np.testing.assert_allclose(SentenceEncoder.from_pretrained(tmp_path).encode(texts), loaded.encode(texts), atol=1e-6)
+
+
+def test_a_pooling_that_is_set_wins_over_an_unknown_one(saved):
+    edit(saved / "1_Pooling" / "config.json", pooling_mode="weightedmean")
+    assert SentenceEncoder.from_pretrained(saved, pooling="mean").pooling == "mean"
+    with pytest.raises(ValueError, match="not one of mean, cls, max"):
+        SentenceEncoder.from_pretrained(saved, pooling="average")
+
+
+def test_t5_encoders_equal_sentence_transformers(tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=len(tiny_tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0)
+    tiny_tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    for part, name in ((transformers.T5EncoderModel, "encoder"), (transformers.T5ForConditionalGeneration, "whole")):
+        part(config).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        encoder = SentenceEncoder.from_pretrained(tmp_path / name)
+        encoder.save_pretrained(tmp_path / "saved")
+        np.testing.assert_allclose(encoder.encode(TEXTS), theirs(tmp_path / "saved").encode(TEXTS), atol=1e-5)
+        np.testing.assert_allclose(encoder.encode(TEXTS), SentenceEncoder.from_pretrained(tmp_path / "saved").encode(TEXTS), atol=1e-6)
+
+
+def test_a_hub_repository_of_pickles_says_what_to_do(saved, monkeypatch):
+    (saved / "model.safetensors").unlink()
+    monkeypatch.setattr(model, "snapshot_download", lambda name, **options: str(saved))
+    with pytest.raises(ValueError, match="someone/model: this hub repository has no safetensors weights.*convert it where you trust it"):
+        SentenceEncoder.from_pretrained("someone/model")
+
+
+# ---- texts of any size and kind ----
+
+def test_max_length_is_checked_when_it_is_set(encoder):
+    encoder.max_length = 32
+    for value in (65, 600, 2, 8.5, True, "8", None):
+        with pytest.raises(ValueError, match="max_length .* does not fit; this backbone takes 3 to 64"):
+            encoder.max_length = value
+    assert encoder.max_length == 32
+
+
+@pytest.mark.parametrize("texts", [{"a dog": 1}, {"a", "dog"}, b"a dog", frozenset("ab"), memoryview(b"ab"), 5])
+def test_what_has_no_order_of_texts_is_refused(encoder, texts):
+    with pytest.raises(ValueError, match=f"texts is of type {type(texts).__name__}; pass a list"):
+        encoder.encode(texts)
+
+
+def test_a_data_frame_is_refused_and_its_column_is_not(encoder):
+    import pandas as pd
+    frame = pd.DataFrame({"text": TEXTS, "other": TEXTS})
+    with pytest.raises(ValueError, match="texts is of type DataFrame"):
+        encoder.encode(frame)
+    np.testing.assert_array_equal(encoder.encode(frame["text"]), encoder.encode(TEXTS))
+
+
+def test_an_iterator_is_read_in_parts(encoder, monkeypatch):
+    texts = [f"{text} {i}" for i in range(20) for text in TEXTS]
+    alive = []
+    monkeypatch.setattr(model, "_in_parts", lambda texts, parts=model._in_parts: parts(texts, rows=7))
+    gen = (alive.append(torch.is_inference_mode_enabled()) or text for text in texts)
+    np.testing.assert_allclose(encoder.encode(gen), encoder.encode(texts), atol=1e-6)
+    assert not any(alive) and encoder.encode(iter([])).shape == (0, 32)
+    with pytest.raises(ValueError, match="text 8 is of type int"):
+        encoder.encode(iter([*"abcdefgh", 8]))
+
+
+def test_a_text_of_megabytes_costs_what_its_head_costs(encoder):
+    encoder.max_length = 32
+    texts = ["the dog is playing " * 4, "x" * 200 + ",", "中" * 40, "dog,cat;" * 9]
+    with pytest.warns(UserWarning, match="were cut"):
+        whole = encoder.encode([text * 3 for text in texts])
+    start = time.process_time()
+    with pytest.warns(UserWarning, match="were cut"):
+        long = encoder.encode([text * (2**21 // len(text)) for text in texts])
+    assert time.process_time() - start < 4
+    np.testing.assert_allclose(long[[0, 2, 3]], whole[[0, 2, 3]], atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_an_empty_text_without_special_tokens(tiny_tokenizer, tmp_path, pooling):
+    tiny_tokenizer.backend_tokenizer.post_processor = None
+    encoder = SentenceEncoder(make_backbone(len(tiny_tokenizer)), tiny_tokenizer, pooling, max_length=16)
+    texts = ["a dog", "", "snow is here", ""]
+    if pooling == "mean":
+        encoder.save_pretrained(tmp_path)
+        np.testing.assert_allclose(encoder.encode(texts), theirs(tmp_path).encode(texts), atol=1e-6)
+        assert not encoder.encode("").any()
+    else:
+        with pytest.raises(ValueError, match=f"text 1 has no token, and this tokenizer adds none, so there is nothing for {pooling} pooling"):
+            encoder.encode(texts)
+
+
+def test_a_mistyped_prompt_is_no_literal_text(encoder):
+    encoder.prompts = {"s2p_query": "q: "}
+    for name in ("s2p-query", "s2p.query", "query", "query-", "q2"):
+        with pytest.raises(ValueError, match="no prompt named .* literal text must contain a space or end in a mark"):
+            encoder.encode(TEXTS, prompt=name)
+    for literal in ("query:", "a query", "[Q]", "query\n", "検索："):
+        np.testing.assert_allclose(encoder.encode(TEXTS, prompt=literal), encoder.encode([literal + t for t in TEXTS]), atol=1e-6)
+    with pytest.raises(ValueError, match="prompt is of type int"):
+        encoder.encode(TEXTS, prompt=5)
+
+
+@pytest.mark.parametrize("prompts", [{}, {"query": "what is "}, {"query": "what is ", "document": "the "}, {"document": "the "}, {"passage": "a "}])
+@pytest.mark.parametrize("default", [False, True])
+def test_queries_and_documents_as_in_sentence_transformers(encoder, tmp_path, prompts, default):
+    encoder.prompts = {**prompts, "other": "on "}
+    encoder.settings["default_prompt_name"] = "other" if default else None
+    encoder.save_pretrained(tmp_path)
+    peer = theirs(tmp_path)
+    np.testing.assert_allclose(encoder.encode_query(TEXTS), peer.encode_query(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_document(TEXTS), peer.encode_document(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_query(TEXTS, prompt="my: "), encoder.encode(TEXTS, prompt="my: "), atol=1e-6)
+
+
+# ---- threads ----
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("training", [False, True])
+def test_eight_threads_get_the_vectors_of_one(tiny_tokenizer, layout, training):
+    backbone = make_backbone(len(tiny_tokenizer))
+    for layer in backbone.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.5
+    encoder = SentenceEncoder(backbone, tiny_tokenizer, max_length=12).train(training)
+    encoder.layout = layout
+    core = tiny_tokenizer.backend_tokenizer
+    core.enable_truncation(5)
+    texts = [[f"{text} {word}" for text in TEXTS] for word in ("a", "dog", "the man", "rice " * 20, "x", "snow " * 9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = [encoder.encode(part, progress=False) for part in texts]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda i: encoder.encode(texts[i % len(texts)], progress=False), range(120)))
+    assert all(np.array_equal(vectors, expected[i % len(texts)]) for i, vectors in enumerate(found))
+    assert core.truncation["max_length"] == 5 and {layer.training for layer in encoder.modules()} == {training}
+
+
+def test_a_tokenizer_that_you_change_is_followed(encoder):
+    from tokenizers import normalizers
+    before = encoder.encode("A DOG")
+    encoder.tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    assert np.abs(encoder.encode("A DOG") - before).max() > 0.01
+    np.testing.assert_array_equal(copy.deepcopy(encoder).encode("A DOG"), encoder.encode("A DOG"))
+
+
+def test_vectors_that_are_no_numbers_are_said(encoder):
+    with torch.no_grad():
+        encoder.backbone.encoder.layer[1].output.dense.bias[0] = float("nan")
+    with pytest.warns(UserWarning, match="6 of 6 vectors hold NaN or infinity"):
+        encoder.encode(TEXTS)

@@ -444,7 +444,7 @@ def test_words_and_heads_give_the_engines_numbers(tiny_tokenizer, real, limit):
     def check(texts):
         texts = texts + [" ".join(texts * 9)]           # and one that is long
         expected = plainly(engine, texts)
-        for ids, lengths, cut in (words(texts), tokens_module._arrays(engine, texts)):
+        for ids, lengths, cut in (words(texts), tokens_module._Heads(engine)(texts)):
             assert [part.tolist() for part in np.split(ids, lengths.cumsum()[:-1])] == expected[0]
             assert cut.tolist() == expected[1]
 
@@ -457,3 +457,85 @@ def test_words_are_only_for_tokenizers_that_part_at_spaces(tiny_tokenizer, chang
     for part, value in change.items():
         setattr(engine, part, value)
     assert not tokens_module._parted(engine)
+
+
+# ---- a long text costs what its first tokens cost
+
+LONG = {
+    "words": "the dog is playing " * 133, "one word": "x" * 3000, "ideographs": "中文字" * 1000, "spaces": " " * 3000, "spaces at the end": "a dog" + " " * 3000,
+    "spaces first": " " * 3000 + "a dog", "lines": "\n" * 3000, "lines of words": "dog\ncat\t" * 400, "punctuation": "a,b;" * 833, "emoji": "😀😃x" * 1000,
+    "accents": "e\u0301" * 1500, "one letter, many accents": "e" + "\u0301" * 3000, "zero width": "\u200b" * 3000, "hard spaces": "\u00a0" * 3000, "wide spaces": "a\u3000" * 1500,
+    "a word after one": "x" * 1666 + " dog", "a mask in a word": "x" * 1666 + "[MASK]" + "y" * 50, "masks": "[MASK]" * 500, "kana": "カタカナひらがな" * 400,
+    "hangul": "한국어" * 1000, "digits": "12.5," * 666, "control": "\x00\x01 " * 1000, "arabic": "عربى" * 833, "url": "https://a.b/c?d=e&f=g#h-" * 133,
+    "unknown between": ("x" * 100 + ",") * 40, "half": "x" * 1333 + "中" * 1333, "space and line": " \n" * 1500 + "dog", "odd spaces": "a  b   c \n d\u2003e " * 200,
+    "unlike": "".join(map(chr, range(0x20, 0x2000))) * 2,
+}
+
+
+def metaspace_tokenizer():
+    "Like those made by SentencePiece: a unigram model, whose first tokens may depend on the length of the text."
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("x", -3.0), ("xx", -3.0), ("xxx", -3.0), ("▁dog", -4.0), ("中文", -4.0)]
+    pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwyz,.中文字"]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0))
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", " ")])
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, pad_token="<s>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def merging_tokenizer():
+    "Bytes with merges, so that tokens have several lengths, of spaces too."
+    from tokenizers import models
+
+    tokenizer = byte_tokenizer()
+    alphabet = [piece for piece in tokenizer.get_vocab() if piece not in ("<s>", "<pad>", "</s>", "<unk>")]
+    merges = [("x", "x"), ("xx", "xx"), ("xx", "x"), ("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("d", "o"), ("do", "g"), ("Ġ", "dog"), (",", "b")]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *sorted(alphabet), *(a + b for a, b in merges)]
+    tokenizer.backend_tokenizer.model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>")
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, wide_tokenizer, byte_tokenizer, merging_tokenizer, metaspace_tokenizer])
+@pytest.mark.parametrize("limit", [4, 20])
+def test_the_head_of_a_text_gives_the_tokens_of_the_whole(make, limit):
+    engine = tokens_module._engine(make(), limit)
+    ways = [tokens_module._Heads(engine)] + ([tokens_module._Words(engine)] if make is make_tokenizer else [])
+    texts = [*LONG.values(), *(text + " and the dog" for text in LONG.values()), *("the dog " + text for text in LONG.values())]
+    expected = plainly(engine, texts)
+    for way in ways:
+        ids, lengths, cut = way(texts)
+        for text, part, truncated, *whole in zip(texts, np.split(ids, lengths.cumsum()[:-1]), cut.tolist(), *expected):
+            assert [part.tolist(), truncated] == whole, (way, text[:20], len(text))
+
+
+def test_every_letter_and_digit_stays_in_its_word(tiny_tokenizer):
+    "What `_Words` takes for granted where it leaves out the rest of an endless word."
+    import re
+    core = tiny_tokenizer.backend_tokenizer
+    solid = [c for c in map(chr, range(0x10000)) if re.fullmatch(tokens_module._SOLID, c)]
+    for c in solid:
+        (piece, _), = core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str("a" + c + "a"))
+        assert len(piece) >= 3
+    assert len(solid) > 20_000
+
+
+def test_texts_of_eight_megabytes_cost_little():
+    script = """
+import resource, time
+from conftest import make_tokenizer
+from test_tokens import LONG
+from contrastive_st.tokens import RaggedTokenizer
+tokens = RaggedTokenizer(make_tokenizer(), 32)
+for kind in ("words", "one word", "ideographs", "spaces", "lines", "punctuation"):
+    text = LONG[kind] * (2**23 // len(LONG[kind].encode()))
+    tokens(["warm up"])
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    tokens([text])
+    print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
+    for line in said.splitlines():
+        seconds, megabytes = map(float, line.split())
+        assert seconds < 1 and megabytes < 100, said

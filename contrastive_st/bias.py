@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
+from . import atomic
+
 # %% ../nbs/11_bias.ipynb #item
 class BiasItem(NamedTuple):
     "Hold one question: which of two sentences is nearer to the anchor?"
@@ -36,11 +38,19 @@ def leans(
     if not items:
         raise ValueError("there are no items to measure; give at least one")
     texts = [text for item in items for text in item[:3]]
-    rows = np.asarray(encode(texts), dtype=np.float64)
+    for n, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"item {n // 3} holds a {type(text).__name__} instead of a sentence; give three strings")
+    rows = np.asarray(encode(texts))
     if rows.ndim != 2 or len(rows) != len(texts):
         raise ValueError(f"encode returned shape {rows.shape} for {len(texts)} texts; it must return one row per text, (N, D)")
-    if not np.isfinite(rows).all():
-        raise ValueError("encode returned NaN or inf; the model has diverged")
+    if rows.dtype in (np.int8, np.uint8, np.bool_) or rows.dtype.kind not in "fiu":
+        raise ValueError(f"encode returned {str(rows.dtype)[:40]}, which are codes or no numbers; measure float32 vectors")
+    rows = rows.astype(np.float64)
+    sound = np.isfinite(rows).all(axis=1)
+    if not sound.all():
+        text = texts[int(sound.argmin())]
+        raise ValueError(f"encode returned NaN or inf, first for {text[:60]!r}; the model has diverged")
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     anchor, male, female = rows.reshape(len(items), 3, -1).swapaxes(0, 1)
     lean = (anchor * (male - female)).sum(axis=1)
@@ -57,7 +67,7 @@ def _rate(
         return {name: 0.5, f"{name}_low": 0.0, f"{name}_high": 1.0, f"{name}_p": 1.0}
     test = stats.binomtest(int((leans > 0).sum()), n)
     interval = test.proportion_ci(method="wilson")
-    return {name: test.statistic, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high), f"{name}_p": float(test.pvalue)}
+    return {name: float(test.statistic), f"{name}_low": float(interval.low), f"{name}_high": float(interval.high), f"{name}_p": float(test.pvalue)}
 
 # %% ../nbs/11_bias.ipynb #occupations
 def by_occupation(
@@ -65,13 +75,16 @@ def by_occupation(
     items:list[BiasItem], # n, in the same order
 )->dict[str, dict]: # occupation -> lean (mean), n, ties, stereotype, male_rate with _low, _high, _p and _q (corrected for the number of occupations)
     "Lay out the leans of each occupation, in order of first appearance."
+    leans = np.asarray(leans, dtype=np.float64)
+    if leans.shape != (len(items),) or not np.isfinite(leans).all():
+        raise ValueError(f"leans of shape {leans.shape} for {len(items)} items; give one finite number for each, as `leans` does")
     rows, table = {}, {}
     for i, item in enumerate(items):
         rows.setdefault(item.occupation, []).append(i)
     for name, mine in rows.items():
-        own, labels = leans[mine], {items[i].stereotype for i in mine} - {""}
+        own, labels = leans[mine], {str(items[i].stereotype)[:40] for i in mine} - {""}
         if labels not in (set(), {"male"}, {"female"}):
-            raise ValueError(f"occupation {name!r} is labelled {' and '.join(sorted(labels))}; an occupation needs one stereotype, 'male' or 'female', or none")
+            raise ValueError(f"occupation {str(name)[:60]!r} is labelled {' and '.join(sorted(labels)[:3])}; an occupation needs one stereotype, 'male' or 'female', or none")
         table[name] = {"lean": float(own.mean()), "n": len(own), "ties": int((own == 0).sum()), "stereotype": "".join(labels), **_rate("male_rate", own)}
     corrected = stats.false_discovery_control([row["male_rate_p"] for row in table.values()])
     for row, q in zip(table.values(), corrected): row["male_rate_q"] = float(q)
@@ -142,7 +155,8 @@ def _text(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the name and the folder you run in")
-    raw = path.read_bytes()
+    with atomic.reading(path):
+        raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -165,12 +179,12 @@ def read_winogender(
         if len(parts) != 5 or parts[2] not in ("0", "1") or parts[3] not in ("male", "female", "neutral") or not sentence.strip():
             raise ValueError(f"{path}:{number}: expected an id like nurse.patient.0.female.txt, a tab and a sentence, found {line[:60]!r}; mend the line")
         forms = found.setdefault(tuple(parts[:3]), {"line": number})
-        if parts[3] in forms: raise ValueError(f"{path}:{number}: {sentid} occurs twice; remove one")
+        if parts[3] in forms: raise ValueError(f"{path}:{number}: {sentid[:60]} occurs twice; remove one")
         forms[parts[3]] = sentence.strip()
     if not found: raise ValueError(f"{path}:1: no sentences; the file needs lines of id, tab and sentence")
     for key, forms in found.items():
         if lacks := {"male", "female", "neutral"} - forms.keys():
-            raise ValueError(f"{path}:{forms['line']}: {'.'.join(key)} has no {' and no '.join(sorted(lacks))} sentence; all three are needed")
+            raise ValueError(f"{path}:{forms['line']}: {'.'.join(key)[:60]} has no {' and no '.join(sorted(lacks))} sentence; all three are needed")
     return [BiasItem(f["neutral"], f["male"], f["female"], occupation) for (occupation, _, kind), f in found.items() if kind == wanted[about]]
 
 # %% ../nbs/11_bias.ipynb #records
@@ -182,6 +196,7 @@ def _csv_records(path, text):
     reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
     try:
         reader.fieldnames = [name.strip().lower().replace(" ", "_").replace("steretypical", "stereotypical") for name in reader.fieldnames or []]
+        line = reader.line_num
         for cells in reader:
             line = reader.line_num
             yield line, cells
@@ -192,9 +207,8 @@ def _json_records(path, text):
     "Yield the line number and the object of every line that is not empty."
     for number, line in enumerate(text.split("\n"), 1):   # not splitlines, which also cuts at U+2028
         if not line.strip(): continue
-        try: row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); write one object per line") from None
+        with atomic.reading(f"{path}:{number}", "write one JSON object per line"):
+            row = json.loads(line)
         yield number, row if isinstance(row, dict) else {}
 
 # %% ../nbs/11_bias.ipynb #read-bias
@@ -213,7 +227,7 @@ def read_bias(
             raise ValueError(f"{path}:{line}: male and female sentence are equal; there is nothing to compare, remove the row")
         stereotype = row.get("stereotypical_gender") or ""
         if stereotype not in ("male", "female", ""):
-            raise ValueError(f"{path}:{line}: stereotypical_gender is {stereotype!r}; write male, female or nothing")
+            raise ValueError(f"{path}:{line}: stereotypical_gender is {repr(stereotype)[:40]}; write male, female or nothing")
         items.append(BiasItem(*(text.strip() for text in texts), stereotype))
     if not items: raise ValueError(f"{path}:1: no rows; the file needs a header and a row, or objects with {', '.join(_COLUMNS)}")
     if told := sum(bool(_GENDERED.search(item.anchor)) for item in items):

@@ -29,6 +29,21 @@ def _stable_topk(
         best[tied], columns[tied] = values[:, :k], indices[:, :k]
     return best, columns
 
+# %% ../nbs/10_search.ipynb #dtypes
+def _check_dtype(
+    dtype: np.dtype | torch.dtype,  # of embeddings
+    where: str,  # whose they are, for the error: "query", "corpus"
+) -> None:
+    "Raise a ValueError for codes, and for anything else that is no number."
+    name = str(dtype).removeprefix("torch.")
+    if name in ("int8", "uint8", "bool"):
+        raise ValueError(
+            f"{where} embeddings are {name}, which are codes and not vectors; turn them back into floats first: "
+            "contrastive_st.precision.dequantize(codes, precision, ranges), a chunk at a time if they are many".strip()
+        )
+    if not name.startswith(("float", "bfloat", "int", "uint")):
+        raise ValueError(f"{where} embeddings are {name[:40]}; pass a table of floats, (N, D)".strip())
+
 # %% ../nbs/10_search.ipynb #rows
 def _rows(
     embeddings, # (n, D) numpy array or torch tensor
@@ -38,7 +53,11 @@ def _rows(
     first:int=0, # number of the first row, for the error
 )->torch.Tensor: # (n, D) float32; a row of zeros stays zero
     "Copy some rows to the device; refuse NaN and inf."
-    if not isinstance(embeddings, torch.Tensor): embeddings = torch.from_numpy(np.array(embeddings, dtype=np.float32))
+    if not isinstance(embeddings, torch.Tensor):
+        embeddings = np.asarray(embeddings)
+        _check_dtype(embeddings.dtype, where)
+        with np.errstate(over="ignore"):  # what does not fit is found below
+            embeddings = torch.from_numpy(np.array(embeddings, dtype=np.float32))
     rows = embeddings.detach().to(device, torch.float32)
     if similarity == "cos": rows = torch.nn.functional.normalize(rows, dim=1)
     if not (sound := torch.isfinite(rows).all(dim=1)).all():
@@ -48,13 +67,23 @@ def _rows(
 
 # %% ../nbs/10_search.ipynb #check-sizes
 def _shape(
-    embeddings, # numpy array or torch tensor, one hopes
-)->tuple: # its shape
-    "Shape of the embeddings; raise a ValueError if they are texts."
-    first = embeddings.flat[:1] if isinstance(embeddings, np.ndarray) else embeddings[:1] if isinstance(embeddings, str | list | tuple) else ()
+    embeddings,  # numpy array, torch tensor, list of rows, or what has a shape and can be cut
+    where: str = "",  # whose they are, for the error: "query", "corpus"
+) -> tuple:  # its shape
+    "Shape of a table of embeddings; raise a ValueError for texts, codes and rows of unequal width."
+    first = ()
+    if isinstance(embeddings, np.ndarray):
+        first = embeddings.flat[:1]
+    elif isinstance(embeddings, str | list | tuple):
+        first = embeddings[:1]
     if isinstance(first, str) or len(first) and isinstance(first[0], str):
         raise ValueError("these are texts, not embeddings; encode them first: encoder.encode(texts)")
-    return np.shape(embeddings)
+    if hasattr(embeddings, "dtype"):
+        _check_dtype(embeddings.dtype, where)
+    try:
+        return np.shape(embeddings)
+    except ValueError as error:
+        raise ValueError(f"the rows of the {where} embeddings are not of one width; pass a table (N, D)") from error
 
 def _check_table(
     shape:tuple, # of the embeddings
@@ -74,7 +103,8 @@ def _check_sizes(
 )->int: # k, documents per query that there are
     "Raise a ValueError if there is nothing to search, or no way to."
     _check_table(corpus, top_k=top_k, chunk=chunk)
-    if len(queries) != 2: raise ValueError(f"queries of shape {tuple(queries)} are not a table (Q, D); wrap a single vector as vector[None]")
+    if len(queries) != 2:
+        raise ValueError(f"queries of shape {tuple(queries)} are not a table (Q, D); wrap a single vector as vector[None]")
     if queries[1] != corpus[1]:
         raise ValueError(f"the queries are {queries[1]} wide and the corpus {corpus[1]}; encode both with the same model and truncate_dim")
     if similarity not in ("cos", "dot"): raise ValueError(f"unknown similarity {similarity!r}; choose 'cos' or 'dot'")
@@ -90,7 +120,7 @@ def semantic_search(
     similarity:str="cos", # "cos" or "dot": what the model was trained for
 )->tuple[np.ndarray, np.ndarray]: # scores (Q, k) float32 and corpus rows (Q, k) int64, best first, k = min(top_k, N)
     "Find the nearest corpus rows of every query, exactly; computed where the corpus lies, or else the queries; equal scores are ordered by row."
-    k = _check_sizes(_shape(query_embeddings), _shape(corpus_embeddings), top_k, chunk, similarity)
+    k = _check_sizes(_shape(query_embeddings, "query"), _shape(corpus_embeddings, "corpus"), top_k, chunk, similarity)
     N, tensors = np.shape(corpus_embeddings)[0], [x for x in (corpus_embeddings, query_embeddings) if isinstance(x, torch.Tensor)]
     device = tensors[0].device if tensors else "cpu"
     queries = _rows(query_embeddings, device, similarity, "query")
@@ -139,7 +169,7 @@ def faiss_search(
     top_k:int=10, # documents per query; all N if there are fewer
 )->tuple[np.ndarray, np.ndarray]: # cosines (Q, k) float32 and corpus rows (Q, k) int64, best first; row -1 with the lowest float32 as its score = the index found fewer
     "Search a faiss index; the same two tables as `semantic_search`."
-    k = _check_sizes(_shape(query_embeddings), (index.ntotal, index.d), top_k, 1)
+    k = _check_sizes(_shape(query_embeddings, "query"), (index.ntotal, index.d), top_k, 1)
     scores, rows = index.search(_rows(query_embeddings, where="query").cpu().numpy(), k)
     order = np.lexsort((rows, -scores))  # of equal scores the lower row first
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -163,6 +163,7 @@ def test_an_encoder_that_cannot_tell_measures_nothing():
 
 # --- files ---
 
+ROW = {"base_sentence": "A.", "occupation": "b", "male_sentence": "He.", "female_sentence": "She."}
 HEAD = "base_sentence,occupation,stereotypical_gender,male_sentence,female_sentence\n"
 
 
@@ -211,14 +212,23 @@ def test_read_bias_line_numbers_count_lines_and_not_rows(tmp_path):
     ("a.csv", HEAD.encode() + b"A.,b,,He.,She.\nA\xff.,b,,He.,She.\n", "a.csv:3: not UTF-8"),
     ("a.jsonl", "{}\n", "a.jsonl:1: no text in base_sentence"),
     ("a.jsonl", '{"base_sentence": 5}', "a.jsonl:1: no text in base_sentence"),
-    ("a.jsonl", "\n{'a': 1}", "a.jsonl:2: not JSON"),
+    ("a.jsonl", "\n{'a': 1}", "a.jsonl:2: cannot be read (JSONDecodeError"),
+    ("a.jsonl", "[" * 100_000, "a.jsonl:1: cannot be read (RecursionError"),
+    ("a.jsonl", '{"a": ' * 100_000, "a.jsonl:1: cannot be read (RecursionError"),
+    ("a.jsonl", "9" * 5000, "a.jsonl:1: cannot be read (ValueError"),
+    ("a.jsonl", "NaN", "a.jsonl:1: no text in base_sentence"),
+    ("a.jsonl", json.dumps(ROW | {"stereotypical_gender": ["male"] * 999}), "a.jsonl:1: stereotypical_gender is ['male'"),
+    ("a.jsonl", json.dumps(ROW | {"stereotypical_gender": 5}), "a.jsonl:1: stereotypical_gender is 5"),
+    ("a.jsonl", json.dumps(ROW).replace('"b"', "NaN"), "a.jsonl:1: no text in occupation"),
+    ("a.csv", HEAD + "A.,b," + "m" * 10_000 + ",He.,She.\n", "a.csv:2: stereotypical_gender is 'mmm"),
+    ("a.csv", HEAD + "A.,b," + "m" * 200_000 + ",He.,She.\n", "a.csv:2: not CSV"),
     ("a.xlsx", b"PK", "must end in .csv or .jsonl"),
 ])
 def test_read_bias_errors(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as error:
         read_bias(tmp_path / name)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_missing_file(tmp_path):
@@ -273,9 +283,24 @@ def test_winogender_itself(shared_data):
     (lambda texts: np.ones((3, 4)), ITEMS, r"encode returned shape \(3, 4\) for 144 texts"),
     (lambda texts: np.ones(len(texts)), ITEMS, "one row per text"),
     (lambda texts: np.full((len(texts), 4), np.nan), ITEMS, "NaN or inf"),
+    (lambda texts: np.where(np.arange(len(texts))[:, None] == 4, np.nan, 1.0), ITEMS, f"NaN or inf, first for {ITEMS[1].male!r}"),
+    (lambda texts: np.ones((len(texts), 4), np.int8), ITEMS, "encode returned int8, which are codes"),
+    (lambda texts: np.full((len(texts), 4), "a"), ITEMS, "codes or no numbers"),
+    (control(0, 0), [ITEMS[0]._replace(male=None)], "item 0 holds a NoneType instead of a sentence"),
+    (control(0, 0), [ITEMS[0]._replace(stereotype=["x"])], "labelled"),
     (control(0, 0), [ITEMS[0], ITEMS[1]._replace(stereotype="female")], "'m0' is labelled female and male"),
     (control(0, 0), [ITEMS[0]._replace(stereotype="men")], "'m0' is labelled men;"),
 ])
 def test_bad_input(encode, items, said):
     with pytest.raises(ValueError, match=said):
         gender_bias(encode, items)
+
+
+def test_leans_may_be_any_numbers():
+    items = ITEMS[:4]
+    expected = by_occupation(np.array([1.0, -1.0, 2.0, 0.0]), items)
+    assert by_occupation([1, -1, 2, 0], items) == by_occupation([np.int64(1), np.float32(-1), 2, 0], items) == expected
+    json.dumps(expected, allow_nan=False)
+    for leans in ([1, 2], [1, 2, 3, np.nan], [[1, 2, 3, 4]]):
+        with pytest.raises(ValueError, match="one finite number for each"):
+            by_occupation(leans, items)

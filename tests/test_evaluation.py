@@ -1,6 +1,8 @@
 """Evaluation against sentence-transformers' evaluators, at real size, and with bad input."""
 import csv
 import json
+import math
+import random
 import time
 import tracemalloc
 import warnings
@@ -18,6 +20,7 @@ from contrastive_st.evaluation import (
     retrieval_by_query,
     sts_cosines,
     uniformity,
+    with_prompts,
 )
 
 
@@ -131,7 +134,7 @@ def test_report_keys_and_means():
     vectors, corpus, queries, qrels = tied_collection()
     report, by_query = evaluate_retrieval(lookup(vectors), corpus, queries, qrels), retrieval_by_query(lookup(vectors), corpus, queries, qrels)
     names = [f"{name}@{k}" for name in ("accuracy", "recall", "mrr", "ndcg", "map") for k in (1, 3, 5, 10, 100)]
-    assert list(report) == [name + end for name in names for end in ("", "_low", "_high")] + ["n"]
+    assert list(report) == [name + end for name in names for end in ("", "_low", "_high")] + ["n", "missing_documents", "identical_ids"]
     assert list(by_query) == [q for q in queries if q not in ("q0", "q1")]
     assert all(list(figures) == names for figures in by_query.values())
     for name in names:
@@ -260,3 +263,202 @@ def test_cosines_of_the_model():
     a, b = (torch.tensor(encode(side)) for side in pairs[:2])
     assert sts_cosines(encode, pairs) == pytest.approx(torch.cosine_similarity(a, b).numpy(), abs=1e-6)
     assert sts_cosines(lambda texts: torch.tensor(encode(texts)), pairs) == pytest.approx(sts_cosines(encode, pairs))
+
+
+# ---- ids and judgements ----
+
+def never(texts):
+    raise AssertionError("something was encoded")
+
+
+def ladder(*order):
+    "Vectors of one query and of documents that are nearer to it the earlier they stand."
+    angles = np.linspace(0.1, 1.4, len(order))
+    return {"asked": [1.0, 0.0]} | {text: [np.cos(a), np.sin(a)] for text, a in zip(order, angles)}
+
+
+def test_missing_documents_stay_relevant_and_unfound():
+    "By hand: of three relevant documents one stands at rank 2, one at rank 4, and one is not in the corpus."
+    corpus = {i: i for i in ("d1", "d2", "d3", "d4")}
+    encode, qrels = lookup(ladder("d1", "d2", "d3", "d4")), {"q": {"d2": 1, "d4": 2, "gone": 1, "gone too": 0}}
+    with pytest.warns(UserWarning, match="1 of 3 relevant documents are not in the corpus, first 'gone' of query 'q'; they count as not found"):
+        report = evaluate_retrieval(encode, corpus, {"q": "asked"}, qrels, ks=(4, 10), resamples=0)
+    ideal = 1 + 1 / math.log2(3) + 1 / 2
+    assert report["ndcg@10"] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal, abs=1e-9)
+    assert report["recall@4"] == pytest.approx(2 / 3) and report["map@10"] == pytest.approx((1 / 2 + 2 / 4) / 3)
+    assert report["mrr@4"] == 0.5 and report["missing_documents"] == 1
+    theirs = peer_retrieval(Peer(encode), corpus, {"q": "asked"}, qrels, (4, 10))
+    assert {k: report[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
+    with pytest.warns(UserWarning, match="2 of 3 .* 'lost'"):
+        some = evaluate_retrieval(encode, corpus, {"q": "asked", "r": "asked"}, {"q": ["d1"], "r": ["lost", "gone"]}, ks=(1,), resamples=0)
+    assert some["accuracy@1"] == 0.5 and some["n"] == 2
+
+
+def test_a_query_that_is_a_document_does_not_find_itself():
+    "As in ArguAna and Quora: by hand, the one right answer stands second behind the query's own text."
+    corpus = {"a": "Title\nAsked", "b": "near", "c": "far"}
+    vectors = ladder("near", "far") | {"Title\nAsked": [1.0, 0.0], "Asked ": [1.0, 0.0]}
+    queries, qrels = {"a": "Asked "}, {"a": {"b": 1}}
+    report = {ignore: evaluate_retrieval(lookup(vectors), corpus, queries, qrels, ks=(1, 3), resamples=0, ignore_identical_ids=ignore) for ignore in (None, True, False)}
+    assert report[None] == report[True] and (report[None]["mrr@3"], report[None]["accuracy@1"], report[None]["identical_ids"]) == (1, 1, 1)
+    assert (report[False]["mrr@3"], report[False]["accuracy@1"], report[False]["identical_ids"]) == (0.5, 0, 0)
+    assert retrieval_by_query(lookup(vectors), corpus, queries, qrels, ks=(1,))["a"]["mrr@1"] == 1
+    alone = evaluate_retrieval(lookup(vectors), corpus, queries, {"a": {"b": 1, "c": 0}}, ks=(100,), resamples=0)   # fewer documents than k
+    assert alone["mrr@100"] == 1
+
+
+@pytest.mark.parametrize("text, judged", [("another text", {"b": 1}), ("asked", {"a": 1}), ("asked", {"a": 1, "b": 1})])
+def test_ids_that_are_equal_by_chance_leave_nothing_out(text, judged):
+    "Two lists numbered from 1, or a document that is judged relevant to the query of its id."
+    corpus = {"a": text, "b": "near", "c": "far"}
+    vectors = ladder("near", "far") | {text: [1.0, 0.0]}
+    report = evaluate_retrieval(lookup(vectors), corpus, {"a": "asked"}, {"a": judged}, ks=(3,), resamples=0)
+    theirs = peer_retrieval(Peer(lookup(vectors)), corpus, {"a": "asked"}, {"a": judged}, (3,))
+    assert report["identical_ids"] == 0 and {k: report[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
+
+
+def test_no_document_but_the_query_itself():
+    report = evaluate_retrieval(lookup(ladder("x")), {"a": "asked", "b": "x"}, {"a": "asked"}, {"a": {"b": 1}}, ks=(1,), resamples=0)
+    assert report["accuracy@1"] == 1
+    with pytest.warns(UserWarning, match="not in the corpus"):
+        empty = evaluate_retrieval(lookup(ladder("x")), {"a": "asked"}, {"a": "asked", "b": "x"}, {"a": {"gone": 1}, "b": {"a": 1}}, ks=(1,), resamples=0)
+    assert empty["accuracy@1"] == 0.5
+
+
+@pytest.mark.parametrize("name", [int, lambda n: (n, "x"), lambda n: np.int64(n), float, lambda n: frozenset([n]), lambda n: n if n % 2 else str(n)])
+def test_ids_of_any_type(name):
+    vectors, corpus, queries, qrels = tied_collection()
+    plain = evaluate_retrieval(lookup(vectors), corpus, queries, qrels, resamples=50)
+    def renamed(i):
+        return name(1000 * (i[0] == "q") + int(i[1:]))
+    found = evaluate_retrieval(
+        lookup(vectors), {renamed(d): t for d, t in corpus.items()}, {renamed(q): t for q, t in queries.items()},
+        {renamed(q): {renamed(d): g for d, g in judged.items()} for q, judged in qrels.items()}, resamples=50)
+    assert set(found) == set(plain) and found["n"] == plain["n"]   # ties go by id, so the figures may differ
+    assert all(type(v) in (int, float) for v in [*found.values(), *plain.values()])
+
+
+@pytest.mark.parametrize("form", [set, list, tuple, frozenset, dict.keys, np.array, lambda d: {k: True for k in d}, lambda d: {k: np.float32(2) for k in d}, lambda d: {k: 1.0 for k in d}])
+def test_qrels_as_sets_or_lists(form):
+    vectors, corpus, queries, qrels = tied_collection()
+    ones = {q: {d: 1 for d, grade in judged.items() if grade > 0} for q, judged in qrels.items()}
+    ones = {q: judged for q, judged in ones.items() if judged}
+    given = {q: form(list(judged) if form is np.array else judged) for q, judged in ones.items()}
+    assert evaluate_retrieval(lookup(vectors), corpus, queries, given, resamples=0) == evaluate_retrieval(lookup(vectors), corpus, queries, ones, resamples=0)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(corpus=["a text"]), "the corpus are a list; give a dict"),
+    (dict(corpus={"d": {"title": "t", "text": "x"}}), "corpus: id 'd' has a dict instead of a text"),
+    (dict(corpus={"d": "x" , "e": None}), "corpus: id 'e' has a NoneType"),
+    (dict(queries={"q": ["x"]}), "queries: id 'q' has a list"),
+    (dict(queries=5), "the queries are a int"),
+    (dict(qrels=[("q", "d", 1)]), "the qrels are a list"),
+    (dict(qrels={"q": "d"}), "qrels of query 'q' are a str; give .document id: grade."),
+    (dict(qrels={"q": 5}), "qrels of query 'q' are a int"),
+    (dict(qrels={"q": [["d"]]}), "qrels of query 'q' are a list"),
+    (dict(qrels={"q": {"d": "1"}}), "the grade of 'd' is '1'; give a number"),
+    (dict(qrels={"q": {"d": float("nan")}}), "the grade of 'd' is nan"),
+    (dict(qrels={"q": {"d": None}}), "the grade of 'd' is None"),
+    (dict(qrels={5: {"d": 1}}), "first 5 .a int, the ids there are of type str.; do both"),
+    (dict(qrels={"q": {7: 1}}), "not among the 1 of the corpus, first 7 .a int, the ids there are of type str. of query 'q'"),
+    (dict(corpus={}), "not among the 0 of the corpus"),
+    (dict(ks=(1.5,)), "whole numbers"), (dict(ks="10"), "whole numbers"), (dict(ks=(True,)), "whole numbers"), (dict(chunk=2.5), "whole numbers"),
+    (dict(encode_corpus="encode"), "encode_corpus is a str; give a function"), (dict(encode=None), "encode is a NoneType"),
+    (dict(qrels={"q" * 10**6: {"d": 1}}), "judged queries are not among"),
+])
+def test_what_is_wrong_is_said_before_anything_is_encoded(change, said):
+    arguments = {"encode": never, "corpus": {"d": "x"}, "queries": {"q": "y"}, "qrels": {"q": {"d": 1}}} | change
+    for function in (evaluate_retrieval, retrieval_by_query):
+        with pytest.raises(ValueError, match=said) as caught:
+            function(**arguments)
+        assert len(str(caught.value)) < 320
+
+
+def test_vectors_that_are_none():
+    corpus, queries, qrels = {"a": "x", "b": "y"}, {"q": "z"}, {"q": {"a": 1}}
+    for kind, said in ((np.int8, "encode returned int8, which are codes"), (np.uint8, "uint8"), (bool, "bool"), (str, "instead of floats"), (complex, "complex128")):
+        with pytest.raises(ValueError, match=said):
+            evaluate_retrieval(lambda texts: np.ones((len(texts), 4)).astype(kind), corpus, queries, qrels)
+        with pytest.raises(ValueError, match=said.replace("encode returned", "the embeddings are")):
+            uniformity(np.ones((3, 4)).astype(kind))
+    with pytest.raises(ValueError, match="the queries are 3 wide and the documents 4; encode both with the same model"):
+        evaluate_retrieval(lambda t: np.ones((len(t), 3)), corpus, queries, qrels, encode_corpus=lambda t: np.ones((len(t), 4)))
+    with pytest.raises(ValueError, match="embedding 2 contains NaN or inf"):
+        collapse(np.vstack([np.ones((2, 4)), np.full((1, 4), np.nan)]))
+    with pytest.raises(ValueError, match="first for 'xxxx") as caught:
+        evaluate_retrieval(lambda t: np.full((len(t), 4), np.nan), corpus, {"q": "x" * 10**6}, qrels)
+    assert len(str(caught.value)) < 300
+    for pairs, said in (((["a"], [5], [1]), "5 is a int, not a sentence"), ((["a", "b"], ["c", "d"], ["x", "y"]), "not all numbers"), ((["a", "b"], ["c", "d"], [10**400, 1]), "not all numbers")):
+        with pytest.raises(ValueError, match=said):
+            evaluate_sts(never, pairs)
+
+
+def test_scores_may_be_whole_numbers():
+    encode, (first, second, scores) = random_pairs(30)
+    whole = [round(25 * s) for s in scores]
+    assert evaluate_sts(encode, (first, second, whole)) == evaluate_sts(encode, (first, second, [np.float64(s) for s in whole])) == evaluate_sts(encode, (first, second, np.array(whole)))
+
+
+def test_nothing_moves_the_global_generators():
+    def state():
+        kind, keys, *rest = np.random.get_state()
+        return random.getstate(), kind, keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
+    vectors, corpus, queries, qrels = tied_collection()
+    encode, pairs = random_pairs(30)
+    before = state()
+    evaluate_retrieval(lookup(vectors), corpus, queries, qrels, resamples=20)
+    evaluate_sts(encode, pairs, resamples=20)
+    paired_difference(np.arange(9), np.arange(9)[::-1], resamples=20)
+    collapse(encode(pairs[0]))
+    assert state() == before
+
+
+# ---- prompts ----
+
+class WithPrompts:
+    "An encoder whose queries and documents have prompts of their own."
+    prompts = {"query": "query: ", "document": "passage: "}
+
+    def encode(self, texts, prompt=None, progress=True):
+        prompt = self.prompts.get(prompt, prompt or "")
+        return np.array([[len(prompt + t), sum(map(ord, prompt + t)) % 97, progress] for t in texts], np.float32)
+
+    def encode_query(self, texts, **options):
+        return self.encode(texts, prompt="query", **options)
+
+    def encode_document(self, texts, **options):
+        return self.encode(texts, prompt="document", **options)
+
+
+def test_with_prompts():
+    encoder, texts = WithPrompts(), ["a", "bc"]
+    for made, prompts in ((with_prompts(encoder), ("query: ", "passage: ")), (with_prompts(encoder, "ask: "), ("ask: ", "passage: ")),
+                          (with_prompts(encoder, document_prompt="query", progress=True), ("query: ", "query: "))):
+        for encode, prompt in zip(made, prompts):
+            assert encode(texts).tolist() == encoder.encode(texts, prompt).tolist()
+    assert with_prompts(encoder, progress=False)[0](texts)[:, 2].tolist() == [0, 0]
+    plain = lambda texts: np.ones((len(texts), 2))
+    assert all(encode(texts).tolist() == plain(texts).tolist() for encode in with_prompts(plain))
+    with pytest.raises(ValueError, match="a plain function takes no prompt"):
+        with_prompts(plain, "query: ")
+
+
+def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(tmp_path, tiny_tokenizer, tiny_backbone):
+    "nDCG@10 of InformationRetrievalEvaluator with the prompts that are in the saved folder, and another one without."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from contrastive_st.model import SentenceEncoder
+    SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=32, prompts={"query": "dog on the ", "document": "a man and the "}).save_pretrained(tmp_path)
+    encoder = SentenceEncoder.from_pretrained(tmp_path)
+    if not hasattr(encoder, "encode_query"):
+        pytest.skip("this encoder has no encode_query")
+    rng, words = random.Random(0), [w for w in tiny_tokenizer.get_vocab() if w.isalpha() and len(w) > 1]
+    corpus, queries = ({f"{name}{i}": " ".join(rng.choices(words, k=5)) for i in range(n)} for name, n in (("d", 80), ("q", 20)))
+    qrels = {q: {rng.choice(list(corpus)): 1 for _ in range(8)} for q in queries}
+    query, document = with_prompts(encoder, progress=False)
+    ours = evaluate_retrieval(query, corpus, queries, qrels, ks=(10,), resamples=0, encode_corpus=document)["ndcg@10"]
+    without = evaluate_retrieval(lambda t: encoder.encode(t, progress=False), corpus, queries, qrels, ks=(10,), resamples=0)["ndcg@10"]
+    evaluator = InformationRetrievalEvaluator(queries, corpus, {q: set(d) for q, d in qrels.items()}, ndcg_at_k=[10], write_csv=False)
+    peer = SentenceTransformer(str(tmp_path), device="cpu")
+    assert ours == pytest.approx(evaluator.compute_all_metrics(peer)["cosine"]["ndcg@k"][10], abs=1e-6) and abs(ours - without) > 1e-4

@@ -1,5 +1,8 @@
 """Search, mining and clustering against sentence-transformers', with ties, odd storage, bounded memory and bad input."""
+import importlib.util
+import random
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -291,3 +294,77 @@ def test_texts_are_not_embeddings(texts):
 def test_bad_input_of_the_others(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.fixture
+def global_randomness():
+    "A block that must leave the generators of Python, NumPy and torch as they were."
+    @contextmanager
+    def unmoved():
+        def state():
+            kind, keys, *rest = np.random.get_state()
+            return random.getstate(), kind, keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
+        before = state()
+        yield
+        assert state() == before
+    return unmoved
+
+
+def all_that_take_vectors(bad, good):
+    "Each function with what is wrong in each of its places."
+    calls = [lambda: semantic_search(bad, good), lambda: semantic_search(good, bad), lambda: paraphrase_mining(bad),
+             lambda: community_detection(bad), lambda: cluster(bad, 1)]
+    faiss = pytest.importorskip("faiss")
+    index = faiss.IndexFlatIP(good.shape[1])
+    index.add(np.asarray(good, np.float32))
+    return [*calls, lambda: faiss_index(bad), lambda: faiss_search(index, bad)]
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+def test_codes_are_not_vectors(precision):
+    "Their products are numbers, too, but of the ten nearest they find six (int8) or two (bits)."
+    from contrastive_st.precision import calibrate, dequantize, quantize
+    vectors = np.random.default_rng(0).standard_normal((200, 32)).astype(np.float32)
+    codes = quantize(vectors, precision)
+    for bad in (codes, codes.tolist() and torch.tensor(codes), list(codes), codes > 0):
+        for call in all_that_take_vectors(bad, np.ones((4, codes.shape[1]), np.float32)):
+            with pytest.raises(ValueError, match="are codes and not vectors.*dequantize"):
+                call()
+    back = dequantize(codes, precision, calibrate(vectors), 32)
+    nearest = semantic_search(vectors, back, 10)[1]
+    exact = semantic_search(vectors, vectors, 10)[1]
+    overlap = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, nearest)])
+    assert overlap > (0.95 if "int8" in precision else 0.3)
+
+
+@pytest.mark.parametrize("bad, message", [
+    (np.ones((3, 4), complex), "embeddings are complex128; pass a table of floats"),
+    (np.full((3, 4), None), "embeddings are object"),
+    (np.zeros((3, 4), "M8[s]"), "embeddings are datetime64"),
+    ([[1.0, 2.0], [3.0]], "are not of one width"),
+    (np.ones((3, 4, 1)), "not a table|one more"),
+    (np.vstack([np.ones((2, 4)), np.full((1, 4), np.inf)]), "embedding 2 contains NaN or inf"),
+    (np.vstack([np.ones((2, 4)), np.full((1, 4), 1e300)]), "embedding 2 contains NaN or inf"),
+])
+def test_one_check_for_all(bad, message):
+    for call in all_that_take_vectors(bad, np.ones((3, 4), np.float32)):
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert len(str(caught.value)) < 300
+
+
+def test_whole_numbers_are_vectors():
+    table = [[1, 0], [0, 1], [1, 1]]
+    for kind in (list, np.int64, np.int16, np.uint32):
+        x = table if kind is list else np.array(table, kind)
+        assert semantic_search(x, x, 1)[1].tolist() == [[0], [1], [2]] and cluster(x, 3)[0].shape == (3,)
+
+
+def test_nothing_moves_the_global_generators(global_randomness):
+    x = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    with global_randomness():
+        semantic_search(x, x)
+        paraphrase_mining(x, 3)
+        community_detection(x, 0.5, 2)
+        cluster(x, 7)
+        faiss_index(x, "IVF4,Flat") if importlib.util.find_spec("faiss") else None

@@ -94,8 +94,8 @@ def _stoppable(todo=""):
     try:
         yield
     except KeyboardInterrupt as stop:
-        after = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C, or a progress bar
-        _say(after + "stopped" + (f"; {todo}" if todo else ""), err=True)
+        own_line = "\n" if sys.stderr.isatty() else ""  # below the ^C that a terminal shows, or a progress bar
+        _say(own_line + "stopped" + (f"; {todo}" if todo else ""), err=True)
         raise typer.Exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)) from None
 
 # %% ../nbs/13_cli.ipynb #main
@@ -149,7 +149,7 @@ def measures(
             graded = evaluation.evaluate_sts(partial(encoder.encode, progress=False), pairs)
             scores |= {"sts_n" if k == "n" else k: v for k, v in graded.items()}
         if questions:
-            query, document = evaluation.with_prompts(encoder, query_prompt, document_prompt)
+            query, document = evaluation.with_prompts(encoder, query_prompt, document_prompt, progress=False)
             found = evaluation.evaluate_retrieval(query, *questions, encode_corpus=document)
             scores |= {"retrieval_n" if k == "n" else k: v for k, v in found.items()}
         return scores
@@ -243,7 +243,7 @@ def similarity(
     "Return the cosine of every question with every passage."
     from contrastive_st import evaluation
 
-    query, document = evaluation.with_prompts(encoder, query_prompt, document_prompt)
+    query, document = evaluation.with_prompts(encoder, query_prompt, document_prompt, progress=False)
     unit = lambda e: e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12)
     return unit(query(left)) @ unit(document(right)).T
 
@@ -670,7 +670,7 @@ def search(
     from contrastive_st.search import semantic_search
 
     passages = _passages(corpus)
-    embed_query, embed_passages = with_prompts(_encoder(model), query_prompt, document_prompt)
+    embed_query, embed_passages = with_prompts(_encoder(model), query_prompt, document_prompt, progress=False)
     index = embed_passages(passages)
     for query in queries or (line.strip() for line in _lines(sys.stdin.buffer, "standard input", True) if line.strip()):
         scores, places = semantic_search(embed_query([query]), index, top_k)

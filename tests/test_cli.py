@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -31,8 +32,10 @@ from contrastive_st.model import SentenceEncoder, _has_bf16
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
 COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--tiny", "--xla", "--resume", "--overwrite", "--push-to-hub", "--progress"],
             "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
-            "prepare": ["--out", "--data", "--tiny", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress"],
-            "evaluate": ["--sts", "--retrieval", "--out"], "encode": ["--out", "--precision", "--workers", "--resume", "--bf16", "--batch-size"], "search": ["--top-k"],
+            "prepare": ["--out", "--data", "--tiny", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress", "--verify"],
+            "evaluate": ["--sts", "--retrieval", "--out", "--query-prompt", "--document-prompt"],
+            "encode": ["--out", "--precision", "--prompt", "--workers", "--resume", "--bf16", "--batch-size"],
+            "search": ["--top-k", "--query-prompt", "--document-prompt"],
             "demo": ["--run", "--host", "--port", "--limit"]}
 RECIPE = """
 title = "a small run"
@@ -637,9 +640,9 @@ def test_encode_goes_on_after_an_error(place):
     lines = [f"the {x} is on the road".encode() for x in THINGS]
     arguments = ["encode", "encoder", "-", "--out", "on.npy", "--no-progress"]
     refuses(*arguments, stdin=b"\n".join(lines[:9] + [b"\xff"] + lines[9:]), words=["standard input:10", "UTF-8"])
-    assert np.load(place / "on.npy.part").shape == (9, 32) and not (place / "on.npy").exists()
+    assert not (place / "on.npy").exists()
     refuses(*arguments, stdin=b"\n".join(lines), words=["on.npy.part holds 9 rows", "resume"])
-    refuses(*arguments, "--resume", stdin=b"\n".join(lines[1:]), words=["on.npy.part", "other texts"])
+    refuses(*arguments, "--resume", stdin=b"\n".join(lines[1:]), words=["on.npy", "other texts"])
     works(*arguments, "--resume", stdin=b"\n".join(lines))
     assert works(*arguments, "--resume", stdin=b"\n".join(lines)) == f"{len(lines)} texts, 32 dimensions -> on.npy\n"
     expected = SentenceEncoder.from_pretrained(place / "encoder").encode([x.decode() for x in lines], progress=False)
@@ -727,7 +730,7 @@ def broken(place):
     (["evaluate", "encoder", "--sts", "bad.tsv"], ["bad.tsv:3", "six"]),
     (["evaluate", "encoder", "--sts", "data"], ["data", "folder"]),
     (["evaluate", "encoder", "--retrieval", "empty"], ["corpus.jsonl", "empty"]),
-    (["evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "absent/scores.json"], ["absent"]),
+    (["evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "texts.txt/scores.json"], ["texts.txt/scores.json", "Not a directory"]),
     (["encode", "encoder", "absent.txt"], ["absent.txt"]),
     (["encode", "encoder", "data"], ["data"]),
     (["encode", "encoder", "latin.txt"], ["latin.txt", "UTF-8"]),
@@ -737,7 +740,7 @@ def broken(place):
     (["encode", "encoder", "null.jsonl"], ["null.jsonl:1"]),
     (["encode", "encoder", "list.jsonl"], ["list.jsonl:1"]),
     (["encode", "pickled", "texts.txt"], ["pickle"]),
-    (["encode", "encoder", "texts.txt", "--out", "absent/e.npy"], ["absent"]),
+    (["encode", "encoder", "texts.txt", "--out", "texts.txt/e.npy"], ["texts.txt/e.npy", "Not a directory"]),
     (["encode", "encoder", "texts.txt", "--precision", "int4"], ["int4", "float32"]),
     (["encode", "encoder", "texts.txt", "--out", "data"], ["data", "is a folder"]),
     (["search", "encoder", "absent.jsonl", "dog"], ["absent.jsonl"]),
@@ -748,7 +751,6 @@ def broken(place):
     (["train", "nope.toml", "--out", "never"], ["nope.toml", "quickstart"]),
     (["train", "recipe.toml", "--out", "never", "--data", "nowhere"], ["nowhere"]),
     (["train", "recipe.toml", "--out", "never", "--data", "empty"], ["data_config.json", "empty"]),
-    (["train", "recipe.toml", "--out", "never", "--resume"], ["never", "resume"]),
     (["train", "recipe.toml", "--out", "recipe.toml"], ["recipe.toml"]),
     (["train", "recipe.toml", "--out", "texts.txt/run"], ["texts.txt"]),
 ])
@@ -792,6 +794,240 @@ def test_resume_and_overwrite_together_are_refused(run, place):
     before = tree(run[1])
     code, out, err = command("train", "recipe.toml", "--out", "runs/first", "--resume", "--overwrite", "--no-progress", *CHANGES)
     assert code == 2 and "resume" in err and "overwrite" in err and tree(run[1]) == before
+
+
+# ---- prompts ----
+
+@pytest.fixture(scope="module")
+def prompted(place):
+    "The encoder, saved with a prompt for questions and one for documents."
+    encoder = SentenceEncoder.from_pretrained(place / "encoder")
+    encoder.prompts = {"query": "where is it : ", "document": "the answer is "}
+    encoder.save_pretrained(place / "prompted")
+    return encoder
+
+
+def ndcg(encoder, place, query, document):
+    "What a search test gives with texts that hold their prompts already."
+    corpus, queries, qrels = data.read_retrieval(place / "data" / "retrieval")
+    with_prompt = [{i: prompt + text for i, text in texts.items()} for prompt, texts in ((document, corpus), (query, queries))]
+    return evaluation.evaluate_retrieval(lambda texts: encoder.encode(texts, progress=False), *with_prompt, qrels)["ndcg@10"]
+
+
+@pytest.mark.parametrize("options, query, document", [
+    ([], "where is it : ", "the answer is "), (["--query-prompt", "", "--document-prompt", ""], "", ""),
+    (["--query-prompt", "who is it : "], "who is it : ", "the answer is "), (["--document-prompt", "query"], "where is it : ", "where is it : ")])
+def test_evaluate_uses_the_prompts_of_the_model(place, prompted, options, query, document):
+    works("evaluate", "prompted", "--retrieval", "data/retrieval", "--out", "prompted.json", *options)
+    assert json.loads((place / "prompted.json").read_text())["ndcg@10"] == pytest.approx(ndcg(prompted, place, query, document), abs=1e-9)
+
+
+def test_a_recipe_uses_the_prompts_of_the_model_or_its_own(place, prompted):
+    path = recipe(place, "prompts.toml", ("/encoder", "/prompted"), ("steps = 6", "steps = 2"), ("[test]", '[test]\nretrieval = "retrieval"\nquery_prompt = "who is it : "\ndocument_prompt = ""'))
+    works("train", path, "--out", "runs/prompts", "--no-progress")
+    metrics = json.loads((place / "runs" / "prompts" / "metrics.json").read_text())
+    assert metrics["before"]["ndcg@10"] == pytest.approx(ndcg(prompted, place, "where is it : ", "the answer is "), abs=1e-9)
+    assert metrics["test"]["before"]["ndcg@10"] == pytest.approx(ndcg(prompted, place, "who is it : ", ""), abs=1e-9)
+
+
+def test_prompts_without_a_search_test_are_refused(place):
+    refuses("evaluate", "encoder", "--sts", "data/sts.tsv", "--query-prompt", "q: ", words=["--query-prompt", "--retrieval"])
+
+
+def test_search_and_encode_use_prompts(place, prompted):
+    def cosine(query, passage):
+        a, b = prompted.encode([query, passage], progress=False)
+        return f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.3f}"
+    (place / "one.txt").write_text("a dog is playing\n")
+    assert works("search", "prompted", "one.txt", "a cat").splitlines()[1].split()[0] == cosine("where is it : a cat", "the answer is a dog is playing")
+    assert works("search", "prompted", "one.txt", "a cat", "--query-prompt", "", "--document-prompt", "").splitlines()[1].split()[0] == cosine("a cat", "a dog is playing")
+    for options, text in (([], "a dog is playing"), (["--prompt", "document"], "the answer is a dog is playing")):
+        works("encode", "prompted", "one.txt", "--out", "one.npy", "--no-progress", *options)
+        np.testing.assert_allclose(np.load(place / "one.npy"), prompted.encode([text], prompt="", progress=False), atol=1e-6)
+
+
+# ---- texts as they are in files ----
+
+def test_nothing_that_moves_a_terminal_is_printed(place):
+    (place / "escapes.txt").write_text("a dog \x1b[31m is \x07 playing \x9b2J \u202e here\tnow\nrain\n", encoding="utf-8")
+    (place / "escapes.jsonl").write_text(json.dumps({"title": "dog\n  9.999  forged", "text": "\ud83d \x1b]0;owned\x07"}) + "\n")
+    for name in ("escapes.txt", "escapes.jsonl"):
+        out = works("search", "encoder", name, "a \x1b[2J dog", "--top-k", "1")
+        assert len(out.splitlines()) == 2 and all(line.isprintable() for line in out.splitlines()) and "\\x1b" in out
+    assert "here now" in works("search", "encoder", "escapes.txt", "a dog", "--top-k", "2")
+    message = refuses("search", "encoder", "no\x1b[31m.txt", "a dog", words=["no\\x1b[31m.txt"])
+    assert message.isprintable()
+    out = works("inspect", "recipe.toml", "--set", 'title="\\u001b[31mred"', "--sample", "1")
+    assert "\x1b" not in out and "\\x1b[31mred" in out
+
+
+def test_printable_leaves_languages_and_emoji_alone():
+    for text in ("Größe, 東京\u3000と música", "👩\u200d👧 می\u200cخواهم", "a\xa0b", "\ue000"):
+        assert cli.printable(text) == text
+    assert cli.printable("a\r\nb\u2028c\x00") == "a  b c\\x00"
+
+
+def test_long_passages_are_shortened_for_a_terminal_only(place, monkeypatch):
+    (place / "long.txt").write_text("a dog " * 2000 + "\n")
+    assert len(works("search", "encoder", "long.txt", "a dog").splitlines()[1]) > 10_000
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    lines = re.sub(r"\x1b\[\d*m", "", works("search", "encoder", "long.txt", "a dog")).splitlines()
+    assert len(lines[1]) == 120 and lines[1].endswith("…")
+
+
+def test_blank_lines_are_no_passages(place):
+    (place / "gaps.txt").write_text("\na dog is playing\n  \nrain and snow\n\n")
+    code, out, err = command("search", "encoder", "gaps.txt", "zzz", "--top-k", "9")
+    assert code == 0 and len(out.splitlines()) == 3 and err == "note: gaps.txt: 3 of 5 texts are blank and left out, the first is text 1\n"
+    code, out, err = command("encode", "encoder", "gaps.txt", "--out", "gaps.npy", "--no-progress")
+    assert code == 0 and len(np.load(place / "gaps.npy")) == 5 and "note: 3 of 5 texts are blank, the first is text 1" in err
+    (place / "blank.txt").write_text("\n \n\n")
+    refuses("search", "encoder", "blank.txt", "a dog", words=["blank.txt", "all texts are blank"])
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", ["deep.jsonl:2"]), ("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ["digits.jsonl:1"]),
+    ("title.jsonl", b'{"text": "a", "title": {"a": 5}}\n', ["title.jsonl:1"]), ("latin.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', ["latin.jsonl:3", "UTF-8"]),
+    ("endless.txt", b"a\n" + b"x" * (2**24 + 1), ["endless.txt:2", "16,777,216"]), ("bomb.jsonl", b'{"txt": "' + b"x" * 10**6 + b'"}\n', ["bomb.jsonl:1"])])
+def test_texts_that_are_not_right_name_the_line(place, name, content, words):
+    (place / name).write_bytes(content)
+    assert len(refuses("search", "encoder", name, "a dog", words=words)) < 400
+    (place / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "zero.txt", "dangling.txt"])
+def test_what_is_no_regular_file_is_refused(place, name):
+    if name == "pipe.txt":
+        os.mkfifo(place / name)
+    else:
+        (place / name).symlink_to("/dev/zero" if name == "zero.txt" else "nowhere")
+    for args in (["search", "encoder", name, "a dog"], ["encode", "encoder", name]):
+        refuses(*args, words=[name, "standard input"])
+    (place / name).unlink()
+
+
+def test_questions_that_are_not_utf8_name_the_line(place):
+    refuses("search", "encoder", "texts.txt", stdin=b"\xff dog\n", words=["standard input:1", "UTF-8"])
+
+
+# ---- outputs ----
+
+def test_outputs_go_into_folders_that_are_made(place):
+    works("evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "fresh/a/scores.json")
+    works("encode", "encoder", "texts.txt", "--out", "fresh/b/e.npy", "--no-progress")
+    works("inspect", "recipe.toml", "--sample", "1", "--plot", "fresh/c/plan.png")
+    assert json.loads((place / "fresh/a/scores.json").read_text())["sts_n"] == 18 and (place / "fresh/c/plan.png").read_bytes().startswith(b"\x89PNG")
+    assert not [p for p in (place / "fresh").rglob(".*") if p.name.endswith((".partial", ".probing"))]
+
+
+@pytest.mark.parametrize("args, option", [(["evaluate", "encoder", "--sts", "data/sts.tsv"], "--out"), (["encode", "encoder", "texts.txt"], "--out"),
+                                          (["inspect", "recipe.toml"], "--plot"), (["train", "recipe.toml"], "--out"), (["prepare", "recipe.toml"], "--out")])
+@pytest.mark.parametrize("target", ["texts.txt/x", "/proc/x/y", "/dev/null", "n" * 250, "wrong"])
+def test_outputs_are_checked_before_any_work(place, monkeypatch, args, option, target):
+    def work(*args, **kwargs):
+        raise AssertionError("work was begun")
+    for place_of_work in ("contrastive_st.model.SentenceEncoder.from_pretrained", "contrastive_st.data.read_sts", "contrastive_st.recipes.Recipe.mixture", "contrastive_st.data.prepare"):
+        monkeypatch.setattr(place_of_work, work)
+    if target == "wrong":   # a folder where a file is wanted, and the other way round
+        target = "texts.txt" if args[0] in ("train", "prepare") else "data"
+    refuses(*args, option, target, words=[target[:20]])
+
+
+def test_outputs_are_written_whole_or_not_at_all(place, monkeypatch):
+    (place / "kept.json").write_text("{}")
+    monkeypatch.setattr("contrastive_st.atomic._sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    refuses("evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "kept.json", words=["kept.json", "disk is full"])
+    refuses("inspect", "recipe.toml", "--sample", "1", "--plot", "kept.json", words=["kept.json", "disk is full"])
+    assert (place / "kept.json").read_text() == "{}" and not (place / ".kept.json.partial").exists()
+
+
+# ---- stopping and going on ----
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (cli._Terminated, 143)])
+@pytest.mark.parametrize("args", [["evaluate", "encoder", "--sts", "data/sts.tsv"], ["search", "encoder", "texts.txt", "a"], ["inspect", "recipe.toml"],
+                                  ["encode", "encoder", "texts.txt", "--out", "stop.npy"], ["train", "recipe.toml", "--out", "never"]])
+def test_a_stop_is_one_line(place, monkeypatch, args, error, code):
+    monkeypatch.setattr(SentenceEncoder, "encode", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("contrastive_st.trainer.run_report", lambda *args: (_ for _ in ()).throw(error))
+    ended, out, err = command(*args)
+    assert (ended, out) == (code, "") and err.startswith("stopped") and err.count("\n") == 1
+    assert ("--resume" in err) == (args[0] == "encode")
+
+
+def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
+    from contrastive_st import trainer
+    def stop(*args, **kwargs):
+        raise trainer.Stopped("stopped at step 3 of 6, and saved", 143)
+    monkeypatch.setattr(trainer, "train", stop)
+    typed = ["train", "recipe.toml", "--out", "runs/my run", "--overwrite", "--set", "title='a b'", "--no-progress"]
+    code, out, err = command(*typed)
+    assert (code, out) == (143, "") and err.count("\n") == 1 and err.startswith("stopped at step 3 of 6, and saved; go on with: ")
+    said = shlex.split(err.partition("go on with: ")[2])
+    assert said[0].endswith("contrastive-st") and said[1:] == [word for word in typed if word != "--overwrite"] + ["--resume"]
+    assert cli._resume_command(["x", "train", "--resume", "--", "a.toml"]).endswith("contrastive-st train --resume -- a.toml")
+
+
+def test_resume_of_a_finished_run_changes_nothing_but_what_it_lacks(place):
+    arguments = ["train", "recipe.toml", "--out", "runs/finished", "--no-progress", "--set", "train.steps=2"]
+    works(*arguments)
+    folder = place / "runs" / "finished"
+    before = tree(folder)
+    assert works(*arguments, "--resume") == "the run in runs/finished is finished (2 steps); nothing to do\n"
+    assert tree(folder) == before
+    (folder / "similarity.png").unlink()
+    (folder / "model" / "README.md").unlink()
+    out = works(*arguments, "--resume")
+    assert out == "the run in runs/finished is finished (2 steps); made what it lacked: similarity.png, model/README.md\n"
+    assert {name: content for name, content in tree(folder).items() if name != "similarity.png"} == {name: content for name, content in before.items() if name != "similarity.png"}
+    assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_changes_no_weight(place, monkeypatch):
+    weights = []
+    for name in ("drawn", "plain"):
+        works("train", "recipe.toml", "--out", f"runs/{name}", "--no-progress", "--overwrite", "--set", "train.steps=3")
+        weights.append((place / "runs" / name / "model" / "model.safetensors").read_bytes())
+        monkeypatch.setattr(cli, "similarity", lambda *args, **kwargs: np.eye(3))
+    assert weights[0] == weights[1]
+
+
+def test_comments_of_a_recipe_are_only_comments(place):
+    (place / "noted.toml").write_text("# changed for this run: by hand\n" + (place / "recipe.toml").read_text())
+    works("train", "noted.toml", "--out", "runs/noted", "--no-progress", "--set", "train.steps=2")
+    assert "# changed for this run: by hand" in (place / "runs/noted/model/README.md").read_text()
+
+
+def test_a_recorded_recipe_trains_that_run_again(place):
+    works("train", "recipe.toml", "--out", "runs/one", "--no-progress", "--set", "train.steps=2", "--set", "train.lr=3e-3")
+    works("train", "runs/one/recipe.toml", "--data", "data", "--out", "runs/two", "--no-progress")
+    assert json.loads((place / "runs/two/config.json").read_text())["lr"] == 3e-3
+    assert (place / "runs/one/model/model.safetensors").read_bytes() == (place / "runs/two/model/model.safetensors").read_bytes()
+
+
+def test_prepare_hands_on_verify(place, monkeypatch):
+    asked, prepare = [], data.prepare
+    monkeypatch.setattr(data, "prepare", lambda *args: asked.append(args[6]) or prepare(*args))
+    for options in ([], ["--verify"]):
+        works("prepare", "recipe.toml", "--out", "verified", "--workers", "1", *options)
+    assert asked == [False, True]
+
+
+def test_sigterm_ends_a_command_and_is_left_as_it_was(place, monkeypatch):
+    monkeypatch.setattr(SentenceEncoder, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    assert command("encode", "encoder", "texts.txt", "--out", "term.npy") == (143, "", "stopped; with --resume the same command goes on\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_python_m_is_the_command_and_a_closed_pipe_is_no_error(place):
+    program = [sys.executable, "-m", "contrastive_st"]
+    assert subprocess.run([*program, "--version"], capture_output=True, text=True).stdout == version("contrastive_st") + "\n"
+    reader, writer = os.pipe()
+    os.close(reader)                                                     # as `| head` leaves it
+    ended = subprocess.run([*program, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.stderr == "" and ended.returncode != 0
 
 
 # ---- the pieces ----

@@ -242,7 +242,7 @@ def test_export_is_fresh(tmp_path):
     fresh = sorted(p.relative_to(tmp_path) for folder, end in kinds for p in (tmp_path / folder).rglob(end))
     here = sorted(p.relative_to(ROOT) for p in (ROOT / "contrastive_st").glob("*.py"))
     stale = [str(p) for p in fresh if not (ROOT / p).exists() or not filecmp.cmp(ROOT / p, tmp_path / p, shallow=False)]
-    orphans = [str(p) for p in here if p not in fresh]
+    orphans = [str(p) for p in here if p not in fresh and p.name != "__main__.py"]   # three lines, for python -m
     assert not stale, f"not what the notebooks say: {', '.join(stale)}; run `make export` and commit notebook and module together"
     assert not orphans, f"written by hand or left over: {', '.join(orphans)}; modules come from notebooks"
 

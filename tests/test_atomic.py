@@ -1,4 +1,5 @@
-"""Files and folders that are whole or not there: kills, full disks, two writers, odd names, links, permissions, damage."""
+"""Files and folders are whole or not there: kills, full disks, two writers, odd names, damage."""
+
 import errno
 import json
 import os
@@ -14,14 +15,27 @@ from conftest import ROOT
 from faults import killer, sweep
 
 from contrastive_st import atomic
-from contrastive_st.atomic import Damaged, Part, check_folder, is_whole, lock, new_file, new_folder, read_json, write_json, write_text
+from contrastive_st.atomic import (
+    Damaged,
+    Part,
+    check_folder,
+    is_whole,
+    lock,
+    new_file,
+    new_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def start(code, *args):
     "Run Python code in a process of its own."
     command = [sys.executable, "-c", code, *map(str, args)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def said(process):
@@ -123,8 +137,12 @@ def test_two_replace_a_folder_in_turns_while_a_third_reads(tmp_path):
         assert is_whole(path)
         for name in "abc":
             text = (path / name).read_text()
-            assert len(text) == 20_000 and len(set(text)) == 1  # each file is whole, whoever wrote it
-        with suppress(Damaged):  # a reader of several files may see some of each version, and is told
+            assert (
+                len(text) == 20_000 and len(set(text)) == 1
+            )  # each file is whole, whoever wrote it
+        with suppress(
+            Damaged
+        ):  # a reader of several files may see some of each version, and is told
             check_folder(path)
             mixed -= 1
         reads, mixed = reads + 1, mixed + 1
@@ -143,7 +161,7 @@ for _ in range(60):
 
 
 def test_two_write_a_file_without_a_lock(tmp_path):
-    "Callers lock what two may write; without one a writer may be refused, but nobody reads half a file."
+    "Without a lock a writer may be refused, but nobody reads half a file."
     path = tmp_path / "record.txt"
     write_text(path, "z" * 50_000)
     writers = [start(WRITE_OFTEN, word, path) for word in "xy"]
@@ -224,7 +242,9 @@ def test_what_a_user_keeps_in_a_folder_is_carried_over(made):
     with new_folder(made, carry=True) as beside:
         (beside / "c.txt").write_text("new")
     assert names(made) == [".git", "README.md", "c.txt", "link", "manifest.json"]
-    assert (made / "link").is_symlink() and (made / ".git" / "objects" / "x").read_text() == "object"
+    assert (made / "link").is_symlink() and (
+        made / ".git" / "objects" / "x"
+    ).read_text() == "object"
     assert list(check_folder(made)) == ["c.txt"]
 
 
@@ -241,7 +261,22 @@ def test_permissions_follow_the_umask(tmp_path, mask, mode):
     assert [path.stat().st_mode & 0o777 for path in paths] == [mode] * 3
 
 
-@pytest.mark.parametrize("name", ["a b", "тест", "ü" * 60, "日本語", "-rf", ".hidden", "a\nb", "x" * 200, "🙂.json", "a.partial", "a.part"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b",
+        "тест",
+        "ü" * 60,
+        "日本語",
+        "-rf",
+        ".hidden",
+        "a\nb",
+        "x" * 200,
+        "🙂.json",
+        "a.partial",
+        "a.part",
+    ],
+)
 def test_odd_names(tmp_path, name):
     write_text(tmp_path / name, "text")
     with lock(tmp_path / f"{name}d"), new_folder(tmp_path / f"{name}d") as beside:
@@ -254,13 +289,17 @@ def test_odd_names(tmp_path, name):
     assert len(names(tmp_path)) == 3 and (tmp_path / name).read_text() == "text"
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_text(path, "x"),
-    lambda path: write_json(path, {}),
-    lambda path: new_folder(path).__enter__(),
-    lambda path: lock(path).__enter__(),
-    lambda path: Part(path, 1),
-], ids=["write_text", "write_json", "new_folder", "lock", "Part"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_text(path, "x"),
+        lambda path: write_json(path, {}),
+        lambda path: new_folder(path).__enter__(),
+        lambda path: lock(path).__enter__(),
+        lambda path: Part(path, 1),
+    ],
+    ids=["write_text", "write_json", "new_folder", "lock", "Part"],
+)
 @pytest.mark.parametrize("place", ["a file/x", "/proc/nowhere/x", "n" * 300])
 def test_where_nothing_can_be_written(tmp_path, write, place):
     (tmp_path / "a file").write_text("")
@@ -273,7 +312,10 @@ def test_where_nothing_can_be_written(tmp_path, write, place):
 def test_a_folder_that_may_only_be_read(made):
     made.parent.chmod(0o500)
     try:
-        with pytest.raises(ValueError, match="cannot be written .Permission denied"), new_folder(made):
+        with (
+            pytest.raises(ValueError, match="cannot be written .Permission denied"),
+            new_folder(made),
+        ):
             pass
     finally:
         made.parent.chmod(0o700)
@@ -290,10 +332,20 @@ def test_a_file_where_a_folder_should_be(tmp_path):
 # ---- JSON ----
 
 
-@pytest.mark.parametrize("text, reason", [
-    (b"", "JSONDecodeError"), (b"{", "JSONDecodeError"), (b"[" * 100_000, "RecursionError"), (b"\xff\xfe", "UnicodeDecodeError"),
-    (b"[]", "holds a JSON list"), (b"null", "holds a JSON NoneType"), (b"9" * 5000, "ValueError|int"), (b"\x00" * 100, "JSONDecodeError"),
-], ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (b"", "JSONDecodeError"),
+        (b"{", "JSONDecodeError"),
+        (b"[" * 100_000, "RecursionError"),
+        (b"\xff\xfe", "UnicodeDecodeError"),
+        (b"[]", "holds a JSON list"),
+        (b"null", "holds a JSON NoneType"),
+        (b"9" * 5000, "ValueError|int"),
+        (b"\x00" * 100, "JSONDecodeError"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
 def test_json_that_cannot_be_read(tmp_path, text, reason):
     (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(ValueError, match=rf"a\.json: .*({reason}).*; restore the file") as error:
@@ -323,29 +375,58 @@ def flip(path, place):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda path: flip(path, 0), "another digest"), (lambda path: flip(path, -1), "another digest"),
-    (lambda path: os.truncate(path, 5), "has 5 bytes instead of 3,000"), (lambda path: path.write_bytes(b""), "has 0 bytes"),
-    (lambda path: path.unlink(), "is missing"), (lambda path: (path.unlink(), path.mkdir()), "is missing"),
-    (lambda path: (path.unlink(), path.symlink_to("/etc/hosts")), "is missing"), (lambda path: path.write_bytes(b"new" * 2000), "6,000 bytes"),
-], ids=range(8))
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda path: flip(path, 0), "another digest"),
+        (lambda path: flip(path, -1), "another digest"),
+        (lambda path: os.truncate(path, 5), "has 5 bytes instead of 3,000"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: (path.unlink(), path.mkdir()), "is missing"),
+        (lambda path: (path.unlink(), path.symlink_to("/etc/hosts")), "is missing"),
+        (lambda path: path.write_bytes(b"new" * 2000), "6,000 bytes"),
+    ],
+    ids=range(8),
+)
 def test_damage_is_found_and_named(made, damage, reason):
     damage(made / "deep" / "b.txt")
     with pytest.raises(Damaged, match=f"deep/b.txt: .*{reason}.*not as it was written; restore"):
         check_folder(made)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": []}', '{"files": {"a.txt": 5}}', "[" * 10_000, "\x00", '{"files": 5}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"files": []}',
+        '{"files": {"a.txt": 5}}',
+        "[" * 10_000,
+        "\x00",
+        '{"files": 5}',
+    ],
+)
 def test_a_damaged_manifest_is_named(made, text):
     (made / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match="manifest.json: "):
         check_folder(made)
 
 
-@pytest.mark.parametrize("name, entry", [
-    ("../outside.txt", {"bytes": 1}), ("/etc/hosts", {"bytes": 1}), ("a.txt", {}), ("a.txt", {"bytes": "3000"}), ("a.txt", {"bytes": 3000}),
-    ("a.txt", {"bytes": None}), ("deep", {"bytes": 1}), ("", {"bytes": 1}),
-])
+@pytest.mark.parametrize(
+    "name, entry",
+    [
+        ("../outside.txt", {"bytes": 1}),
+        ("/etc/hosts", {"bytes": 1}),
+        ("a.txt", {}),
+        ("a.txt", {"bytes": "3000"}),
+        ("a.txt", {"bytes": 3000}),
+        ("a.txt", {"bytes": None}),
+        ("deep", {"bytes": 1}),
+        ("", {"bytes": 1}),
+    ],
+)
 def test_an_edited_manifest_is_no_way_out(made, name, entry):
     (made.parent / "outside.txt").write_text("x")
     write_json(made / "manifest.json", {"format": 1, "files": {name: entry}})
@@ -373,11 +454,19 @@ def test_a_part_goes_on_where_it_stopped(tmp_path):
     assert list(Part(path, {"of": "others"}).files) == []
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "a").unlink(), lambda folder: (folder / "a").write_text("longer"), lambda folder: (folder / "state.json").write_text("{"),
-    lambda folder: (folder / "state.json").write_text("[]"), lambda folder: (folder / "state.json").write_text('{"files": {"a": 1}}'),
-    lambda folder: (folder / "state.json").unlink(), lambda folder: (folder / "state.json").write_text("[" * 9999),
-], ids=range(7))
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "a").unlink(),
+        lambda folder: (folder / "a").write_text("longer"),
+        lambda folder: (folder / "state.json").write_text("{"),
+        lambda folder: (folder / "state.json").write_text("[]"),
+        lambda folder: (folder / "state.json").write_text('{"files": {"a": 1}}'),
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "state.json").write_text("[" * 9999),
+    ],
+    ids=range(7),
+)
 def test_a_damaged_part_is_begun_anew(tmp_path, damage):
     part = Part(tmp_path / "store", 1)
     part.add("a", lambda beside: beside.write_text("a"))
@@ -395,13 +484,21 @@ def test_a_finished_part_has_its_manifest_only(tmp_path):
 # ---- what an error says ----
 
 
-@pytest.mark.parametrize("error, full", [
-    (OSError(errno.ENOSPC, "No space left on device"), True), (OSError(errno.EDQUOT, "quota"), True), (OSError(errno.EACCES, "no"), False),
-    (RuntimeError("I/O error: No space left on device (os error 28)"), True), (RuntimeError("other"), False),
-])
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "quota"), True),
+        (OSError(errno.EACCES, "no"), False),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("other"), False),
+    ],
+)
 def test_a_full_disk_is_recognised(tmp_path, error, full):
     assert atomic.is_disk_full(error) == full
-    with pytest.raises(ValueError, match="x: the disk is full" if full else "x: cannot be written") as told:
+    with pytest.raises(
+        ValueError, match="x: the disk is full" if full else "x: cannot be written"
+    ) as told:
         with atomic.writing("x"):
             raise error
     assert told.value.__cause__ is error

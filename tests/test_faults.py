@@ -1,10 +1,11 @@
-"""A sample of `make test-faults`: everything that writes is killed, runs out of disk, is damaged, and goes on."""
+"""A sample of `make test-faults`: what writes is killed, has no room, is damaged, and goes on."""
+
 import pytest
 from faults import killer, sweep
 
 pytestmark = pytest.mark.skipif(bool(killer.missing()), reason=killer.missing())
 
-POINTS = {  # how many points of each scenario, how many of these are killed twice, how many full disks
+POINTS = {  # points of each scenario, how many of these are killed twice, full disks
     "train": (12, 2, 2),
     "train-last": (6, 1, 1),
     "prepare": (10, 2, 2),
@@ -36,7 +37,16 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_left_for_the_one_before(serv
     assert not result["failures"], sweep.reasons(result)
 
 
-QUICK = ("two_starts", "moved", "clock_back", "finished", "products", "best_damaged", "threads", "store_flips")
+QUICK = (
+    "two_starts",
+    "moved",
+    "clock_back",
+    "finished",
+    "products",
+    "best_damaged",
+    "threads",
+    "store_flips",
+)
 
 
 def test_days_of_work_survive_the_rest(servers):
@@ -51,7 +61,18 @@ def test_mutated_inputs_are_read_or_refused_in_a_sentence(servers):
 
 
 def test_every_point_is_different():
-    operations = [("open", 0, "a"), ("write", 100, "a"), ("write", 1, "a"), ("fsync", 0, "a"), ("-unlink", 0, "b"), ("rename", 0, "c")]
+    operations = [
+        ("open", 0, "a"),
+        ("write", 100, "a"),
+        ("write", 1, "a"),
+        ("fsync", 0, "a"),
+        ("-unlink", 0, "b"),
+        ("rename", 0, "c"),
+    ]
     assert sweep.points(operations) == [[1, 0], [2, 0], [2, 1], [3, 0], [6, 0]]
     assert sweep.rooms(operations, 3) == [0, 50, 100]
-    assert sweep.spread(range(100), 4) == [12, 37, 62, 87] and sweep.spread("abc", 9) == ["a", "b", "c"]
+    assert sweep.spread(range(100), 4) == [12, 37, 62, 87] and sweep.spread("abc", 9) == [
+        "a",
+        "b",
+        "c",
+    ]

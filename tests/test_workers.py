@@ -1,4 +1,5 @@
 """Worker processes end with their parent, however it ends, and say why they died."""
+
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPT = '''
+SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from contrastive_st.workers import worker_pool
@@ -43,7 +44,7 @@ if MAIN == "__main__":
         main(sys.argv[2])
     except (ValueError, KeyError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-'''
+"""
 
 
 def run(tmp_path, body, guard="__name__"):
@@ -99,7 +100,10 @@ def test_a_handler_of_the_parent_is_not_the_workers(tmp_path):
 def test_a_killed_worker_is_told(tmp_path):
     code, out, err = ended(tmp_path, "killed")
     assert (code, out) == (1, "")
-    assert err == "ValueError: a worker process died (killed, perhaps because memory was short); take fewer\n"
+    assert (
+        err
+        == "ValueError: a worker process died (killed, perhaps because memory was short); take fewer\n"
+    )
 
 
 def test_an_error_of_a_worker_is_the_callers(tmp_path):
@@ -115,7 +119,7 @@ def test_a_worker_that_cannot_start_is_told(tmp_path):
 
 def test_a_script_without_a_guard_is_told_so(tmp_path):
     code, _, err = ended(tmp_path, "short", guard="'__main__'")
-    assert code == 1 and "put the call below `if __name__ == \"__main__\":`" in err
+    assert code == 1 and 'put the call below `if __name__ == "__main__":`' in err
     assert len(err.splitlines()) < 5, err
 
 

@@ -1,4 +1,5 @@
-"""What is interrupted, without the models: each way of `contrastive_st.atomic` to write a file or a folder."""
+"""What is interrupted, without the models: the ways of `contrastive_st.atomic` to write."""
+
 import json
 import re
 import shutil
@@ -142,7 +143,7 @@ def without_exchange():
 
 
 class Part(Scenario):
-    "Pieces in the order of their numbers; each is written once, and a folder that is there is left alone."
+    "Pieces in the order of their numbers; a folder that is there is left alone."
 
     name = "part"
     word = "new"
@@ -206,5 +207,13 @@ class PartOverOtherSystems(PartOver):
 
 SCENARIOS = {
     scenario.name: scenario
-    for scenario in (File, Folder, FolderOver, FolderOverOtherSystems, Part, PartOver, PartOverOtherSystems)
+    for scenario in (
+        File,
+        Folder,
+        FolderOver,
+        FolderOverOtherSystems,
+        Part,
+        PartOver,
+        PartOverOtherSystems,
+    )
 }

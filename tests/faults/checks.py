@@ -1,4 +1,5 @@
-"""What else may happen to days of work: damage to a store, two starts, a moved run, clocks, signals, threads."""
+"""What else may happen: damage to a store, two starts, a moved run, clocks, signals, threads."""
+
 import json
 import os
 import random
@@ -8,10 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from faults.damage import Killing, checkpoints
-from faults.scenarios import Prepare, Train, TrainLast, make_encoder, make_mixture, sentences
 
 from contrastive_st import data, store, trainer
+from faults.damage import Killing, checkpoints
+from faults.scenarios import Prepare, Train, TrainLast, make_encoder, make_mixture, sentences
 
 
 def in_process(work):
@@ -42,7 +43,11 @@ def right(scenario, folder):
 
 
 def differing(there, reference):
-    return [f"{key} differs: {str(there[key])[-150:]}" for key in reference if there[key] != reference[key]]
+    return [
+        f"{key} differs: {str(there[key])[-150:]}"
+        for key in reference
+        if there[key] != reference[key]
+    ]
 
 
 # ---- stores ----
@@ -65,7 +70,11 @@ def store_flips(folder, flips=300):
             store.verify(place)
             failed.append(f"byte {at} of {path.name}: not noticed")
         except ValueError as error:
-            if str(place) not in str(error) or path.name not in str(error) and path.name != "manifest.json":
+            if (
+                str(place) not in str(error)
+                or path.name not in str(error)
+                and path.name != "manifest.json"
+            ):
                 failed.append(f"byte {at} of {path.name}: {error}")
         except Exception as error:
             failed.append(f"byte {at} of {path.name}: {type(error).__name__}: {error}")
@@ -105,7 +114,10 @@ def two_starts(folder):
     reference, failed = right(TrainLast(), folder), []
     place = folder / "work"
     place.mkdir()
-    begun = [in_process(lambda: interrupted_at(TrainLast(), 1, 3.0).run(place, resume)) for resume in (False, True)]
+    begun = [
+        in_process(lambda: interrupted_at(TrainLast(), 1, 3.0).run(place, resume))
+        for resume in (False, True)
+    ]
     codes = sorted(map(status, begun))
     if codes != [0, 1]:
         failed.append(f"the two ended with {codes}")
@@ -113,7 +125,7 @@ def two_starts(folder):
 
 
 def stopped(folder):
-    "SIGTERM and Ctrl-C: the run saves itself, says so by its exit code, and goes on from that step."
+    "SIGTERM and Ctrl-C: the run saves itself, ends with their code, and goes on from that step."
     failed, tried = [], 0
     for scenario in (TrainLast, Train):
         (folder / scenario.name).mkdir()
@@ -122,13 +134,20 @@ def stopped(folder):
             for step in (0, 3, 5):
                 place = folder / f"{scenario.name}-{code}-{step}"
                 place.mkdir()
-                ended = status(in_process(lambda: interrupted_at(scenario(), step, int(number)).run(place, False)))
+                ended = status(
+                    in_process(
+                        lambda: interrupted_at(scenario(), step, int(number)).run(place, False)
+                    )
+                )
                 saved = [int(p.name.partition("-")[2]) for p in checkpoints(place)]
                 if ended != code or not saved or saved[-1] != step + 1:
-                    failed.append(f"{scenario.name}, step {step}: ended with {ended}, not {code}; saved {saved}")
+                    failed.append(f"step {step}: ended with {ended}, not {code}, saved {saved}")
                 scenario().run(place, True)
                 there = scenario().outcome(place)
-                failed += [f"step {step}: {x}" for x in differing(there, reference | {"checkpoints": there["checkpoints"]})]
+                failed += [
+                    f"step {step}: {x}"
+                    for x in differing(there, reference | {"checkpoints": there["checkpoints"]})
+                ]
                 tried += 1
     return {"tried": tried, "failed": failed}
 
@@ -137,6 +156,7 @@ def killed(folder, scenario, steps=(5,)):
     "A run that was killed at a step."
     folder.mkdir()
     for step in steps:
+
         def work():
             scenario.mixture = lambda: Killing(make_mixture(), step)
             scenario.run(folder, step != steps[0])
@@ -161,7 +181,10 @@ def moved(folder):
     os.chdir(folder / "elsewhere")
     Train().run(Path("moved"), True)
     os.chdir(here)
-    return {"tried": 1, "failed": differing(Train().outcome(folder / "elsewhere" / "moved"), reference)}
+    return {
+        "tried": 1,
+        "failed": differing(Train().outcome(folder / "elsewhere" / "moved"), reference),
+    }
 
 
 def clock_back(folder):
@@ -183,10 +206,18 @@ def finished(folder):
     "Resuming a finished run returns its metrics and changes nothing."
     scenario, out = Train(), folder / "run"
     scenario.run(folder, False)
-    look = lambda: {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+    look = lambda: {
+        str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()
+    }
     before, options = look(), dict(resume=True, progress=False)
-    metrics = trainer.train(make_encoder(dropout=0.1), make_mixture(), scenario.settings(), out, **options)
-    failed = [f"{Path(name).name} was touched" for name, value in look().items() if before.get(name) != value]
+    metrics = trainer.train(
+        make_encoder(dropout=0.1), make_mixture(), scenario.settings(), out, **options
+    )
+    failed = [
+        f"{Path(name).name} was touched"
+        for name, value in look().items()
+        if before.get(name) != value
+    ]
     if metrics != json.loads((out / "metrics.json").read_text()):
         failed.append(f"returned {metrics}")
     return {"tried": 1, "failed": failed}
@@ -206,11 +237,14 @@ def products(folder):
         trainer._onednn = lambda: (faster_later, 1e-7)
         run.run(place, True)
         weights.append(run.outcome(place)["weights"])
-    return {"tried": 1, "failed": [] if len(set(weights)) == 1 else ["the weights depend on a clock"]}
+    return {
+        "tried": 1,
+        "failed": [] if len(set(weights)) == 1 else ["the weights depend on a clock"],
+    }
 
 
 def best_damaged(folder):
-    "A bit of the best checkpoint, which is not the newest, is turned around: it must not become the model."
+    "A bit of the best checkpoint, not of the newest, is turned around: it must not become the model."
     scenario, failed = Train(), []
     scenario.settings = lambda: trainer.TrainConfig(
         steps=8, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3, matmul="default", **Train.config
@@ -221,7 +255,10 @@ def best_damaged(folder):
     place = killed(folder / "killed", scenario, steps=(7,))
     path = place / "run" / "checkpoints" / f"checkpoint-{best}" / "model.safetensors"
     if best >= 6 or not path.exists():
-        return {"tried": 0, "failed": [f"the best step is {best}; choose another metric for this check"]}
+        return {
+            "tried": 0,
+            "failed": [f"the best step is {best}; choose another metric for this check"],
+        }
     raw = bytearray(path.read_bytes())
     raw[-9] ^= 16
     path.write_bytes(raw)

@@ -1,11 +1,12 @@
 """What may happen to a file of a checkpoint, and a run to which it happens."""
+
 import os
 import shutil
 import signal
 import warnings
 from pathlib import Path
 
-from faults.scenarios import STEPS, SCENARIOS, make_mixture
+from faults.scenarios import SCENARIOS, STEPS, make_mixture
 
 
 def flip(path, share):
@@ -56,7 +57,9 @@ FOLDER_KINDS = {  # the same for a whole checkpoint
     "a later empty one": lambda path, other: path.with_name("checkpoint-99").mkdir(),
     "a later copy": lambda path, other: shutil.copytree(path, path.with_name("checkpoint-5")),
     "of another step": lambda path, other: (shutil.rmtree(path), shutil.copytree(other, path)),
-    "manifest of another": lambda path, other: shutil.copy(other / "manifest.json", path / "manifest.json"),
+    "manifest of another": lambda path, other: shutil.copy(
+        other / "manifest.json", path / "manifest.json"
+    ),
     "a strange name": lambda path, other: path.with_name("checkpoint-x").mkdir(),
 }
 
@@ -85,7 +88,9 @@ def interrupt(name, folder):
 
 def checkpoints(folder):
     "Its checkpoints, oldest first."
-    found = [p for p in (folder / "run" / "checkpoints").iterdir() if p.name.startswith("checkpoint-")]
+    found = [
+        p for p in (folder / "run" / "checkpoints").iterdir() if p.name.startswith("checkpoint-")
+    ]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
@@ -93,7 +98,9 @@ def cases(folder):
     "Every (file or '', kind) for the newest checkpoint."
     newest = checkpoints(folder)[-1]
     files = sorted(p.relative_to(newest).as_posix() for p in newest.rglob("*") if p.is_file())
-    return [(name, kind) for name in files for kind in KINDS] + [("", kind) for kind in FOLDER_KINDS]
+    return [(name, kind) for name in files for kind in KINDS] + [
+        ("", kind) for kind in FOLDER_KINDS
+    ]
 
 
 def damage(folder, name, kind):

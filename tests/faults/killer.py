@@ -1,4 +1,5 @@
 """The compiled half of the sweep: build it, load it, steer it from the process that it watches."""
+
 import ctypes
 import shutil
 import subprocess

@@ -1,4 +1,5 @@
-"""What is interrupted: small runs of everything that writes, each with what it must leave in the end."""
+"""What is interrupted: small runs of everything that writes, with what they must leave."""
+
 import hashlib
 import json
 import re
@@ -7,12 +8,13 @@ import numpy as np
 import torch
 from conftest import WORDS, make_backbone, make_tokenizer
 from datasets import Dataset
-from faults.atoms import LOCK, Scenario, leftovers
 
 from contrastive_st import atomic, card, data, encoding, store, trainer
 from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.tokens import Tokens
+from faults.atoms import LOCK, Scenario, leftovers
+
 
 def sentences(n, seed):
     "n different sentences of 3 to 9 words."
@@ -77,7 +79,9 @@ class Train(Scenario):
     mixture = staticmethod(make_mixture)
 
     def settings(self):
-        common = dict(steps=STEPS, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3, matmul="default")
+        common = dict(
+            steps=STEPS, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3, matmul="default"
+        )
         return trainer.TrainConfig(**common, **self.config)
 
     def run(self, folder, resume):
@@ -114,6 +118,7 @@ class TrainLast(Train):
 
 # ---- preparing data ----
 
+
 class Prepare(Scenario):
     "Two datasets with a bad line each, written into stores of several shards, and tokenised."
 
@@ -129,7 +134,9 @@ class Prepare(Scenario):
 
     def run(self, folder, resume):
         store.SHARD_ROWS = 16
-        wanted = [{"name": f"set{n}", "path_or_hub_id": str(folder / f"set{n}.jsonl")} for n in (0, 1)]
+        wanted = [
+            {"name": f"set{n}", "path_or_hub_id": str(folder / f"set{n}.jsonl")} for n in (0, 1)
+        ]
         data.prepare(wanted, folder / "stores", workers=1, progress=False)
         for n in (0, 1):
             tokens = Tokens(make_tokenizer(), 32)
@@ -141,7 +148,10 @@ class Prepare(Scenario):
         opened = store.Store(place)
         rows = range(len(opened))
         texts, ids = opened.rows(rows), opened.identities(rows)
-        tokens = [tuple(bytes(x) if not isinstance(x, int) else x for x in row) for row in opened.tokens(rows)]
+        tokens = [
+            tuple(bytes(x) if not isinstance(x, int) else x for x in row)
+            for row in opened.tokens(rows)
+        ]
         return [len(opened), digest(texts), digest(ids.tobytes()), digest(tokens)]
 
     def outcome(self, folder):
@@ -149,7 +159,9 @@ class Prepare(Scenario):
         return {
             "stores": [self.content(folder, n) for n in (0, 1)],
             "rejects": [(p / store.REJECTS).read_text() for p in places],
-            "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not LOCK.search(p.name)),
+            "files": sorted(
+                str(p.relative_to(folder)) for p in folder.rglob("*") if not LOCK.search(p.name)
+            ),
             "leftovers": leftovers(folder),
         }
 
@@ -178,6 +190,7 @@ class PrepareOver(Prepare):
 
 
 # ---- encoding ----
+
 
 class Encode(Scenario):
     "Texts to a NumPy file."
@@ -225,6 +238,7 @@ class EncodeParquet(Encode):
 
 
 # ---- models and cards ----
+
 
 class Save(Scenario):
     "A model directory where nothing is."
@@ -299,5 +313,16 @@ class Card(Scenario):
 
 SCENARIOS = {
     scenario.name: scenario
-    for scenario in (Train, TrainLast, Prepare, PrepareOver, Encode, EncodeOver, EncodeParquet, Save, SaveOver, Card)
+    for scenario in (
+        Train,
+        TrainLast,
+        Prepare,
+        PrepareOver,
+        Encode,
+        EncodeOver,
+        EncodeParquet,
+        Save,
+        SaveOver,
+        Card,
+    )
 }

@@ -1,4 +1,4 @@
-"""A process that has the library imported and forks a child for each attempt, so that one costs little.
+"""A process that has imported the library, and forks a child for each attempt.
 
 Started by `sweep.py` with LD_PRELOAD. A line of JSON on standard input is one request, a line on
 standard output is its answer. Beside the name of a scenario it holds one of
@@ -11,6 +11,7 @@ standard output is its answer. Beside the name of a scenario it holds one of
     {"do": "check", "check": name}             a function of checks.py
     {"do": "fuzz", "seeds": [first, last]}     mutated inputs
 """
+
 import contextlib
 import gc
 import importlib
@@ -78,6 +79,7 @@ def find(name):
     if name in atoms.SCENARIOS:
         return atoms.SCENARIOS[name]
     import torch
+
     from faults.scenarios import SCENARIOS
 
     torch.set_num_threads(1)
@@ -198,7 +200,11 @@ class Server:
         place = self.fresh()
         answer = in_child(lambda: fuzz(place, range(*seeds)), self.log, longest=300)
         if "value" not in answer:
-            lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.startswith("seed ")]
+            lines = [
+                x
+                for x in self.log.read_text(errors="replace").splitlines()
+                if x.startswith("seed ")
+            ]
             answer["error"] = f"{lines[-1:]}: {answer}"
         return answer
 
@@ -225,8 +231,12 @@ def serve():
                 servers[name] = Server(name, os.path.realpath(folder))
             answer = getattr(servers[name], do)(**request)
             now = os.times()
-            busy = now.children_user + now.children_system - used.children_user - used.children_system
-            answers.write(json.dumps(answer | {"seconds": time.monotonic() - begun, "busy": busy}) + "\n")
+            busy = (
+                now.children_user + now.children_system - used.children_user - used.children_system
+            )
+            answers.write(
+                json.dumps(answer | {"seconds": time.monotonic() - begun, "busy": busy}) + "\n"
+            )
             answers.flush()
 
 

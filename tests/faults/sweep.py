@@ -1,8 +1,9 @@
-"""Interrupt everything that writes at every point at which it changes the disk, and look at what comes of it.
+"""Interrupt everything that writes wherever it changes the disk, and look at what comes of it.
 
-    python tests/faults/sweep.py --scenario train --points all --jobs 2
-    python tests/faults/sweep.py --scenario all --points 10 --full 3
+python tests/faults/sweep.py --scenario train --points all --jobs 2
+python tests/faults/sweep.py --scenario all --points 10 --full 3
 """
+
 import argparse
 import contextlib
 import json
@@ -21,13 +22,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from faults import killer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-ATOMS = ("new-file", "new-folder", "new-folder-over", "new-folder-renames", "part", "part-over", "part-renames")
+ATOMS = (
+    "new-file",
+    "new-folder",
+    "new-folder-over",
+    "new-folder-renames",
+    "part",
+    "part-over",
+    "part-renames",
+)
 NAMES = (
     *ATOMS,
     *("train", "train-last", "prepare", "prepare-over", "encode", "encode-over", "encode-parquet"),
     *("save", "save-over", "card"),
 )
-CHECKS = ("store_flips", "two_starts", "stopped", "moved", "clock_back", "finished", "products", "best_damaged", "threads")
+CHECKS = (
+    "store_flips",
+    "two_starts",
+    "stopped",
+    "moved",
+    "clock_back",
+    "finished",
+    "products",
+    "best_damaged",
+    "threads",
+)
 
 
 class Servers:
@@ -42,7 +61,9 @@ class Servers:
         command = [sys.executable, str(HERE / "server.py")]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.errors = open(Path(folder) / "errors.txt", "w+")
-        self.processes = [subprocess.Popen(command, stderr=self.errors, **pipes) for _ in range(jobs)]
+        self.processes = [
+            subprocess.Popen(command, stderr=self.errors, **pipes) for _ in range(jobs)
+        ]
 
     def ask(self, process, request):
         "The answer to one request."
@@ -83,8 +104,9 @@ class Servers:
 
 # ---- which points ----
 
+
 def points(operations) -> list[list[int]]:
-    "Every different place to kill a run: before each operation that changes something, in the middle of each write."
+    "Every place to kill a run: before each operation with an effect, in the middle of each write."
     found = []
     for n, (kind, size, _) in enumerate(operations, 1):
         if kind == "fsync" or kind.startswith("-"):
@@ -105,7 +127,9 @@ def spread(items, most) -> list:
 def twice(chosen, operations, most) -> list[list[list[int]]]:
     "Some points with a second one, at which the resumed run is killed, too."
     places = points(operations)
-    return [[point, places[(37 * k + 11) % len(places)]] for k, point in enumerate(spread(chosen, most))]
+    return [
+        [point, places[(37 * k + 11) % len(places)]] for k, point in enumerate(spread(chosen, most))
+    ]
 
 
 def rooms(operations, sizes) -> list[int]:
@@ -116,11 +140,14 @@ def rooms(operations, sizes) -> list[int]:
 
 # ---- what comes of it ----
 
+
 def differences(there, reference) -> str:
     "How two outcomes differ, in a line."
     differ = [key for key in reference if there.get(key) != reference[key]]
     show = lambda value: json.dumps(value, ensure_ascii=False)[-160:]
-    return "; ".join(f"{key} is ...{show(there.get(key))}, not ...{show(reference[key])}" for key in differ)
+    return "; ".join(
+        f"{key} is ...{show(there.get(key))}, not ...{show(reference[key])}" for key in differ
+    )
 
 
 def problem(answer, reference) -> str:
@@ -139,7 +166,11 @@ def disk_problem(answer, reference) -> str:
     if "killed" in refused:
         return f"a full disk ends in signal {refused['killed']}"
     if error := refused.get("error"):
-        if not error.startswith("ValueError: ") or "the disk is full" not in error or "/" not in error:
+        if (
+            not error.startswith("ValueError: ")
+            or "the disk is full" not in error
+            or "/" not in error
+        ):
             return f"a full disk is told as {error[:200]!r}"
     return problem(answer, reference)
 
@@ -149,7 +180,11 @@ def damage_result(answer, request, reference) -> tuple[str, str]:
     name, error = request["file"], answer.get("error", "")
     if error.startswith(("ValueError: ", "Damaged: ")):
         ours = name == "manifest.json" or name in error or "manifest.json" in error
-        return ("refused", "") if "checkpoints/checkpoint-" in error and ours else ("crash", f"refused without naming the file: {error}")
+        return (
+            ("refused", "")
+            if "checkpoints/checkpoint-" in error and ours
+            else ("crash", f"refused without naming the file: {error}")
+        )
     if error or "killed" in answer:
         return "crash", error or f"signal {answer['killed']}"
     if answer["value"]["outcome"]["weights"] != reference["weights"]:
@@ -166,7 +201,9 @@ def damage_sweep(servers, name, most=None) -> dict:
     if "value" not in plan or "value" not in cases:
         raise RuntimeError(f"{name}: the undisturbed run fails: {plan.get('error') or cases}")
     chosen = spread(cases["value"], most)
-    requests = [{"scenario": name, "do": "damage", "file": file, "kind": kind} for file, kind in chosen]
+    requests = [
+        {"scenario": name, "do": "damage", "file": file, "kind": kind} for file, kind in chosen
+    ]
     counts, failures = Counter(), []
     for request, answer in servers.ask_all(requests):
         result, words = damage_result(answer, request, plan["value"]["outcome"])
@@ -174,7 +211,12 @@ def damage_sweep(servers, name, most=None) -> dict:
         if words:
             place = f"{request['kind']}: {request['file'] or 'the checkpoint'}"
             failures.append((place, words, answer.get("where", "")))
-    return {"name": f"damage to {name}", **counts, "failures": failures, "seconds": time.monotonic() - begun}
+    return {
+        "name": f"damage to {name}",
+        **counts,
+        "failures": failures,
+        "seconds": time.monotonic() - begun,
+    }
 
 
 def check_all(servers, names):
@@ -199,16 +241,26 @@ def fuzz_all(servers, inputs, at_once=50) -> dict:
     parts = [counted("mutated inputs", answer, 0) for _, answer in servers.ask_all(requests)]
     failures = [failure for part in parts for failure in part["failures"]]
     tried = sum(part["tried"] for part in parts)
-    return {"name": "mutated inputs", "tried": tried, "failures": failures, "seconds": time.monotonic() - begun}
+    return {
+        "name": "mutated inputs",
+        "tried": tried,
+        "failures": failures,
+        "seconds": time.monotonic() - begun,
+    }
 
 
 def line(r) -> str:
     "Counts of anything but a sweep."
-    counts = ", ".join(f"{r[key]} {key}" for key in ("tried", "refused", "recovered", "silent", "crash") if key in r)
+    counts = ", ".join(
+        f"{r[key]} {key}"
+        for key in ("tried", "refused", "recovered", "silent", "crash")
+        if key in r
+    )
     return f"{r['name']:24} {counts}; {len(r['failures'])} failed, {r['seconds']:.1f} s"
 
 
 # ---- one scenario ----
+
 
 def requests_of(name, operations, most, second, disks):
     "Everything to ask of one scenario."
@@ -227,7 +279,9 @@ def place_of(request, operations) -> str:
     for n, mode in request["at"]:
         kind, size, path = operations[n - 1]
         short = "/".join(Path(path).parts[-3:])
-        words.append(f"{'before' if mode == killer.BEFORE else 'in the middle of'} {n}: {kind} {short}")
+        words.append(
+            f"{'before' if mode == killer.BEFORE else 'in the middle of'} {n}: {kind} {short}"
+        )
     return ", then ".join(words)
 
 
@@ -248,20 +302,26 @@ def sweep(servers, name, most=None, second=0, disks=0) -> dict:
         if wrong:
             failures.append((place_of(request, operations), wrong, answer.get("where", "")))
     return {
-        "name": name, "kills": counts["kill"], "killed": counts["killed"], "disks": counts["full"],
-        "right": counts["right"], "failures": failures, "seconds": time.monotonic() - begun,
+        "name": name,
+        "kills": counts["kill"],
+        "killed": counts["killed"],
+        "disks": counts["full"],
+        "right": counts["right"],
+        "failures": failures,
+        "seconds": time.monotonic() - begun,
         "busy": busy,
     }
 
 
-HEAD = f"{'scenario':16}{'points':>8}{'killed':>8}{'full disks':>12}{'right':>8}{'failed':>8}{'seconds':>9}{'of a core':>11}"
+COLUMNS = ("points", "killed", "full disks", "right", "failed", "seconds", "of a core")
+HEAD = f"{'scenario':20}" + "".join(f"{name:>11}" for name in COLUMNS)
 
 
 def row(r) -> str:
     "The counts of a scenario, a line of the table under `HEAD`."
-    return (
-        f"{r['name']:16}{r['kills']:8}{r['killed']:8}{r['disks']:12}{r['right']:8}{len(r['failures']):8}{r['seconds']:9.1f}{r['busy']:11.1f}"
-    )
+    counts = (r["kills"], r["killed"], r["disks"], r["right"], len(r["failures"]))
+    times = (f"{r['seconds']:.1f}", f"{r['busy']:.1f}")
+    return f"{r['name']:20}" + "".join(f"{value:>11}" for value in counts + times)
 
 
 def reasons(r, most=12) -> str:
@@ -271,7 +331,9 @@ def reasons(r, most=12) -> str:
         alike.setdefault(wrong.split("/")[0][:60] + wrong[-40:], []).append((place, wrong, where))
     groups = sorted(alike.values(), key=len, reverse=True)[:most]
     return "\n".join(
-        f"  {len(group)} times, first {group[0][0]}\n    {group[0][1][:600]}\n    {group[0][2][-300:]}" for group in groups
+        f"  {len(group)} times, first {place}\n    {wrong[:600]}\n    {where[-300:]}"
+        for group in groups
+        for place, wrong, where in group[:1]
     )
 
 
@@ -288,13 +350,21 @@ def servers_for(jobs):
 
 def arguments():
     "What was asked for."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenario", default="all", help=f"some of {', '.join(NAMES)}, or all, or none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--scenario", default="all", help=f"some of {', '.join(NAMES)}, or all, or none"
+    )
     parser.add_argument("--points", default="all", help="how many points of each scenario, or all")
     parser.add_argument("--twice", type=int, default=0, help="how many of them with a second kill")
     parser.add_argument("--full", type=int, default=0, help="how many sizes of a full disk")
-    parser.add_argument("--damage", type=int, default=0, help="how many cases of damage to a checkpoint; -1 = all")
-    parser.add_argument("--checks", default="none", help="some functions of checks.py, or all, or none")
+    parser.add_argument(
+        "--damage", type=int, default=0, help="how many cases of damage to a checkpoint; -1 = all"
+    )
+    parser.add_argument(
+        "--checks", default="none", help="some functions of checks.py, or all, or none"
+    )
     parser.add_argument("--fuzz", type=int, default=0, help="how many mutated inputs")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     return parser.parse_args()
@@ -316,7 +386,11 @@ def everything(servers, asked):
         yield row(result), reasons(result)
     results = []
     if asked.damage:
-        results.append(lambda: [damage_sweep(servers, "train-last", None if asked.damage < 0 else asked.damage)])
+        results.append(
+            lambda: [
+                damage_sweep(servers, "train-last", None if asked.damage < 0 else asked.damage)
+            ]
+        )
     results.append(lambda: check_all(servers, chosen(asked.checks, CHECKS)))
     if asked.fuzz:
         results.append(lambda: [fuzz_all(servers, asked.fuzz)])

@@ -300,7 +300,8 @@ def sweep(servers, name, most=None, second=0, disks=0) -> dict:
         busy += answer.get("busy", 0)
         counts["right"] += not wrong
         if wrong:
-            failures.append((place_of(request, operations), wrong, answer.get("where", "")))
+            where = answer.get("where") or answer.get("refused", {}).get("where", "")
+            failures.append((place_of(request, operations), wrong, where))
     return {
         "name": name,
         "kills": counts["kill"],

@@ -61,8 +61,6 @@ def quote(
     longest: int = 60,  # characters
 ) -> str:               # on one line, printable
     "Write a value for a message, however long or deeply nested it is."
-    if value is None:
-        return "null"
     try:
         text = _SHORT.repr(value)
     except ValueError:  # a whole number of more digits than Python writes
@@ -403,7 +401,7 @@ def _checked(texts) -> Example:
     if len(texts) < 2: raise ValueError(f"a list of {len(texts)}; an example needs an anchor and a positive at least")
     for i, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise ValueError(f"text {i} is {quote(text)}, not a string; mend the row")
+            raise ValueError(f"text {i} is {'null' if text is None else quote(text)}, not a string; mend the row")
         if not text.strip(): raise _Empty(f"text {i} is empty; fill it in or delete the row")
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f"text {i} holds half a character (a lone surrogate); mend the escape")

@@ -545,7 +545,7 @@ def test_sts_refuses(tmp_path, rows, line, problem):
 @pytest.mark.parametrize("row, problem", [
     ({"score": 10**400, "sentence1": "a", "sentence2": "b"}, "is not a number from 0 to 5"), ({"score": float("nan"), "sentence1": "a", "sentence2": "b"}, "score nan"),
     ({"score": float("inf"), "sentence1": "a", "sentence2": "b"}, "score inf"), ({"score": [1], "sentence1": "a", "sentence2": "b"}, "score [1]"),
-    ({"score": None, "sentence1": "a", "sentence2": "b"}, "score null"), ({"score": True, "sentence1": "a", "sentence2": "b"}, "score True"),
+    ({"score": None, "sentence1": "a", "sentence2": "b"}, "score None"), ({"score": True, "sentence1": "a", "sentence2": "b"}, "score True"),
     ({"score": 1, "sentence1": ["a"], "sentence2": "b"}, "text 1 is ['a'], not a string"), ({"score": 1, "sentence1": "a", "sentence2": None}, "text 2 is null"),
     ({"score": 1, "sentence1": "a", "sentence2": "b", "split": ["test"]}, "split is ['test']"), ({"score": 1, "sentence1": "a", "sentence2": "b", "split": 3}, "split is 3"),
     ([1, "a", "b"], "an STS row needs"), ("x" * 5_000_000, "an STS row needs"),

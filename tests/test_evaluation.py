@@ -448,6 +448,7 @@ def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(tmp_path, t
     "nDCG@10 of InformationRetrievalEvaluator with the prompts that are in the saved folder, and another one without."
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from sentence_transformers.util import cos_sim
     from contrastive_st.model import SentenceEncoder
     SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=32, prompts={"query": "dog on the ", "document": "a man and the "}).save_pretrained(tmp_path)
     encoder = SentenceEncoder.from_pretrained(tmp_path)
@@ -459,6 +460,7 @@ def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(tmp_path, t
     query, document = with_prompts(encoder, progress=False)
     ours = evaluate_retrieval(query, corpus, queries, qrels, ks=(10,), resamples=0, encode_corpus=document)["ndcg@10"]
     without = evaluate_retrieval(lambda t: encoder.encode(t, progress=False), corpus, queries, qrels, ks=(10,), resamples=0)["ndcg@10"]
-    evaluator = InformationRetrievalEvaluator(queries, corpus, {q: set(d) for q, d in qrels.items()}, ndcg_at_k=[10], write_csv=False)
+    evaluator = InformationRetrievalEvaluator(queries, corpus, {q: set(d) for q, d in qrels.items()}, ndcg_at_k=[10], write_csv=False,
+                                              score_functions={"cosine": cos_sim})
     peer = SentenceTransformer(str(tmp_path), device="cpu")
     assert ours == pytest.approx(evaluator.compute_all_metrics(peer)["cosine"]["ndcg@k"][10], abs=1e-6) and abs(ours - without) > 1e-4

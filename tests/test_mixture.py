@@ -13,18 +13,20 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from contrastive_st import mixture as module
-from contrastive_st.data import prepare, store_folder
+from contrastive_st.data import Source, prepare, store_folder
 from contrastive_st.mixture import (
     WINDOW,
     GlobalBatch,
     Mixture,
     Plan,
+    as_mixture,
     concerns,
     draw_counts,
     draw_window,
@@ -565,7 +567,7 @@ def test_columns_of_a_file_are_chosen_in_the_config(folder, tmp_path):
     ({"name": "plain", "wieght": 1}, "dataset 2: unknown key 'wieght'; did you mean 'weight'"), ({"name": "plain", "weight": 1, "zz": 0}, "unknown key 'zz'; the keys are"),
     ({"weight": 1}, "dataset 2: 'name' is missing"), ({"name": "plain"}, "'weight' is missing"), ({"name": "", "weight": 1}, "name is ''"),
     ({"name": 3, "weight": 1}, "name is 3"), ({"name": "plain", "weight": -2}, r"\(plain\): weight is -2"), ({"name": "plain", "weight": "2"}, "weight is '2'"),
-    ({"name": "plain", "weight": True}, "weight is True"), ({"name": "plain", "weight": None}, "weight is null"), ({"name": "plain", "weight": math.nan}, "weight is nan"),
+    ({"name": "plain", "weight": True}, "weight is True"), ({"name": "plain", "weight": None}, "weight is None"), ({"name": "plain", "weight": math.nan}, "weight is nan"),
     ({"name": "plain", "weight": 1, "lines": -1}, "lines is -1"), ({"name": "plain", "weight": 1, "lines": 1.5}, "lines is 1.5"),
     ({"name": "plain", "weight": 1, "columns": "question"}, "columns is 'question'; write a list"), ({"name": "plain", "weight": 1, "columns": {"a": 1}}, "columns is {'a': 1}"),
     ({"name": "plain", "weight": 1, "split": 3}, "split is 3"),
@@ -756,3 +758,53 @@ def test_real_data_builds_and_batches(shared_data, tmp_path_factory, recwarn):
         assert d["realised"] == pytest.approx(d["asked"], abs=2e-3)
     with pytest.warns(UserWarning, match="trecqa_triplets.jsonl.gz: 342 rows are fewer than the 512"):
         Mixture(mixture.sources, mixture.weights, 1024, 2)
+
+
+# ---- from what a user has
+
+def test_as_mixture_takes_whatever_holds_examples(folder, tmp_path):
+    pairs = [(f"question {i}", f"answer {i}") for i in range(12)]
+    frame = datasets.Dataset.from_dict({"question": [q for q, _ in pairs], "answer": [a for _, a in pairs]})
+    path = write_rows(tmp_path / "pairs.jsonl", pairs) or tmp_path / "pairs.jsonl"
+    given = {"tuples": pairs, "lists": [list(p) for p in pairs], "rows": [{"query": q, "pos": [a]} for q, a in pairs], "path": path, "string": str(path),
+             "dataset": frame, "pandas": frame.to_pandas(), "source": Source(pairs, "mine"), "one of several": [pairs]}
+    for name, data in given.items():
+        mixture = as_mixture(data, batch_size=3, seed=7, cache_dir=tmp_path / "cache")
+        assert (mixture.batch_size, mixture.datasets_per_batch, mixture.seed) == (3, 1, 7), name
+        assert sorted(e for step in range(4) for e in mixture.batch(step).examples) == sorted(pairs), name
+        assert as_mixture(mixture) is mixture
+    several = as_mixture([path, pairs[:6], frame, Source(pairs, "mine")], batch_size=4, cache_dir=tmp_path / "cache")
+    assert [s.name for s in several.sources] == ["pairs.jsonl", "dataset 2", "dataset 3", "mine"] and several.weights == [12, 6, 12, 12]
+    (tmp_path / "other").mkdir()
+    write_rows(tmp_path / "other" / "pairs.jsonl", pairs[:4])
+    both = as_mixture([path, tmp_path / "other" / "pairs.jsonl"], batch_size=4, cache_dir=tmp_path / "cache")
+    assert [s.name for s in both.sources] == [str(path), str(tmp_path / "other" / "pairs.jsonl")]
+    for wrong, words in (([], "no example"), ({"a": 1}, "a dict has no rows"), (7, "a int has no rows"), (datasets.DatasetDict(train=frame), "pass one split"), (tmp_path, "is a folder")):
+        with pytest.raises(ValueError, match=words):
+            as_mixture(wrong, batch_size=4)
+
+
+# ---- strange configs
+
+@pytest.mark.parametrize(("item", "words"), [
+    ({"name": "x" * 5_000_000, "weight": 1}, "of 5,000,000 characters"), ({"name": "plain\x00", "weight": 1}, "all printable"), ({"name": "é" * 250, "weight": 1}, "dataset 1"),
+    ({"name": "plain", "weight": 10**400}, "weight is "), ({"name": "plain", "weight": 1e200}, "weight is 1e"), ({"name": "plain", "weight": 1, "lines": -(10**400)}, "lines is "),
+    ({"name": "plain", "weight": 1, "x" * 5_000_000: 1}, "unknown key 'xxx"), ({"name": "plain", "weight": "y" * 5_000_000}, "weight is 'yyy"),
+    ({"name": "plain", "weight": 1, "split": ["z" * 5_000_000]}, "split is "), ({"name": "plain", "weight": 1, "columns": "z" * 5_000_000}, "columns is "),
+    (json.loads("[" * 900 + "]" * 900), "expected an object"), ({"name": "plain", "weight": json.loads("[" * 900 + "]" * 900)}, "weight is "),
+])
+def test_nothing_of_a_config_is_quoted_whole(folder, tmp_path, item, words):
+    start = time.perf_counter()
+    for config in ([item], tmp_path / "mix.json"):
+        if config != [item]:
+            config.write_text(json.dumps([item]))
+        with pytest.raises((ValueError, OSError), match=words) as caught:
+            read_config(config, folder)
+        assert len(str(caught.value)) < 600
+    assert time.perf_counter() - start < 10
+
+
+def test_columns_of_a_config_that_are_no_names(folder, tmp_path):
+    for columns in ([["a"], "b"], [{}, 1], [True, False], ["a", 1], [None, None]):
+        with pytest.raises(ValueError, match="columns="):
+            Mixture.from_config([{"name": "named", "weight": 1, "columns": columns}], folder, 4, 1, cache_dir=tmp_path / "cache")

@@ -289,6 +289,21 @@ def test_tokenising_killed_at_any_file_operation(texts, tmp_path):
     assert k > 60
 
 
+def test_a_part_whose_notes_are_damaged_is_begun_anew(tmp_path, monkeypatch):
+    small(monkeypatch, 2)
+    lines = [[("a", str(n))] if n % 3 else "empty" for n in range(1, 20)]
+    write_store(tmp_path / "whole.store", ORIGIN, reader(lines))
+    for key, wrong in (("line", 11), ("rejects", 1), ("rows", [2, 2, 2]), ("negatives", {}), ("width", 3), ("seal", "0")):
+        with pytest.raises(KeyboardInterrupt):
+            write_store(tmp_path / "a.store", ORIGIN, reader(lines, 15))
+        state = json.loads((tmp_path / "a.store.part" / "state.json").read_text())
+        state["notes"][key] = wrong
+        (tmp_path / "a.store.part" / "state.json").write_text(json.dumps(state))
+        write_store(tmp_path / "a.store", ORIGIN, reader(lines))
+        assert content(tmp_path / "a.store") == content(tmp_path / "whole.store")
+        shutil.rmtree(tmp_path / "a.store")
+
+
 def test_a_part_whose_rejects_were_lost_is_begun_anew(tmp_path, monkeypatch):
     small(monkeypatch, 2)
     lines = [[("a", str(n))] if n % 3 else "empty" for n in range(1, 20)]

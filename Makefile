@@ -38,7 +38,7 @@ test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-faults: $(READY)  ## kill, fill up, damage and confuse everything that writes, at every point (15 minutes on two cores; Linux with gcc)
-	$(BIN)/python tests/faults/sweep.py --twice 40 --full 14 --damage -1 --checks all --fuzz 2000
+	$(BIN)/python tests/faults/sweep.py --twice 20 --full 14 --damage -1 --checks all --fuzz 2000
 
 test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (builds .venv-xla, about 8 GB, the first time)
 	@$(PYTHON) -c "import platform as p, sys; sys.exit(3 * ((p.system(), p.machine()) != ('Linux', 'x86_64') or not (3, 11) <= sys.version_info < (3, 14)))"; \

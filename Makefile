@@ -14,7 +14,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-xla run-xla test-mteb bench notebooks export readme docs clean
+.PHONY: help install train test test-faults test-xla run-xla test-mteb bench notebooks export readme docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-faults: $(READY)  ## kill, fill up, damage and confuse everything that writes, at every point (15 minutes on two cores; Linux with gcc)
+	$(BIN)/python tests/faults/sweep.py --twice 20 --full 14 --damage -1 --checks all --fuzz 2000
 
 test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (builds .venv-xla, about 8 GB, the first time)
 	@$(PYTHON) -c "import platform as p, sys; sys.exit(3 * ((p.system(), p.machine()) != ('Linux', 'x86_64') or not (3, 11) <= sys.version_info < (3, 14)))"; \

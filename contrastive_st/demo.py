@@ -1229,7 +1229,6 @@ def _serve(app, door):
             _abandon()
             super().handle_exit(sig, frame)
 
-    atexit.register(gc.freeze)  # else Python looks for garbage before it ends, for seconds
     _heard.open()  # as long as the page is served, so that a thread that ends takes nothing from another
     try:
         Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[door])
@@ -1246,6 +1245,7 @@ def launch(
     told: Callable = print,           # is told where the page is
 ) -> None:                            # when stopped with Ctrl-C
     "Serve the five pages for some models; raise `ValueError` if a model, a run or the port is not to be had."
+    atexit.register(gc.freeze)  # else Python looks for garbage before it ends, for seconds
     _gradio()
     with _bound(host, port) as door:
         opened = open_models(models, progress=True)

@@ -30,9 +30,9 @@ from matplotlib.figure import Figure
 from measure import arguments, fresh, interleaved, memory, one_thread, real_data, record, save, spread
 from transformers import AutoTokenizer
 
+from contrastive_st.atomic import write_manifest
 from contrastive_st.data import prepare, read_examples, store_folder
 from contrastive_st.mixture import Mixture
-from contrastive_st.atomic import write_manifest
 from contrastive_st.store import SHARD_ROWS, SUMMARY, Store, write_store
 from contrastive_st.tokens import Tokens
 

@@ -10,13 +10,15 @@ __all__ = ['MANIFEST', 'remove', 'new_file', 'write_text', 'write_json', 'read_j
 # %% ../nbs/00_atomic.ipynb #imports
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,28 @@ def _sync(path):
         os.close(handle)
 
 
-def _beside(path):
+def _beside(path, writer=""):
     "The name under which a file or folder is written before it is whole."
-    return path.with_name(f".{path.name}.partial")
+    return path.with_name(f".{path.name}{writer}.partial")
+
+
+def _clear_partial(path):
+    "Delete what writers of this file left that are no longer there."
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        writer = leftover.name.split(".")[-2].partition("-")[0]
+        if not (writer.isdigit() and _is_alive(int(writer))):
+            remove(leftover)
+
+
+def _is_alive(process):
+    "Whether a process of this machine is still there."
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
 
 
 def _is_partial(path):
@@ -61,11 +82,11 @@ def remove(
 @contextmanager
 def new_file(
     path: str | Path,  # final name; a file that stands there is replaced
-) -> Iterator[Path]:   # where to write meanwhile: `.NAME.partial` in the same folder
+) -> Iterator[Path]:   # where to write meanwhile: `.NAME.(process).partial` in the same folder
     "Yield a name to write to; when the block ends well, the file takes its final name."
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
-    beside = _beside(path)
-    remove(beside)
+    beside = _beside(path, f".{os.getpid()}-{threading.get_ident()}")  # two writers do not meet; the last one wins
+    _clear_partial(path)
     try:
         yield beside
         _sync(beside)
@@ -140,12 +161,15 @@ def writing(
     "Turn whatever a library raises while it writes into one `ValueError` that names the file."
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+            raise
         if is_disk_full(error):
-            raise ValueError(f"{path}: the disk is full ({_first_line(error)}); make room or choose another folder, and {todo}") from error
-        raise ValueError(f"{path}: cannot be written ({_first_line(error)}); choose a folder that you may write to, and {todo}") from error
+            why, way_out = "the disk is full", "make room or choose another folder, and "
+        else:
+            why, way_out = "cannot be written", "choose a folder that you may write to, and " * isinstance(error, OSError)
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {why} ({kind}{_first_line(error)}); {way_out}{todo}") from error
 
 
 @contextmanager
@@ -333,17 +357,20 @@ def _open_to_all(folder):
 
 def _carry_over(old, new):
     "Link or copy the entries of an old folder into the new one, apart from what the old manifest names."
-    ours = {name.partition("/")[0] for name in (read_json(old / MANIFEST).get("files", ()) if is_whole(old) else ())}
-    for entry in old.iterdir():
-        if entry.name in ours | {MANIFEST} or (new / entry.name).exists():
+    written = read_json(old / MANIFEST).get("files", ()) if is_whole(old) else ()
+    ours = {MANIFEST, *written, *(str(parent) for name in written for parent in Path(name).parents)}
+    for entry in sorted(old.rglob("*")):
+        target = new / entry.relative_to(old)
+        if entry.relative_to(old).as_posix() in ours or os.path.lexists(target):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+            target.mkdir(parents=True)
         else:
-            _link(entry, new / entry.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(entry, target)
 
 
-def _link(source, target, follow_symlinks=False):
+def _link(source, target):
     "Give a file a second name, or copy it where the file system cannot."
     try:
         os.link(source, target, follow_symlinks=False)

@@ -60,9 +60,9 @@ def read_run(
     path = run_dir / "recipe.toml"
     with reading(path, _AGAIN):
         text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
-        tables = _changed(tomllib.loads(text), text)
+        tables, record = _as_run(tomllib.loads(text))
     title = _line(tables["title"]) if isinstance(tables.get("title"), str) else ""
-    return run | {"dir": run_dir, "recipe": tables, "text": text, "title": title or _line(run_dir.resolve().name), "model": _about(run_dir / "model")}
+    return run | {"dir": run_dir, "recipe": tables, "text": text, "model_is_folder": record.get("model_is_folder") is True, "title": title or _line(run_dir.resolve().name), "model": _about(run_dir / "model")}
 
 # %% ../nbs/12_card.ipynb #noted
 def _noted(text, label):
@@ -79,13 +79,15 @@ def _noted(text, label):
     return None
 
 
-def _changed(tables, text):
-    "A recipe's tables, with what was laid over them for this run, key by key."
-    changes = _noted(text, "changed for this run")
+def _as_run(tables):
+    "A recipe's tables with what was laid over them for this run, and the record of it, which is its last table."
+    record = tables.pop("run", {})
+    record = record if isinstance(record, dict) else {}
+    changes = record.get("changes", {})
     for key, value in (changes if isinstance(changes, dict) else {}).items():
         before = tables.get(key)
         tables[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
-    return tables
+    return tables, record
 
 
 def _table_of(run, name):
@@ -378,8 +380,7 @@ def _base(run):
     "The hub's name of the model that the run started from; None for random weights and for a folder."
     plan = _table_of(run, "model")
     name = plan.get("name") if isinstance(plan.get("name"), str) and "layers" not in plan else ""
-    folder = "# model.name is a folder" in run["text"].split("\n")          # noted by recipes.load
-    return name if not folder and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) else None
+    return name if not run["model_is_folder"] and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) else None
 
 
 def _result(score):

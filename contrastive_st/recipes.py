@@ -307,9 +307,8 @@ def _with_record(text, record):
     entries = {name: value for name, value in asdict(record).items() if value}
     if not entries:
         return text
-    comments = [f"# changed for this run: {json.dumps(record.changes, default=str)}"] * bool(record.changes)  # as readers of older runs expect
-    comments += ["# model.name is a folder"] * record.model_is_folder
-    return "\n".join([text.removesuffix("\n"), "", "[run]", *(f"{name} = {_toml(value)}" for name, value in entries.items()), *comments, ""])
+    lines = [f"{name} = {_toml(value)}" for name, value in entries.items()]
+    return "\n".join([text.removesuffix("\n"), "", "[run]", *lines, ""])
 
 
 def _without_record(text, table, path):

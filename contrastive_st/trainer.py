@@ -24,6 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_torch_xla_available
 
 from . import loss as contrastive
+from .atomic import read_json
 from .gradcache import cached_step
 from .model import SentenceEncoder, _has_bf16
 from contrastive_st.run import (
@@ -155,6 +156,7 @@ class _ContrastiveTrainer(Trainer):
         return value
 
     def log(self, logs, start_time=None):
+        self.state.epoch = None  # counted by the Trainer in its own way, and otherwise after a resume
         if "loss" in logs:
             logs |= self.counts.take() | {"input_share": self.clock.share(*self.read)}
             self.read = self.clock.waited, self.clock.stepped
@@ -399,6 +401,16 @@ def _compute(encoder, config, kind):
             "matmul_precision": _precision(), "fused": config.fused, "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, kind)}
 
 
+def _keep_computing(compute, out):
+    "Take what a resumed run began with where it was chosen by measuring; say what cannot be kept."
+    begun = read_json(out / "versions.json").get("compute", {})
+    if compute["device"] == begun.get("device"):
+        compute |= {name: begun[name] for name in ("matmul", "chunk_tokens") if name in begun}
+    differ = [f"{name} was {begun.get(name)}, is {now}" for name, now in compute.items() if begun.get(name) != now]
+    if differ:
+        print(f"the run goes on with other arithmetic ({', '.join(differ)}), so numbers agree up to rounding only", file=sys.stderr)
+
+
 def _compute_line(compute):
     "Say it in one line."
     return ("computing on {device}: {layout} texts, {dtype}, fp32 products {matmul} ({matmul_precision}), " + ("fused " if compute["fused"] else "")
@@ -551,6 +563,8 @@ def train(
         finished = main and run.finished  # before anything is started that writes
         trainer = _trainer(run, compute, callbacks, progress)
         finished, checkpoint = _from_main(lambda: (finished, checkpoint and str(checkpoint)))
+        if checkpoint:
+            _keep_computing(compute, run.out)
         if finished:
             return run.recorded() if main else {}
         with _multiplying(compute["matmul"]):

@@ -301,6 +301,6 @@ def test_leans_may_be_any_numbers():
     expected = by_occupation(np.array([1.0, -1.0, 2.0, 0.0]), items)
     assert by_occupation([1, -1, 2, 0], items) == by_occupation([np.int64(1), np.float32(-1), 2, 0], items) == expected
     json.dumps(expected, allow_nan=False)
-    for leans in ([1, 2], [1, 2, 3, np.nan], [[1, 2, 3, 4]]):
+    for wrong in ([1, 2], [1, 2, 3, np.nan], [[1, 2, 3, 4]]):
         with pytest.raises(ValueError, match="one finite number for each"):
-            by_occupation(leans, items)
+            by_occupation(wrong, items)

@@ -214,7 +214,7 @@ def test_the_card_is_a_function_of_the_records(copy):
 
 
 def test_recipe_is_one_block_and_changes_count(copy):
-    text = RECIPE + '\n# changed for this run: {"title": "changed\\ntitle | x", "evaluation": {"sts": "other.tsv"}, "test": {"sts": "new.tsv"}}\n'
+    text = RECIPE + '\n[run]\nchanges = { title = "changed\\ntitle | x", evaluation = { sts = "other.tsv" }, test = { sts = "new.tsv" } }\n'
     (copy / "recipe.toml").write_text(text)
     card = model_card(copy)
     assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")

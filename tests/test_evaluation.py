@@ -449,6 +449,7 @@ def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(tmp_path, t
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.util import cos_sim
+
     from contrastive_st.model import SentenceEncoder
     SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=32, prompts={"query": "dog on the ", "document": "a man and the "}).save_pretrained(tmp_path)
     encoder = SentenceEncoder.from_pretrained(tmp_path)

@@ -734,10 +734,9 @@ def mutate_json(path, gen):
         return
     if paths := places(said):
         *outer, key = paths[gen.integers(len(paths))]
+        target = said
         for step in outer:
-            said_in = said if step is outer[0] else said_in
-            said_in = said_in[step]
-        target = said_in if outer else said
+            target = target[step]
         if how == 1:
             del target[key]
         else:

@@ -26,7 +26,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, BUILD, MATHJAX, SITE = ROOT / ".cache/site", ROOT / ".cache/build", ROOT / ".cache/mathjax", ROOT / "_site"
 MATHJAX_VERSION, MATHJAX_SHA256 = "3.2.2", "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "docs/LOG.md": "log.md", "docs/seeds.md": "seeds.md", "docs/data.md": "data.md"}       # files of the repository that are pages too
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "docs/LOG.md": "log.md", "docs/seeds.md": "seeds.md", "docs/data.md": "data.md", "docs/reliability.md": "reliability.md"}       # files of the repository that are pages too
 TAGS = {"code-fold: true": "hide-cell", "echo: false": "remove-input", "hide_input": "remove-input", "output: false": "remove-output",
         "hide_output": "remove-output", "export": "exported", "exports": "exported"}   # directive -> cell tag
 

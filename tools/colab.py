@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--hub", action="store_true", help="run the cells that need the hub, too")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the executed notebooks there")
     parser.add_argument("--record", action="store_true", help="note the seconds in tools/pages.json")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     venv = args.venv or ROOT / f".venv-colab-{args.kind}"
     if not args.venv and not (venv / ".ready").exists():
         build(venv, args.kind, args.python, args.pip_args.split())

@@ -1,6 +1,7 @@
 """The front doors: the install cell, what it decides on each machine, and what an index and a stranger see of the package."""
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,9 +132,10 @@ def call(monkeypatch, tmp_path, *looks, cards=(), answer=(0, ""), needs=NEEDS):
         return answer
     monkeypatch.setattr(machine, "_needs", lambda extra: list(needs))
     monkeypatch.setattr(machine.os, "environ", {})
+    monkeypatch.setattr(machine, "_hub_answers", lambda: True)
     error = ""
     try:
-        machine.ready("notebooks", bus(tmp_path / "bus", *cards), pip, lambda: next(states))
+        machine.ready(devices=bus(tmp_path / "bus", *cards), pip=pip, look=lambda: next(states))
     except ValueError as e:
         error = str(e)
     return asked, error
@@ -181,6 +183,45 @@ def test_torch_tpu_on_a_tpu_is_said(monkeypatch, tmp_path, capsys):
     here = {"torch": "2.13.0", "torch-tpu": "0.2.0"}
     assert call(monkeypatch, tmp_path, here, here, cards=[TPU], needs=["torch>=2.9"]) == ([], "")
     assert "never tried with" in capsys.readouterr().out and machine.os.environ == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+# --- cells that cannot run here
+
+def test_marked_cells_say_why_they_do_not_run(monkeypatch):
+    "A real IPython: marked cells print a sentence, all others run; a second call replaces the first."
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+    shell = InteractiveShell()
+    machine.skip_cells({"slow": "no time"}, shell)
+    machine.skip_cells({"slow": "it takes an hour", "hub": "there is no 'hub'"}, shell)
+    with capture_output() as said:
+        shell.run_cell("#| slow\n#| echo: false\nx = 1")
+        shell.run_cell("#| export\ny = 2\n#| slower\n")
+        shell.run_cell("#| hub\n%undefined_magic")
+    assert "x" not in shell.user_ns and shell.user_ns["y"] == 2
+    assert said.stdout.splitlines() == ["Skipped: it takes an hour. The page on the web shows its result.",
+                                        "Skipped: there is no 'hub'. The page on the web shows its result."]
+
+
+def test_what_cannot_run_here(monkeypatch):
+    "Each mark of settings.ini has its reason, and each reason says what to do."
+    monkeypatch.setattr(machine, "_hub_answers", lambda: False)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    assert set(machine.cells_to_skip()) == set(tool.settings()["tst_flags"].split())
+    monkeypatch.setattr(machine, "_hub_answers", lambda: True)
+    monkeypatch.setattr(machine, "find_spec", lambda name: True)
+    assert machine.cells_to_skip(slow=True, chips=1) == {}
+
+
+def test_no_network_is_no_hub(monkeypatch):
+    def refuse(*args, **options): raise OSError("Name or service not known")
+    monkeypatch.setattr(machine.socket, "create_connection", refuse)
+    monkeypatch.setattr(machine.os, "environ", {})
+    assert "does not answer" in machine.cells_to_skip()["hub"]
+    monkeypatch.setattr(machine.socket, "create_connection", lambda *args, **options: open(os.devnull))
+    assert "hub" not in machine.cells_to_skip()
+    monkeypatch.setattr(machine.os, "environ", {"HF_HUB_OFFLINE": "1"})
+    assert "hub" in machine.cells_to_skip()
 
 
 # --- one cell for all notebooks

@@ -1,4 +1,4 @@
-"""Execute notebooks as somebody does who opens one on Colab: all cells, flags ignored, in an empty folder, starting with the install cell.
+"""Execute notebooks as somebody does who opens one on Colab: all cells, in an empty folder, beginning with the install cell.
 
     python tools/colab.py cpu                      # all notebooks, with what Colab's CPU and GPU runtimes bring
     python tools/colab.py tpu 08_xla               # one, with what its TPU runtime brings (XLA makes devices of the CPU)
@@ -6,7 +6,7 @@
     python tools/colab.py cpu --record             # note the seconds in tools/pages.json, where the headers take them from
 
 The environments are .venv-colab-cpu and so on, built the first time from constraints-colab.txt and constraints-colab-tpu.txt. The package comes from the
-last commit of this clone, by the install cell itself. Cells that need the Hugging Face Hub are left out unless --hub is given.
+last commit of this clone, by the install cell itself. Cells that need what is not there (the hub, a TPU, hours) are skipped as on Colab.
 """
 import argparse
 import os
@@ -46,15 +46,15 @@ def build(venv: Path, kind: str, python: str, pip_args: list[str]) -> None:
     (venv / ".ready").touch()
 
 
-def everything(path: Path, hub: bool) -> nbformat.NotebookNode:
+def everything(path: Path, slow: bool) -> nbformat.NotebookNode:
     "A notebook as Colab runs it, except that the repository is this clone's last commit."
     nb, cfg = nbformat.read(path, as_version=4), tool.settings()
     tool.readdress(nb, path, cfg)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    nb.cells = [c for c in nb.cells if hub or "hub" not in tool.flags_of(c.source)]
     for cell in (c for c in nb.cells if c.cell_type == "code"):
         cell.source = cell.source.replace(f"git+{cfg['git_url']}@{cfg['branch']}", f"git+file://{ROOT}@{commit}")
         cell.source = re.sub(rf"(git clone .*){re.escape(cfg['git_url'])}", rf"\1file://{ROOT}", cell.source)
+        cell.source = cell.source.replace("\nready()", "\nready(slow=True)") if slow else cell.source
         cell.outputs = []
     return nb
 
@@ -65,10 +65,10 @@ def environment(venv: Path, hub: bool) -> dict[str, str]:
     return kept | {"PATH": f"{venv.resolve() / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "0" if hub else "1"}
 
 
-def execute(path: Path, venv: Path, hub: bool, keep: Path | None) -> tuple[float, str]:
+def execute(path: Path, venv: Path, hub: bool, slow: bool, keep: Path | None) -> tuple[float, str]:
     "Run all cells of a notebook in an empty folder; the seconds it took, and the error if there was one."
     folder = Path(tempfile.mkdtemp(prefix="colab-"))
-    nbformat.write(everything(path, hub), folder / path.name)
+    nbformat.write(everything(path, slow), folder / path.name)
     start = time.time()
     done = subprocess.run([(venv / "bin/jupyter-execute").resolve(), "--inplace", "--timeout=-1", path.name], cwd=folder,
                           env=environment(venv, hub), capture_output=True, text=True)
@@ -87,7 +87,8 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the environment; Colab's is 3.13")
     parser.add_argument("--pip-args", default="", help="for building the environment, e.g. an index of CPU builds of torch")
     parser.add_argument("--venv", type=Path, help="an environment that is there already")
-    parser.add_argument("--hub", action="store_true", help="run the cells that need the hub, too")
+    parser.add_argument("--hub", action="store_true", help="let the notebooks ask the hub")
+    parser.add_argument("--slow", action="store_true", help="run the studies of many minutes, too")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the executed notebooks there")
     parser.add_argument("--record", action="store_true", help="note the seconds in tools/pages.json")
     args = parser.parse_intermixed_args()
@@ -100,7 +101,7 @@ def main() -> int:
     subprocess.run([venv / "bin/python", "-m", "pip", "uninstall", "--quiet", "-y", "contrastive_st"], check=True)
     seconds, failed = {}, 0
     for path in (p for p in every if not args.names or p.stem in args.names):
-        took, error = execute(path, venv, args.hub, args.keep)
+        took, error = execute(path, venv, args.hub, args.slow, args.keep)
         print(f"{path.stem:28} {took:6.0f} s  {'FAILED' if error else 'ok'}", flush=True)
         print(error, end="\n" if error else "", file=sys.stderr, flush=True)
         failed += bool(error)

@@ -37,7 +37,7 @@ from importlib.util import find_spec
 if find_spec("{lib_name}") is None:
     %pip install -q --no-deps "{lib_name} @ git+{git_url}@{branch}"
 from {lib_name}.machine import ready
-ready()"""
+ready()   # ready(slow=True) runs the studies of many minutes, too"""
 
 
 def settings() -> dict[str, str]:

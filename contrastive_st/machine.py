@@ -122,6 +122,9 @@ def plan(
     return commands, keep
 
 # %% ../nbs/00_machine.ipynb #skip
+_ABOVE = (Path(".."), Path("../.."))  # where the root of a clone is, seen from its notebooks
+
+
 def _hub_answers():
     "Whether the Hugging Face Hub may be asked and can be reached."
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
@@ -141,6 +144,8 @@ def cells_to_skip(
     reasons = {}
     if not slow:
         reasons["slow"] = "it takes many minutes; to run it, write ready(slow=True) in the first cell"
+    if not any((folder / "benchmarks/results").is_dir() for folder in _ABOVE):
+        reasons["clone"] = "it shows what is committed in the repository, and this is no clone of it"
     if not _hub_answers():
         reasons["hub"] = "it needs the Hugging Face Hub, which does not answer"
     if find_spec("mteb") is None:

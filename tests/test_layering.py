@@ -22,7 +22,7 @@ ALLOWED = {
     "recipes": {"mixture", "model", "tokens"},
 }
 BASE = {"atomic", "workers", "machine"}                        # how everything is written, in which processes, on what machine: all may import them
-WIRES = {"cli", "demo"}                                        # these put everything together
+WIRES = {"cli", "demo", "__main__"}                            # these put everything together
 ONLY_TYPES = {("trainer", "mixture")}                          # imported for annotations, never called
 FORBIDDEN = {"fastcore", "nbdev", "execnb", "sentence_transformers", "IPython"}   # tools of the notebooks and the peer, not of the library
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -293,6 +293,17 @@ def test_headers_are_written_once(tmp_path, monkeypatch):
     assert [c.id for c in nbformat.read(tmp_path / "nbs/a.ipynb", 4).cells] == ["title", "page-header", "colab-install", "text"]
 
 
+def test_the_site_shows_badges_of_its_own():
+    "No picture from elsewhere, one line of badges, and what the header says in words."
+    site = load("site")
+    for name, kaggle in (("04_loss", False), ("08_xla", True)):
+        page = site.staged(ROOT / f"nbs/{name}.ipynb", site.settings(), {})
+        line = next(c.source for c in page.cells if c.id == "badge-line")
+        assert line.count("Open in Colab") == 1 and "](files/colab.svg)" in line and ("](files/kaggle.svg)" in line) == kaggle
+        assert not any("docs/_static" in c.source for c in page.cells)
+    assert "devices made of the CPU" in line
+
+
 def test_run_times_are_words():
     assert [tool.duration(s) for s in (2, 34, 58, 89, 600)] == ["10 seconds", "30 seconds", "1 minute", "1 minute", "10 minutes"]
     pages = json.loads((ROOT / "tools/pages.json").read_text())

@@ -237,7 +237,7 @@ def _carry_out(commands, keep, pip):
 # %% ../nbs/00_machine.ipynb #ready
 def _loaded(names):
     "Those packages of which Python has loaded a module already."
-    homes = metadata.packages_distributions()
+    homes = metadata.packages_distributions() if names else {}
     found = {_plain(name) for module in set(sys.modules) & set(homes) for name in homes[module]}
     return sorted(found & set(names))
 

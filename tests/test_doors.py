@@ -203,11 +203,14 @@ def test_marked_cells_say_why_they_do_not_run(monkeypatch):
                                         "Skipped: there is no 'hub'. The page on the web shows its result."]
 
 
-def test_what_cannot_run_here(monkeypatch):
-    "Each mark of settings.ini has its reason, and each reason says what to do."
+def test_what_cannot_run_here(monkeypatch, tmp_path):
+    "Each mark of settings.ini has its reason, and so have figures that are committed in the repository."
+    (tmp_path / "a/b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/b")
     monkeypatch.setattr(machine, "_hub_answers", lambda: False)
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
-    assert set(machine.cells_to_skip()) == set(tool.settings()["tst_flags"].split())
+    assert set(machine.cells_to_skip()) == set(tool.settings()["tst_flags"].split()) | {"clone"}
+    monkeypatch.chdir(ROOT / "nbs/tutorials")
     monkeypatch.setattr(machine, "_hub_answers", lambda: True)
     monkeypatch.setattr(machine, "find_spec", lambda name: True)
     assert machine.cells_to_skip(slow=True, chips=1) == {}
@@ -280,6 +283,20 @@ def test_headers_are_those_of_the_tool(tmp_path):
         for target in re.findall(r"\]\(((?:\.\./)+[^)]+)\)", top):
             assert (path.parent / target).exists()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("folder, asks", [("none", True), ("namespace", True), ("package", False)])
+def test_the_cell_installs_the_package_only_if_it_is_not_there(tmp_path, folder, asks):
+    "A clone in the working directory is a folder of the same name, and no package."
+    (tmp_path / "contrastive_st").mkdir()
+    if folder == "package":
+        (tmp_path / "contrastive_st/__init__.py").touch()
+    if folder == "none":
+        (tmp_path / "contrastive_st").rmdir()
+    cell = tool.INSTALL.format(**tool.settings()).split("from contrastive_st.machine")[0]
+    code = re.sub(r"%pip install (.*)", r"print('pip')", cell)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"], capture_output=True, text=True)
+    assert done.stderr == "" and (done.stdout == "pip\n") == asks
 
 
 def test_headers_are_written_once(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ INSTALL = """#| hide
 #| eval: false
 # Run this cell first on Colab, on Kaggle (switch Internet on) and in your own Jupyter: it installs what is missing, and nothing else.
 from importlib.util import find_spec
-if find_spec("{lib_name}") is None:
+if getattr(find_spec("{lib_name}"), "origin", None) is None:   # a folder of that name is no package
     %pip install -q --no-deps "{lib_name} @ git+{git_url}@{branch}"
 from {lib_name}.machine import ready
 ready()   # ready(slow=True) runs the studies of many minutes, too"""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, invalidate_caches, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.request import getproxies
 
 # %% ../nbs/00_machine.ipynb #chips
 _GOOGLE = "0x1ae0"
@@ -46,14 +47,15 @@ def tpu_chips(
 # %% ../nbs/00_machine.ipynb #pair
 TORCH, TORCH_XLA = "2.9.0", "2.9.0"
 _LIBTPU = {(3, 11): "0.0.21", (3, 12): "0.0.21", (3, 13): "0.0.21.1"}  # what has a wheel
+_SYSTEM = f"{platform.system()} {platform.machine()}"
 _CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
 
 def pair_arguments(
-    chips: int = 1,                                     # of TPUs; without one libtpu is left out
-    python: tuple[int, int] | None = None,              # version; None means of this process
-    system: str = f"{platform.system()} {platform.machine()}",  # what it runs on
-) -> list[str]:                                         # what follows `pip install`
+    chips: int = 1,                         # of TPUs; without one libtpu is left out
+    python: tuple[int, int] | None = None,  # version; None means of this process
+    system: str = _SYSTEM,                  # operating system and processor
+) -> list[str]:                             # what follows `pip install`
     "Name the packages of a TPU for this Python; ValueError where they have no wheels."
     python = python or sys.version_info[:2]
     if python not in _LIBTPU or system != "Linux x86_64":
@@ -102,17 +104,17 @@ def _pair_commands(requirements, installed, python, chips):
 
 
 def plan(
-    needs: Sequence[str],             # requirements, such as torch>=2.9
-    installed: Mapping[str, str],     # package -> version
-    python: tuple[int, int],          # its version
-    chips: int = 0,                   # of TPUs
+    needs: Sequence[str],                # requirements, such as torch>=2.9
+    installed: Mapping[str, str],        # package -> version
+    python: tuple[int, int],             # its version
+    chips: int = 0,                      # of TPUs
 ) -> tuple[list[list[str]], list[str]]:  # arguments for pip, one list a call; constraints
     "Decide what pip has to do so that all needs are met and what fits is left alone."
     Requirement = import_module("packaging.requirements").Requirement  # Jupyter and pip bring it
     installed = {_plain(name): version for name, version in installed.items()}
     requirements = [Requirement(need) for need in needs]
     commands = []
-    if chips and "torch-tpu" not in installed:
+    if chips and "torch-tpu" not in installed and python in _LIBTPU:
         commands += _pair_commands(requirements, installed, python, chips)
     missing = [r for r in requirements if not _fits(r, installed)]
     names = {_plain(r.name) for r in requirements if r not in missing} | {"torch-xla", "libtpu"}
@@ -129,6 +131,8 @@ def _hub_answers():
     "Whether the Hugging Face Hub may be asked and can be reached."
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
+    if getproxies():  # a proxy may reach what we cannot
+        return True
     try:
         socket.create_connection(("huggingface.co", 443), timeout=5).close()
     except OSError:
@@ -151,7 +155,7 @@ def cells_to_skip(
     if find_spec("mteb") is None:
         reasons["mteb"] = "it needs mteb; type %pip install 'mteb>=2.26,<3' in a cell, and restart"
     if find_spec("torch_xla") is None:
-        reasons["xla"] = "it needs torch_xla; choose a runtime with a TPU, or read its section on this"
+        reasons["xla"] = "it needs torch_xla; choose a runtime with a TPU"
     if not chips:
         reasons["tpu"] = "it needs a TPU; choose a runtime that has one"
     return reasons
@@ -159,13 +163,15 @@ def cells_to_skip(
 
 def skip_cells(
     reasons: Mapping[str, str],  # as `cells_to_skip` returns them
+    site: str = "",              # address of the pages that show the results of such cells
     shell=None,                  # of IPython; None is the one that runs this code, if there is one
 ) -> None:
     "Let this notebook print why instead of running a cell marked with one of the words."
     def transform(lines):
         marks = {line[2:].strip() for line in lines if line.startswith("#|")}
         why = [reasons[mark] for mark in sorted(marks & set(reasons))]
-        return [f"print({f'Skipped: {why[0]}. The page on the web shows its result.'!r})\n"] if why else lines
+        where = f" Its result is on {site}" if site else ""
+        return [f"print({f'Skipped: {why[0]}.{where}'!r})\n"] if why else lines
 
     transform.of_contrastive_st = True
     shell = shell or (sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None)
@@ -207,7 +213,7 @@ def _shown(command):
     return textwrap.shorten(f"pip {command[0]} {' '.join(names)}", 100, placeholder=" ...")
 
 
-_UNREACHABLE = ("connection", "resolve host", "name resolution", "network", "timed out", "ssl")
+_UNREACHABLE = ("connection", "resolve host", "name resolution", "unreachable", "timed out")
 
 
 def _failed(arguments, output):
@@ -250,6 +256,22 @@ def _keep_loops_apart(versions):
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
+def _why_no_pair(versions):
+    "Why a machine with a TPU has no torch_xla: nothing that we could install fits."
+    if "torch-tpu" in versions:
+        return refusal()
+    try:
+        return f"pip install {' '.join(pair_arguments())}"
+    except ValueError as error:
+        return str(error)
+
+
+def _site():
+    "The address of the documentation, as the package declares it."
+    lines = metadata.metadata("contrastive_st").get_all("Project-URL") or []
+    return dict(line.split(", ", 1) for line in lines).get("Documentation", "")
+
+
 def summary(
     versions: Mapping[str, str],  # package -> version
     chips: int,                   # of TPUs
@@ -281,9 +303,9 @@ def ready(
                          "session (Colab: Runtime, Restart session; Kaggle: Run, Restart), "
                          "then run all cells again")
     print(summary(after, chips))
-    if chips and "torch-tpu" in after:
-        print(refusal())
-    skip_cells(cells_to_skip(slow, chips))
+    if chips and "torch-xla" not in after:
+        print(_why_no_pair(after))
+    skip_cells(cells_to_skip(slow, chips), _site())
 
 # %% ../nbs/00_machine.ipynb #refuse
 def refusal() -> str:  # a sentence

@@ -141,6 +141,14 @@ def call(monkeypatch, tmp_path, *looks, cards=(), answer=(0, ""), needs=NEEDS):
     return asked, error
 
 
+def test_a_tpu_without_wheels_for_it_is_said(monkeypatch, tmp_path, capsys):
+    "On Python 3.14 the other pages still run."
+    monkeypatch.setattr(machine.sys, "version_info", (3, 14, 0))
+    here = {"torch": "2.13.0"}
+    assert call(monkeypatch, tmp_path, here, here, cards=[TPU], needs=["torch>=2.9"]) == ([], "")
+    assert "not for" in capsys.readouterr().out
+
+
 def test_nothing_is_missing(monkeypatch, tmp_path, capsys):
     here = COLAB_TPU | {"sentence-transformers": "5.7.0"}
     assert call(monkeypatch, tmp_path, here, here, cards=[TPU]) == ([], "")
@@ -192,15 +200,14 @@ def test_marked_cells_say_why_they_do_not_run(monkeypatch):
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.utils.capture import capture_output
     shell = InteractiveShell()
-    machine.skip_cells({"slow": "no time"}, shell)
-    machine.skip_cells({"slow": "it takes an hour", "hub": "there is no 'hub'"}, shell)
+    machine.skip_cells({"slow": "no time"}, shell=shell)
+    machine.skip_cells({"slow": "it takes an hour", "hub": "there is no 'hub'"}, "https://a.b", shell)
     with capture_output() as said:
         shell.run_cell("#| slow\n#| echo: false\nx = 1")
         shell.run_cell("#| export\ny = 2\n#| slower\n")
         shell.run_cell("#| hub\n%undefined_magic")
     assert "x" not in shell.user_ns and shell.user_ns["y"] == 2
-    assert said.stdout.splitlines() == ["Skipped: it takes an hour. The page on the web shows its result.",
-                                        "Skipped: there is no 'hub'. The page on the web shows its result."]
+    assert said.stdout.splitlines() == ["Skipped: it takes an hour. Its result is on https://a.b", "Skipped: there is no 'hub'. Its result is on https://a.b"]
 
 
 def test_what_cannot_run_here(monkeypatch, tmp_path):
@@ -218,6 +225,7 @@ def test_what_cannot_run_here(monkeypatch, tmp_path):
 
 def test_no_network_is_no_hub(monkeypatch):
     def refuse(*args, **options): raise OSError("Name or service not known")
+    monkeypatch.setattr(machine, "getproxies", dict)
     monkeypatch.setattr(machine.socket, "create_connection", refuse)
     monkeypatch.setattr(machine.os, "environ", {})
     assert "does not answer" in machine.cells_to_skip()["hub"]

@@ -307,6 +307,21 @@ def test_the_cell_installs_the_package_only_if_it_is_not_there(tmp_path, folder,
     assert done.stderr == "" and (done.stdout == "pip\n") == asks
 
 
+def test_a_replica_runs_this_clone(monkeypatch):
+    "What is executed as on Colab is the page as it is, but with this clone for the address."
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    colab, cfg = load("colab"), tool.settings()
+    for slow, name in ((False, "04_loss"), (True, "tutorials/one_billion_pairs_tpu")):
+        nb = colab.everything(ROOT / f"nbs/{name}.ipynb", slow)
+        code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
+        assert f"git+file://{ROOT}@" in code and f"git+{cfg['git_url']}" not in code and ("\nready(slow=True)" in code) == slow
+    assert f"git clone -q --depth 1 file://{ROOT} repository" in code
+    for kind, file in colab.VERSIONS.items():
+        if file:
+            lines = (ROOT / file).read_text().splitlines()
+            assert "backend-info" in lines[1] and re.search(r"20\d\d-\d\d-\d\d", lines[1]) and all("==" in line for line in lines[2:])
+
+
 def test_headers_are_written_once(tmp_path, monkeypatch):
     "Writing them again changes nothing."
     monkeypatch.setattr(tool, "ROOT", tmp_path)

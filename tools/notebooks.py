@@ -3,10 +3,9 @@
     python tools/notebooks.py                        # all of nbs/, what nbdev_test would run
     python tools/notebooks.py nbs/04_loss.ipynb      # one
     python tools/notebooks.py --flags "slow" nbs/tutorials/nli_to_stsb.ipynb
-
-A cell that nbdev_test would skip (`#| eval: false`, or a flag of `tst_flags` that was not given) keeps its committed output.
     python tools/notebooks.py --headers              # only the header and the install cell of each notebook, executing nothing
 
+A cell that nbdev_test would skip (`#| eval: false`, or a flag of `tst_flags` that was not given) keeps its committed output.
 A notebook in which a cell raises `unittest.SkipTest`, for want of data, is left as it was.
 The repository's address in links and in the install cell is written anew from settings.ini; the header under the title takes run times and needs
 from tools/pages.json, which `python tools/colab.py --record` writes.
@@ -78,14 +77,13 @@ def header(nb, path: Path, cfg: dict[str, str]) -> str:
 def readdress(nb, path: Path, cfg: dict[str, str]) -> None:
     "Put the address of settings.ini into every link to the repository, and write header and install cell after the title."
     address = re.compile(rf"https://github\.com/[\w.-]+/{re.escape(cfg['repo'])}\b")
+    if path.resolve().is_relative_to(ROOT):  # a copy somewhere else has no address
+        nb.cells = [c for c in nb.cells if c.id not in ("colab-install", "page-header")]
+        place = 2 if any(c.id == "default-exp" for c in nb.cells[:2]) else 1
+        nb.cells[place:place] = [nbformat.v4.new_markdown_cell(header(nb, path, cfg), id="page-header"),
+                                 nbformat.v4.new_code_cell(INSTALL.format(**cfg), id="colab-install")]
     for cell in nb.cells:
         cell.source = address.sub(cfg["git_url"], cell.source)
-    if not path.resolve().is_relative_to(ROOT):  # a copy somewhere else has no address
-        return
-    nb.cells = [c for c in nb.cells if c.id not in ("colab-install", "page-header")]
-    place = 2 if any(c.id == "default-exp" for c in nb.cells[:2]) else 1
-    nb.cells[place:place] = [nbformat.v4.new_markdown_cell(header(nb, path, cfg), id="page-header"),
-                             nbformat.v4.new_code_cell(INSTALL.format(**cfg), id="colab-install")]
 
 
 def flags_of(source: str) -> set[str]:

@@ -241,11 +241,15 @@ def _carry_out(commands, keep, pip):
     invalidate_caches()
 
 # %% ../nbs/00_machine.ipynb #ready
+_TOOLS = {"pip", "setuptools"}  # loaded when Python starts, and used by nothing that we call
+
+
 def _loaded(names):
     "Those packages of which Python has loaded a module already."
+    names = set(names) - _TOOLS
     homes = metadata.packages_distributions() if names else {}
     found = {_plain(name) for module in set(sys.modules) & set(homes) for name in homes[module]}
-    return sorted(found & set(names))
+    return sorted(found & names)
 
 
 def _keep_loops_apart(versions):

@@ -169,6 +169,8 @@ def test_what_was_loaded_and_replaced_asks_for_a_restart(monkeypatch, tmp_path):
     before = {"numpy": "1.0", "torchvision": "0.1"}
     _, error = call(monkeypatch, tmp_path, before, {"numpy": "2.4.0"}, needs=["numpy>=1.26"])
     assert error.startswith("numpy changed after Python had loaded it; restart the session")
+    _, error = call(monkeypatch, tmp_path / "a", {"setuptools": "83.0"}, {"setuptools": "81.0"}, needs=["numpy>=1.26"])
+    assert error == ""                                           # torch wants an older one, which Python's start has loaded
     _, error = call(monkeypatch, tmp_path / "b", {"notloaded": "1.0"}, {"notloaded": "2.0"}, needs=["notloaded>=2"])
     assert error == ""
 

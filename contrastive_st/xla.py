@@ -21,6 +21,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .machine import pair_arguments, refusal, tpu_chips
 from .model import POOLINGS, SentenceEncoder, _most_tokens
 from .tokens import TokenBatch, Tokens, feed, pad
 from contrastive_st.run import (
@@ -44,14 +47,38 @@ from contrastive_st.run import (
 from .trainer import batch_loss, check_health, log_line, mean_cosine
 
 # %% ../nbs/08_xla.ipynb #seam
+def _same_release(a, b):
+    "Whether two versions agree in their first two numbers: 2.9.0+cpu and 2.9.1 do."
+    return a.split("+")[0].split(".")[:2] == b.split("+")[0].split(".")[:2]
+
+
+def _does_not_fit(version):
+    "What to do with a torch_xla of another release than torch, in a sentence."
+    return (f"torch_xla {version} does not fit torch {torch.__version__}; install the same version "
+            f"of both: pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python")
+
+
+def _no_torch_xla(error):
+    "Why torch_xla cannot be imported, and what to do, in a sentence."
+    if find_spec("torch_tpu"):
+        return refusal()
+    installed = [d.version for d in metadata.distributions(name="torch_xla")]
+    if installed and not _same_release(installed[0], torch.__version__):
+        return _does_not_fit(installed[0])
+    said = " ".join(str(error).rpartition("/")[2].split())[:60]  # without a long path
+    return (f"torch_xla cannot be imported ({said}); install the pair: "
+            f"pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python; "
+            "or train on CPU and GPU with contrastive_st.trainer")
+
+
 def _torch_xla():
     "The torch_xla package; a ValueError that says how to get it when it is not there or does not fit."
-    try: import torch_xla
-    except ImportError as error:
-        raise ValueError(f"torch_xla cannot be imported ({error}); install the pair: pip install torch==2.9.0 'torch_xla[tpu]==2.9.0' (Linux, Python 3.11 to 3.13), "
-                         "or train on CPU and GPU with contrastive_st.trainer") from None
-    ours, theirs = (v.split("+")[0].split(".")[:2] for v in (torch.__version__, torch_xla.__version__))
-    if ours != theirs: raise ValueError(f"torch_xla {torch_xla.__version__} does not fit torch {torch.__version__}; install the same version of both")
+    try:
+        import torch_xla
+    except (ImportError, OSError) as error:  # OSError: a library that it was built for is not there
+        raise ValueError(_no_torch_xla(error)) from None
+    if not _same_release(torch.__version__, torch_xla.__version__):
+        raise ValueError(_does_not_fit(torch_xla.__version__))
     return torch_xla
 
 def _flags(dump):
@@ -69,6 +96,14 @@ def _use_spmd(runtime):
         try: runtime.use_spmd()
         except UserWarning: raise ValueError("a tensor is on an XLA device already, and SPMD has to come first; restart the kernel and call xla.start() at the top") from None
 
+# %% ../nbs/08_xla.ipynb #on-cpu
+def _say_if_on_cpu(device):
+    "Warn if XLA computes on the CPU of a machine that has a TPU."
+    if device == "CPU" and (chips := tpu_chips()):
+        warnings.warn(f"this machine has a TPU ({chips} chip{'s' * (chips > 1)}), but XLA computes on its "
+                      "CPU, far more slowly; remove PJRT_DEVICE from the environment, restart Python, "
+                      "and look whether libtpu is installed", stacklevel=3)
+
 # %% ../nbs/08_xla.ipynb #start
 def start(
     dump:str|Path|None=None, # where to keep what XLA writes about compiled programs, which the guards read; None = only as long as the process lives
@@ -83,6 +118,7 @@ def start(
     if not runtime.is_spmd(): _use_spmd(runtime)
     logging.getLogger("torch_xla.backends").setLevel("ERROR")  # it warns even of the first call
     importlib.import_module("torch_xla.backends").set_mat_mul_precision("highest")  # a TPU multiplies float32 as bfloat16 unless told not to
+    _say_if_on_cpu(runtime.device_type())
     n = runtime.global_runtime_device_count()
     mesh = spmd.Mesh(np.arange(n), (n,), ("data",))
     spmd.set_global_mesh(mesh)

@@ -22,8 +22,8 @@ ALLOWED = {
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},
 }
-BASE = {"atomic", "workers"}                                   # how everything is written, and in which processes: all may import them
-WIRES = {"cli", "demo"}                                        # these put everything together
+BASE = {"atomic", "workers", "machine"}                        # how everything is written, in which processes, on what machine: all may import them
+WIRES = {"cli", "demo", "__main__"}                            # these put everything together
 ONLY_TYPES = {("trainer", "mixture")}                          # imported for annotations, never called
 FORBIDDEN = {"fastcore", "nbdev", "execnb", "sentence_transformers", "IPython"}   # tools of the notebooks and the peer, not of the library
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -232,7 +232,7 @@ def test_export_is_fresh(tmp_path):
     "Export and clean a copy: nothing may change."
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
     (tmp_path / "contrastive_st").mkdir()
-    for name in ("settings.ini", "contrastive_st/__init__.py"):
+    for name in ("settings.ini", "contrastive_st/__init__.py", "contrastive_st/__main__.py"):
         shutil.copy2(ROOT / name, tmp_path / name)
     for program in ("nbdev_export", "nbdev_clean"):
         done = subprocess.run([Path(sys.executable).parent / program], cwd=tmp_path, capture_output=True, text=True,

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from conftest import ROOT, make_tokenizer
 from xla_child import BATCH, LENGTH, TEXTS, make_encoder, make_mixture
 
 from contrastive_st import xla
+from contrastive_st.machine import pair_arguments
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.tokens import Tokens
 from contrastive_st.trainer import TrainConfig, batch_loss
@@ -380,6 +382,46 @@ def test_no_checkpoint_is_made_of_lost_weights(jobs):
 @pytest.mark.jobs("late-2")
 def test_spmd_has_to_come_first(jobs):
     assert jobs["late-2"]["late"].startswith("ValueError: a tensor is on an XLA device already, and SPMD has to come first; restart the kernel")
+
+
+def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch):
+    "The advice fits this Python and this machine; a long text of the linker is cut."
+    monkeypatch.setattr(xla, "find_spec", lambda name: None)
+    monkeypatch.setattr(xla.metadata, "distributions", lambda name: [])
+    for chips in (0, 1):
+        monkeypatch.setattr(xla, "tpu_chips", lambda: chips)
+        monkeypatch.setattr(xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 13), "Linux x86_64"))
+        said = xla._no_torch_xla(ImportError("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900))
+        assert "(_XLAC.so: undefined symbol" in said
+        assert "torch==2.9.0+cpu torch_xla==2.9.0" in said and ("libtpu==0.0.21.1" in said) == bool(chips) and len(said) <= 330
+    monkeypatch.setattr(xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 14), "Linux x86_64"))
+    with pytest.raises(ValueError, match="has wheels for Linux on x86-64 and Python 3.11 to 3.13, not for"):
+        xla._no_torch_xla(ImportError("none"))
+
+
+def test_a_torch_xla_of_another_release_is_named_although_it_cannot_be_imported(monkeypatch):
+    "Its library asks for a symbol that this torch has not: the versions say more than the linker."
+    monkeypatch.setattr(xla, "find_spec", lambda name: None)
+    monkeypatch.setattr(xla.metadata, "distributions", lambda name: [SimpleNamespace(version="1.13.0")])
+    assert xla._no_torch_xla(ImportError("undefined symbol")).startswith(f"torch_xla 1.13.0 does not fit torch {torch.__version__}; install the same version")
+
+
+def test_the_successor_alone_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_xla", None)
+    monkeypatch.setattr(xla, "find_spec", lambda name: name == "torch_tpu")
+    with pytest.raises(ValueError, match="torch_tpu is installed, which contrastive_st was never tried with"):
+        xla.start()
+
+
+def test_the_cpu_of_a_machine_with_a_tpu_is_said_loudly(monkeypatch):
+    monkeypatch.setattr(xla, "tpu_chips", lambda: 4)
+    with pytest.warns(UserWarning, match=r"has a TPU \(4 chips\), but XLA computes on its CPU.* remove PJRT_DEVICE"):
+        xla._say_if_on_cpu("CPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        xla._say_if_on_cpu("TPU")
+        monkeypatch.setattr(xla, "tpu_chips", lambda: 0)
+        xla._say_if_on_cpu("CPU")
 
 
 @pytest.mark.parametrize("module, said", [(None, r"torch_xla cannot be imported .* pip install torch==2\.9\.0"),

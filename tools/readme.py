@@ -47,7 +47,7 @@ def settings(root: Path) -> dict[str, str]:
 def shown(cell):
     "A cell as the README shows it: without directives; None if the README leaves it out."
     found = {line[2:].strip() for line in cell.source.split("\n") if line.startswith("#|")}
-    if cell.cell_type == "raw" or found & {"hide", "include: false"}:
+    if cell.cell_type == "raw" or found & {"hide", "include: false"} or cell.id == "page-header":   # the README has badges of its own
         return None
     source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|")).strip("\n")
     if not source:

@@ -123,28 +123,34 @@ def number_answers(cells) -> None:
         cell.metadata["mystnb"] = {"code_prompt_show": f"Show answer {n}", "code_prompt_hide": f"Hide answer {n}"}
 
 
-def badge(path: Path, depth: int, cfg: dict[str, str]) -> str:
-    "The Colab badge of a notebook, and a link to its source."
-    where = quote(path.relative_to(ROOT).as_posix())
-    colab = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{where}"
-    return (f"[![Open in Colab]({'../' * depth}files/colab.svg)]({colab}){{.badge}} "
-            f"[the notebook]({cfg['git_url']}/blob/{cfg['branch']}/{where}){{.notebook-source}}")
+def badges(path: Path, tpu: bool, depth: int, cfg: dict[str, str]) -> str:
+    "The badges of a notebook, Colab and for a TPU Kaggle, and a link to its source."
+    where, up = quote(path.relative_to(ROOT).as_posix()), "../" * depth
+    github = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{where}"
+    found = [f"[![Open in Colab]({up}files/colab.svg)](https://colab.research.google.com/github/{github}){{.badge}}"]
+    if tpu:
+        source = quote(f"https://github.com/{github}", safe="")
+        found.append(f"[![Open in Kaggle]({up}files/kaggle.svg)](https://www.kaggle.com/kernels/welcome?src={source}){{.badge}}")
+    return " ".join([*found, f"[the notebook]({cfg['git_url']}/blob/{cfg['branch']}/{where}){{.notebook-source}}"])
 
 
 def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
-    "A notebook as a page: no directives, no hidden cells, folded answers, links that work, a badge under the title."
+    "A notebook as a page: no directives, no hidden cells, folded answers, links that work, badges under the title."
     nb, depth = nbformat.read(path, as_version=4), len(path.relative_to(ROOT / "nbs").parts) - 1
     module = next((d.split()[1] for c in nb.cells for d in directives(c.source)[0] if d.startswith("default_exp ")), "")
-    cells = []
+    cells, words = [], ""
     for cell in nb.cells:
-        if cell.cell_type == "code":
+        if cell.id == "page-header":    # its badges are made anew for the site, how long it runs and what it needs is kept
+            words = cell.source.partition("\n\n")[2]
+        elif cell.cell_type == "code":
             cells += [c] if (c := code_cell(cell)) else []
         elif cell.cell_type == "markdown":
             text = outside_fences(lambda t: symbols(links(t, path.parent, depth, cfg), names), cell.source)
             cells.append(nbformat.v4.new_markdown_cell(text, id=cell.id))
     number_answers(cells)
     if cells and cells[0].cell_type == "markdown":
-        cells.insert(1, nbformat.v4.new_markdown_cell(badge(path, depth, cfg), id="badge-line"))
+        line = badges(path, nb.metadata.get("accelerator") == "TPU", depth, cfg)
+        cells.insert(1, nbformat.v4.new_markdown_cell(f"{line}\n\n{words}".strip(), id="badge-line"))
     if module and (ROOT / f"contrastive_st/{module}.py").exists():
         note = (f"Cells with a coloured edge are exported: together they are the module `contrastive_st.{module}` "
                 f"([API reference]({'../' * depth}api/{module}.md)).")
@@ -220,7 +226,8 @@ def stage() -> None:
             old.unlink()
     for name, text in pages.items():
         write(STAGE / name, text)
-    write(STAGE / "files/colab.svg", (ROOT / "docs/_static/colab.svg").read_text(encoding="utf-8"))
+    for name in ("colab", "kaggle"):
+        write(STAGE / f"files/{name}.svg", (ROOT / f"docs/_static/{name}.svg").read_text(encoding="utf-8"))
 
 
 def fetch_mathjax() -> None:

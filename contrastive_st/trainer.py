@@ -26,6 +26,7 @@ from transformers.utils import is_torch_xla_available
 from . import loss as contrastive
 from .atomic import read_json
 from .gradcache import cached_step
+from .machine import refuse_torch_tpu
 from .model import SentenceEncoder, _has_bf16
 from contrastive_st.run import (
     SAVE_SECONDS,
@@ -508,11 +509,7 @@ def _device():
     if not torch.accelerator.is_available():
         return "cpu"
     device = torch.accelerator.current_accelerator().type
-    if device == "tpu":
-        raise ValueError(
-            "torch_tpu is installed, and this loop was never tried with it: it would compile nearly every batch anew; "
-            "train with contrastive_st.xla.train (--xla), or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to use the CPU"
-        )
+    refuse_torch_tpu(device)
     return device
 
 # %% ../nbs/07_trainer.ipynb #run-steps

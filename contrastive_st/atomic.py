@@ -419,8 +419,6 @@ class Part:
         notes: dict = {},  # JSON: further state to begin with, such as the line to read next
     ):
         self.path = Path(os.path.realpath(path))
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path}: is a file; choose another name for the folder")
         self.folder = self.path.with_name(f"{self.path.name}.part")
         self.origin = json.loads(json.dumps(origin))
         self.state = self._resume() or self._begin(notes)
@@ -472,6 +470,8 @@ class Part:
     def finish(self) -> None:
         "Give the folder its manifest and its final name; a folder that stood there goes."
         with writing(self.path, "run again: the pieces that were finished are kept"):
+            if self.path.exists() and not self.path.is_dir():
+                raise ValueError(f"{self.path}: is a file; choose another name for the folder")
             for leftover in filter(_is_partial, self.folder.iterdir()):
                 remove(leftover)
             write_manifest(self.folder, self.files)

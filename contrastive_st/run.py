@@ -139,8 +139,8 @@ def run_state(
         return "none"
     if not (out / "metrics.json").is_file():  # killed between its first records
         return "begun"
-    ended = read_json(out / "metrics.json", todo=_TODO).get("ended_by")
-    return "finished" if ended in ("steps", "patience") else "begun"
+    ended = read_json(out / "metrics.json", todo=_TODO).get("ended_by") in ("steps", "patience")
+    return "finished" if ended and (out / "model/modules.json").is_file() else "begun"
 
 
 _TODO = "restore the file from a copy, or start the run again with overwrite"

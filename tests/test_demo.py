@@ -97,7 +97,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "going").mkdir()
     (tmp_path / "going/versions.json").write_text("{}")
-    stranger(shutil.copytree(folders / "small", tmp_path / "remote"))
+    stranger(shutil.copytree(folders / "small", tmp_path / "remote", ignore=shutil.ignore_patterns("manifest.json")))
     shutil.copytree(folders / "small", tmp_path / "module")
     chain = json.loads((tmp_path / "module/modules.json").read_text())
     (tmp_path / "module/modules.json").write_text(json.dumps([chain[0] | {"type": "code.Transformer"}, *chain[1:]]))
@@ -483,7 +483,7 @@ def test_the_command_line_refuses_in_one_sentence(server, tmp_path, folders):
 ])
 def test_models_that_cannot_be_shown(folders, tmp_path, monkeypatch, capfd, models, options, said):
     (tmp_path / "empty").mkdir()
-    stranger(shutil.copytree(folders / "small", tmp_path / "remote"))
+    stranger(shutil.copytree(folders / "small", tmp_path / "remote", ignore=shutil.ignore_patterns("manifest.json")))
     shutil.copytree(folders / "small", tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets it, for good

@@ -169,7 +169,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys, monkeypatc
     assert metrics == read(tmp_path / "run", "metrics") and metrics["ended_by"] == "steps"
     assert same(after, weights(encoder))
     assert (snapshot(tmp_path), sorted(tmp_path.rglob("*"))) == (before, listing)
-    assert "is finished; nothing to do" in capsys.readouterr().err
+    assert "is finished (6 steps); nothing to do" in capsys.readouterr().err
     with pytest.raises(ValueError, match="already holds a finished run"):
         dropout_run(tmp_path / "run")
 

@@ -807,7 +807,6 @@ def _in_processes(jobs, workers, told):
             return [job.result() for job in jobs]
         finally:
             counter.value = -1  # a worker that has begun the next dataset stops at its next shard
-            pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/00_data.ipynb #prepare-public
 def _check_shared(wanted, stores):

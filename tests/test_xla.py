@@ -103,7 +103,7 @@ def test_a_step_equals_eager(jobs, devices):
     found = jobs[f"step-{devices}"]
     assert found.keys() == {*CASES, *(MORE if devices == 4 else ())}
     for name, off in found.items():
-        assert off["loss"] <= 1e-6 and off["masked"] <= 1e-6, (name, off)
+        assert off["loss"] <= 1e-6 * off["value"] and off["masked"] <= 1e-6, (name, off)       # the loss is about 3, a step of float32 there 2.4e-7
         assert off["gradients"] < 2e-5 and off["worst"] < 3e-4 and off["norm"] < 1e-5, (name, off)
         assert off["counts"] == {"compilations": name != "bert full", "executions": 1, "fallbacks": 0}, (name, off)   # padding or none: one program
 

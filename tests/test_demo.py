@@ -98,7 +98,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(folders, tmp_path):
     (tmp_path / "going").mkdir()
     (tmp_path / "going/versions.json").write_text("{}")
     stranger(shutil.copytree(folders / "small", tmp_path / "remote", ignore=shutil.ignore_patterns("manifest.json")))
-    shutil.copytree(folders / "small", tmp_path / "module")
+    shutil.copytree(folders / "small", tmp_path / "module", ignore=shutil.ignore_patterns("manifest.json"))
     chain = json.loads((tmp_path / "module/modules.json").read_text())
     (tmp_path / "module/modules.json").write_text(json.dumps([chain[0] | {"type": "code.Transformer"}, *chain[1:]]))
     for place, said in (("empty", "not a model directory"), ("going", "has no model yet"), ("remote", "code that comes with a model is never run"), ("module", "only Transformer, Pooling and Normalize")):
@@ -519,8 +519,8 @@ def test_pages_over_http(client, tmp_path):
 def call(server, name, *data):
     "Ask the server as a stranger would, without the client's help; returns what it streams back."
     asked = urllib.request.Request(f"{server}gradio_api/call/{name}", json.dumps({"data": data}).encode(), {"Content-Type": "application/json"})
-    event = json.loads(urllib.request.urlopen(asked, timeout=60).read())["event_id"]
-    return urllib.request.urlopen(f"{server}gradio_api/call/{name}/{event}", timeout=60).read().decode()
+    event = json.loads(urllib.request.urlopen(asked, timeout=120).read())["event_id"]
+    return urllib.request.urlopen(f"{server}gradio_api/call/{name}/{event}", timeout=120).read().decode()
 
 
 @gradio
@@ -611,7 +611,7 @@ def trap():
 
 def ask(address, method, path, body=None, headers={}):
     "Status and body of one request, with exactly these headers."
-    line = http.client.HTTPConnection(re.search(r"//([^/]+)", address)[1], timeout=60)
+    line = http.client.HTTPConnection(re.search(r"//([^/]+)", address)[1], timeout=120)
     with contextlib.closing(line):
         line.request(method, path, body, dict(headers), encode_chunked=body is not None and not isinstance(body, bytes))
         answer = line.getresponse()
@@ -727,7 +727,7 @@ def test_work_for_a_page_that_was_closed_is_stopped(stranger_server):
     search = next(number for number, f in enumerate(json.loads(ask(stranger_server, "GET", "/config")[1])["dependencies"]) if f["api_name"] == "search")
     body = {"data": ["\n".join(f"cat {i}" for i in range(20_000)), None, "", "dog", 3], "fn_index": search, "session_hash": "visitor"}
     assert ask(stranger_server, "POST", "/gradio_api/queue/join", json.dumps(body).encode(), JSON)[0] == 200
-    line = http.client.HTTPConnection(re.search(r"//([^/]+)", stranger_server)[1], timeout=60)
+    line = http.client.HTTPConnection(re.search(r"//([^/]+)", stranger_server)[1], timeout=120)
     line.request("GET", "/gradio_api/queue/data?session_hash=visitor")
     line.getresponse().read(10)
     for _ in range(100):
@@ -767,7 +767,7 @@ def test_ctrl_c_ends_the_server_at_once(folders, working):
             time.sleep(1)
         start = time.time()
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=120)[1]
         assert time.time() - start < 4 and "Traceback" not in errors, (time.time() - start, errors)      # less than 2 s on a machine that is not busy
     finally:
         process.kill()

@@ -129,7 +129,7 @@ def test_workers_end_with_their_parent(tmp_path, how):
     process = run(tmp_path, "long")
     ids = workers(tmp_path)
     process.send_signal(how)
-    process.communicate(timeout=20)  # ends only when nobody holds its output
+    process.communicate(timeout=60)  # ends only when nobody holds its output
     assert wait_for_end(ids) == []
 
 
@@ -140,7 +140,7 @@ def test_ctrl_c_ends_all_and_the_parent_alone_says_so(tmp_path):
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     try:
-        _, err = process.communicate(timeout=15)
+        _, err = process.communicate(timeout=60)
     finally:
         for left in wait_for_end([process.pid, *ids], 5):
             os.kill(left, signal.SIGKILL)

@@ -132,7 +132,15 @@ def read_json(
 
 # %% ../nbs/00_atomic.ipynb #boundary
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_WORDS = ("No space left", "os error 28", "os error 27", "File too large", "Disk quota", "file write failed")
+_FULL_WORDS = (
+    "No space left",
+    "os error 28",
+    "os error 27",
+    "File too large",
+    "Disk quota",
+    "file write failed",  # of torch.save
+    "unexpected pos",  # of torch.save, when a write was cut short
+)
 
 
 def _first_line(error):

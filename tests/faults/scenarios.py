@@ -222,7 +222,7 @@ class EncodeOver(Encode):
     resumes_first = False
 
     def run(self, folder, resume):
-        begun = (folder / f"{self.file}.part").exists()
+        begun = (folder / f"{self.file}.part" / "state.json").exists()
         try:
             super().run(folder, resume)
         except ValueError as error:  # killed before it wrote anything, it cannot be told from a run that never was

@@ -11,6 +11,7 @@ KIND     ?= cpu
 XLA      := $(XLA_VENV)/bin
 XLA_PAIR := torch==2.9.0 torch_xla==2.9.0
 CUDA_PARTS := import importlib.metadata as m; print(*[r.split(';')[0] for r in m.requires('torch') if 'nvidia' in r], sep='\n')
+INTERRUPTED := new-file,new-folder,new-folder-over,new-folder-renames,part,part-over,part-renames,train,prepare,prepare-over,encode,encode-over,encode-parquet,save,save-over,card
 OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
@@ -39,7 +40,7 @@ test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-faults: $(READY)  ## kill, fill up, damage and confuse everything that writes, at every point (15 minutes on two cores; Linux with gcc)
-	$(BIN)/python tests/faults/sweep.py --twice 20 --full 14 --damage -1 --checks all --fuzz 2000
+	$(BIN)/python tests/faults/sweep.py --scenario $(INTERRUPTED) --twice 20 --full 14 --damage -1 --checks all --fuzz 2000
 
 test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (builds .venv-xla, about 8 GB, the first time)
 	@$(PYTHON) -c "import platform as p, sys; sys.exit(3 * ((p.system(), p.machine()) != ('Linux', 'x86_64') or not (3, 11) <= sys.version_info < (3, 14)))"; \

@@ -331,7 +331,7 @@ def _difference(folder, name, entry, full):
 @contextmanager
 def new_folder(
     path: str | Path,     # final name; a folder that stands there is replaced
-    carry: bool = False,  # keep those entries of the old folder that this writer does not write, such as a README or .git
+    carry: bool | Callable[[str], bool] = False,  # keep what this writer does not write, such as a README or .git; a function is asked for each relative name
 ) -> Iterator[Path]:      # an empty folder to fill
     "Yield a folder to fill; when the block ends well it gets its manifest, then its final name."
     path = Path(os.path.realpath(path))
@@ -347,7 +347,7 @@ def new_folder(
             write_manifest(beside)
             _open_to_all(beside)
             if carry and path.is_dir():
-                _carry_over(path, beside)
+                _carry_over(path, beside, carry if callable(carry) else lambda name: True)
             _place(beside, path)
         except BaseException:
             with suppress(OSError):
@@ -363,13 +363,13 @@ def _open_to_all(folder):
             path.chmod(mode)
 
 
-def _carry_over(old, new):
-    "Link or copy the entries of an old folder into the new one, apart from what the old manifest names."
+def _carry_over(old, new, is_wanted):
+    "Link or copy the wanted entries of an old folder into the new one, apart from what the old manifest names."
     written = read_json(old / MANIFEST).get("files", ()) if is_whole(old) else ()
     ours = {MANIFEST, *written, *(str(parent) for name in written for parent in Path(name).parents)}
     for entry in sorted(old.rglob("*")):
-        target = new / entry.relative_to(old)
-        if entry.relative_to(old).as_posix() in ours or os.path.lexists(target):
+        name, target = entry.relative_to(old).as_posix(), new / entry.relative_to(old)
+        if name in ours or os.path.lexists(target) or not is_wanted(name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             target.mkdir(parents=True)
@@ -487,5 +487,6 @@ class Part:
             (self.path / _STATE).unlink()  # last: until then a killed writer can go on
 
     def discard(self) -> None:
-        "Delete the pieces."
+        "Delete the pieces, the state first, so that nothing is left to go on with if this is interrupted."
+        remove(self.folder / _STATE)
         remove(self.folder)

@@ -223,14 +223,8 @@ def _finish(part, path):
             card = {"rows": rows, "texts": texts, **made, **atomic.describe_file(beside)}
             atomic.remove(_card_of(path))
         atomic.write_json(_card_of(path), card)
-    _discard(part)
-    return card
-
-
-def _discard(part):
-    "Delete a part; its state goes first, so that a run killed here leaves nothing to go on with."
-    atomic.remove(part.folder / "state.json")
     part.discard()
+    return card
 
 # %% ../nbs/09_encoding.ipynb #verify
 _RENEW = "restore it from a copy, or encode the texts again"
@@ -571,5 +565,5 @@ def write_embeddings(
             return _finish(part, path)
         except BaseException:
             if not part.files:  # there is nothing to go on with
-                _discard(part)
+                part.discard()
             raise

@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping, Set
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from functools import cache
 from numbers import Integral
 from pathlib import Path
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .atomic import MANIFEST, check_folder, describe_file, is_whole, new_folder, read_json, reading, write_json, writing
+from .atomic import MANIFEST, check_folder, is_whole, new_folder, read_json, reading, write_json
 from .packed import packable, packed_states
 from .precision import check_precision, quantize
 from .tokens import RaggedTokenizer
@@ -666,15 +667,9 @@ _OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "t
                "tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "chat_template*")
 
 
-def _claim(folder):
-    "Enter the files of the model that stands in a folder into its manifest, so that none is taken over into the next model."
-    stale = {path for pattern in _OF_A_MODEL for path in folder.glob(pattern)} if folder.is_dir() else ()
-    files = [file for path in stale for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
-    known = read_json(folder / MANIFEST).get("files", {}) if is_whole(folder) else {}
-    new = {name: describe_file(file) for file in files if (name := file.relative_to(folder).as_posix()) not in known}
-    if new:
-        with writing(folder):
-            write_json(folder / MANIFEST, {"format": 1, "files": {**known, **new}})
+def _is_the_users(name):
+    "Whether an entry of a model directory, by its relative name, belongs to no model, so that it stays when another is saved there."
+    return not any(fnmatch(name.partition("/")[0], pattern) for pattern in _OF_A_MODEL)
 
 
 def _write_backbone(folder, backbone, tokenizer, pooler_weights):
@@ -837,9 +832,7 @@ def _warn_of_texts(encoder, n, cut, broken):
 def _save(encoder, folder):
     "Write an encoder as a sentence-transformers directory, whole or not at all."
     rest = {"model_type": "SentenceTransformer", "default_prompt_name": None, "similarity_fn_name": "cosine", **encoder.settings}
-    with writing(folder):
-        _claim(folder)
-    with new_folder(folder, carry=True) as new:
+    with new_folder(folder, carry=_is_the_users) as new:
         _write_backbone(new, encoder.backbone, encoder.tokenizer, encoder.pooler_weights)
         _write_layout(new, encoder.pooling, encoder.normalize, encoder.max_length, encoder.width, {**rest, "prompts": encoder.prompts})
 

@@ -30,7 +30,6 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from contrastive_st.atomic import (
-    Damaged,
     check_folder,
     is_whole,
     lock,

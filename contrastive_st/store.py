@@ -281,24 +281,14 @@ def _clear(folder):
                 remove(path)
 
 
-def _sealed(notes):
-    "The notes of a part with their digest: one wrong bit in them could lose rows without a word."
-    notes = {key: value for key, value in notes.items() if key != "seal"}
-    digest = blake2b(json.dumps(notes, sort_keys=True).encode(), digest_size=8)
-    return notes | {"seal": digest.hexdigest()}
-
-
 def _resume(folder, origin, notes):
     "The part of a store that an interrupted run on the same data left, or an empty one."
-    notes = _sealed(notes)
     part = Part(folder, origin, notes)
     rejects = part.folder / REJECTS
     size = rejects.stat().st_size if rejects.is_file() else 0
-    if part.notes != _sealed(part.notes) or size < part.notes.get("rejects", 0):
+    if size < part.notes.get("rejects", 0):
         part.discard()
         part = Part(folder, origin, notes)
-    for beside in part.folder.glob(".*.partial"):  # of a file that was being written
-        remove(beside)
     return part
 
 # %% ../nbs/00_store.ipynb #write-shards
@@ -312,9 +302,8 @@ def _write_batch(path, arrays, names):
 def _add_shard(part, arrays, names, **notes):
     "Add one shard to a part, and note how many rows it has."
     rows = part.notes["rows"]
-    notes = part.notes | notes | {"rows": [*rows, len(arrays[0])]}
     write = partial(_write_batch, arrays=arrays, names=names)
-    part.add(f"shard-{len(rows):05}.arrow", write, **_sealed(notes))
+    part.add(f"shard-{len(rows):05}.arrow", write, **notes, rows=[*rows, len(arrays[0])])
 
 
 def _shard_files(part):

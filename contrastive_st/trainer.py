@@ -8,6 +8,7 @@ __all__ = ['batch_loss', 'mean_cosine', 'check_health', 'log_line', 'train']
 # %% ../nbs/07_trainer.ipynb #imports-export
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -230,15 +231,15 @@ class _ContrastiveTrainer(Trainer):
         torch.save(state, folder / "training.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        state = load_training(resume_from_checkpoint, _TRAINING_KEYS)
-        self.run.best_step, self.run.best = state["best_step"], state["best"]
+        self.saved = load_training(resume_from_checkpoint, _TRAINING_KEYS)
+        self.run.best_step, self.run.best = self.saved["best_step"], self.saved["best"]
         load_weights(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
-            state = load_training(checkpoint, _TRAINING_KEYS)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.lr_scheduler.load_state_dict(state["scheduler"])
+            self.optimizer.load_state_dict(self.saved["optimizer"])
+            self.lr_scheduler.load_state_dict(self.saved["scheduler"])
+            self.saved = None  # twice the size of the weights
 
     def _load_rng_state(self, checkpoint):
         "Nothing to restore: each step is seeded by its number."
@@ -268,7 +269,7 @@ class _Checkpoints(TrainerCallback):
         due = bool(every and state.global_step % every == 0)
         control.should_save = control.should_save or due or late or stop
         if stop:
-            self.run.signals.number = self.run.signals.number or 15  # SIGTERM reached another rank
+            self.run.signals.number = self.run.signals.number or signal.SIGTERM  # it reached another rank
             control.should_training_stop = True
         return control
 

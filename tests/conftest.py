@@ -3,6 +3,7 @@ import gc
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -50,6 +51,14 @@ def make_backbone(vocab_size: int):
         return BertModel(config).eval()
 
 
+def sentences(n, seed):
+    "n different sentences of 3 to 9 words."
+    rng, found = np.random.default_rng(seed), {}
+    while len(found) < n:
+        found[" ".join(rng.choice(WORDS, rng.integers(3, 10)))] = None
+    return list(found)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     "Tiny models are faster on one thread; each run ends in a garbage collection, which need not look at what is imported."
@@ -81,3 +90,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data here: set CONTRASTIVE_ST_DATA to the folder that has it")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_disk():
+    "Nobody waits for the disk: only a crash of the machine would lose what was written, and no test has one."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield

@@ -26,12 +26,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data is no
 GOOD = [("Is it foggy?", "No."), ("Where is berth 4?", "On the east quay."), ("Who opens the lock?", "The lock keeper.")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_disk():
-    "Nobody waits for the disk: only a crash of the machine would lose what was written, and no test has one."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def put(path: Path, content) -> Path:

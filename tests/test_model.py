@@ -998,3 +998,17 @@ def test_vectors_that_are_no_numbers_are_said(encoder):
         encoder.backbone.encoder.layer[1].output.dense.bias[0] = float("nan")
     with pytest.warns(UserWarning, match="6 of 6 vectors hold NaN or infinity"):
         encoder.encode(TEXTS)
+
+
+def test_a_save_that_fails_changes_no_byte_of_a_foreign_directory(tmp_path, tiny_tokenizer, tiny_backbone, monkeypatch):
+    "A directory of another library, with files that the new model would replace, stays as it is until the new one is whole."
+    encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=32)
+    encoder.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()
+    (tmp_path / "a" / "pytorch_model.bin").write_bytes(b"old")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()}
+    monkeypatch.setattr("contrastive_st.model._write_layout", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ValueError, match="the disk is full"):
+        encoder.save_pretrained(tmp_path / "a")
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()} == before
+    SentenceEncoder.from_pretrained(tmp_path / "a")

@@ -28,13 +28,7 @@ from contrastive_st import data, store
 from contrastive_st.data import load_source, prepare, read_examples, store_folder
 from contrastive_st.store import REJECTS, SUMMARY, Store, text_identity
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_disk():
-    "Nobody waits for the disk: only a crash of the machine would lose what was written, and no test has one."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def entry(path, name="a", **more): return {"name": name, "path_or_hub_id": path, **more}

@@ -39,12 +39,7 @@ ORIGIN = {"file": "a.jsonl", "bytes": 7}
 WORDS = ["tug", "Tug ", "é", "e\u0301", "Straße", "港口", "a\u2028b", "\U0001f6a2", "x" * 300, "\u0000", "\n", "q", "berth 4", "\u200f"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_disk():
-    "Nobody waits for the disk: only a crash of the machine would lose what was written, and no test has one."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def reader(lines, stop=None):

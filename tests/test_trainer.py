@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, WORDS, make_backbone, make_tokenizer
+from conftest import ROOT, make_backbone, make_tokenizer, sentences
 from datasets import Dataset
 from transformers import BertConfig, BertModel, TrainerCallback
 
@@ -46,14 +46,6 @@ def make_encoder(dropout=0.0):
         if isinstance(layer, torch.nn.Dropout):
             layer.p = dropout
     return encoder
-
-
-def sentences(n, seed):
-    "n different sentences of 3 to 9 words."
-    rng, found = np.random.default_rng(seed), {}
-    while len(found) < n:
-        found[" ".join(rng.choice(WORDS, rng.integers(3, 10)))] = None
-    return list(found)
 
 
 def make_source(columns=2, rows=40, name="pairs", seed=1, copies=1):

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import torch
-from conftest import WORDS, make_backbone, make_tokenizer
+from conftest import make_backbone, make_tokenizer, sentences
 from datasets import Dataset
 
 from contrastive_st import atomic, card, data, encoding, store, trainer
@@ -14,14 +14,6 @@ from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.tokens import Tokens
 from faults.atoms import LOCK, Scenario, leftovers
-
-
-def sentences(n, seed):
-    "n different sentences of 3 to 9 words."
-    rng, found = np.random.default_rng(seed), {}
-    while len(found) < n:
-        found[" ".join(rng.choice(WORDS, rng.integers(3, 10)))] = None
-    return list(found)
 
 
 def make_encoder(dropout=0.0, shift=0.0):

@@ -1,4 +1,5 @@
 """What the benchmarks share: one thread, turns, medians, resident memory, and a record of where it was measured."""
+
 import argparse
 import json
 import multiprocessing
@@ -20,7 +21,13 @@ HERE = Path(__file__).resolve().parent
 
 def one_thread() -> None:
     "Keep every library to one thread, in this process and in its children."
-    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.environ.update(
+        TOKENIZERS_PARALLELISM="false",
+        RAYON_NUM_THREADS="1",
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+        OPENBLAS_NUM_THREADS="1",
+    )
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     if "torch" in sys.modules:
@@ -31,7 +38,7 @@ def interleaved(ways: dict[str, Callable[[int], object]], rounds: int) -> dict[s
     "CPU seconds (of all threads) of every way in every round; the ways take turns, and each round begins with another one."
     names, seconds = list(ways), {name: [] for name in ways}
     for r in range(rounds):
-        for name in names[r % len(names):] + names[:r % len(names)]:
+        for name in names[r % len(names) :] + names[: r % len(names)]:
             start = time.process_time()
             ways[name](r)
             seconds[name].append(time.process_time() - start)
@@ -40,14 +47,18 @@ def interleaved(ways: dict[str, Callable[[int], object]], rounds: int) -> dict[s
 
 def spread(values: list[float]) -> dict[str, float]:
     "Median and quartiles."
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return {"median": middle, "q1": low, "q3": high}
 
 
 def memory() -> dict[str, float]:
     "Resident memory of this process in MB: in all, its own (anonymous), and pages of mapped files, which belong to the kernel's cache."
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "RssAnon", "RssFile")}
+    return {
+        name: int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "RssAnon", "RssFile")
+    }
 
 
 def fresh(function: Callable, *args):
@@ -58,29 +69,48 @@ def fresh(function: Callable, *args):
 
 def real_data() -> Path:
     "Where the folder of the real files is, or would be."
-    return Path(os.environ.get("CONTRASTIVE_ST_DATA", HERE.parent / ".." / "shared" / "data")).resolve()
+    return Path(
+        os.environ.get("CONTRASTIVE_ST_DATA", HERE.parent / ".." / "shared" / "data")
+    ).resolve()
 
 
 def hardware() -> str:
     "Processor and memory of this machine."
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in cpuinfo.splitlines()
+        if line.startswith("model name")
+    ]
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{names[0] if names else platform.processor() or platform.machine()}, {size:.0f} GiB"
 
 
 def record(*packages: str) -> dict:
     "Where and with what a result was measured."
-    return {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "cores": os.cpu_count(), "python": platform.python_version(),
-            "versions": {p: version(p) for p in ("contrastive_st", "numpy", "pyarrow", *packages)},
-            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])])}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in ("contrastive_st", "numpy", "pyarrow", *packages)},
+        "command": " ".join(
+            [
+                "python",
+                f"benchmarks/{Path(sys.argv[0]).name}",
+                *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]),
+            ]
+        ),
+    }
 
 
 def arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     "The command line of a benchmark."
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a rough figure in less than a minute")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON and the plots")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results", help="folder for the JSON and the plots"
+    )
     return parser.parse_args(argv)
 
 
@@ -104,7 +134,9 @@ def save(results: dict, figures: dict[str, Figure], name: str, out: Path) -> Non
     write(results, name, out)
     for suffix, figure in figures.items():
         figure.savefig(out / f"{name}_{suffix}.png", dpi=120)
-    if out.resolve() == HERE / "results" and all((out / f"{row[0]}.json").is_file() for row in ROWS):
+    if out.resolve() == HERE / "results" and all(
+        (out / f"{row[0]}.json").is_file() for row in ROWS
+    ):
         write_table(HERE / "README.md", out)
     print(json.dumps(rounded(results["ratios"])))
 
@@ -112,53 +144,231 @@ def save(results: dict, figures: dict[str, Figure], name: str, out: Path) -> Non
 # ---- the table of README.md
 
 ROWS = (  # file, keys, what, target, how to write it
-    ("data_order", ("ratios", "batch_at_540000_over_batch_at_0"), "a batch at step 540,000 against step 0, from nothing", "< 1.5", "{:.2f} times"),
-    ("data_order", ("ratios", "resident_mb_more_at_1.1B_rows_than_at_1M"), "resident memory at 1.1 billion rows against 1 million", "< 50 MB more", "{:.1f} MB more"),
-    ("data_order", ("run_us_per_row", "ours_540000", "median"), "finding a row, in a run", "", "{:.2f} µs"),
-    ("data_order", ("run_us_per_row", "grain_540000", "median"), "the same in grain", "", "{:.1f} µs"),
-    ("data_order", ("ratios", "permutation_mb_at_1.1B_rows_computed"), "a stored permutation of 1.1 billion rows (computed)", "", "{:,.0f} MB"),
-    *(("data_input", ("pairs_per_second_per_core", kind, way), f"{kind} texts, {words}", "≥ 200,000" if way == "pretokenised" else "", "{:,.0f} pairs/s")
-      for kind in ("short", "mixed") for way, words in (("seeds", "the released script's way"), ("datasets", "`datasets`, row by row"), ("datasets_blocks", "`datasets`, in blocks"),
-                                                       ("tokenizer", "the tokenizer alone"), ("on_the_fly", "ours, tokenised on the fly"), ("pretokenised", "ours, from tokens"))),
-    ("data_input", ("ratios", "short", "on_the_fly_over_seeds"), "short texts, ours on the fly against the released script's way", "≥ 5", "{:.1f} times"),
-    ("data_input", ("ratios", "mixed", "on_the_fly_over_seeds"), "mixed texts, ours on the fly against the released script's way", "≥ 2.2", "{:.1f} times"),
-    ("data_input", ("ratios", "short", "on_the_fly_over_tokenizer"), "short texts, ours on the fly against the tokenizer alone", "≥ 0.9", "{:.2f} times"),
-    ("data_input", ("ratios", "mixed", "on_the_fly_over_tokenizer"), "mixed texts, ours on the fly against the tokenizer alone", "≥ 0.9", "{:.2f} times"),
-    ("data_input", ("ratios", "rows_of_stores"), "a store with this many times the rows ...", "", "{:.0f} times"),
-    ("data_input", ("ratios", "anonymous_mb_more"), "... needs this much more memory of its own", "", "{:.1f} MB more"),
-    ("data_input", ("ratios", "parsing"), "parsing lines, isal and orjson against gzip and json", "", "{:.1f} times"),
-    ("data_input", ("files", "prepare_rows_per_second"), "writing a store, texts and identities", "", "{:,.0f} rows/s"),
-    ("data_input", ("files", "tokenise_rows_per_second"), "adding tokens to a store", "", "{:,.0f} rows/s"),
-    *(("speed", ("cases", case, "ratios", f"{peer} / {ours}", "median"), f"{what}, {ours} against {peer}", target, "{:.2f} times") for case, peer, ours, what, target in (
-        ("train_64", "peer fp32", "ours bf16", "training on short pairs, batch 64", "≥ 5"), ("train_64", "peer bf16", "ours bf16", "training on short pairs, batch 64", "≥ 2.5"),
-        ("train_64", "peer fp32", "ours fp32", "training on short pairs, batch 64", ""), ("train_64", "peer tuned", "ours bf16", "training on short pairs, batch 64", ""),
-        ("train_128", "peer fp32", "ours bf16", "the same, batch 128", "≥ 5"), ("train_128", "peer bf16", "ours bf16", "the same, batch 128", "≥ 2.5"),
-        ("train_256", "peer bf16", "ours bf16", "the same, batch 256", ""), ("train_1024", "peer cached bf16", "ours bf16", "the same, batch 1,024", "≥ 2.5"),
-        ("train_long", "peer bf16", "ours bf16", "training on questions and answers of 250 word pieces", "≥ 1.5"),
-        *((case, peer, "ours bf16", f"encoding {what}", target) for case, what, targets in (("encode_short", "short sentences", ("≥ 4", "≥ 1.4", "≥ 1.1")), ("encode_passages", "passages of 170 word pieces", ("≥ 4", "≥ 1.5", "≥ 1.0")),
-                                                                                           ("encode_long", "answers of 250 word pieces", ("", "", "")))
-          for peer, target in zip(("peer fp32", "peer bf16", "peer OpenVINO"), targets)))),
-    ("speed", ("cases", "train_64", "share", "ours bf16", "median"), "share of the bf16 matrix products' ceiling, training on short pairs", "≥ 50%", "{:.0%}"),
-    ("speed", ("cases", "train_64", "share", "peer bf16", "median"), "the same of the peer", "", "{:.0%}"),
-    ("speed", ("whole", "ratio", "median"), "a whole run from random weights, ours bf16 against peer bf16", "≥ 2", "{:.2f} times"),
-    ("speed", ("whole", "means", "ours bf16", "test"), "its STS-B test correlation x 100, ours", "≥ the peer's - 0.5", "{:.2f}"),
+    (
+        "data_order",
+        ("ratios", "batch_at_540000_over_batch_at_0"),
+        "a batch at step 540,000 against step 0, from nothing",
+        "< 1.5",
+        "{:.2f} times",
+    ),
+    (
+        "data_order",
+        ("ratios", "resident_mb_more_at_1.1B_rows_than_at_1M"),
+        "resident memory at 1.1 billion rows against 1 million",
+        "< 50 MB more",
+        "{:.1f} MB more",
+    ),
+    (
+        "data_order",
+        ("run_us_per_row", "ours_540000", "median"),
+        "finding a row, in a run",
+        "",
+        "{:.2f} µs",
+    ),
+    (
+        "data_order",
+        ("run_us_per_row", "grain_540000", "median"),
+        "the same in grain",
+        "",
+        "{:.1f} µs",
+    ),
+    (
+        "data_order",
+        ("ratios", "permutation_mb_at_1.1B_rows_computed"),
+        "a stored permutation of 1.1 billion rows (computed)",
+        "",
+        "{:,.0f} MB",
+    ),
+    *(
+        (
+            "data_input",
+            ("pairs_per_second_per_core", kind, way),
+            f"{kind} texts, {words}",
+            "≥ 200,000" if way == "pretokenised" else "",
+            "{:,.0f} pairs/s",
+        )
+        for kind in ("short", "mixed")
+        for way, words in (
+            ("seeds", "the released script's way"),
+            ("datasets", "`datasets`, row by row"),
+            ("datasets_blocks", "`datasets`, in blocks"),
+            ("tokenizer", "the tokenizer alone"),
+            ("on_the_fly", "ours, tokenised on the fly"),
+            ("pretokenised", "ours, from tokens"),
+        )
+    ),
+    (
+        "data_input",
+        ("ratios", "short", "on_the_fly_over_seeds"),
+        "short texts, ours on the fly against the released script's way",
+        "≥ 5",
+        "{:.1f} times",
+    ),
+    (
+        "data_input",
+        ("ratios", "mixed", "on_the_fly_over_seeds"),
+        "mixed texts, ours on the fly against the released script's way",
+        "≥ 2.2",
+        "{:.1f} times",
+    ),
+    (
+        "data_input",
+        ("ratios", "short", "on_the_fly_over_tokenizer"),
+        "short texts, ours on the fly against the tokenizer alone",
+        "≥ 0.9",
+        "{:.2f} times",
+    ),
+    (
+        "data_input",
+        ("ratios", "mixed", "on_the_fly_over_tokenizer"),
+        "mixed texts, ours on the fly against the tokenizer alone",
+        "≥ 0.9",
+        "{:.2f} times",
+    ),
+    (
+        "data_input",
+        ("ratios", "rows_of_stores"),
+        "a store with this many times the rows ...",
+        "",
+        "{:.0f} times",
+    ),
+    (
+        "data_input",
+        ("ratios", "anonymous_mb_more"),
+        "... needs this much more memory of its own",
+        "",
+        "{:.1f} MB more",
+    ),
+    (
+        "data_input",
+        ("ratios", "parsing"),
+        "parsing lines, isal and orjson against gzip and json",
+        "",
+        "{:.1f} times",
+    ),
+    (
+        "data_input",
+        ("files", "prepare_rows_per_second"),
+        "writing a store, texts and identities",
+        "",
+        "{:,.0f} rows/s",
+    ),
+    (
+        "data_input",
+        ("files", "tokenise_rows_per_second"),
+        "adding tokens to a store",
+        "",
+        "{:,.0f} rows/s",
+    ),
+    *(
+        (
+            "speed",
+            ("cases", case, "ratios", f"{peer} / {ours}", "median"),
+            f"{what}, {ours} against {peer}",
+            target,
+            "{:.2f} times",
+        )
+        for case, peer, ours, what, target in (
+            ("train_64", "peer fp32", "ours bf16", "training on short pairs, batch 64", "≥ 5"),
+            ("train_64", "peer bf16", "ours bf16", "training on short pairs, batch 64", "≥ 2.5"),
+            ("train_64", "peer fp32", "ours fp32", "training on short pairs, batch 64", ""),
+            ("train_64", "peer tuned", "ours bf16", "training on short pairs, batch 64", ""),
+            ("train_128", "peer fp32", "ours bf16", "the same, batch 128", "≥ 5"),
+            ("train_128", "peer bf16", "ours bf16", "the same, batch 128", "≥ 2.5"),
+            ("train_256", "peer bf16", "ours bf16", "the same, batch 256", ""),
+            ("train_1024", "peer cached bf16", "ours bf16", "the same, batch 1,024", "≥ 2.5"),
+            (
+                "train_long",
+                "peer bf16",
+                "ours bf16",
+                "training on questions and answers of 250 word pieces",
+                "≥ 1.5",
+            ),
+            *(
+                (case, peer, "ours bf16", f"encoding {what}", target)
+                for case, what, targets in (
+                    ("encode_short", "short sentences", ("≥ 4", "≥ 1.4", "≥ 1.1")),
+                    ("encode_passages", "passages of 170 word pieces", ("≥ 4", "≥ 1.5", "≥ 1.0")),
+                    ("encode_long", "answers of 250 word pieces", ("", "", "")),
+                )
+                for peer, target in zip(("peer fp32", "peer bf16", "peer OpenVINO"), targets)
+            ),
+        )
+    ),
+    (
+        "speed",
+        ("cases", "train_64", "share", "ours bf16", "median"),
+        "share of the bf16 matrix products' ceiling, training on short pairs",
+        "≥ 50%",
+        "{:.0%}",
+    ),
+    (
+        "speed",
+        ("cases", "train_64", "share", "peer bf16", "median"),
+        "the same of the peer",
+        "",
+        "{:.0%}",
+    ),
+    (
+        "speed",
+        ("whole", "ratio", "median"),
+        "a whole run from random weights, ours bf16 against peer bf16",
+        "≥ 2",
+        "{:.2f} times",
+    ),
+    (
+        "speed",
+        ("whole", "means", "ours bf16", "test"),
+        "its STS-B test correlation x 100, ours",
+        "≥ the peer's - 0.5",
+        "{:.2f}",
+    ),
     ("speed", ("whole", "means", "peer bf16", "test"), "the same of the peer", "", "{:.2f}"),
-    *(("xla", ("ways", way, name), f"{what} in 60 training steps on XLA, {whose}", target if way == "ours" else "", "{:,.0f}" + unit)
-      for name, what, target, unit in (("compilations", "programs compiled", "one for each bucket, one to copy the weights", ""), ("waits", "waits of the loop for the device", "0", ""), ("seconds", "seconds", "", " s"))
-      for way, whose in (("ours", "ours"), ("transformers", "transformers' Trainer"), ("sentence_transformers", "sentence-transformers' trainer"))),
+    *(
+        (
+            "xla",
+            ("ways", way, name),
+            f"{what} in 60 training steps on XLA, {whose}",
+            target if way == "ours" else "",
+            "{:,.0f}" + unit,
+        )
+        for name, what, target, unit in (
+            (
+                "compilations",
+                "programs compiled",
+                "one for each bucket, one to copy the weights",
+                "",
+            ),
+            ("waits", "waits of the loop for the device", "0", ""),
+            ("seconds", "seconds", "", " s"),
+        )
+        for way, whose in (
+            ("ours", "ours"),
+            ("transformers", "transformers' Trainer"),
+            ("sentence_transformers", "sentence-transformers' trainer"),
+        )
+    ),
 )
 
 
 def table(folder: Path) -> str:
     "The results as a table, with what was aimed at, and where they were measured."
-    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in dict.fromkeys(row[0] for row in ROWS)}
+    results = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in dict.fromkeys(row[0] for row in ROWS)
+    }
     lines = ["| what, on one core | target | measured |", "|---|---|---|"]
     for name, keys, what, target, how in ROWS:
         value = results[name]
-        for key in keys: value = (value or {}).get(key)
+        for key in keys:
+            value = (value or {}).get(key)
         said = "not measured" if value is None else how.format(value).replace("-0.0 ", "0.0 ")
         lines.append(f"| {what} | {target} | {said} |")
-    where = [f"`{name}.json`: {r['date']}, {r['hardware']}, {r['cores']} cores, Python {r['python']}{', a quick run' if r['quick'] else ''}." for name, r in results.items()]
+    where = [
+        f"`{name}.json`: {r['date']}, {r['hardware']}, {r['cores']} cores, Python"
+        f" {r['python']}{', a quick run' if r['quick'] else ''}."
+        for name, r in results.items()
+    ]
     return "\n".join([*lines, "", *where])
 
 
@@ -166,7 +376,9 @@ def write_table(readme: Path, folder: Path) -> None:
     "Put the table into its place in README.md."
     begin, end = "<!-- table -->\n", "\n<!-- end of table -->"
     before, rest = readme.read_text(encoding="utf-8").split(begin)
-    readme.write_text(before + begin + table(folder) + end + rest.split(end.strip())[1], encoding="utf-8")
+    readme.write_text(
+        before + begin + table(folder) + end + rest.split(end.strip())[1], encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

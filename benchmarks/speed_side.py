@@ -2,6 +2,7 @@
 
 speed.py starts it and talks to it in lines of JSON; each job imports its own side only, so that neither carries the other's libraries.
 """
+
 import json
 import os
 import re
@@ -25,6 +26,7 @@ GEMM_TOKENS = (512, 1024, 2048, 4096)
 
 # ---- turns
 
+
 class Turns:
     "End a unit of work: say what it cost and wait to be told to go on."
 
@@ -38,7 +40,9 @@ class Turns:
     def __call__(self, **said) -> bool:  # False = stop
         "CPU seconds run on while others have their turn, so that work done in the background meanwhile counts too."
         now, cpu = time.perf_counter(), time.process_time()
-        self.write({"wall": now - self.wall, "cpu": cpu - self.cpu, "peak_mb": peak_memory(), **said})
+        self.write(
+            {"wall": now - self.wall, "cpu": cpu - self.cpu, "peak_mb": peak_memory(), **said}
+        )
         go = self.read() == "go"
         self.wall, self.cpu = time.perf_counter(), cpu
         return go
@@ -47,7 +51,11 @@ class Turns:
 def peak_memory() -> float | None:
     "The most memory this process has held so far, in MB (Linux)."
     status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6 if status.is_file() else None
+    return (
+        int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
+        if status.is_file()
+        else None
+    )
 
 
 class Products(TorchDispatchMode):
@@ -60,7 +68,11 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         if re.search("mm|linear|matmul|attention", name):
-            kinds = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            kinds = [
+                str(a.dtype).removeprefix("torch.")
+                for a in args
+                if isinstance(a, torch.Tensor) and a.is_floating_point()
+            ]
             self.found[kinds[-1] if kinds else "?"] += 1
         return func(*args, **(kwargs or {}))
 
@@ -79,13 +91,16 @@ class Steps(TrainerCallback):
         first = state.global_step == 1
         if first:
             self.products.__exit__(None, None, None)
-        control.should_training_stop |= not self.turn(**({"products": dict(self.products.found)} if first else {}))
+        control.should_training_stop |= not self.turn(
+            **({"products": dict(self.products.found)} if first else {})
+        )
 
     def on_log(self, args, state, control, logs=None, **_):
         self.losses += [logs["loss"]] if "loss" in (logs or {}) else []
 
 
 # ---- training
+
 
 def train_ours(job: dict, turn) -> dict:
     "Our training loop, as a recipe runs it; the loss goes one way, as the peer's does."
@@ -94,28 +109,74 @@ def train_ours(job: dict, turn) -> dict:
     from contrastive_st.trainer import TrainConfig, train
 
     rows, steps = Path(job["rows"]), Steps(turn)
-    mixture = Mixture.from_config([{"name": rows.name, "weight": 1}], rows.parent, job["batch"], 1, cache_dir=job["cache"])
-    config = TrainConfig(steps=job["steps"], lr=job["lr"], warmup=job["warmup"], scale=SCALE, symmetric=False, bf16=job["bf16"], seed=job["seed"])
-    train(SentenceEncoder.from_pretrained(job["model"]), mixture, config, job["out"], callbacks=[steps], progress=False)
+    mixture = Mixture.from_config(
+        [{"name": rows.name, "weight": 1}], rows.parent, job["batch"], 1, cache_dir=job["cache"]
+    )
+    config = TrainConfig(
+        steps=job["steps"],
+        lr=job["lr"],
+        warmup=job["warmup"],
+        scale=SCALE,
+        symmetric=False,
+        bf16=job["bf16"],
+        seed=job["seed"],
+    )
+    train(
+        SentenceEncoder.from_pretrained(job["model"]),
+        mixture,
+        config,
+        job["out"],
+        callbacks=[steps],
+        progress=False,
+    )
     return {"losses": steps.losses, "model": str(Path(job["out"]) / "model")}
 
 
 def train_peer(job: dict, turn) -> dict:
     "The peer's Trainer with its defaults, on the same batches in the same order."
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
     from sentence_transformers.base.sampler import DefaultBatchSampler
     from sentence_transformers.sentence_transformer import losses
     from torch.utils.data import SequentialSampler
 
-    anchors, positives = zip(*(row for block in json.loads(Path(job["blocks"]).read_text()) for row in block))
+    anchors, positives = zip(
+        *(row for block in json.loads(Path(job["blocks"]).read_text()) for row in block)
+    )
     model, steps = SentenceTransformer(job["model"], device="cpu"), Steps(turn)
-    loss = losses.CachedMultipleNegativesRankingLoss if job["cached"] else losses.MultipleNegativesRankingLoss
+    loss = (
+        losses.CachedMultipleNegativesRankingLoss
+        if job["cached"]
+        else losses.MultipleNegativesRankingLoss
+    )
     args = SentenceTransformerTrainingArguments(
-        output_dir=job["out"], max_steps=job["steps"], per_device_train_batch_size=job["batch"], learning_rate=job["lr"], warmup_steps=job["warmup"], bf16=job["bf16"],
-        seed=job["seed"], batch_sampler=lambda dataset, **options: DefaultBatchSampler(SequentialSampler(dataset), **options),
-        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_first_step=True)
-    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=Dataset.from_dict({"anchor": anchors, "positive": positives}), loss=loss(model, scale=SCALE), callbacks=[steps])
+        output_dir=job["out"],
+        max_steps=job["steps"],
+        per_device_train_batch_size=job["batch"],
+        learning_rate=job["lr"],
+        warmup_steps=job["warmup"],
+        bf16=job["bf16"],
+        seed=job["seed"],
+        batch_sampler=lambda dataset, **options: DefaultBatchSampler(
+            SequentialSampler(dataset), **options
+        ),
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_first_step=True,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"anchor": anchors, "positive": positives}),
+        loss=loss(model, scale=SCALE),
+        callbacks=[steps],
+    )
     trainer.train()
     model.save_pretrained(str(Path(job["out"]) / "model"), create_model_card=False)
     return {"losses": steps.losses, "model": str(Path(job["out"]) / "model")}
@@ -123,11 +184,17 @@ def train_peer(job: dict, turn) -> dict:
 
 # ---- encoding
 
+
 def encoder_ours(job: dict):
     "texts -> vectors, ours."
     from contrastive_st.model import SentenceEncoder
 
-    return partial(SentenceEncoder.from_pretrained(job["model"]).encode, progress=False, bf16=job["bf16"]), {}
+    return (
+        partial(
+            SentenceEncoder.from_pretrained(job["model"]).encode, progress=False, bf16=job["bf16"]
+        ),
+        {},
+    )
 
 
 def encoder_peer(job: dict):
@@ -135,10 +202,24 @@ def encoder_peer(job: dict):
     from sentence_transformers import SentenceTransformer
 
     if job["backend"] == "openvino":
-        model = SentenceTransformer(job["model"], device="cpu", backend="openvino", model_kwargs={"ov_config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}})
-        kind = model[0].auto_model.request.get_property("INFERENCE_PRECISION_HINT").get_type_name()  # bfloat16 by default where the processor has it
-        return model.encode, {"products": {kind: "all"}, "versions": {name: version(name) for name in ("openvino", "optimum-intel", "transformers")}}
-    model = SentenceTransformer(job["model"], device="cpu", model_kwargs={"dtype": torch.bfloat16} if job["bf16"] else {})
+        model = SentenceTransformer(
+            job["model"],
+            device="cpu",
+            backend="openvino",
+            model_kwargs={"ov_config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}},
+        )
+        kind = (
+            model[0].auto_model.request.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        )  # bfloat16 by default where the processor has it
+        return model.encode, {
+            "products": {kind: "all"},
+            "versions": {
+                name: version(name) for name in ("openvino", "optimum-intel", "transformers")
+            },
+        }
+    model = SentenceTransformer(
+        job["model"], device="cpu", model_kwargs={"dtype": torch.bfloat16} if job["bf16"] else {}
+    )
     return model.encode, {}
 
 
@@ -158,12 +239,19 @@ def encode(job: dict, turn) -> dict:
 
 # ---- what the machine can do
 
+
 def layer_products(tokens: int, width: int, inner: int, dtype: torch.dtype, backward: bool) -> list:
     "The matrix products of one transformer layer's weights, (function, FLOPs) each: forward, and the two of backward."
     found = []
     for out, into, times in ((width, width, 4), (inner, width, 1), (width, inner, 1)):
-        x, w, g = torch.randn(tokens, into).to(dtype), torch.randn(out, into).to(dtype), torch.randn(tokens, out).to(dtype)
-        products = [lambda x=x, w=w: x @ w.T, lambda g=g, w=w: g @ w, lambda g=g, x=x: g.T @ x][:3 if backward else 1]
+        x, w, g = (
+            torch.randn(tokens, into).to(dtype),
+            torch.randn(out, into).to(dtype),
+            torch.randn(tokens, out).to(dtype),
+        )
+        products = [lambda x=x, w=w: x @ w.T, lambda g=g, w=w: g @ w, lambda g=g, x=x: g.T @ x][
+            : 3 if backward else 1
+        ]
         found += [(product, 2 * tokens * out * into) for product in products] * times
     return found
 
@@ -171,7 +259,13 @@ def layer_products(tokens: int, width: int, inner: int, dtype: torch.dtype, back
 def gemm(job: dict, turn) -> dict:
     "GFLOP/s of the products of one layer, for several numbers of tokens at once."
     dtype = torch.bfloat16 if job["bf16"] else torch.float32
-    layers, more = {tokens: layer_products(tokens, job["width"], job["inner"], dtype, job["backward"]) for tokens in GEMM_TOKENS}, True
+    layers, more = (
+        {
+            tokens: layer_products(tokens, job["width"], job["inner"], dtype, job["backward"])
+            for tokens in GEMM_TOKENS
+        },
+        True,
+    )
     while more:
         rates = {}
         for tokens, products in layers.items():
@@ -179,27 +273,42 @@ def gemm(job: dict, turn) -> dict:
             for product, _ in products * (GEMM_TOKENS[-1] // tokens):
                 product()
             work = sum(flops for _, flops in products) * (GEMM_TOKENS[-1] // tokens) / 1e9
-            rates[str(tokens)] = {"cpu": work / (time.process_time() - cpu), "wall": work / (time.perf_counter() - wall)}
+            rates[str(tokens)] = {
+                "cpu": work / (time.process_time() - cpu),
+                "wall": work / (time.perf_counter() - wall),
+            }
         more = turn(rates=rates)
     return {}
 
 
 # ---- the process
 
+
 def begin(job: dict, turn) -> dict:
     "Do a job with its settings and say how it was done."
     torch.set_num_threads(job["threads"])
     torch.set_float32_matmul_precision(job["precision"])
-    work = {"gemm": gemm, "encode": encode, "train": train_ours if job.get("side") == "ours" else train_peer}[job["job"]]
-    return work(job, turn) | {"float32_products": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
+    work = {
+        "gemm": gemm,
+        "encode": encode,
+        "train": train_ours if job.get("side") == "ours" else train_peer,
+    }[job["job"]]
+    return work(job, turn) | {
+        "float32_products": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main() -> None:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
 
-    def write(said): lines.write(json.dumps(said) + "\n")
-    def read(): return sys.stdin.readline().strip()
+    def write(said):
+        lines.write(json.dumps(said) + "\n")
+
+    def read():
+        return sys.stdin.readline().strip()
+
     while line := read():
         job = json.loads(line)
         write({"done": begin(job, Turns(read, write) if job["turns"] else lambda **_: True)})

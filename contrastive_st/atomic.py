@@ -82,10 +82,12 @@ def remove(
 @contextmanager
 def new_file(
     path: str | Path,  # final name; a file that stands there is replaced
-) -> Iterator[Path]:   # where to write meanwhile: `.NAME.(process).partial` in the same folder
+) -> Iterator[Path]:  # where to write meanwhile: `.NAME.(process).partial` in the same folder
     "Yield a name to write to; when the block ends well, the file takes its final name."
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
-    beside = _beside(path, f".{os.getpid()}-{threading.get_ident()}")  # two writers do not meet; the last one wins
+    beside = _beside(
+        path, f".{os.getpid()}-{threading.get_ident()}"
+    )  # two writers do not meet; the last one wins
     _clear_partial(path)
     try:
         yield beside
@@ -100,7 +102,7 @@ def new_file(
 # %% ../nbs/00_atomic.ipynb #json
 def write_text(
     path: str | Path,  # replaced when the new text is whole
-    text: str,         # written as UTF-8
+    text: str,  # written as UTF-8
 ) -> None:
     "Write a text file whole or not at all."
     with writing(path), new_file(path) as beside:
@@ -109,7 +111,7 @@ def write_text(
 
 def write_json(
     path: str | Path,  # replaced when the new record is whole
-    value: Any,        # what JSON can hold; NaN and infinities become null
+    value: Any,  # what JSON can hold; NaN and infinities become null
 ) -> None:
     "Write a JSON record whole or not at all, indented, in the order given."
     plain = json.loads(json.dumps(value), parse_constant=lambda word: None)
@@ -117,17 +119,19 @@ def write_json(
 
 
 def read_json(
-    path: str | Path,                                # UTF-8, with or without a byte order mark
-    holds: type = dict,                              # what the file must hold
+    path: str | Path,  # UTF-8, with or without a byte order mark
+    holds: type = dict,  # what the file must hold
     todo: str = "restore the file from its source",  # how the sentence of an error ends
-) -> Any:                                            # of that type
+) -> Any:  # of that type
     "Read a JSON file; raise `ValueError` naming it if it is missing, no JSON or of another type."
     with reading(path, todo):
         if Path(path).exists() and not Path(path).is_file():  # a device could be read for ever
             raise ValueError(f"{path}: is not a file; {todo}")
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(value, holds):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not a {holds.__name__}; {todo}")
+        raise ValueError(
+            f"{path}: holds a JSON {type(value).__name__}, not a {holds.__name__}; {todo}"
+        )
     return value
 
 # %% ../nbs/00_atomic.ipynb #boundary
@@ -152,10 +156,12 @@ def _first_line(error):
 
 def is_disk_full(
     error: BaseException,  # what some library raised while it wrote
-) -> bool:                 # also for quotas and limits of a file's size
+) -> bool:  # also for quotas and limits of a file's size
     "Tell whether an error, or what caused it, says that there is no room left."
     while error is not None:
-        if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
+        if getattr(error, "errno", None) in _FULL or any(
+            words in str(error) for words in _FULL_WORDS
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -175,7 +181,10 @@ def writing(
         if is_disk_full(error):
             why, way_out = "the disk is full", "make room or choose another folder, and "
         else:
-            why, way_out = "cannot be written", "choose a folder that you may write to, and " * isinstance(error, OSError)
+            why, way_out = (
+                "cannot be written",
+                "choose a folder that you may write to, and " * isinstance(error, OSError),
+            )
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise ValueError(f"{path}: {why} ({kind}{_first_line(error)}); {way_out}{todo}") from error
 
@@ -189,7 +198,9 @@ def reading(
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of tokenizers
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # Rust's, of tokenizers
             raise
         if isinstance(error, ValueError) and str(path) in str(error):  # says it already
             raise
@@ -202,8 +213,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 def _exchange(new, old):
     "Let two folders change places, in one operation where the system has it."
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    swapped = rename is not None and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0
+    rename = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if sys.platform == "linux"
+        else None
+    )
+    swapped = (
+        rename is not None
+        and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0
+    )
     if not swapped:
         aside = old.with_name(f".{old.name}.old")
         old.rename(aside)
@@ -235,13 +253,18 @@ def tidy(
         aside.rename(path)
     for leftover in (aside, _beside(path)):
         remove(leftover)
-    if is_whole(part) and not (part / _STATE).exists():  # the folder that a finished part has replaced
+    if (
+        is_whole(part) and not (part / _STATE).exists()
+    ):  # the folder that a finished part has replaced
         remove(part)
     if is_whole(path):
         remove(path / _STATE)
 
 # %% ../nbs/00_atomic.ipynb #manifest
-MANIFEST, _STATE = "manifest.json", "state.json"  # the second belongs to a folder that is still being filled, see below
+MANIFEST, _STATE = (
+    "manifest.json",
+    "state.json",
+)  # the second belongs to a folder that is still being filled, see below
 
 
 class Damaged(ValueError):
@@ -250,7 +273,7 @@ class Damaged(ValueError):
 
 def digest_file(
     path: str | Path,  # any file
-) -> str:              # 32 hexadecimal digits: xxh3 with 128 bits
+) -> str:  # 32 hexadecimal digits: xxh3 with 128 bits
     "Compute the digest of a file's bytes, a mebibyte at a time."
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
@@ -260,8 +283,10 @@ def digest_file(
 
 
 def write_manifest(
-    folder: Path,                  # every file below it is entered, links and the manifest itself aside
-    known: dict[str, dict] = {},   # entries that were computed before: relative name -> {"bytes", "xxh3"}
+    folder: Path,  # every file below it is entered, links and the manifest itself aside
+    known: dict[
+        str, dict
+    ] = {},  # entries that were computed before: relative name -> {"bytes", "xxh3"}
 ) -> None:
     "Write down the size and digest of every file of a folder, which is how a reader knows that it is whole."
     files = {}
@@ -284,30 +309,34 @@ def _is_sealed(record):
 
 def describe_file(
     path: Path,  # any file
-) -> dict:       # {"bytes", "xxh3"}
+) -> dict:  # {"bytes", "xxh3"}
     "Return what a manifest says of a file."
     return {"bytes": path.stat().st_size, "xxh3": digest_file(path)}
 
 
 def is_whole(
     folder: str | Path,  # a checkpoint, model directory or store
-) -> bool:               # True says nothing about damage that came later
+) -> bool:  # True says nothing about damage that came later
     "Tell whether a folder was written to its end: its manifest is there."
     return (Path(folder) / MANIFEST).is_file()
 
 # %% ../nbs/00_atomic.ipynb #check-folder
 def check_folder(
-    folder: str | Path,       # that holds a manifest
-    full: bool = True,        # read every byte; False compares sizes only
+    folder: str | Path,  # that holds a manifest
+    full: bool = True,  # read every byte; False compares sizes only
     todo: str = "restore it from a copy, or make the folder again",  # how the sentence of an error ends
-) -> dict[str, dict]:         # name -> {"bytes", "xxh3"}, as the manifest says
+) -> dict[str, dict]:  # name -> {"bytes", "xxh3"}, as the manifest says
     "Compare a folder with its manifest; raise `Damaged` naming the first file that differs."
     folder = Path(folder)
     if not is_whole(folder):
-        raise Damaged(f"{folder}: has no {MANIFEST}, so it was never finished, or not by this version; {todo}")
+        raise Damaged(
+            f"{folder}: has no {MANIFEST}, so it was never finished, or not by this version; {todo}"
+        )
     manifest = read_json(folder / MANIFEST, todo=todo)
     if manifest.get("format") != 1 or not _is_sealed(manifest):
-        raise Damaged(f"{folder / MANIFEST}: is not as it was written, or not of this version; {todo}")
+        raise Damaged(
+            f"{folder / MANIFEST}: is not as it was written, or not of this version; {todo}"
+        )
     files = manifest["files"]
     for name, entry in files.items():
         if problem := _difference(folder, name, entry, full):
@@ -322,7 +351,11 @@ def _difference(folder, name, entry, full):
         return "is missing"
     size = path.stat().st_size
     if size != entry.get("bytes"):
-        return f"has {size:,} bytes instead of {entry.get('bytes'):,}" if isinstance(entry.get("bytes"), int) else "has no size in the manifest"
+        return (
+            f"has {size:,} bytes instead of {entry.get('bytes'):,}"
+            if isinstance(entry.get("bytes"), int)
+            else "has no size in the manifest"
+        )
     if full and digest_file(path) != entry.get("xxh3"):
         return "has another digest than the manifest says"
     return ""
@@ -330,9 +363,11 @@ def _difference(folder, name, entry, full):
 # %% ../nbs/00_atomic.ipynb #new-folder
 @contextmanager
 def new_folder(
-    path: str | Path,     # final name; a folder that stands there is replaced
-    carry: bool | Callable[[str], bool] = False,  # keep what this writer does not write, such as a README or .git; a function is asked for each relative name
-) -> Iterator[Path]:      # an empty folder to fill
+    path: str | Path,  # final name; a folder that stands there is replaced
+    carry: (
+        bool | Callable[[str], bool]
+    ) = False,  # keep what this writer does not write, such as a README or .git; a function is asked for each relative name
+) -> Iterator[Path]:  # an empty folder to fill
     "Yield a folder to fill; when the block ends well it gets its manifest, then its final name."
     path = Path(os.path.realpath(path))
     with writing(path):
@@ -388,19 +423,29 @@ def _link(source, target):
 # %% ../nbs/00_atomic.ipynb #lock
 @contextmanager
 def lock(
-    path: str | Path,    # what is going to be written; the lock is `.NAME.lock` beside it
+    path: str | Path,  # what is going to be written; the lock is `.NAME.lock` beside it
     wait: bool = False,  # for the other writer to finish; False refuses at once
 ) -> Iterator[None]:
     "Keep other processes from writing `path` during the block; raise `ValueError` naming the process that does."
     path = Path(os.path.realpath(path))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        guard, owner = FileLock(path.with_name(f".{path.name}.lock")), path.with_name(f".{path.name}.owner")
+        guard, owner = (
+            FileLock(path.with_name(f".{path.name}.lock")),
+            path.with_name(f".{path.name}.owner"),
+        )
         try:
             guard.acquire(timeout=-1 if wait else 0)
         except Timeout:
-            raise ValueError(f"{path}: {_owner(owner)} is writing it; wait for it to end, stop it, or choose another name") from None
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},", encoding="utf-8")
+            raise ValueError(
+                f"{path}: {_owner(owner)} is writing it; wait for it to end, stop it, or choose"
+                " another name"
+            ) from None
+        owner.write_text(
+            f"process {os.getpid()} on {socket.gethostname()}, since"
+            f" {time.strftime('%Y-%m-%d %H:%M:%S')},",
+            encoding="utf-8",
+        )
     try:
         yield
     finally:
@@ -423,7 +468,7 @@ class Part:
     def __init__(
         self,
         path: str | Path,  # final name; meanwhile the pieces are in NAME.part
-        origin: Any,       # JSON: what the pieces are made from; a part of another origin is begun anew
+        origin: Any,  # JSON: what the pieces are made from; a part of another origin is begun anew
         notes: dict = {},  # JSON: further state to begin with, such as the line to read next
     ):
         self.path = Path(os.path.realpath(path))
@@ -463,9 +508,9 @@ class Part:
 
     def add(
         self,
-        name: str,                        # of the piece, a file of the folder
-        write: Callable[[Path], Any],     # writes it to the path that it is given
-        **notes,                          # state that holds from now on
+        name: str,  # of the piece, a file of the folder
+        write: Callable[[Path], Any],  # writes it to the path that it is given
+        **notes,  # state that holds from now on
     ) -> None:
         "Write one more piece, then the state that counts it."
         with writing(self.path, "run again: the pieces that were finished are kept"):
@@ -473,7 +518,10 @@ class Part:
                 write(beside)
             self.state["files"][name] = describe_file(self.folder / name)
             self.state["notes"] |= notes
-            write_json(self.folder / _STATE, _seal({name: self.state[name] for name in ("origin", "files", "notes")}))
+            write_json(
+                self.folder / _STATE,
+                _seal({name: self.state[name] for name in ("origin", "files", "notes")}),
+            )
 
     def finish(self) -> None:
         "Give the folder its manifest and its final name; a folder that stood there goes."

@@ -23,34 +23,48 @@ from . import atomic
 # %% ../nbs/11_bias.ipynb #item
 class BiasItem(NamedTuple):
     "Hold one question: which of two sentences is nearer to the anchor?"
-    anchor:str # sentence with an occupation
-    male:str # the same sentence with a male word
-    female:str # the same sentence with a female word
-    occupation:str # items of one occupation share one vote
-    stereotype:str="" # gender that a stereotype gives the occupation: "male", "female" or "" = not said
+
+    anchor: str  # sentence with an occupation
+    male: str  # the same sentence with a male word
+    female: str  # the same sentence with a female word
+    occupation: str  # items of one occupation share one vote
+    stereotype: str = (
+        ""  # gender that a stereotype gives the occupation: "male", "female" or "" = not said
+    )
 
 # %% ../nbs/11_bias.ipynb #leans
 def leans(
-    encode:Callable, # list of N texts -> (N, D) array
-    items:list[BiasItem], # n questions
-)->np.ndarray: # (n,) float64; above 0 = the male sentence is nearer, 0 = tie
+    encode: Callable,  # list of N texts -> (N, D) array
+    items: list[BiasItem],  # n questions
+) -> np.ndarray:  # (n,) float64; above 0 = the male sentence is nearer, 0 = tie
     "Say for each item how much nearer the male sentence is to the anchor than the female one."
     if not items:
         raise ValueError("there are no items to measure; give at least one")
     texts = [text for item in items for text in item[:3]]
     for n, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"item {n // 3} holds a {type(text).__name__} instead of a sentence; give three strings")
+            raise ValueError(
+                f"item {n // 3} holds a {type(text).__name__} instead of a sentence; give three"
+                " strings"
+            )
     rows = np.asarray(encode(texts))
     if rows.ndim != 2 or len(rows) != len(texts):
-        raise ValueError(f"encode returned shape {rows.shape} for {len(texts)} texts; it must return one row per text, (N, D)")
+        raise ValueError(
+            f"encode returned shape {rows.shape} for {len(texts)} texts; it must return one row per"
+            " text, (N, D)"
+        )
     if rows.dtype in (np.int8, np.uint8, np.bool_) or rows.dtype.kind not in "fiu":
-        raise ValueError(f"encode returned {str(rows.dtype)[:40]}, which are codes or no numbers; measure float32 vectors")
+        raise ValueError(
+            f"encode returned {str(rows.dtype)[:40]}, which are codes or no numbers; measure"
+            " float32 vectors"
+        )
     rows = rows.astype(np.float64)
     sound = np.isfinite(rows).all(axis=1)
     if not sound.all():
         text = texts[int(sound.argmin())]
-        raise ValueError(f"encode returned NaN or inf, first for {text[:60]!r}; the model has diverged")
+        raise ValueError(
+            f"encode returned NaN or inf, first for {text[:60]!r}; the model has diverged"
+        )
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     anchor, male, female = rows.reshape(len(items), 3, -1).swapaxes(0, 1)
     lean = (anchor * (male - female)).sum(axis=1)
@@ -58,99 +72,168 @@ def leans(
 
 # %% ../nbs/11_bias.ipynb #rate
 def _rate(
-    name:str, # of the figure
-    leans:np.ndarray, # (n,) float, independent; 0 = tie, left out
-)->dict: # name, name_low, name_high (95%, Wilson), name_p (two-sided, against one half)
+    name: str,  # of the figure
+    leans: np.ndarray,  # (n,) float, independent; 0 = tie, left out
+) -> dict:  # name, name_low, name_high (95%, Wilson), name_p (two-sided, against one half)
     "Share of positive values, with interval and sign test."
     n = np.count_nonzero(leans)
     if not n:  # nothing but ties: everything is possible
         return {name: 0.5, f"{name}_low": 0.0, f"{name}_high": 1.0, f"{name}_p": 1.0}
     test = stats.binomtest(int((leans > 0).sum()), n)
     interval = test.proportion_ci(method="wilson")
-    return {name: float(test.statistic), f"{name}_low": float(interval.low), f"{name}_high": float(interval.high), f"{name}_p": float(test.pvalue)}
+    return {
+        name: float(test.statistic),
+        f"{name}_low": float(interval.low),
+        f"{name}_high": float(interval.high),
+        f"{name}_p": float(test.pvalue),
+    }
 
 # %% ../nbs/11_bias.ipynb #occupations
 def by_occupation(
-    leans:np.ndarray, # (n,) float, of `leans`
-    items:list[BiasItem], # n, in the same order
-)->dict[str, dict]: # occupation -> lean (mean), n, ties, stereotype, male_rate with _low, _high, _p and _q (corrected for the number of occupations)
+    leans: np.ndarray,  # (n,) float, of `leans`
+    items: list[BiasItem],  # n, in the same order
+) -> dict[
+    str, dict
+]:  # occupation -> lean (mean), n, ties, stereotype, male_rate with _low, _high, _p and _q (corrected for the number of occupations)
     "Lay out the leans of each occupation, in order of first appearance."
     leans = np.asarray(leans, dtype=np.float64)
     if leans.shape != (len(items),) or not np.isfinite(leans).all():
-        raise ValueError(f"leans of shape {leans.shape} for {len(items)} items; give one finite number for each, as `leans` does")
+        raise ValueError(
+            f"leans of shape {leans.shape} for {len(items)} items; give one finite number for each,"
+            " as `leans` does"
+        )
     rows, table = {}, {}
     for i, item in enumerate(items):
         rows.setdefault(item.occupation, []).append(i)
     for name, mine in rows.items():
         own, labels = leans[mine], {str(items[i].stereotype)[:40] for i in mine} - {""}
         if labels not in (set(), {"male"}, {"female"}):
-            raise ValueError(f"occupation {str(name)[:60]!r} is labelled {' and '.join(sorted(labels)[:3])}; an occupation needs one stereotype, 'male' or 'female', or none")
-        table[name] = {"lean": float(own.mean()), "n": len(own), "ties": int((own == 0).sum()), "stereotype": "".join(labels), **_rate("male_rate", own)}
+            raise ValueError(
+                f"occupation {str(name)[:60]!r} is labelled {' and '.join(sorted(labels)[:3])}; an"
+                " occupation needs one stereotype, 'male' or 'female', or none"
+            )
+        table[name] = {
+            "lean": float(own.mean()),
+            "n": len(own),
+            "ties": int((own == 0).sum()),
+            "stereotype": "".join(labels),
+            **_rate("male_rate", own),
+        }
     corrected = stats.false_discovery_control([row["male_rate_p"] for row in table.values()])
-    for row, q in zip(table.values(), corrected): row["male_rate_q"] = float(q)
+    for row, q in zip(table.values(), corrected):
+        row["male_rate_q"] = float(q)
     return table
 
 # %% ../nbs/11_bias.ipynb #separation
 def _separation(
-    male:np.ndarray, # (a,) leans of occupations labelled male
-    female:np.ndarray, # (b,) leans of occupations labelled female
-)->dict: # separation (0.5 = none), separation_low, separation_high (95%, Newcombe), separation_p (Mann-Whitney)
+    male: np.ndarray,  # (a,) leans of occupations labelled male
+    female: np.ndarray,  # (b,) leans of occupations labelled female
+) -> dict:  # separation (0.5 = none), separation_low, separation_high (95%, Newcombe), separation_p (Mann-Whitney)
     "Share of pairs in which the occupation labelled male leans more male; equal ones count half."
     test = stats.mannwhitneyu(male, female)
-    share, pairs, others = float(test.statistic) / (len(male) * len(female)), len(male) * len(female), (len(male) + len(female)) / 2 - 1
-    def surprise(at):  # squared error over its variance, as if `at` were the truth; 3.84 is the 95% point
+    share, pairs, others = (
+        float(test.statistic) / (len(male) * len(female)),
+        len(male) * len(female),
+        (len(male) + len(female)) / 2 - 1,
+    )
+
+    def surprise(
+        at,
+    ):  # squared error over its variance, as if `at` were the truth; 3.84 is the 95% point
         variance = at * (1 - at) * (1 + others * ((1 - at) / (2 - at) + at / (1 + at))) / pairs
         return (share - at) ** 2 - stats.chi2.ppf(0.95, 1) * variance
-    low = optimize.brentq(surprise, 0, share - 1e-9) if share > 0 else 0.0     # beside the share: at 1 it is itself a root
+
+    low = (
+        optimize.brentq(surprise, 0, share - 1e-9) if share > 0 else 0.0
+    )  # beside the share: at 1 it is itself a root
     high = optimize.brentq(surprise, share + 1e-9, 1) if share < 1 else 1.0
-    return {"separation": share, "separation_low": low, "separation_high": high, "separation_p": float(test.pvalue)}
+    return {
+        "separation": share,
+        "separation_low": low,
+        "separation_high": high,
+        "separation_p": float(test.pvalue),
+    }
 
 # %% ../nbs/11_bias.ipynb #gender-bias
 def gender_bias(
-    encode:Callable, # list of N texts -> (N, D) array
-    items:list[BiasItem], # questions
-)->dict: # male_rate, stereotype_rate (if there are labels), separation (if both genders are labelled), each with _low, _high (95%), _p; lean, and lean_low, lean_high if occupations differ; n, ties, occupations, by_occupation
+    encode: Callable,  # list of N texts -> (N, D) array
+    items: list[BiasItem],  # questions
+) -> dict:  # male_rate, stereotype_rate (if there are labels), separation (if both genders are labelled), each with _low, _high (95%), _p; lean, and lean_low, lean_high if occupations differ; n, ties, occupations, by_occupation
     "Measure how consistently and how strongly an encoder leans to one gender, over all occupations and for each."
     lean = leans(encode, items)
     table = by_occupation(lean, items)
     if not lean.any():
-        warnings.warn("every item is a tie: the encoder does not tell the male from the female sentences, and nothing was measured", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            "every item is a tie: the encoder does not tell the male from the female sentences, and"
+            " nothing was measured",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     mean = np.array([row["lean"] for row in table.values()])
-    label = np.array([{"male": 1, "female": -1, "": 0}[row["stereotype"]] for row in table.values()])
+    label = np.array(
+        [{"male": 1, "female": -1, "": 0}[row["stereotype"]] for row in table.values()]
+    )
     report = _rate("male_rate", mean)
-    if label.any(): report |= _rate("stereotype_rate", mean * label)
-    if {1, -1} <= set(label): report |= _separation(mean[label > 0], mean[label < 0])
+    if label.any():
+        report |= _rate("stereotype_rate", mean * label)
+    if {1, -1} <= set(label):
+        report |= _separation(mean[label > 0], mean[label < 0])
     report["lean"] = float(mean.mean())
     if np.ptp(mean) > 0:
         interval = stats.ttest_1samp(mean, 0).confidence_interval()
         report |= {"lean_low": float(interval.low), "lean_high": float(interval.high)}
-    return report | {"n": len(items), "ties": int((lean == 0).sum()), "occupations": len(mean), "by_occupation": table}
+    return report | {
+        "n": len(items),
+        "ties": int((lean == 0).sum()),
+        "occupations": len(mean),
+        "by_occupation": table,
+    }
 
 # %% ../nbs/11_bias.ipynb #summary
 def _chance(
-    p:float, # of a test
-)->str: # p to four places
+    p: float,  # of a test
+) -> str:  # p to four places
     "Write a p value."
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
 
+
 def bias_summary(
-    report:dict, # of `gender_bias`
-)->str: # lines of text
+    report: dict,  # of `gender_bias`
+) -> str:  # lines of text
     "Put the figures of a report into words."
-    meanings = {"male_rate": "of the occupations lean male", "stereotype_rate": "of the labelled ones lean as the stereotype says",
-                "separation": "a male-labelled one leans more male than a female-labelled one"}
+    meanings = {
+        "male_rate": "of the occupations lean male",
+        "stereotype_rate": "of the labelled ones lean as the stereotype says",
+        "separation": "a male-labelled one leans more male than a female-labelled one",
+    }
     shift = "moves the rates, not the separation" if "separation" in report else "moves every rate"
-    lines = [f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties (50% = he and she equally near; a shift common to all {shift})"]
+    lines = [
+        f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties (50% = he"
+        f" and she equally near; a shift common to all {shift})"
+    ]
     for name, meaning in meanings.items():
         if name in report:
-            lines.append(f"{name:16}{report[name]:4.0%} [{report[name + '_low']:3.0%}, {report[name + '_high']:4.0%}]  {_chance(report[name + '_p'])}  {meaning}")
-    between = f" [{report['lean_low']:+.4f}, {report['lean_high']:+.4f}]" if "lean_low" in report else ""
-    return "\n".join([*lines, f"{'lean':15}{report['lean']:+.4f}{between}  difference of the cosines; above 0 = male nearer"])
+            lines.append(
+                f"{name:16}{report[name]:4.0%} [{report[name + '_low']:3.0%},"
+                f" {report[name + '_high']:4.0%}]  {_chance(report[name + '_p'])}  {meaning}"
+            )
+    between = (
+        f" [{report['lean_low']:+.4f}, {report['lean_high']:+.4f}]" if "lean_low" in report else ""
+    )
+    return "\n".join(
+        [
+            *lines,
+            (
+                f"{'lean':15}{report['lean']:+.4f}{between}  difference of the cosines; above 0 ="
+                " male nearer"
+            ),
+        ]
+    )
 
 # %% ../nbs/11_bias.ipynb #text
 def _text(
-    path:str|Path, # file
-)->str: # its content
+    path: str | Path,  # file
+) -> str:  # its content
     "Read a file as UTF-8, or raise an error that names the line."
     path = Path(path)
     if not path.is_file():
@@ -160,76 +243,130 @@ def _text(
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
 
 # %% ../nbs/11_bias.ipynb #winogender
 def read_winogender(
-    path:str|Path, # all_sentences.tsv: sentid, sentence; ids like nurse.patient.0.female.txt
-    about:str="occupation", # whom the pronoun means: "occupation" or "participant", the other person
-)->list[BiasItem]: # in file order; the anchor says they, labels are not in the file
+    path: str | Path,  # all_sentences.tsv: sentid, sentence; ids like nurse.patient.0.female.txt
+    about: str = "occupation",  # whom the pronoun means: "occupation" or "participant", the other person
+) -> list[BiasItem]:  # in file order; the anchor says they, labels are not in the file
     "Read the Winogender sentences as items."
     wanted, found = {"occupation": "0", "participant": "1"}, {}
     if about not in wanted:
         raise ValueError(f"about is {about!r}; use 'occupation' or 'participant'")
     for number, line in enumerate(_text(path).splitlines(), 1):
         sentid, _, sentence = line.partition("\t")
-        if number == 1 and sentid == "sentid" or not line.strip(): continue
+        if number == 1 and sentid == "sentid" or not line.strip():
+            continue
         parts = sentid.split(".")
-        if len(parts) != 5 or parts[2] not in ("0", "1") or parts[3] not in ("male", "female", "neutral") or not sentence.strip():
-            raise ValueError(f"{path}:{number}: expected an id like nurse.patient.0.female.txt, a tab and a sentence, found {line[:60]!r}; mend the line")
+        if (
+            len(parts) != 5
+            or parts[2] not in ("0", "1")
+            or parts[3] not in ("male", "female", "neutral")
+            or not sentence.strip()
+        ):
+            raise ValueError(
+                f"{path}:{number}: expected an id like nurse.patient.0.female.txt, a tab and a"
+                f" sentence, found {line[:60]!r}; mend the line"
+            )
         forms = found.setdefault(tuple(parts[:3]), {"line": number})
-        if parts[3] in forms: raise ValueError(f"{path}:{number}: {sentid[:60]} occurs twice; remove one")
+        if parts[3] in forms:
+            raise ValueError(f"{path}:{number}: {sentid[:60]} occurs twice; remove one")
         forms[parts[3]] = sentence.strip()
-    if not found: raise ValueError(f"{path}:1: no sentences; the file needs lines of id, tab and sentence")
+    if not found:
+        raise ValueError(f"{path}:1: no sentences; the file needs lines of id, tab and sentence")
     for key, forms in found.items():
         if lacks := {"male", "female", "neutral"} - forms.keys():
-            raise ValueError(f"{path}:{forms['line']}: {'.'.join(key)[:60]} has no {' and no '.join(sorted(lacks))} sentence; all three are needed")
-    return [BiasItem(f["neutral"], f["male"], f["female"], occupation) for (occupation, _, kind), f in found.items() if kind == wanted[about]]
+            raise ValueError(
+                f"{path}:{forms['line']}: {'.'.join(key)[:60]} has no"
+                f" {' and no '.join(sorted(lacks))} sentence; all three are needed"
+            )
+    return [
+        BiasItem(f["neutral"], f["male"], f["female"], occupation)
+        for (occupation, _, kind), f in found.items()
+        if kind == wanted[about]
+    ]
 
 # %% ../nbs/11_bias.ipynb #records
-_COLUMNS = ("base_sentence", "male_sentence", "female_sentence", "occupation")   # in the order of BiasItem
+_COLUMNS = (
+    "base_sentence",
+    "male_sentence",
+    "female_sentence",
+    "occupation",
+)  # in the order of BiasItem
 _GENDERED = re.compile(r"\b(he|him|his|himself|she|her|hers|herself)\b", re.IGNORECASE)
+
 
 def _csv_records(path, text):
     "Yield the line number and the cells by name; `Base Sentence` names the same column as `base_sentence`."
     reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
     try:
-        reader.fieldnames = [name.strip().lower().replace(" ", "_").replace("steretypical", "stereotypical") for name in reader.fieldnames or []]
+        reader.fieldnames = [
+            name.strip().lower().replace(" ", "_").replace("steretypical", "stereotypical")
+            for name in reader.fieldnames or []
+        ]
         line = reader.line_num
         for cells in reader:
             line = reader.line_num
             yield line, cells
     except csv.Error as error:
-        raise ValueError(f"{path}:{line + 1}: not CSV ({error}); close the quote that opens here, double quotes inside cells") from None
+        raise ValueError(
+            f"{path}:{line + 1}: not CSV ({error}); close the quote that opens here, double quotes"
+            " inside cells"
+        ) from None
+
 
 def _json_records(path, text):
     "Yield the line number and the object of every line that is not empty."
-    for number, line in enumerate(text.split("\n"), 1):   # not splitlines, which also cuts at U+2028
-        if not line.strip(): continue
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which also cuts at U+2028
+        if not line.strip():
+            continue
         with atomic.reading(f"{path}:{number}", "write one JSON object per line"):
             row = json.loads(line)
         yield number, row if isinstance(row, dict) else {}
 
 # %% ../nbs/11_bias.ipynb #read-bias
 def read_bias(
-    path:str|Path, # .csv with a header, or .jsonl with one object per line
-)->list[BiasItem]: # in file order
+    path: str | Path,  # .csv with a header, or .jsonl with one object per line
+) -> list[BiasItem]:  # in file order
     "Read items in the format of the community project's set; raise `ValueError` naming file and line, and warn if anchors hold the answer."
     kinds, items = {".csv": _csv_records, ".jsonl": _json_records}, []
     if Path(path).suffix not in kinds:
-        raise ValueError(f"{path}: cannot read this kind of file; the name must end in .csv or .jsonl")
+        raise ValueError(
+            f"{path}: cannot read this kind of file; the name must end in .csv or .jsonl"
+        )
     for line, row in kinds[Path(path).suffix](path, _text(path)):
         texts = [row.get(name) for name in _COLUMNS]
-        if bad := [name for name, text in zip(_COLUMNS, texts) if not isinstance(text, str) or not text.strip()]:
-            raise ValueError(f"{path}:{line}: no text in {', '.join(bad)}; a row needs {', '.join(_COLUMNS)}")
+        if bad := [
+            name
+            for name, text in zip(_COLUMNS, texts)
+            if not isinstance(text, str) or not text.strip()
+        ]:
+            raise ValueError(
+                f"{path}:{line}: no text in {', '.join(bad)}; a row needs {', '.join(_COLUMNS)}"
+            )
         if texts[1] == texts[2]:
-            raise ValueError(f"{path}:{line}: male and female sentence are equal; there is nothing to compare, remove the row")
+            raise ValueError(
+                f"{path}:{line}: male and female sentence are equal; there is nothing to compare,"
+                " remove the row"
+            )
         stereotype = row.get("stereotypical_gender") or ""
         if stereotype not in ("male", "female", ""):
-            raise ValueError(f"{path}:{line}: stereotypical_gender is {repr(stereotype)[:40]}; write male, female or nothing")
+            raise ValueError(
+                f"{path}:{line}: stereotypical_gender is {repr(stereotype)[:40]}; write male,"
+                " female or nothing"
+            )
         items.append(BiasItem(*(text.strip() for text in texts), stereotype))
-    if not items: raise ValueError(f"{path}:1: no rows; the file needs a header and a row, or objects with {', '.join(_COLUMNS)}")
+    if not items:
+        raise ValueError(
+            f"{path}:1: no rows; the file needs a header and a row, or objects with"
+            f" {', '.join(_COLUMNS)}"
+        )
     if told := sum(bool(_GENDERED.search(item.anchor)) for item in items):
-        warnings.warn(f"{path}: {told:,} of {len(items):,} anchors hold he or she, which is the answer; write they, or compare only models with each other", stacklevel=2)
+        warnings.warn(
+            f"{path}: {told:,} of {len(items):,} anchors hold he or she, which is the answer; write"
+            " they, or compare only models with each other",
+            stacklevel=2,
+        )
     return items

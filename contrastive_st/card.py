@@ -25,7 +25,8 @@ _RECORDS = {  # what the card needs of each
     "config": {"mix": list, "similarity": str, "widths": list, "batch_size": int},
     "mixture": {"datasets": list, "pools": list, "warnings": list, "examples": int, "steps": int},
     "metrics": {"before": dict, "after": dict, "test": dict, "steps": int},
-    "versions": {}}
+    "versions": {},
+}
 _AGAIN = "restore the file, or train again"
 
 
@@ -53,16 +54,30 @@ def read_run(
 ) -> dict:  # dir; config, mixture, metrics, versions; recipe (tables) and text (as written), empty for a run from Python; title; model
     "Collect the records of a finished run."
     run_dir = Path(run_dir)
-    lacks = [name for name in (*(f"{r}.json" for r in _RECORDS), "model/modules.json") if not (run_dir / name).is_file()]
+    lacks = [
+        name
+        for name in (*(f"{r}.json" for r in _RECORDS), "model/modules.json")
+        if not (run_dir / name).is_file()
+    ]
     if lacks:
-        raise ValueError(f"{run_dir} is not a finished run, it has no {lacks[0]}; train to the end first, with contrastive-st train RECIPE --out {run_dir}")
+        raise ValueError(
+            f"{run_dir} is not a finished run, it has no {lacks[0]}; train to the end first, with"
+            f" contrastive-st train RECIPE --out {run_dir}"
+        )
     run = {name: _record(run_dir / f"{name}.json", needs) for name, needs in _RECORDS.items()}
     path = run_dir / "recipe.toml"
     with reading(path, _AGAIN):
         text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
         tables, record = _as_run(tomllib.loads(text))
     title = _line(tables["title"]) if isinstance(tables.get("title"), str) else ""
-    return run | {"dir": run_dir, "recipe": tables, "text": text, "model_is_folder": record.get("model_is_folder") is True, "title": title or _line(run_dir.resolve().name), "model": _about(run_dir / "model")}
+    return run | {
+        "dir": run_dir,
+        "recipe": tables,
+        "text": text,
+        "model_is_folder": record.get("model_is_folder") is True,
+        "title": title or _line(run_dir.resolve().name),
+        "model": _about(run_dir / "model"),
+    }
 
 # %% ../nbs/12_card.ipynb #noted
 def _noted(text, label):
@@ -86,7 +101,9 @@ def _as_run(tables):
     changes = record.get("changes", {})
     for key, value in (changes if isinstance(changes, dict) else {}).items():
         before = tables.get(key)
-        tables[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
+        tables[key] = (
+            before | value if isinstance(before, dict) and isinstance(value, dict) else value
+        )
     return tables, record
 
 
@@ -99,7 +116,11 @@ def _table_of(run, name):
 def _line(text):
     "A text as one line, without control characters, half characters and signs that turn the writing round."
     text = str(text).encode("utf-8", "replace").decode()
-    return " ".join(re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]", "", text).split())
+    return " ".join(
+        re.sub(
+            r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]", "", text
+        ).split()
+    )
 
 
 def _text(text):
@@ -118,11 +139,19 @@ def _code(text):
 
 def _show(value, form="{:,}", otherwise="not recorded"):
     "A number in a form."
-    return form.format(value) if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
+    return (
+        form.format(value)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else otherwise
+    )
 
 # %% ../nbs/12_card.ipynb #hide
-_QUOTED = re.compile(r"""(?<=["'])(?:file://)?(?:/|[A-Za-z]:[\\/])[^"'\n]*(?=["'])""")  # may hold spaces
-_BARE = re.compile(r"""(?<![\w.~:/\\"'<-])(?:file://)?(?:/|[A-Za-z]:[\\/])[^\s"'`,;|<>()\[\]{}]*[^\s"'`,;|<>()\[\]{}.:]""")
+_QUOTED = re.compile(
+    r"""(?<=["'])(?:file://)?(?:/|[A-Za-z]:[\\/])[^"'\n]*(?=["'])"""
+)  # may hold spaces
+_BARE = re.compile(
+    r"""(?<![\w.~:/\\"'<-])(?:file://)?(?:/|[A-Za-z]:[\\/])[^\s"'`,;|<>()\[\]{}]*[^\s"'`,;|<>()\[\]{}.:]"""
+)
 
 
 def _name_only(match):
@@ -130,7 +159,9 @@ def _name_only(match):
     parts = [part for part in re.split(r"[\\/]+", match[0].removeprefix("file://")) if part]
     if not parts:
         return match[0]
-    return "..." if len(parts) == 2 and parts[0].lower() in ("home", "users") else f".../{parts[-1]}"
+    return (
+        "..." if len(parts) == 2 and parts[0].lower() in ("home", "users") else f".../{parts[-1]}"
+    )
 
 
 def _hide(text):
@@ -154,13 +185,21 @@ def _whole_number(value):
 
 def _pooling(record):
     "Width and pooling of a pooling module."
-    flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
-    return _whole_number(record["word_embedding_dimension"]), next(short for flag, short in flags.items() if record.get(flag) is True)
+    flags = {
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_max_tokens": "max",
+    }
+    return _whole_number(record["word_embedding_dimension"]), next(
+        short for flag, short in flags.items() if record.get(flag) is True
+    )
 
 
 def _prompts_of(record):
     "The prompt that is used unasked, and all that are not empty."
-    prompts = {str(name): prompt for name, prompt in (record.get("prompts") or {}).items() if prompt}
+    prompts = {
+        str(name): prompt for name, prompt in (record.get("prompts") or {}).items() if prompt
+    }
     if not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise TypeError("a prompt is no text")
     return prompts.get(record.get("default_prompt_name"), ""), prompts
@@ -177,20 +216,38 @@ def _about(folder):
     width, pooling = _entry(folder / "1_Pooling/config.json", _pooling)
     prompt, prompts = _entry(folder / "config_sentence_transformers.json", _prompts_of)
     return {
-        "architecture": _entry(folder / "config.json", lambda c: _line(c["architectures"][0])), "width": width,
-        "parameters": sum(map(_count, sorted(folder.glob("*.safetensors")))), "pooling": pooling,
-        "normalize": _entry(folder / "modules.json", lambda modules: any(m["type"].endswith(".Normalize") for m in modules)),
-        "max_length": _entry(folder / "sentence_bert_config.json", lambda c: _whole_number(c["max_seq_length"])), "prompt": prompt, "prompts": prompts}
+        "architecture": _entry(folder / "config.json", lambda c: _line(c["architectures"][0])),
+        "width": width,
+        "parameters": sum(map(_count, sorted(folder.glob("*.safetensors")))),
+        "pooling": pooling,
+        "normalize": _entry(
+            folder / "modules.json",
+            lambda modules: any(m["type"].endswith(".Normalize") for m in modules),
+        ),
+        "max_length": _entry(
+            folder / "sentence_bert_config.json", lambda c: _whole_number(c["max_seq_length"])
+        ),
+        "prompt": prompt,
+        "prompts": prompts,
+    }
 
 # %% ../nbs/12_card.ipynb #pooling-code
 _POOLING = {  # what a reader without this package needs, per pooling
-    "mean": '''def pool(states, mask):  # mean of the real tokens' states
+    "mean": (
+        """def pool(states, mask):  # mean of the real tokens' states
     mask = mask.unsqueeze(-1)
-    return (states * mask).sum(1) / mask.sum(1)''',
-    "cls": '''def pool(states, mask):  # state of the first real token
-    return states[torch.arange(len(states)), mask.argmax(1)]''',
-    "max": '''def pool(states, mask):  # largest value in each dimension, over the real tokens
-    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)'''}
+    return (states * mask).sum(1) / mask.sum(1)"""
+    ),
+    "cls": (
+        """def pool(states, mask):  # state of the first real token
+    return states[torch.arange(len(states)), mask.argmax(1)]"""
+    ),
+    "max": (
+        """def pool(states, mask):  # largest value in each dimension, over the real tokens
+    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)"""
+    ),
+}
+
 
 def _fenced(text, language=""):
     "A text as a Markdown block, whatever backticks are in it."
@@ -204,13 +261,19 @@ def _literal(text):
 
 
 def usage(
-    model:dict, # the entry "model" of `read_run`
-    name:str="model", # folder or hub id that the code opens
-)->str: # Markdown with three blocks of Python; each leaves `embeddings`, (2, D), and all three are equal
+    model: dict,  # the entry "model" of `read_run`
+    name: str = "model",  # folder or hub id that the code opens
+) -> str:  # Markdown with three blocks of Python; each leaves `embeddings`, (2, D), and all three are equal
     "Write how to compute embeddings with sentence-transformers, transformers and contrastive_st."
-    opened, note, sentences = _literal(name), "" if name != "model" else "  # the folder of this card", 'sentences = ["Where can I leave my bicycle?", "There is a bike rack behind the station."]'
-    prompted = f"[{_literal(model['prompt'])} + s for s in sentences]" if model["prompt"] else "sentences"
-    plain = f'''import torch
+    opened, note, sentences = (
+        _literal(name),
+        "" if name != "model" else "  # the folder of this card",
+        'sentences = ["Where can I leave my bicycle?", "There is a bike rack behind the station."]',
+    )
+    prompted = (
+        f"[{_literal(model['prompt'])} + s for s in sentences]" if model["prompt"] else "sentences"
+    )
+    plain = f"""import torch
 from transformers import AutoModel, AutoTokenizer
 
 {_POOLING[model["pooling"]]}
@@ -219,18 +282,44 @@ from transformers import AutoModel, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained({opened}), AutoModel.from_pretrained({opened}){note}
 tokens = tokenizer({prompted}, padding=True, truncation=True, max_length={model["max_length"]}, return_tensors="pt")
 with torch.no_grad():
-    embeddings = pool(model(**tokens).last_hidden_state, tokens["attention_mask"])'''
-    if model["normalize"]: plain += "\nembeddings = torch.nn.functional.normalize(embeddings, dim=1)"
-    theirs = f"from sentence_transformers import SentenceTransformer\n\n{sentences}\nmodel = SentenceTransformer({opened}){note}\nembeddings = model.encode(sentences)\nprint(model.similarity(embeddings, embeddings))"
-    ours = f"from contrastive_st.model import SentenceEncoder\n\n{sentences}\nembeddings = SentenceEncoder.from_pretrained({opened}).encode(sentences){note}"
-    blocks = {"With sentence-transformers:": theirs, "With transformers alone; the pooling is part of the model, so it has to be done by hand:": plain, "With contrastive_st:": ours}
-    return "\n\n".join([*(f"{title}\n\n{_fenced(code, 'python')}" for title, code in blocks.items()), *_prompts(model["prompts"])])
+    embeddings = pool(model(**tokens).last_hidden_state, tokens["attention_mask"])"""
+    if model["normalize"]:
+        plain += "\nembeddings = torch.nn.functional.normalize(embeddings, dim=1)"
+    theirs = (
+        f"from sentence_transformers import SentenceTransformer\n\n{sentences}\nmodel ="
+        f" SentenceTransformer({opened}){note}\nembeddings ="
+        " model.encode(sentences)\nprint(model.similarity(embeddings, embeddings))"
+    )
+    ours = (
+        f"from contrastive_st.model import SentenceEncoder\n\n{sentences}\nembeddings ="
+        f" SentenceEncoder.from_pretrained({opened}).encode(sentences){note}"
+    )
+    blocks = {
+        "With sentence-transformers:": theirs,
+        "With transformers alone; the pooling is part of the model, so it has to be done by hand:": (
+            plain
+        ),
+        "With contrastive_st:": ours,
+    }
+    return "\n\n".join(
+        [
+            *(f"{title}\n\n{_fenced(code, 'python')}" for title, code in blocks.items()),
+            *_prompts(model["prompts"]),
+        ]
+    )
+
 
 def _prompts(prompts):
     "How to ask for a prompt by its name; nothing for a model without any."
-    named = ", ".join(f"{_code(name)} = {_code(_literal(prompt))}" for name, prompt in prompts.items())
-    if prompts: yield (f"A prompt is put before a text: {named}. Ask for one by its name, with `encode(texts, prompt_name=NAME)` of sentence-transformers or "
-                       "`encode(texts, prompt=NAME)` of contrastive_st; with transformers alone, put it there by hand.")
+    named = ", ".join(
+        f"{_code(name)} = {_code(_literal(prompt))}" for name, prompt in prompts.items()
+    )
+    if prompts:
+        yield (
+            f"A prompt is put before a text: {named}. Ask for one by its name, with `encode(texts,"
+            " prompt_name=NAME)` of sentence-transformers or `encode(texts, prompt=NAME)` of"
+            " contrastive_st; with transformers alone, put it there by hand."
+        )
 
 # %% ../nbs/12_card.ipynb #tables
 def _table(head, rows):
@@ -243,99 +332,220 @@ def _table(head, rows):
 def _technical(run):
     "Dimensions, pooling, scores: what someone needs who builds an index."
     m, similarity = run["model"], run["config"]["similarity"]
-    poolings = {"mean": "mean of the token states", "cls": "state of the first token", "max": "maximum over the token states"}
+    poolings = {
+        "mean": "mean of the token states",
+        "cls": "state of the first token",
+        "max": "maximum over the token states",
+    }
     scores = {"cos": "cosine", "dot": "dot product"}.get(similarity, _text(similarity))
-    asked = f"none unless asked for: {', '.join(map(_text, m['prompts']))}" if m["prompts"] else "none"
+    asked = (
+        f"none unless asked for: {', '.join(map(_text, m['prompts']))}" if m["prompts"] else "none"
+    )
     rows = {
-        "Dimensions": m["width"], "Cut to fewer dimensions": ", ".join(_text(w) for w in run["config"]["widths"]) or "not trained for it",
-        "Unit length": "yes" if m["normalize"] else "no", "Pooling": poolings[m["pooling"]],
-        "Score functions": "dot product, cosine and Euclidean distance, which agree" if m["normalize"] else scores,
-        "Longest text": f"{m['max_length']} tokens; the rest is cut", "Prompt": _text(_literal(m["prompt"])) if m["prompt"] else asked,
-        "Backbone": f"{_text(m['architecture'])}, {m['parameters']:,} parameters"}
+        "Dimensions": m["width"],
+        "Cut to fewer dimensions": (
+            ", ".join(_text(w) for w in run["config"]["widths"]) or "not trained for it"
+        ),
+        "Unit length": "yes" if m["normalize"] else "no",
+        "Pooling": poolings[m["pooling"]],
+        "Score functions": (
+            "dot product, cosine and Euclidean distance, which agree" if m["normalize"] else scores
+        ),
+        "Longest text": f"{m['max_length']} tokens; the rest is cut",
+        "Prompt": _text(_literal(m["prompt"])) if m["prompt"] else asked,
+        "Backbone": f"{_text(m['architecture'])}, {m['parameters']:,} parameters",
+    }
     return _table(["", ""], rows.items())
 
 # %% ../nbs/12_card.ipynb #data-table
 def _pool(pool, steps):
     "A sentence on the negatives of the batches that have so many columns."
     masked = pool.get("masked")
-    said = f", {masked:.2f} of them masked as equal texts" if isinstance(masked, float) and round(masked, 2) else ""
-    return (f"{_show(pool['columns'])} columns, in {_show(pool['batches'])} of {steps:,} batches: "
-            f"{_show(pool['in_batch'])} in-batch and {_show(pool['hard'])} hard negatives for each anchor{said}.")
+    said = (
+        f", {masked:.2f} of them masked as equal texts"
+        if isinstance(masked, float) and round(masked, 2)
+        else ""
+    )
+    return (
+        f"{_show(pool['columns'])} columns, in {_show(pool['batches'])} of {steps:,} batches:"
+        f" {_show(pool['in_batch'])} in-batch and {_show(pool['hard'])} hard negatives for each"
+        f" anchor{said}."
+    )
 
 
 def _data(run):
     "What the run drew from each dataset, and the negatives that came of it."
     report, mix = run["mixture"], [d for d in run["config"]["mix"] if isinstance(d, dict)]
     weights = {str(d.get("name")): d.get("weight") for d in mix}
-    rows = [[_text(_hide(d["name"])), _show(d["rows"]), _show(d["columns"]), _show(weights.get(str(d["name"])), "{:g}"),
-             _show(d["asked"], "{:.2%}"), _show(d["realised"], "{:.2%}"), _show(d["epochs"], "{:,.2f}")] for d in report["datasets"]]
-    total = ["**all**", f"{sum(d['rows'] for d in report['datasets']):,}", "", "", "", f"{report['examples']:,} examples", ""]
-    table = _table(["Dataset", "Rows", "Columns", "Weight", "Asked", "Realised", "Epochs"], [*rows, total])
-    return table + "\n\n" + "\n".join(f"- {_pool(pool, report['steps'])}" for pool in report["pools"])
+    rows = [
+        [
+            _text(_hide(d["name"])),
+            _show(d["rows"]),
+            _show(d["columns"]),
+            _show(weights.get(str(d["name"])), "{:g}"),
+            _show(d["asked"], "{:.2%}"),
+            _show(d["realised"], "{:.2%}"),
+            _show(d["epochs"], "{:,.2f}"),
+        ]
+        for d in report["datasets"]
+    ]
+    total = [
+        "**all**",
+        f"{sum(d['rows'] for d in report['datasets']):,}",
+        "",
+        "",
+        "",
+        f"{report['examples']:,} examples",
+        "",
+    ]
+    table = _table(
+        ["Dataset", "Rows", "Columns", "Weight", "Asked", "Realised", "Epochs"], [*rows, total]
+    )
+    return (
+        table + "\n\n" + "\n".join(f"- {_pool(pool, report['steps'])}" for pool in report["pools"])
+    )
 
 # %% ../nbs/12_card.ipynb #evaluation
-_STS, _RETRIEVAL = ("spearman", "pearson"), ("accuracy@1", "accuracy@10", "mrr@10", "ndcg@10", "recall@100", "map@100")
+_STS, _RETRIEVAL = (
+    ("spearman", "pearson"),
+    ("accuracy@1", "accuracy@10", "mrr@10", "ndcg@10", "recall@100", "map@100"),
+)
 
 
 def _sides(record):
     "Before and after of a record of metrics; a number that is none is None."
     number = lambda v: v if isinstance(v, int | float) and not isinstance(v, bool) else None
-    sides = [record.get(side) if isinstance(record.get(side), dict) else {} for side in ("before", "after")]
+    sides = [
+        record.get(side) if isinstance(record.get(side), dict) else {}
+        for side in ("before", "after")
+    ]
     return [{name: number(value) for name, value in side.items()} for side in sides]
 
 
 def scores(
     run: dict,  # of `read_run`
-) -> list[dict]:  # split ("evaluation", "test"), set (its path), n (pairs or questions; None = not recorded), task, metric, before, after, low, high; None = not measured
+) -> list[
+    dict
+]:  # split ("evaluation", "test"), set (its path), n (pairs or questions; None = not recorded), task, metric, before, after, low, high; None = not measured
     "List what was measured, a row for each figure of each set."
     rows = []
     for split, record in (("evaluation", run["metrics"]), ("test", run["metrics"]["test"])):
         plan, (before, after) = _table_of(run, split), _sides(record)
         for task, names in (("sts", _STS), ("retrieval", _RETRIEVAL)):
-            set_ = _line(_hide(plan[task])) if isinstance(plan.get(task), str) and plan[task] else f"{task} data"
+            set_ = (
+                _line(_hide(plan[task]))
+                if isinstance(plan.get(task), str) and plan[task]
+                else f"{task} data"
+            )
             for name in (n for n in names if n in after):
-                rows.append({
-                    "split": split, "set": set_, "n": after.get(f"{task}_n"), "task": task, "metric": name, "before": before.get(name), "after": after[name],
-                    "low": after.get(f"{name}_low"), "high": after.get(f"{name}_high"),
-                    "before_low": before.get(f"{name}_low"), "before_high": before.get(f"{name}_high")})
+                rows.append(
+                    {
+                        "split": split,
+                        "set": set_,
+                        "n": after.get(f"{task}_n"),
+                        "task": task,
+                        "metric": name,
+                        "before": before.get(name),
+                        "after": after[name],
+                        "low": after.get(f"{name}_low"),
+                        "high": after.get(f"{name}_high"),
+                        "before_low": before.get(f"{name}_low"),
+                        "before_high": before.get(f"{name}_high"),
+                    }
+                )
     return rows
 
 
 def _interval(value, low, high):
     "A figure with its interval, as far as they are known."
-    return _show(value, "{:.3f}", "not measured") + (f" [{low:.3f}, {high:.3f}]" if None not in (value, low, high) else "")
+    return _show(value, "{:.3f}", "not measured") + (
+        f" [{low:.3f}, {high:.3f}]" if None not in (value, low, high) else ""
+    )
 
 
 def _evaluation(run):
     "Figures before and after, with intervals."
-    size = lambda s: f", {s['n']:,} {'pairs' if s['task'] == 'sts' else 'questions'}" if s["n"] else ""
-    rows = [[f"{_text(s['set'])} ({s['split']}{size(s)})", s["metric"], _interval(s["before"], s["before_low"], s["before_high"]),
-             _interval(s["after"], s["low"], s["high"])] for s in scores(run)]
+    size = lambda s: (
+        f", {s['n']:,} {'pairs' if s['task'] == 'sts' else 'questions'}" if s["n"] else ""
+    )
+    rows = [
+        [
+            f"{_text(s['set'])} ({s['split']}{size(s)})",
+            s["metric"],
+            _interval(s["before"], s["before_low"], s["before_high"]),
+            _interval(s["after"], s["low"], s["high"]),
+        ]
+        for s in scores(run)
+    ]
     if not rows:
         return "Nothing was measured in this run."
     chosen, step = run["config"].get("metric"), run["metrics"].get("best_step")
-    note = (f" The checkpoint of step {_show(step)} was chosen by {_text(chosen)} on the evaluation set, so that set's figures are optimistic; "
-            "the test set chose nothing.") if chosen and step else ""
-    return (_table(["Set", "Figure", "Before", "After"], rows) + "\n\nIn brackets: 95% bootstrap intervals over the pairs or questions of the set; "
-            f"they say nothing about other training seeds.{note}")
+    note = (
+        f" The checkpoint of step {_show(step)} was chosen by {_text(chosen)} on the evaluation"
+        " set, so that set's figures are optimistic; the test set chose nothing."
+        if chosen and step
+        else ""
+    )
+    return (
+        _table(["Set", "Figure", "Before", "After"], rows)
+        + "\n\nIn brackets: 95% bootstrap intervals over the pairs or questions of the set; "
+        f"they say nothing about other training seeds.{note}"
+    )
 
 # %% ../nbs/12_card.ipynb #limits
 def _limits(run, license):
     "Intended use and limits, from the run's own figures."
     report, longest = run["mixture"], run["model"]["max_length"]
-    cut = max((c["truncated"] or 0 for c in report.get("tokens", {}).get("columns", {}).values()), default=0)
-    lines = [f"It was trained on {report['examples']:,} examples of {len(report['datasets'])} dataset(s), listed below. For texts of another kind or language, measure first.",
-             f"Texts are cut at {longest} tokens" + (f"; in training, up to {cut:.1%} of a column's texts were." if cut else "; no training text that was looked at was longer."),
-             "Scores order texts; what score means \"the same\" differs from task to task, so set a threshold on your own data.",
-             "Embeddings carry what the texts carried, prejudice included. Nothing here measures that; `contrastive_st.bias.gender_bias` measures one kind. Do not decide about people by similarity alone."]
-    if not license: lines.append("No licence is stated: the datasets and the starting model have their own, and they come first.")
-    return ("Made for semantic search, paraphrase and duplicate detection, and clustering of texts like those it was trained on: each text becomes one vector, near vectors mean near meanings.\n\n"
-            + "\n".join(f"- {line}" for line in [*lines, *(f"The run warned: {_text(_hide(w))}" for w in report["warnings"])]))
+    cut = max(
+        (c["truncated"] or 0 for c in report.get("tokens", {}).get("columns", {}).values()),
+        default=0,
+    )
+    lines = [
+        (
+            f"It was trained on {report['examples']:,} examples of {len(report['datasets'])}"
+            " dataset(s), listed below. For texts of another kind or language, measure first."
+        ),
+        f"Texts are cut at {longest} tokens"
+        + (
+            f"; in training, up to {cut:.1%} of a column's texts were."
+            if cut
+            else "; no training text that was looked at was longer."
+        ),
+        (
+            'Scores order texts; what score means "the same" differs from task to task, so set a'
+            " threshold on your own data."
+        ),
+        (
+            "Embeddings carry what the texts carried, prejudice included. Nothing here measures"
+            " that; `contrastive_st.bias.gender_bias` measures one kind. Do not decide about people"
+            " by similarity alone."
+        ),
+    ]
+    if not license:
+        lines.append(
+            "No licence is stated: the datasets and the starting model have their own, and they"
+            " come first."
+        )
+    return (
+        "Made for semantic search, paraphrase and duplicate detection, and clustering of texts like"
+        " those it was trained on: each text becomes one vector, near vectors mean near"
+        " meanings.\n\n"
+        + "\n".join(
+            f"- {line}"
+            for line in [
+                *lines,
+                *(f"The run warned: {_text(_hide(w))}" for w in report["warnings"]),
+            ]
+        )
+    )
 
 # %% ../nbs/12_card.ipynb #command
 def _inside(path, folder):
     "A path relative to a folder that holds it, by its name or where links lead; None if neither does."
-    for p, f in ((os.path.abspath(path), os.path.abspath(folder)), (os.path.realpath(path), os.path.realpath(folder))):
+    for p, f in (
+        (os.path.abspath(path), os.path.abspath(folder)),
+        (os.path.realpath(path), os.path.realpath(folder)),
+    ):
         if os.path.commonpath([p, f]) == f != os.path.dirname(f):
             return os.path.relpath(p, f)
     return None
@@ -347,58 +557,126 @@ def _near(path):
         return below
     above = os.path.dirname(os.path.realpath("."))
     shared = {"/", os.path.realpath(Path.home().parent), "/home", "/Users"}
-    if above not in shared and (beside := _inside(path, above)) is not None and not beside.startswith(".."):
+    if (
+        above not in shared
+        and (beside := _inside(path, above)) is not None
+        and not beside.startswith("..")
+    ):
         return os.path.join("..", beside)
     return _hide(path)
 
 
 def with_command(
-    text: str,        # of the recipe
+    text: str,  # of the recipe
     argv: list[str],  # sys.argv of the run
-) -> str:             # the recipe, with the command as a comment
+) -> str:  # the recipe, with the command as a comment
     "Note in a recipe's text how the run was started."
-    near = lambda arg: re.sub(r"""(?:^|(?<=[="'\s,\[]))/[^"'=\n,\]]+""", lambda found: _near(found[0]), arg)
-    return f"{text.rstrip()}\n# command: {json.dumps(shlex.join([Path(argv[0]).name, *map(near, argv[1:])]))}\n"
+    near = lambda arg: re.sub(
+        r"""(?:^|(?<=[="'\s,\[]))/[^"'=\n,\]]+""", lambda found: _near(found[0]), arg
+    )
+    return (
+        f"{text.rstrip()}\n# command:"
+        f" {json.dumps(shlex.join([Path(argv[0]).name, *map(near, argv[1:])]))}\n"
+    )
 
 # %% ../nbs/12_card.ipynb #again
 def _again(run):
     "The command, the settings it amounted to, software and hardware."
-    command, versions, metrics = _noted(run["text"], "command"), dict(run["versions"]), run["metrics"]
+    command, versions, metrics = (
+        _noted(run["text"], "command"),
+        dict(run["versions"]),
+        run["metrics"],
+    )
     more = versions.pop("compute", None)
     versions |= more if isinstance(more, dict) else {}
-    typed = _fenced(_hide(command), "bash") if isinstance(command, str) else "The command was not recorded: the run was started from Python, with the settings below."
-    date, processor, cores = (_text(versions.pop(name, otherwise)) for name, otherwise in (("date", ""), ("processor", ""), ("cores", "?")))
-    speed = _show(metrics.get("seconds"), "{:,.0f} s"), _show(metrics.get("pairs_per_second"), "{:,.0f} examples/s")
-    settings = [[_text(name), _text(_hide(json.dumps(value, ensure_ascii=False)))] for name, value in run["config"].items() if name != "mix"]
-    software = ", ".join(f"{_text(k)} {_text(_hide(v))}" for k, v in versions.items() if v is not None)
-    return "\n\n".join([
-        typed, "AdamW, linear warm-up and decay, contrastive loss over in-batch and hard negatives (InfoNCE).", _table(["Setting", "Value"], settings),
-        f"Trained {date}, {processor} ({cores} cores), {', '.join(speed)}, with {software}."])
+    typed = (
+        _fenced(_hide(command), "bash")
+        if isinstance(command, str)
+        else (
+            "The command was not recorded: the run was started from Python, with the settings"
+            " below."
+        )
+    )
+    date, processor, cores = (
+        _text(versions.pop(name, otherwise))
+        for name, otherwise in (("date", ""), ("processor", ""), ("cores", "?"))
+    )
+    speed = (
+        _show(metrics.get("seconds"), "{:,.0f} s"),
+        _show(metrics.get("pairs_per_second"), "{:,.0f} examples/s"),
+    )
+    settings = [
+        [_text(name), _text(_hide(json.dumps(value, ensure_ascii=False)))]
+        for name, value in run["config"].items()
+        if name != "mix"
+    ]
+    software = ", ".join(
+        f"{_text(k)} {_text(_hide(v))}" for k, v in versions.items() if v is not None
+    )
+    return "\n\n".join(
+        [
+            typed,
+            (
+                "AdamW, linear warm-up and decay, contrastive loss over in-batch and hard negatives"
+                " (InfoNCE)."
+            ),
+            _table(["Setting", "Value"], settings),
+            f"Trained {date}, {processor} ({cores} cores), {', '.join(speed)}, with {software}.",
+        ]
+    )
 
 # %% ../nbs/12_card.ipynb #metadata
 def _base(run):
     "The hub's name of the model that the run started from; None for random weights and for a folder."
     plan = _table_of(run, "model")
     name = plan.get("name") if isinstance(plan.get("name"), str) and "layers" not in plan else ""
-    return name if not run["model_is_folder"] and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) else None
+    return (
+        name
+        if not run["model_is_folder"] and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)
+        else None
+    )
 
 
 def _result(score):
     "One figure as the hub writes it down."
-    tasks = {"sts": ("semantic-similarity", "Semantic Similarity", "{}_cosine"), "retrieval": ("information-retrieval", "Information Retrieval", "cosine_{}")}
+    tasks = {
+        "sts": ("semantic-similarity", "Semantic Similarity", "{}_cosine"),
+        "retrieval": ("information-retrieval", "Information Retrieval", "cosine_{}"),
+    }
     kind, name, form = tasks[score["task"]]
-    between = f", 95% interval {score['low']:.3f} to {score['high']:.3f}" if None not in (score["low"], score["high"]) else ""
+    between = (
+        f", 95% interval {score['low']:.3f} to {score['high']:.3f}"
+        if None not in (score["low"], score["high"])
+        else ""
+    )
     return EvalResult(
-        task_type=kind, task_name=name, dataset_type="unknown", dataset_name=score["set"], dataset_split="validation" if score["split"] == "evaluation" else "test",
-        metric_type=form.format(score["metric"]), metric_name=score["metric"] + between, metric_value=round(score["after"], 4))
+        task_type=kind,
+        task_name=name,
+        dataset_type="unknown",
+        dataset_name=score["set"],
+        dataset_split="validation" if score["split"] == "evaluation" else "test",
+        metric_type=form.format(score["metric"]),
+        metric_name=score["metric"] + between,
+        metric_value=round(score["after"], 4),
+    )
 
 
 def _metadata(run, more):
     "Metadata for the hub; `more` is laid over it."
     results = [_result(score) for score in scores(run) if score["after"] is not None]
     fields = {
-        "model_name": run["title"] if results else None, "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity", "base_model": _base(run),
-        "eval_results": results or None, "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "contrastive_st"]}
+        "model_name": run["title"] if results else None,
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "base_model": _base(run),
+        "eval_results": results or None,
+        "tags": [
+            "sentence-transformers",
+            "sentence-similarity",
+            "feature-extraction",
+            "contrastive_st",
+        ],
+    }
     return ModelCardData(**fields | more)
 
 # %% ../nbs/12_card.ipynb #model-card
@@ -407,16 +685,24 @@ def _opening(run):
     plan, start = _table_of(run, "model"), "It was"
     if "name" in plan:
         name = _code(_hide(plan["name"]))
-        start = f"It started from random weights, with the word pieces of {name}, and was" if "layers" in plan else f"It started from {name} and was"
-    return (f"A sentence embedding model: texts become vectors of {run['model']['width']} numbers, and texts of similar meaning lie near each other. "
-            f"{start} trained contrastively for {run['metrics']['steps']:,} steps of {run['config']['batch_size']:,} examples with contrastive_st.")
+        start = (
+            f"It started from random weights, with the word pieces of {name}, and was"
+            if "layers" in plan
+            else f"It started from {name} and was"
+        )
+    return (
+        f"A sentence embedding model: texts become vectors of {run['model']['width']} numbers, and"
+        f" texts of similar meaning lie near each other. {start} trained contrastively for"
+        f" {run['metrics']['steps']:,} steps of {run['config']['batch_size']:,} examples with"
+        " contrastive_st."
+    )
 
 
 def model_card(
     run_dir: str | Path,  # directory of a finished run
     name: str = "model",  # folder or hub id that the code in the card opens
     metadata: dict = {},  # more for the hub, such as {"license": "apache-2.0", "language": "en"}
-) -> str:                 # Markdown with metadata for the hub
+) -> str:  # Markdown with metadata for the hub
     "Write the card of a run's model from the records in its directory, and from nothing else."
     run = read_run(run_dir)
 
@@ -425,19 +711,33 @@ def model_card(
             return write(run, *args)
 
     sections = {
-        "Use": usage(run["model"], name), "Technical details": part("config", _technical),
-        "Intended use and limits": part("mixture", _limits, metadata.get("license")), "Training data": part("mixture", _data),
-        "Evaluation": part("metrics", _evaluation), "Training": part("versions", _again)}
+        "Use": usage(run["model"], name),
+        "Technical details": part("config", _technical),
+        "Intended use and limits": part("mixture", _limits, metadata.get("license")),
+        "Training data": part("mixture", _data),
+        "Evaluation": part("metrics", _evaluation),
+        "Training": part("versions", _again),
+    }
     if run["text"]:
         sections["Recipe"] = _fenced(_hide(run["text"].strip()), "toml")
     head = f"---\n{part('metrics', _metadata, metadata).to_yaml()}\n---"
-    return "\n\n".join([head, f"# {_text(run['title'])}", _opening(run), *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                head,
+                f"# {_text(run['title'])}",
+                _opening(run),
+                *(f"## {title}\n\n{text}" for title, text in sections.items()),
+            ]
+        )
+        + "\n"
+    )
 
 
 def write_card(
     run_dir: str | Path,  # directory of a finished run
     metadata: dict = {},  # more for the hub
-) -> Path:                # the README.md in the run's model directory
+) -> Path:  # the README.md in the run's model directory
     "Write the card into the run's model directory."
     path = Path(run_dir) / "model" / "README.md"
     write_text(path, model_card(run_dir, metadata=metadata))
@@ -445,18 +745,29 @@ def write_card(
 
 # %% ../nbs/12_card.ipynb #check-name
 def check_name(
-    repo_id:str, # "user/name", or "name" for one's own
-)->None: # asks nobody
+    repo_id: str,  # "user/name", or "name" for one's own
+) -> None:  # asks nobody
     "Raise `ValueError` for what no repository of the hub can be called."
-    try: validate_repo_id(repo_id)
-    except HFValidationError: raise ValueError(f"{repo_id[:80]!r} cannot be the name of a repository on the hub; give USER/NAME, in letters, digits, '-', '_' and '.'") from None
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"{repo_id[:80]!r} cannot be the name of a repository on the hub; give USER/NAME, in"
+            " letters, digits, '-', '_' and '.'"
+        ) from None
 
 # %% ../nbs/12_card.ipynb #push-card
 def _half(text, card):
     "Tell whether a text is what a killed writer left of a card."
     ours = text.startswith("---\n") and "contrastive_st" in text
     open_fence = [line for line in text.split("\n") if line.startswith("```")]
-    return not text.strip("\0 \n") or card.startswith(text) and text != card or ours and ("\n---\n" not in text or len(open_fence) % 2 or not text.endswith("\n"))
+    return (
+        not text.strip("\0 \n")
+        or card.startswith(text)
+        and text != card
+        or ours
+        and ("\n---\n" not in text or len(open_fence) % 2 or not text.endswith("\n"))
+    )
 
 
 def _card_to_send(run_dir, repo_id, metadata):
@@ -467,7 +778,10 @@ def _card_to_send(run_dir, repo_id, metadata):
     if there == today or _half(there, today):
         return model_card(run_dir, repo_id, metadata)
     if private := re.search(rf"({re.escape(str(Path.home()))}|/home/|/Users/)[^\s/]+/", there):
-        raise ValueError(f"{path}: names a folder of this machine ({private[0][:60]}); edit it, or delete it and it is written anew")
+        raise ValueError(
+            f"{path}: names a folder of this machine ({private[0][:60]}); edit it, or delete it and"
+            " it is written anew"
+        )
     model = read_run(run_dir)["model"]
     return there.replace(usage(model), usage(model, repo_id))
 
@@ -480,16 +794,19 @@ def _files(folder):
         names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     for name in names:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder / name}: is a link to a file elsewhere; only files of the model directory are uploaded, so copy it or delete it")
+            raise ValueError(
+                f"{folder / name}: is a link to a file elsewhere; only files of the model directory"
+                " are uploaded, so copy it or delete it"
+            )
     return [name for name in names if name != "README.md" and not Path(name).name.startswith(".")]
 
 # %% ../nbs/12_card.ipynb #push
 def push_to_hub(
-    run_dir: str | Path,   # directory of a finished run
-    repo_id: str,          # "user/name"
+    run_dir: str | Path,  # directory of a finished run
+    repo_id: str,  # "user/name"
     private: bool = True,  # who may see a repository that is made now; one that exists stays as it is
-    metadata: dict = {},   # more for the hub, as in `model_card`; for a card that has none yet and was not edited
-) -> str:                  # address of the commit
+    metadata: dict = {},  # more for the hub, as in `model_card`; for a card that has none yet and was not edited
+) -> str:  # address of the commit
     "Upload a run's model and card to the Hugging Face hub; needs a token, see `hf auth login`."
     folder, api, title = Path(run_dir) / "model", HfApi(), read_run(run_dir)["title"]
     _card_to_send(run_dir, repo_id, metadata)  # refused now, before a repository is made
@@ -497,9 +814,16 @@ def push_to_hub(
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
-        operations.append(CommitOperationAdd("README.md", _card_to_send(run_dir, repo.repo_id, metadata).encode()))
+        operations.append(
+            CommitOperationAdd("README.md", _card_to_send(run_dir, repo.repo_id, metadata).encode())
+        )
         _files(folder)  # nothing has changed since the digests that the hub compares were computed
-        return api.create_commit(repo.repo_id, operations, commit_message=f"Model trained with contrastive_st: {title}").commit_url
-    except Exception as error:   # of the network, the hub and the name; they have no class in common
-        raise ValueError(f"{repo_id} was not pushed: {_line(error)[:300].rstrip('.')}; check the name, the network and the token (hf auth login), "
-                         f"then contrastive_st.card.push_to_hub({str(run_dir)!r}, {repo_id!r}) tries again") from error
+        return api.create_commit(
+            repo.repo_id, operations, commit_message=f"Model trained with contrastive_st: {title}"
+        ).commit_url
+    except Exception as error:  # of the network, the hub and the name; they have no class in common
+        raise ValueError(
+            f"{repo_id} was not pushed: {_line(error)[:300].rstrip('.')}; check the name, the"
+            " network and the token (hf auth login), then"
+            f" contrastive_st.card.push_to_hub({str(run_dir)!r}, {repo_id!r}) tries again"
+        ) from error

@@ -30,34 +30,67 @@ import typer
 from . import atomic
 
 # %% ../nbs/13_cli.ipynb #app
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Train, measure and use sentence embeddings. Begin with: contrastive-st train quickstart")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, measure and use sentence embeddings. Begin with: contrastive-st train quickstart",
+)
 
-_Model = Annotated[str, typer.Argument(help="Model directory, hub id, or 'sentence-transformers/all-MiniLM-L6-v2'.")]
-_RecipeArg = Annotated[str, typer.Argument(help="Recipe: a .toml file, or a name such as 'quickstart'.")]
-_Tiny = Annotated[bool, typer.Option("--tiny", help="Take the recipe's tiny variant, which tries the run in some minutes.")]
-_Data = Annotated[Path | None, typer.Option(help="Folder with the recipe's data, if the recipe names none.")]
-_Store = Annotated[Path | None, typer.Option(help="Folder that `prepare` filled, to read the training data from.")]
-_Changes = Annotated[list[str], typer.Option("--set", help="Change a key of the recipe, e.g. --set train.steps=50. May be repeated.")]
+_Model = Annotated[
+    str,
+    typer.Argument(help="Model directory, hub id, or 'sentence-transformers/all-MiniLM-L6-v2'."),
+]
+_RecipeArg = Annotated[
+    str, typer.Argument(help="Recipe: a .toml file, or a name such as 'quickstart'.")
+]
+_Tiny = Annotated[
+    bool,
+    typer.Option(
+        "--tiny", help="Take the recipe's tiny variant, which tries the run in some minutes."
+    ),
+]
+_Data = Annotated[
+    Path | None, typer.Option(help="Folder with the recipe's data, if the recipe names none.")
+]
+_Store = Annotated[
+    Path | None, typer.Option(help="Folder that `prepare` filled, to read the training data from.")
+]
+_Changes = Annotated[
+    list[str],
+    typer.Option(
+        "--set", help="Change a key of the recipe, e.g. --set train.steps=50. May be repeated."
+    ),
+]
 _Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 _QueryPrompt = Annotated[
     str | None,
-    typer.Option(help="Before each question: a prompt's name, or its text. Without it: what the model says."),
+    typer.Option(
+        help="Before each question: a prompt's name, or its text. Without it: what the model says."
+    ),
 ]
 _DocumentPrompt = Annotated[
     str | None,
-    typer.Option(help="Before each passage: a prompt's name, or its text. Without it: what the model says."),
+    typer.Option(
+        help="Before each passage: a prompt's name, or its text. Without it: what the model says."
+    ),
 ]
 
 
 @app.callback(invoke_without_command=True)
-def _version(show: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False):
+def _version(
+    show: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+):
     if show:
         typer.echo(version("contrastive_st"))
         raise typer.Exit()
 
 # %% ../nbs/13_cli.ipynb #printable
-_HARMLESS = "\u00ad\u200c\u200d"  # format characters that words and emoji need: soft hyphen, two joiners
+_HARMLESS = (  # format characters that words and emoji need: soft hyphen, two joiners
+    "\u00ad\u200c\u200d"
+)
 
 
 def _visible(character):
@@ -94,9 +127,13 @@ def _stoppable(todo=""):
     try:
         yield
     except KeyboardInterrupt as stop:
-        own_line = "\n" if sys.stderr.isatty() else ""  # below the ^C that a terminal shows, or a progress bar
+        own_line = (
+            "\n" if sys.stderr.isatty() else ""
+        )  # below the ^C that a terminal shows, or a progress bar
         _say(own_line + "stopped" + (f"; {todo}" if todo else ""), err=True)
-        raise typer.Exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)) from None
+        raise typer.Exit(
+            128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+        ) from None
 
 # %% ../nbs/13_cli.ipynb #main
 def main() -> None:
@@ -117,7 +154,7 @@ def main() -> None:
 # %% ../nbs/13_cli.ipynb #changes
 def parse_changes(
     changes: list[str],  # "table.key=value" as typed
-) -> dict:               # nested tables
+) -> dict:  # nested tables
     "Turn `--set` arguments into nested tables; raise `ValueError` for one that is not key=value."
     from contrastive_st import recipes
 
@@ -132,11 +169,13 @@ def parse_changes(
 
 # %% ../nbs/13_cli.ipynb #measure
 def measures(
-    sts: Path | None = None,        # graded pairs, as data.read_sts takes them
+    sts: Path | None = None,  # graded pairs, as data.read_sts takes them
     retrieval: Path | None = None,  # folder in BEIR layout
-    query_prompt: str | None = None,     # before each question: a name the model knows, or text; None = what the model says
+    query_prompt: (
+        str | None
+    ) = None,  # before each question: a name the model knows, or text; None = what the model says
     document_prompt: str | None = None,  # before each document, the same way
-) -> Callable:                      # SentenceEncoder -> dict of floats; {} if both paths are None
+) -> Callable:  # SentenceEncoder -> dict of floats; {} if both paths are None
     "Read the evaluation data once and return a function that measures an encoder on it."
     from contrastive_st import data, evaluation
 
@@ -149,24 +188,38 @@ def measures(
             graded = evaluation.evaluate_sts(partial(encoder.encode, progress=False), pairs)
             scores |= {"sts_n" if k == "n" else k: v for k, v in graded.items()}
         if questions:
-            query, document = evaluation.with_prompts(encoder, query_prompt, document_prompt, progress=False)
+            query, document = evaluation.with_prompts(
+                encoder, query_prompt, document_prompt, progress=False
+            )
             found = evaluation.evaluate_retrieval(query, *questions, encode_corpus=document)
             scores |= {"retrieval_n" if k == "n" else k: v for k, v in found.items()}
         return scores
+
     return measure
 
 # %% ../nbs/13_cli.ipynb #table
-_SHOWN = ("spearman", "pearson", "accuracy@1", "accuracy@10", "mrr@10", "ndcg@10", "recall@100", "map@100")
+_SHOWN = (
+    "spearman",
+    "pearson",
+    "accuracy@1",
+    "accuracy@10",
+    "mrr@10",
+    "ndcg@10",
+    "recall@100",
+    "map@100",
+)
 
 
 def score_table(
     columns: dict[str, dict],  # heading -> metrics, e.g. {"before": {...}, "after": {...}}
-) -> str:                      # lines of text
+) -> str:  # lines of text
     "Lay out metrics side by side, each with its 95% interval."
     cell = lambda m, k: f"{m[k]:.3f} [{m[k + '_low']:.3f}, {m[k + '_high']:.3f}]"
     names = [k for k in _SHOWN if all(k in m for m in columns.values())]
     head = f"{'':12}" + "".join(f"{title:>24}" for title in columns)
-    return "\n".join([head] + [f"{k:12}" + "".join(f"{cell(m, k):>24}" for m in columns.values()) for k in names])
+    return "\n".join(
+        [head] + [f"{k:12}" + "".join(f"{cell(m, k):>24}" for m in columns.values()) for k in names]
+    )
 
 # %% ../nbs/13_cli.ipynb #output
 def check_output(
@@ -179,8 +232,12 @@ def check_output(
         place = Path(os.path.realpath(path))  # a link is followed, as when it is written
         right = place.is_dir() if folder else place.is_file()
         if place.exists() and not right:
-            holds = "a folder" if place.is_dir() else "a file" if place.is_file() else "no regular file"
-            raise ValueError(f"{option} {path}: is {holds}; name a {'folder' if folder else 'file'}")
+            holds = (
+                "a folder" if place.is_dir() else "a file" if place.is_file() else "no regular file"
+            )
+            raise ValueError(
+                f"{option} {path}: is {holds}; name a {'folder' if folder else 'file'}"
+            )
         places = (place, *place.parents) if folder else place.parents
         probe = next(p for p in places if p.exists()) / f".{place.name}.probing"
         probe.touch()
@@ -191,8 +248,12 @@ def check_output(
 @_stoppable()
 def evaluate(
     model: _Model,
-    sts: Annotated[Path | None, typer.Option(help="Graded pairs: a .tsv with score, sentence1, sentence2.")] = None,
-    retrieval: Annotated[Path | None, typer.Option(help="Folder with corpus.jsonl, queries.jsonl, qrels/test.tsv.")] = None,
+    sts: Annotated[
+        Path | None, typer.Option(help="Graded pairs: a .tsv with score, sentence1, sentence2.")
+    ] = None,
+    retrieval: Annotated[
+        Path | None, typer.Option(help="Folder with corpus.jsonl, queries.jsonl, qrels/test.tsv.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write all metrics to this JSON file.")] = None,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
@@ -201,7 +262,9 @@ def evaluate(
     if not (sts or retrieval):
         raise ValueError("nothing to measure: give --sts FILE, --retrieval FOLDER, or both")
     if not retrieval and (query_prompt, document_prompt) != (None, None):
-        raise ValueError("--query-prompt and --document-prompt are for --retrieval; graded pairs have neither")
+        raise ValueError(
+            "--query-prompt and --document-prompt are for --retrieval; graded pairs have neither"
+        )
     if out:
         check_output(out)
     scores = measures(sts, retrieval, query_prompt, document_prompt)(_encoder(model))
@@ -213,12 +276,13 @@ def evaluate(
 
 def _encoder(model):
     from contrastive_st.model import SentenceEncoder
+
     return SentenceEncoder.from_pretrained(model)
 
 # %% ../nbs/13_cli.ipynb #heat
 def similarity_figure(
     matrices: dict[str, np.ndarray],  # title -> (N, N) cosine, question by answer
-    path: str | Path,                 # PNG to write
+    path: str | Path,  # PNG to write
 ) -> None:
     "Draw similarity matrices side by side on one colour scale."
     from matplotlib.figure import Figure
@@ -234,24 +298,26 @@ def similarity_figure(
 
 
 def similarity(
-    encoder,           # model.SentenceEncoder
-    left: list[str],   # N questions
+    encoder,  # model.SentenceEncoder
+    left: list[str],  # N questions
     right: list[str],  # N passages
-    query_prompt: str | None = None,     # as in `measures`
+    query_prompt: str | None = None,  # as in `measures`
     document_prompt: str | None = None,  # as in `measures`
-) -> np.ndarray:       # (N, N) cosine
+) -> np.ndarray:  # (N, N) cosine
     "Return the cosine of every question with every passage."
     from contrastive_st import evaluation
 
-    query, document = evaluation.with_prompts(encoder, query_prompt, document_prompt, progress=False)
+    query, document = evaluation.with_prompts(
+        encoder, query_prompt, document_prompt, progress=False
+    )
     unit = lambda e: e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12)
     return unit(query(left)) @ unit(document(right)).T
 
 # %% ../nbs/13_cli.ipynb #pairs
 def sample_pairs(
-    mixture,                # mixture.Mixture
+    mixture,  # mixture.Mixture
     retrieval: Path | None,  # held-out questions, preferred over training pairs
-    n: int = 16,            # pairs to take
+    n: int = 16,  # pairs to take
 ) -> tuple[list[str], list[str]]:  # questions and their answers
     "Choose question-answer pairs with different answers for the similarity picture."
     from contrastive_st import data
@@ -272,7 +338,10 @@ def _measured(recipe, folder, key):
 
     plan, where = getattr(recipe, key), f"{recipe.path}: {key}"
     paths = {field: getattr(plan, field) for field in ("sts", "retrieval")}
-    paths = {field: recipes.inside(folder, name, f"{where}.{field}") if name else None for field, name in paths.items()}
+    paths = {
+        field: recipes.inside(folder, name, f"{where}.{field}") if name else None
+        for field, name in paths.items()
+    }
     return paths | {"query_prompt": plan.query_prompt, "document_prompt": plan.document_prompt}
 
 
@@ -285,7 +354,11 @@ def _resume_command(argv):
 
 def _program():
     "How this program is called from here."
-    return "contrastive-st" if shutil.which("contrastive-st") else _near(Path(sys.executable).parent / "contrastive-st")
+    return (
+        "contrastive-st"
+        if shutil.which("contrastive-st")
+        else _near(Path(sys.executable).parent / "contrastive-st")
+    )
 
 
 def _leave(out, heat, draw, only_missing):
@@ -310,10 +383,28 @@ def train(
     store: _Store = None,
     set: _Changes = [],
     tiny: _Tiny = False,
-    xla: Annotated[bool, typer.Option("--xla", help="Train on XLA devices: a TPU, or several virtual ones on a CPU.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT from its last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in OUT first.")] = False,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the model and its card to USER/NAME on the Hugging Face hub, private if it is new.")] = None,
+    xla: Annotated[
+        bool,
+        typer.Option(
+            "--xla", help="Train on XLA devices: a TPU, or several virtual ones on a CPU."
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in OUT from its last checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in OUT first.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help=(
+                "Upload the model and its card to USER/NAME on the Hugging Face hub, private if it"
+                " is new."
+            ),
+        ),
+    ] = None,
     progress: _Progress = True,
 ):
     "Train a model from a recipe: measures before and after, fills the run directory, says what to type next."
@@ -322,7 +413,7 @@ def train(
     trainer.claim(out, resume, overwrite, make=False)
     check_output(out, folder=True)
     if push_to_hub:
-        card.check_name(push_to_hub)      # now: a misspelt name must not cost a training
+        card.check_name(push_to_hub)  # now: a misspelt name must not cost a training
     finished = resume and trainer.run_state(out) == "finished"
     recipe = recipes.load(recipe, parse_changes(set), tiny)
     config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
@@ -340,7 +431,9 @@ def train(
         loop = trainer
     typed = card.with_command(recipe.text, ["contrastive-st", *sys.argv[1:]])
     try:
-        metrics = loop.train(encoder, mixture, config, out, *measured, resume, overwrite, typed, progress=progress)
+        metrics = loop.train(
+            encoder, mixture, config, out, *measured, resume, overwrite, typed, progress=progress
+        )
     except trainer.Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             _say(f"{stop}; go on with: {_resume_command(sys.argv)}", err=True)
@@ -358,25 +451,50 @@ def train(
 
 # %% ../nbs/13_cli.ipynb #summary
 def summary(
-    recipe,         # recipes.Recipe: what was trained
+    recipe,  # recipes.Recipe: what was trained
     metrics: dict,  # as trainer.train returns them
-    out: Path,      # run directory
-    retrieval: Path | None,  # folder whose corpus.jsonl holds passages to search; None = the user's own, one a line
+    out: Path,  # run directory
+    retrieval: (
+        Path | None
+    ),  # folder whose corpus.jsonl holds passages to search; None = the user's own, one a line
     question: str,  # to ask of them
-) -> str:           # lines to print
+) -> str:  # lines to print
     "Say what a run achieved and what to type next."
-    lines = [f"\n{recipe.title}: {metrics['steps']} steps in {metrics['seconds']:.0f} s, {metrics['pairs_per_second']:.0f} examples/s"]
+    lines = [
+        f"\n{recipe.title}: {metrics['steps']} steps in {metrics['seconds']:.0f} s,"
+        f" {metrics['pairs_per_second']:.0f} examples/s"
+    ]
     for name, scores in (("evaluation", metrics), ("test", metrics["test"])):
         if scores["before"]:
-            lines += [f"\n{name}, with 95% intervals", score_table({"before": scores["before"], "after": scores["after"]})]
+            lines += [
+                f"\n{name}, with 95% intervals",
+                score_table({"before": scores["before"], "after": scores["after"]}),
+            ]
     model, program = shlex.quote(f"{out}/model"), _program()
-    corpus = retrieval / "corpus.jsonl" if retrieval and (retrieval / "corpus.jsonl").is_file() else None  # it may be zipped
+    corpus = (
+        retrieval / "corpus.jsonl" if retrieval and (retrieval / "corpus.jsonl").is_file() else None
+    )  # it may be zipped
     python = "python" if shutil.which("contrastive-st") else _near(Path(sys.executable))
-    return "\n".join(lines + [
-        f"\nWritten to {out}: model/ metrics.json similarity.png mixture.json history.json tensorboard/", "Next:",
-        f"  {program} search {model} {shlex.quote(_near(corpus)) if corpus else 'YOUR_TEXTS.txt'} {shlex.quote(printable(question[:200]))}",
-        f"  {program} demo {shlex.quote(str(out))}    # in a browser; needs the extra 'demo'",
-        f"  {python} -c \"import sys; from sentence_transformers import SentenceTransformer as S; print(S(sys.argv[1]).encode('hello').shape)\" {model}"])
+    return "\n".join(
+        lines
+        + [
+            (
+                f"\nWritten to {out}: model/ metrics.json similarity.png mixture.json history.json"
+                " tensorboard/"
+            ),
+            "Next:",
+            (
+                f"  {program} search {model}"
+                f" {shlex.quote(_near(corpus)) if corpus else 'YOUR_TEXTS.txt'}"
+                f" {shlex.quote(printable(question[:200]))}"
+            ),
+            f"  {program} demo {shlex.quote(str(out))}    # in a browser; needs the extra 'demo'",
+            (
+                f'  {python} -c "import sys; from sentence_transformers import SentenceTransformer'
+                f" as S; print(S(sys.argv[1]).encode('hello').shape)\" {model}"
+            ),
+        ]
+    )
 
 
 def _near(path):
@@ -387,22 +505,36 @@ def _near(path):
 # %% ../nbs/13_cli.ipynb #tpu-time
 def tpu_time(
     size: tuple[int, int, int],  # of the backbone: layers, width, parameters
-    longest: int,                # T, tokens that every text is padded to
-    report: dict,                # of mixture.Mixture.report or mixture.account
-) -> str:                        # one sentence
+    longest: int,  # T, tokens that every text is padded to
+    report: dict,  # of mixture.Mixture.report or mixture.account
+) -> str:  # one sentence
     "Say how long a run would take on a TPU v3-8 by the scaling model of `xla.step_time`."
     from contrastive_st.xla import CHIPS, step_time
 
-    steps = [sum(step_time(*size, texts=p["columns"] * report["batch_size"], T=longest, devices=8, chip=CHIPS["v3"]).values()) for p in report["pools"]]
+    steps = [
+        sum(
+            step_time(
+                *size,
+                texts=p["columns"] * report["batch_size"],
+                T=longest,
+                devices=8,
+                chip=CHIPS["v3"],
+            ).values()
+        )
+        for p in report["pools"]
+    ]
     seconds = sum(p["batches"] * step for p, step in zip(report["pools"], steps))
     length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} s"
-    return f"on a TPU v3-8 {length}, {1000 * seconds / report['steps']:,.0f} ms a step (estimated, not measured: every text padded to {longest}, matrix products at 35% of the peak)"
+    return (
+        f"on a TPU v3-8 {length}, {1000 * seconds / report['steps']:,.0f} ms a step (estimated, not"
+        f" measured: every text padded to {longest}, matrix products at 35% of the peak)"
+    )
 
 # %% ../nbs/13_cli.ipynb #by-folder
 def by_folder(
-    report: dict,   # of mixture.Mixture.report or mixture.account
+    report: dict,  # of mixture.Mixture.report or mixture.account
     most: int = 40,  # datasets that are listed one by one
-) -> dict:          # a copy; beyond `most`, the datasets of a folder are one line
+) -> dict:  # a copy; beyond `most`, the datasets of a folder are one line
     "Shorten a report of many files: those of one folder become one line."
     if len(report["datasets"]) <= most:
         return report
@@ -410,9 +542,17 @@ def by_folder(
     for d in report["datasets"]:
         folders.setdefault((d["name"].rpartition("/")[0] or d["name"], d["columns"]), []).append(d)
     total = lambda group, key: sum(d[key] for d in group)
-    lines = [{"name": name if len(group) == 1 else f"{name}/ ({len(group)} files)", "rows": total(group, "rows"), "columns": columns, "asked": total(group, "asked"),
-              "realised": total(group, "realised"), "epochs": sum(d["epochs"] * d["rows"] for d in group) / total(group, "rows")}
-             for (name, columns), group in folders.items()]
+    lines = [
+        {
+            "name": name if len(group) == 1 else f"{name}/ ({len(group)} files)",
+            "rows": total(group, "rows"),
+            "columns": columns,
+            "asked": total(group, "asked"),
+            "realised": total(group, "realised"),
+            "epochs": sum(d["epochs"] * d["rows"] for d in group) / total(group, "rows"),
+        }
+        for (name, columns), group in folders.items()
+    ]
     return report | {"datasets": sorted(lines, key=lambda d: -d["realised"])}
 
 # %% ../nbs/13_cli.ipynb #inspect
@@ -425,7 +565,9 @@ def inspect(
     set: _Changes = [],
     tiny: _Tiny = False,
     sample: Annotated[int, typer.Option(min=1, help="Global batches to look into.")] = 8,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of shares and epochs to this PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a plot of shares and epochs to this PNG.")
+    ] = None,
 ):
     "Print what a run of the recipe would see: shares, epochs, negatives, duplicates, truncation, padding; without data, its plan."
     from contrastive_st import recipes, trainer
@@ -438,9 +580,20 @@ def inspect(
     if data or store or recipe.data.folder:
         report, size, longest = _look(recipe, data, store, steps, sample)
     else:
-        report, size, longest = account(recipes.plan(recipe), steps, 0), recipes.BACKBONES.get(recipe.model.name), recipe.model.max_length or 128
-        _say("planned from the sizes in the data config; --data FOLDER opens the files and looks into them")
-    _say(tpu_time(size, longest, report) if size else f"no time is estimated: the size of {recipe.model.name} is not known here")
+        report, size, longest = (
+            account(recipes.plan(recipe), steps, 0),
+            recipes.BACKBONES.get(recipe.model.name),
+            recipe.model.max_length or 128,
+        )
+        _say(
+            "planned from the sizes in the data config; --data FOLDER opens the files and looks"
+            " into them"
+        )
+    _say(
+        tpu_time(size, longest, report)
+        if size
+        else f"no time is estimated: the size of {recipe.model.name} is not known here"
+    )
     _say(f"\n{recipe.title}\n\n{report_table(by_folder(report))}")
     if plot:
         plot.parent.mkdir(parents=True, exist_ok=True)
@@ -453,31 +606,50 @@ def _look(recipe, data, store, steps, sample):
     from contrastive_st import tokens, trainer
 
     mixture, encoder = recipe.mixture(data, store), recipe.encoder()
-    report = trainer.run_report(mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), steps, sample)
-    size = encoder.backbone.config.num_hidden_layers, encoder.width, sum(p.numel() for p in encoder.backbone.parameters())
+    report = trainer.run_report(
+        mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), steps, sample
+    )
+    size = (
+        encoder.backbone.config.num_hidden_layers,
+        encoder.width,
+        sum(p.numel() for p in encoder.backbone.parameters()),
+    )
     return report, size, encoder.max_length
 
 # %% ../nbs/13_cli.ipynb #report-figure
 def report_figure(
-    report: dict,      # of mixture.Mixture.report
+    report: dict,  # of mixture.Mixture.report
     path: str | Path,  # PNG to write
-    most: int = 30,    # datasets with a row of their own, largest share first; the others share the last row
+    most: int = 30,  # datasets with a row of their own, largest share first; the others share the last row
 ) -> None:
     "Draw what each dataset was asked to give, what it gives, and how often its rows are seen."
     from matplotlib.figure import Figure
 
     ranked = sorted(report["datasets"], key=lambda d: -d["asked"])
     groups = [[d] for d in ranked[:most]] + ([ranked[most:]] if ranked[most:] else [])
-    names = [re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-56:] for d in ranked[:most]] + [f"{len(ranked) - most} more, together"]
-    figure, y = Figure(figsize=(9, 1.7 + 0.25 * len(groups)), layout="constrained"), np.arange(len(groups))
+    names = [re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-56:] for d in ranked[:most]] + [
+        f"{len(ranked) - most} more, together"
+    ]
+    figure, y = (
+        Figure(figsize=(9, 1.7 + 0.25 * len(groups)), layout="constrained"),
+        np.arange(len(groups)),
+    )
     left, right = figure.subplots(1, 2, sharey=True)
     for at, key in ((-0.2, "asked"), (0.2, "realised")):
         left.barh(y + at, [100 * sum(d[key] for d in g) for g in groups], 0.4, label=f"{key} share")
     for row, group in enumerate(groups):
-        seen = [d["epochs"] for d in group if d["epochs"]] or [np.nan]     # what is never seen has no place on a log axis
+        seen = [d["epochs"] for d in group if d["epochs"]] or [
+            np.nan
+        ]  # what is never seen has no place on a log axis
         right.plot([min(seen), max(seen)], [row, row], "o-", color="tab:gray")
     right.axvline(100, color="tab:red", ls=":", label="100 times")
-    left.set(yticks=y, yticklabels=names[:len(groups)], ylim=(len(groups) - 0.4, -0.6), xlabel="% of all rows", title="Who fills the batches?")
+    left.set(
+        yticks=y,
+        yticklabels=names[: len(groups)],
+        ylim=(len(groups) - 0.4, -0.6),
+        xlabel="% of all rows",
+        title="Who fills the batches?",
+    )
     left.tick_params("y", labelsize="small")
     right.set(xscale="log", xlabel="times each row is seen", title="How often?")
     right.grid(axis="y", alpha=0.3)
@@ -493,7 +665,10 @@ def _config(config, data, tiny):
 
     if config.endswith(".json"):
         if tiny:
-            raise ValueError(f"--tiny takes the tiny variant of a recipe, and {config} is a data config; give the recipe")
+            raise ValueError(
+                f"--tiny takes the tiny variant of a recipe, and {config} is a data config; give"
+                " the recipe"
+            )
         return Path(config), data or Path(config).parent, None
     recipe = recipes.load(config, tiny=tiny)
     return *recipes.data_config(recipe, data), recipe.model.max_length
@@ -528,7 +703,13 @@ def _tokenise(tokens, out, summaries, progress):
 
     from contrastive_st.data import store_folder
 
-    with tqdm(total=sum(s["rows"] for s in summaries.values()), unit=" rows", unit_scale=True, disable=not progress, desc="tokenising") as bar:
+    with tqdm(
+        total=sum(s["rows"] for s in summaries.values()),
+        unit=" rows",
+        unit_scale=True,
+        disable=not progress,
+        desc="tokenising",
+    ) as bar:
         for name in summaries:
             tokens.prepare(store_folder(out, name), bar.update)
 
@@ -536,16 +717,50 @@ def _tokenise(tokens, out, summaries, progress):
 @app.command()
 @_stoppable("the same command goes on with what is missing")
 def prepare(
-    config: Annotated[str, typer.Argument(help="A data_config.json, or a recipe: a .toml file, or a name such as 'quickstart'.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="A data_config.json, or a recipe: a .toml file, or a name such as 'quickstart'."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of stores to fill; not the data folder.")],
-    data: Annotated[Path | None, typer.Option(help="Folder that the names in CONFIG are relative to, if not CONFIG's own.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the names in CONFIG are relative to, if not CONFIG's own."),
+    ] = None,
     tiny: _Tiny = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Model directory or hub id: store the token ids of its tokenizer too.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a text; longer ones are cut. Without it: what the recipe says, else the model.")] = None,
-    on_error: Annotated[str, typer.Option(help="'skip' lists bad rows in rejects.jsonl and goes on, 'raise' stops at the first.")] = "skip",
-    workers: Annotated[int, typer.Option(min=1, help="Processes; one dataset is read by one process.")] = os.cpu_count() or 1,
-    progress: Annotated[bool, typer.Option(help="Show progress bars, if this is a terminal.")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte of the stores that are there, and write damaged ones anew.")] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Model directory or hub id: store the token ids of its tokenizer too."),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help=(
+                "Tokens of a text; longer ones are cut. Without it: what the recipe says, else the"
+                " model."
+            )
+        ),
+    ] = None,
+    on_error: Annotated[
+        str,
+        typer.Option(
+            help="'skip' lists bad rows in rejects.jsonl and goes on, 'raise' stops at the first."
+        ),
+    ] = "skip",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; one dataset is read by one process.")
+    ] = os.cpu_count() or 1,
+    progress: Annotated[
+        bool, typer.Option(help="Show progress bars, if this is a terminal.")
+    ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read every byte of the stores that are there, and write damaged ones anew.",
+        ),
+    ] = False,
 ):
     "Write the datasets of a config into Arrow stores, once; what is there and up to date is left alone."
     from contrastive_st import data as reading
@@ -553,16 +768,32 @@ def prepare(
 
     mix, folder, longest = _config(config, data, tiny)
     entries, progress = _to_prepare(mix, folder, out), progress and sys.stderr.isatty()
-    tokens = _tokens(tokenizer, max_length or longest) if tokenizer else None      # first: a wrong name must not cost an hour
-    wanted = [{"name": e.name, "path_or_hub_id": e.path, "columns": e.columns, "split": e.split} for e in entries]
+    tokens = (
+        _tokens(tokenizer, max_length or longest) if tokenizer else None
+    )  # first: a wrong name must not cost an hour
+    wanted = [
+        {"name": e.name, "path_or_hub_id": e.path, "columns": e.columns, "split": e.split}
+        for e in entries
+    ]
     total = sum(e.lines for e in entries) if all(e.lines for e in entries) else None
     summaries = reading.prepare(wanted, out, on_error, workers, total, progress, verify)
     if tokens:
         _tokenise(tokens, out, summaries, progress)
-    listed = [{"name": e.name, "lines": summaries[e.name]["rows"]} | ({} if e.weight is None else {"weight": e.weight}) for e in entries]
+    listed = [
+        {"name": e.name, "lines": summaries[e.name]["rows"]}
+        | ({} if e.weight is None else {"weight": e.weight})
+        for e in entries
+    ]
     atomic.write_json(out / "data_config.json", listed)
-    recipe = ["RECIPE.toml"] if config.endswith(".json") else [config, *(["--tiny"] if tiny else []), *(["--data", str(data)] if data else [])]
-    _say(f"{store.summary_table(summaries)}\n\nWritten to {out}. Next: contrastive-st train {shlex.join([*recipe, '--store', str(out)])}")
+    recipe = (
+        ["RECIPE.toml"]
+        if config.endswith(".json")
+        else [config, *(["--tiny"] if tiny else []), *(["--data", str(data)] if data else [])]
+    )
+    _say(
+        f"{store.summary_table(summaries)}\n\nWritten to {out}. Next: contrastive-st train"
+        f" {shlex.join([*recipe, '--store', str(out)])}"
+    )
 
 # %% ../nbs/13_cli.ipynb #read-texts
 _LONGEST = 2**24  # bytes of a line; a longer one is no text
@@ -577,7 +808,10 @@ def read_texts(
         return
     if not path.is_file():
         what = "is no regular file" if path.exists() else "there is no file"
-        raise ValueError(f"{path}: {what}; give a .txt with one text a line, a corpus.jsonl, or '-' for standard input")
+        raise ValueError(
+            f"{path}: {what}; give a .txt with one text a line, a corpus.jsonl, or '-' for standard"
+            " input"
+        )
     with open(path, "rb") as file:
         for number, line in enumerate(_lines(file, path), 1):
             if path.suffix != ".jsonl":
@@ -591,11 +825,20 @@ def _lines(file, name, may_be_empty=False):
     number = 0
     for number, line in enumerate(iter(partial(file.readline, _LONGEST + 1), b""), 1):
         if len(line) > _LONGEST:
-            raise ValueError(f"{name}:{number}: is longer than {_LONGEST:,} bytes; write one text a line")
+            raise ValueError(
+                f"{name}:{number}: is longer than {_LONGEST:,} bytes; write one text a line"
+            )
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+            yield (
+                line.decode("utf-8-sig" if number == 1 else "utf-8")
+                .removesuffix("\n")
+                .removesuffix("\r")
+            )
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name}:{number}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8") from None
+            raise ValueError(
+                f"{name}:{number}: byte {error.start + 1} is not UTF-8; unzip the file, or save it"
+                " as UTF-8"
+            ) from None
     if not number and not may_be_empty:
         raise ValueError(f"{name}: the file is empty; give at least one text")
 
@@ -607,7 +850,7 @@ def _corpus_text(where, line):
         row = json.loads(line)
     title, text = (row.get("title") or "", row.get("text")) if isinstance(row, dict) else ("", None)
     if not isinstance(text, str) or not isinstance(title, str):
-        raise ValueError(f"{where}: expected an object with a \"text\"; {todo}")
+        raise ValueError(f'{where}: expected an object with a "text"; {todo}')
     return f"{title} {text}".strip()
 
 # %% ../nbs/13_cli.ipynb #count-blank
@@ -630,13 +873,47 @@ class _Counted:
 @_stoppable("with --resume the same command goes on")
 def encode(
     model: _Model,
-    texts: Annotated[Path, typer.Argument(help="A .txt with one text a line, or a corpus.jsonl; '-' reads lines from standard input.")],
-    out: Annotated[Path, typer.Option(help="File to write: .arrow, .feather, .parquet, or NumPy under any other name.")] = Path("embeddings.npy"),
-    precision: Annotated[str, typer.Option(help="float32, float16, int8, uint8, binary or ubinary.")] = "float32",
-    prompt: Annotated[str | None, typer.Option(help="Before each text: a prompt's name, such as document, or its text. Without it: the model's default.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; above 1 each has one thread and a model of its own.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run on the same texts stopped.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where the hardware can: faster, and a little less exact.")] = False,
+    texts: Annotated[
+        Path,
+        typer.Argument(
+            help=(
+                "A .txt with one text a line, or a corpus.jsonl; '-' reads lines from standard"
+                " input."
+            )
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="File to write: .arrow, .feather, .parquet, or NumPy under any other name."
+        ),
+    ] = Path("embeddings.npy"),
+    precision: Annotated[
+        str, typer.Option(help="float32, float16, int8, uint8, binary or ubinary.")
+    ] = "float32",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Before each text: a prompt's name, such as document, or its text. Without it: the"
+                " model's default."
+            )
+        ),
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes; above 1 each has one thread and a model of its own."),
+    ] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run on the same texts stopped.")
+    ] = False,
+    bf16: Annotated[
+        bool,
+        typer.Option(
+            "--bf16",
+            help="Compute in bfloat16 where the hardware can: faster, and a little less exact.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 32,
     progress: _Progress = True,
 ):
@@ -645,13 +922,28 @@ def encode(
 
     check_output(out)
     total = None if str(texts) == "-" else sum(1 for _ in read_texts(texts))
-    options = {"bf16": bf16, "batch_size": batch_size} | ({} if prompt is None else {"prompt": prompt})
+    options = {"bf16": bf16, "batch_size": batch_size} | (
+        {} if prompt is None else {"prompt": prompt}
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     given = _Counted(read_texts(texts))
-    card = write_embeddings(out, model, iter(given), precision, workers=workers, resume=resume, total=total, progress=progress, **options)
+    card = write_embeddings(
+        out,
+        model,
+        iter(given),
+        precision,
+        workers=workers,
+        resume=resume,
+        total=total,
+        progress=progress,
+        **options,
+    )
     if given.blank:
-        _say(f"note: {given.blank:,} of {given.texts:,} texts are blank, the first is text {given.first:,}; "
-             "each has a vector, so that the order stays that of the file", err=True)
+        _say(
+            f"note: {given.blank:,} of {given.texts:,} texts are blank, the first is text"
+            f" {given.first:,}; each has a vector, so that the order stays that of the file",
+            err=True,
+        )
     _say(f"{card['rows']} texts, {card['width']} dimensions -> {out}")
 
 # %% ../nbs/13_cli.ipynb #search
@@ -660,7 +952,10 @@ def encode(
 def search(
     model: _Model,
     corpus: Annotated[Path, typer.Argument(help="A .txt with one text a line, or a corpus.jsonl.")],
-    queries: Annotated[list[str] | None, typer.Argument(help="Questions; without any, lines are read from standard input.")] = None,
+    queries: Annotated[
+        list[str] | None,
+        typer.Argument(help="Questions; without any, lines are read from standard input."),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Passages to show for each question.")] = 3,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
@@ -670,9 +965,13 @@ def search(
     from contrastive_st.search import semantic_search
 
     passages = _passages(corpus)
-    embed_query, embed_passages = with_prompts(_encoder(model), query_prompt, document_prompt, progress=False)
+    embed_query, embed_passages = with_prompts(
+        _encoder(model), query_prompt, document_prompt, progress=False
+    )
     index = embed_passages(passages)
-    for query in queries or (line.strip() for line in _lines(sys.stdin.buffer, "standard input", True) if line.strip()):
+    for query in queries or (
+        line.strip() for line in _lines(sys.stdin.buffer, "standard input", True) if line.strip()
+    ):
         scores, places = semantic_search(embed_query([query]), index, top_k)
         _say(_shortened(query, 0), bold=True)
         for score, i in zip(scores[0], places[0]):
@@ -686,7 +985,11 @@ def _passages(path):
     if not passages:
         raise ValueError(f"{path}: all texts are blank; give at least one passage")
     if given.blank:
-        _say(f"note: {path}: {given.blank:,} of {given.texts:,} texts are blank and left out, the first is text {given.first:,}", err=True)
+        _say(
+            f"note: {path}: {given.blank:,} of {given.texts:,} texts are blank and left out, the"
+            f" first is text {given.first:,}",
+            err=True,
+        )
     return passages
 
 
@@ -694,15 +997,25 @@ def _shortened(text, indent):
     "A text on one line that fits into the terminal beside an indent; whole where the output is a file or a pipe."
     text = printable(text if not sys.stdout.isatty() else text[:10_000])
     width = shutil.get_terminal_size().columns - indent
-    return text if not sys.stdout.isatty() or len(text) <= width else text[:max(width - 1, 1)] + "…"
+    return (
+        text if not sys.stdout.isatty() or len(text) <= width else text[: max(width - 1, 1)] + "…"
+    )
 
 # %% ../nbs/13_cli.ipynb #demo
 @app.command()
 @_stoppable()
 def demo(
-    models: Annotated[list[str], typer.Argument(help="Model directories, run directories or hub ids, shown side by side.")],
-    run: Annotated[list[Path], typer.Option(help="One more run directory for the train-time view. May be repeated.")] = [],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens the page to the network.")] = "127.0.0.1",
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Model directories, run directories or hub ids, shown side by side."),
+    ],
+    run: Annotated[
+        list[Path],
+        typer.Option(help="One more run directory for the train-time view. May be repeated."),
+    ] = [],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the page to the network.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7860,
     limit: Annotated[int, typer.Option(min=1, help="Texts in a corpus, at most.")] = 20_000,
 ):

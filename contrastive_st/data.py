@@ -56,15 +56,15 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def quote(
-    value: object,      # anything that came out of a file
+    value: object,  # anything that came out of a file
     longest: int = 60,  # characters
-) -> str:               # on one line, printable
+) -> str:  # on one line, printable
     "Write a value for a message, however long or deeply nested it is."
     try:
         text = _SHORT.repr(value)
     except ValueError:  # a whole number of more digits than Python writes
         return "a number of thousands of digits"
-    return text if len(text) <= longest else f"{text[:longest - 3]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _listed(names, most=8):
@@ -105,8 +105,13 @@ def _open(path):
         return io.BufferedReader(_Unzipped(file), 2**20) if zipped else file
     file.close()
     if named:
-        raise ValueError(f"{path}: the name ends in .gz but the content is not gzip; run `gzip` on it or drop .gz from the name")
-    raise ValueError(f"{path}: the content is gzip but the name does not say so; rename it to {path.name}.gz")
+        raise ValueError(
+            f"{path}: the name ends in .gz but the content is not gzip; run `gzip` on it or drop"
+            " .gz from the name"
+        )
+    raise ValueError(
+        f"{path}: the content is gzip but the name does not say so; rename it to {path.name}.gz"
+    )
 
 # %% ../nbs/00_data.ipynb #raw-lines
 def _damaged_line(path):
@@ -125,62 +130,100 @@ def _raw_lines(path):
         with _open(path) as file:
             for n, raw in enumerate(iter(partial(file.readline, LINE_BYTES), b""), 1):
                 if len(raw) == LINE_BYTES and not raw.endswith(b"\n"):
-                    raise ValueError(f"{path}:{n}: the line is longer than {LINE_BYTES:,} bytes; write one example per line, or leave it out")
+                    raise ValueError(
+                        f"{path}:{n}: the line is longer than {LINE_BYTES:,} bytes; write one"
+                        " example per line, or leave it out"
+                    )
                 yield n, raw
     except ValueError:
         raise
     except Exception as error:  # which errors an unpacker knows is its own affair; those of the system have a number
         if getattr(error, "errno", None):
-            raise ValueError(f"{path}:{n + 1}: cannot be read ({error.strerror}); check the disk and the permissions") from error
-        raise ValueError(f"{path}:{_damaged_line(path)}: the gzip data is cut off or damaged here; fetch the file again") from None
+            raise ValueError(
+                f"{path}:{n + 1}: cannot be read ({error.strerror}); check the disk and the"
+                " permissions"
+            ) from error
+        raise ValueError(
+            f"{path}:{_damaged_line(path)}: the gzip data is cut off or damaged here; fetch the"
+            " file again"
+        ) from None
 
 
 def _decoded(n, raw, reject):
     "The text of a line without its line end; None, and a reject, if it is not UTF-8."
-    try: return raw.decode("utf-8-sig" if n == 1 else "utf-8").rstrip("\r\n")  # -sig: drops a byte order mark
-    except UnicodeDecodeError as error: reject(n, f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
+    try:
+        return raw.decode("utf-8-sig" if n == 1 else "utf-8").rstrip(
+            "\r\n"
+        )  # -sig: drops a byte order mark
+    except UnicodeDecodeError as error:
+        reject(n, f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
 
 
 def _lines(path, reject):
     "Yield (line number, text without its line end); a line that is not UTF-8 goes to `reject`."
     for n, raw in _raw_lines(path):
-        if (text := _decoded(n, raw, reject)) is not None: yield n, text
+        if (text := _decoded(n, raw, reject)) is not None:
+            yield n, text
 
 # %% ../nbs/00_data.ipynb #rejects
 class _Empty(ValueError):
     "A row with an empty text."
 
+
 class _Rejects:
     "What to do with bad rows: None or 'raise' stop at the first, 'skip' counts them for a warning."
+
     def __init__(self, path, on_error=None, note=None, between=":"):
-        if on_error not in (None, "raise", "skip"): raise ValueError(f"on_error is {on_error!r}; use 'raise' or 'skip'")
+        if on_error not in (None, "raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}; use 'raise' or 'skip'")
         self.path, self.on_error, self.note, self.skipped, self.first = path, on_error, note, 0, []
         self.between = between
 
     def __call__(self, line, problem):
         "Raise with file and line, or take note."
         if self.on_error != "skip":
-            way_out = ", or leave bad rows out and count them with on_error='skip'" if self.on_error else ""
+            way_out = (
+                ", or leave bad rows out and count them with on_error='skip'"
+                if self.on_error
+                else ""
+            )
             raise ValueError(f"{self.path}{self.between}{line}: {problem}{way_out}")
         self.skipped += 1
-        if len(self.first) < 3: self.first.append((line, problem))
-        if self.note: self.note(line, "empty" if isinstance(problem, _Empty) else "malformed", str(problem))
+        if len(self.first) < 3:
+            self.first.append((line, problem))
+        if self.note:
+            self.note(line, "empty" if isinstance(problem, _Empty) else "malformed", str(problem))
+
 
 def _report(path, kept, skipped, first):
     "One line with both counts, then the first faults: (line, problem)."
-    return f"{path}: {kept} rows kept, {skipped} bad rows skipped, the first:" + "".join(f"\n  line {line}: {problem}" for line, problem in first)
+    return f"{path}: {kept} rows kept, {skipped} bad rows skipped, the first:" + "".join(
+        f"\n  line {line}: {problem}" for line, problem in first
+    )
 
 # %% ../nbs/00_data.ipynb #json
 def _jsonl(path, columns, reject, after=0):
     "Yield (line, value) for each line that is not blank."
     for n, raw in _raw_lines(path):
-        if n <= after or raw.isspace(): continue
-        try: yield n, orjson.loads(raw)
-        except ValueError:  # the strict and fast parser says no; the slow one says why, or is more lenient
-            if not (text := _decoded(n, raw, reject) or "").strip(): continue
-            try: value = json.loads(text)
-            except (ValueError, RecursionError) as error: reject(n, f"not JSON ({str(error)[:80]}); write one JSON list or object per line, texts in double quotes")
-            else: yield n, value
+        if n <= after or raw.isspace():
+            continue
+        try:
+            yield n, orjson.loads(raw)
+        except (
+            ValueError
+        ):  # the strict and fast parser says no; the slow one says why, or is more lenient
+            if not (text := _decoded(n, raw, reject) or "").strip():
+                continue
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                reject(
+                    n,
+                    f"not JSON ({str(error)[:80]}); write one JSON list or object per line, texts"
+                    " in double quotes",
+                )
+            else:
+                yield n, value
 
 
 def _whole_json(path):
@@ -189,7 +232,10 @@ def _whole_json(path):
     for n, text in _lines(path, _Rejects(path)):
         size += len(text) + 1
         if size > JSON_BYTES:
-            raise ValueError(f"{path}:{n}: a .json list is read as a whole, so it may have {JSON_BYTES:,} bytes; write one example per line into a .jsonl file")
+            raise ValueError(
+                f"{path}:{n}: a .json list is read as a whole, so it may have {JSON_BYTES:,} bytes;"
+                " write one example per line into a .jsonl file"
+            )
         lines.append(text)
     return "\n".join(lines)
 
@@ -197,12 +243,20 @@ def _whole_json(path):
 def _json(path, columns, reject, after=0):
     "Yield (line, item) for each item of one JSON list."
     text = _whole_json(path)
-    if not text.strip(): return
-    try: whole = json.loads(text)
+    if not text.strip():
+        return
+    try:
+        whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         where = f"{path}:{getattr(error, 'lineno', 1)}"
-        raise ValueError(f"{where}: not JSON ({str(error)[:80]}); if each line is a JSON value of its own, name the file .jsonl") from None
-    if not isinstance(whole, list): raise ValueError(f"{path}:1: the file holds one {type(whole).__name__}; write a JSON list of examples")
+        raise ValueError(
+            f"{where}: not JSON ({str(error)[:80]}); if each line is a JSON value of its own, name"
+            " the file .jsonl"
+        ) from None
+    if not isinstance(whole, list):
+        raise ValueError(
+            f"{path}:1: the file holds one {type(whole).__name__}; write a JSON list of examples"
+        )
     decode, at, line = json.JSONDecoder().raw_decode, 0, 1
     skip = re.compile(r"\s*[\[,]?\s*").match  # what stands before an item
     for _ in whole:
@@ -215,7 +269,9 @@ def _json(path, columns, reject, after=0):
 # %% ../nbs/00_data.ipynb #table
 def _tsv(path, columns, reject, after=0):
     "Yield (line, {column: cell}); tabs separate, nothing is quoted."
-    yield from _table(((n, text.split("\t")) for n, text in _lines(path, reject) if text), columns, reject)
+    yield from _table(
+        ((n, text.split("\t")) for n, text in _lines(path, reject) if text), columns, reject
+    )
 
 
 _SEPARATORS = (",", ";", "\t")
@@ -230,11 +286,14 @@ def _cells(line, separator):
 
 def _separator(line, columns):
     "What separates the cells of a .csv file, by its first line: a comma, unless only another character fits."
+
     def fits(separator):
         cells = _cells(line, separator)
         if columns and isinstance(columns[0], int):
             return len(cells) > max(columns)
-        return all(_spelled(name, cells) for name in columns) if columns else _pair(cells) is not None
+        return (
+            all(_spelled(name, cells) for name in columns) if columns else _pair(cells) is not None
+        )
 
     fitting = [separator for separator in _SEPARATORS if fits(separator)]
     return fitting[0] if len(fitting) == 1 else ","
@@ -243,7 +302,10 @@ def _separator(line, columns):
 def _csv_lines(path):
     "Yield (line, text); broken bytes become half characters, so that quotes still count and the record is rejected as a whole."
     for n, raw in _raw_lines(path):
-        yield n, raw.decode("utf-8-sig" if n == 1 else "utf-8", "surrogateescape").rstrip("\r\n") + "\n"
+        yield (
+            n,
+            raw.decode("utf-8-sig" if n == 1 else "utf-8", "surrogateescape").rstrip("\r\n") + "\n",
+        )
 
 
 def _records(path, columns, reject):
@@ -267,34 +329,64 @@ def _records(path, columns, reject):
     reader, start = csv.reader(feed(), strict=True, delimiter=separator, skipinitialspace=spaced), 1
     try:
         for cells in reader:
-            broken = next((c for c in cells if not c.isascii() and re.search("[\udc80-\udcff]", c)), None)
-            if broken is not None: reject(start, f"{broken[:40].encode('utf-8', 'surrogateescape')[:40]} is not UTF-8; save the file as UTF-8")
-            elif cells: yield start, cells
+            broken = next(
+                (c for c in cells if not c.isascii() and re.search("[\udc80-\udcff]", c)), None
+            )
+            if broken is not None:
+                reject(
+                    start,
+                    f"{broken[:40].encode('utf-8', 'surrogateescape')[:40]} is not UTF-8; save the"
+                    " file as UTF-8",
+                )
+            elif cells:
+                yield start, cells
             start = seen + 1
     except csv.Error as error:
-        raise ValueError(f"{path}:{start}: not CSV ({error}); close the quote that opens here, double quotes inside cells") from None
+        raise ValueError(
+            f"{path}:{start}: not CSV ({error}); close the quote that opens here, double quotes"
+            " inside cells"
+        ) from None
 
 
 def _csv(path, columns, reject, after=0):
     "Yield (line, {column: cell}); the line is the one on which the record begins."
-    csv.field_size_limit(LINE_BYTES)  # for the whole process; the default, 131,072 characters, is no limit of the format
+    csv.field_size_limit(
+        LINE_BYTES
+    )  # for the whole process; the default, 131,072 characters, is no limit of the format
     yield from _table(_records(path, columns, reject), columns, reject)
 
 # %% ../nbs/00_data.ipynb #table-header
 def _table(records, columns, reject):
     "Rows of cells -> dictionaries under the header; lists as they are when columns are positions."
-    if columns and isinstance(columns[0], int): yield from ((n, list(cells)) for n, cells in records); return
+    if columns and isinstance(columns[0], int):
+        yield from ((n, list(cells)) for n, cells in records)
+        return
     line, header = next(records, (1, []))
-    if not header: return
-    try: _choose(tuple(header), columns)
+    if not header:
+        return
+    try:
+        _choose(tuple(header), columns)
     except ValueError as error:
         hint = "" if columns else ", and columns=(0, 1) reads a table without a header"
         other = next((s for s in _SEPARATORS if len(header) == 1 and s in header[0]), None)
-        hint += f"; cells seem to be separated by {other!r}, so the file may need another ending, .csv or .tsv" if other else ""
-        raise ValueError(f"{reject.path}:{line}: {error}; line 1 must name the columns{hint}") from None
+        hint += (
+            f"; cells seem to be separated by {other!r}, so the file may need another ending, .csv"
+            " or .tsv"
+            if other
+            else ""
+        )
+        raise ValueError(
+            f"{reject.path}:{line}: {error}; line 1 must name the columns{hint}"
+        ) from None
     for n, cells in records:
-        if len(cells) == len(header): yield n, dict(zip(header, cells))
-        else: reject(n, f"{len(cells)} cells where the header has {len(header)} ({_listed(header)}); mend the row")
+        if len(cells) == len(header):
+            yield n, dict(zip(header, cells))
+        else:
+            reject(
+                n,
+                f"{len(cells)} cells where the header has {len(header)} ({_listed(header)}); mend"
+                " the row",
+            )
 
 
 def _parquet(path, columns, reject, after=0):
@@ -303,12 +395,20 @@ def _parquet(path, columns, reject, after=0):
     with reading(path, f"it is not a Parquet file, or damaged; {todo}"):
         file = pq.ParquetFile(path)
         names = tuple(file.schema_arrow.names)
-    try: wanted = None if "texts" in names and not columns else list(dict.fromkeys([*_choose(names, columns), *_spelled("split", names)]))
-    except ValueError as error: raise ValueError(f"{path}: {error}") from None
+    try:
+        wanted = (
+            None
+            if "texts" in names and not columns
+            else list(dict.fromkeys([*_choose(names, columns), *_spelled("split", names)]))
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     with reading(path, todo):
         batches, row = file.iter_batches(batch_size=4096, columns=wanted), 1
     while True:
-        with reading(f"{path}:{row}", f"the Parquet data is damaged in this row or soon after it; {todo}"):
+        with reading(
+            f"{path}:{row}", f"the Parquet data is damaged in this row or soon after it; {todo}"
+        ):
             batch = next(batches, None)
             rows = [] if batch is None or row + len(batch) <= after else batch.to_pylist()
         yield from enumerate(rows, row)
@@ -317,11 +417,24 @@ def _parquet(path, columns, reject, after=0):
         row += len(batch)
 
 
-_READERS: dict[str, Callable] = {".jsonl": _jsonl, ".json": _json, ".tsv": _tsv, ".csv": _csv, ".parquet": _parquet}
+_READERS: dict[str, Callable] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".tsv": _tsv,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 
 # %% ../nbs/00_data.ipynb #columns
-_PAIRS = (("anchor", "positive"), ("query", "pos"), ("query", "positive"), ("query", "answer"), ("question", "answer"),
-          ("sentence1", "sentence2"), ("premise", "hypothesis"))
+_PAIRS = (
+    ("anchor", "positive"),
+    ("query", "pos"),
+    ("query", "positive"),
+    ("query", "answer"),
+    ("question", "answer"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+)
 _JUDGED = ("label", "labels", "gold_label", "score", "similarity_score")
 
 
@@ -346,11 +459,19 @@ def _find_columns(names):
     "The (anchor, positive, *negatives) columns among a row's names, in plain spelling."
     pair = _pair(names)
     if pair is None:
-        raise ValueError(f"no known pair of columns among {_listed(names)}; name yours with columns=(anchor, positive)")
+        raise ValueError(
+            f"no known pair of columns among {_listed(names)}; name yours with columns=(anchor,"
+            " positive)"
+        )
     judged = [name for name in names if _plain(name) in _JUDGED]
     if judged:
-        raise ValueError(f"column {quote(judged[0])} judges the pairs, so not each is a positive; keep the positives, then pass columns={pair}")
-    negatives = [name for name in names if re.fullmatch(r"neg|(hard_)?negative(_?\d{1,9})?", _plain(name))]
+        raise ValueError(
+            f"column {quote(judged[0])} judges the pairs, so not each is a positive; keep the"
+            f" positives, then pass columns={pair}"
+        )
+    negatives = [
+        name for name in names if re.fullmatch(r"neg|(hard_)?negative(_?\d{1,9})?", _plain(name))
+    ]
     return pair + tuple(sorted(negatives, key=lambda name: int(re.sub(r"\D", "", name) or 0)))
 
 
@@ -385,23 +506,46 @@ def _texts(row, columns):
         row = list(row)
     if isinstance(row, list):
         if not all(isinstance(c, int) and 0 <= c < len(row) for c in columns or ()):
-            raise ValueError(f"columns={columns} does not fit a list of {len(row)}; give positions such as (0, 1)")
+            raise ValueError(
+                f"columns={columns} does not fit a list of {len(row)}; give positions such as"
+                " (0, 1)"
+            )
         return [[row[c] for c in columns]] if columns else [row]
     if not isinstance(row, dict):
-        raise ValueError(f"expected a list of texts or an object with named texts, found {quote(row)}; mend the row")
+        raise ValueError(
+            f"expected a list of texts or an object with named texts, found {quote(row)}; mend"
+            " the row"
+        )
     anchor, positives, *negatives = [row[name] for name in _choose(tuple(row), columns)]
-    hard = [text for value in negatives if value is not None for text in (value if isinstance(value, list) else [value])]
-    if positives == []: raise ValueError("the list of positives is empty; an anchor without a positive is no example")
-    return [[anchor, positive, *hard] for positive in (positives if isinstance(positives, list) else [positives])]
+    hard = [
+        text
+        for value in negatives
+        if value is not None
+        for text in (value if isinstance(value, list) else [value])
+    ]
+    if positives == []:
+        raise ValueError(
+            "the list of positives is empty; an anchor without a positive is no example"
+        )
+    return [
+        [anchor, positive, *hard]
+        for positive in (positives if isinstance(positives, list) else [positives])
+    ]
 
 
 def _checked(texts) -> Example:
     "The example as a tuple, after every text was looked at."
-    if len(texts) < 2: raise ValueError(f"a list of {len(texts)}; an example needs an anchor and a positive at least")
+    if len(texts) < 2:
+        raise ValueError(
+            f"a list of {len(texts)}; an example needs an anchor and a positive at least"
+        )
     for i, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise ValueError(f"text {i} is {'null' if text is None else quote(text)}, not a string; mend the row")
-        if not text.strip(): raise _Empty(f"text {i} is empty; fill it in or delete the row")
+            raise ValueError(
+                f"text {i} is {'null' if text is None else quote(text)}, not a string; mend the row"
+            )
+        if not text.strip():
+            raise _Empty(f"text {i} is empty; fill it in or delete the row")
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f"text {i} holds half a character (a lone surrogate); mend the escape")
     return tuple(texts)
@@ -409,7 +553,7 @@ def _checked(texts) -> Example:
 # %% ../nbs/00_data.ipynb #read
 def regular_file(
     path: str | Path,  # a name
-) -> Path:             # the same, with ~ replaced
+) -> Path:  # the same, with ~ replaced
     "Return the path, after it was seen to be a file that has an end and can be read again."
     path = Path(path).expanduser()
     if path.is_dir():
@@ -417,7 +561,10 @@ def regular_file(
     if not path.exists():
         raise ValueError(f"{path}: no such file; check the name and the folder you run in")
     if not path.is_file():
-        raise ValueError(f"{path}: is a pipe, a socket or a device, which can be read only once; copy its content to a file")
+        raise ValueError(
+            f"{path}: is a pipe, a socket or a device, which can be read only once; copy its"
+            " content to a file"
+        )
     return path
 
 
@@ -425,16 +572,24 @@ def _existing(path):
     "The path, after it was seen to be a file of a kind that can be read."
     path = regular_file(path)
     if _kind(path) not in _READERS:
-        raise ValueError(f"{path}: cannot read this kind of file; the name must end in {', '.join(_READERS)}, with .gz after it if zipped")
+        raise ValueError(
+            f"{path}: cannot read this kind of file; the name must end in {', '.join(_READERS)},"
+            " with .gz after it if zipped"
+        )
     return path
 
 
-def _kind(path): return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+def _kind(path):
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
 def _rows(path, columns, reject, after=0):
     "Yield (line, raw row) of the lines above `after`."
-    return ((line, row) for line, row in _READERS[_kind(path)](path, columns, reject, after) if line > after)
+    return (
+        (line, row)
+        for line, row in _READERS[_kind(path)](path, columns, reject, after)
+        if line > after
+    )
 
 
 def _examples(rows, columns, reject, after=0):
@@ -447,7 +602,8 @@ def _examples(rows, columns, reject, after=0):
             reject(line, problem)
             continue
         some = True
-        for example in examples: yield line, example
+        for example in examples:
+            yield line, example
     if not some:
         bad = ". " + _report(reject.path, 0, reject.skipped, reject.first) if reject.skipped else ""
         raise ValueError(f"{reject.path}: no example in this file; fill it or leave it out{bad}")
@@ -479,7 +635,10 @@ class _Fitted:
                     continue
                 self.width, example = len(example), None
             elif self.width == 2 < len(example) and not decided:
-                raise ValueError(f"{self.path}:{line}: the first row with negatives, after {self.ahead:,} and more without any; say how many with negatives={len(example) - 2}")
+                raise ValueError(
+                    f"{self.path}:{line}: the first row with negatives, after {self.ahead:,} and"
+                    f" more without any; say how many with negatives={len(example) - 2}"
+                )
             yield from map(self.one, waiting)
             waiting = []
             if example is not None:
@@ -490,9 +649,13 @@ class _Fitted:
 # %% ../nbs/00_data.ipynb #read-public
 def read_examples(
     path: str | Path,  # .jsonl .json .tsv .csv (each also .gz) or .parquet file
-    columns: Sequence[str | int] | None = None,  # (anchor, positive, *negatives): names, or positions from 0 in rows without names; None finds them
+    columns: (
+        Sequence[str | int] | None
+    ) = None,  # (anchor, positive, *negatives): names, or positions from 0 in rows without names; None finds them
     on_error: str = "raise",  # 'raise' stops at the first bad row; 'skip' leaves bad rows out and warns with their count
-    negatives: int | None = None,  # of each row; None: as many as the first row has that has any, looked for in the first 1,000 rows
+    negatives: (
+        int | None
+    ) = None,  # of each row; None: as many as the first row has that has any, looked for in the first 1,000 rows
 ) -> Iterator[Example]:  # tuples of C texts, the same C in the whole file
     "Iterate over the checked examples of a file, fitted to one number of negatives; an error names file:line (file:row in Parquet)."
     path, columns = _existing(path), _checked_columns(columns)
@@ -502,64 +665,100 @@ def read_examples(
 def _warned(fitted, columns, reject):
     "Yield the examples, then warn if rows were skipped or their negatives changed."
     kept = 0
-    for kept, example in enumerate(fitted(_examples(_rows(reject.path, columns, reject), columns, reject)), 1):
+    for kept, example in enumerate(
+        fitted(_examples(_rows(reject.path, columns, reject), columns, reject)), 1
+    ):
         yield example
     changed = negatives_changed(fitted.changed, fitted.width)
-    if reject.skipped: warnings.warn(_report(reject.path, kept, reject.skipped, reject.first), stacklevel=2)
-    if changed: warnings.warn(f"{reject.path}: {changed}", stacklevel=2)
+    if reject.skipped:
+        warnings.warn(_report(reject.path, kept, reject.skipped, reject.first), stacklevel=2)
+    if changed:
+        warnings.warn(f"{reject.path}: {changed}", stacklevel=2)
 
 
 def _checked_columns(columns):
     "None, or a tuple of at least two names or of at least two positions."
-    if columns is None: return None
+    if columns is None:
+        return None
     kinds = set(map(type, columns)) if isinstance(columns, (list, tuple)) else set()
     if len(columns) < 2 or kinds not in ({str}, {int}):
-        raise ValueError(f"columns={quote(columns)}; name an anchor and a positive at least, like ('question', 'answer'), or give positions, like (0, 1)")
+        raise ValueError(
+            f"columns={quote(columns)}; name an anchor and a positive at least, like ('question',"
+            " 'answer'), or give positions, like (0, 1)"
+        )
     return tuple(columns)
 
 
 def _checked_negatives(negatives):
     "None, or a number of negatives."
-    if negatives is None or (isinstance(negatives, int) and not isinstance(negatives, bool) and negatives >= 0):
+    if negatives is None or (
+        isinstance(negatives, int) and not isinstance(negatives, bool) and negatives >= 0
+    ):
         return negatives
     raise ValueError(f"negatives is {quote(negatives)}; give a whole number, 0 or more")
 
 # %% ../nbs/00_data.ipynb #table-of-dataset
 class _Table:
     "The text columns of a dataset, read by row number."
-    def __init__(self, dataset, fields):
-        self._dataset, self._fields = dataset.select_columns(list(dict.fromkeys(fields))).with_format(None), fields  # the same text may be anchor and positive
 
-    def __len__(self): return len(self._dataset)
+    def __init__(self, dataset, fields):
+        self._dataset, self._fields = (
+            dataset.select_columns(list(dict.fromkeys(fields))).with_format(None),
+            fields,
+        )  # the same text may be anchor and positive
+
+    def __len__(self):
+        return len(self._dataset)
 
     def rows(self, indices):
         batch = self._dataset[[int(i) for i in indices]]
         return list(zip(*(batch[field] for field in self._fields)))
 
     def identities(self, indices):
-        return np.array([[text_identity(text) for text in row] for row in self.rows(indices)], np.int64).reshape(len(indices), len(self._fields))
+        return np.array(
+            [[text_identity(text) for text in row] for row in self.rows(indices)], np.int64
+        ).reshape(len(indices), len(self._fields))
+
 
 def _check_dataset(dataset, fields, name):
     "ValueError for the first missing or empty text of a dataset, or when no row is a negative of another."
     for field in fields:
         kind = getattr(dataset.features[field], "dtype", "list")
-        if kind not in ("string", "large_string"): raise ValueError(f"{name}: column {field!r} holds {kind}, not texts; name text columns with columns=")
-    if not len(dataset): raise ValueError(f"{name}: no rows; check the filter or the split")
+        if kind not in ("string", "large_string"):
+            raise ValueError(
+                f"{name}: column {field!r} holds {kind}, not texts; name text columns with columns="
+            )
+    if not len(dataset):
+        raise ValueError(f"{name}: no rows; check the filter or the split")
     first, alike, start = dataset[0], set(range(len(fields))), 0
     for batch in dataset.with_format("arrow").iter(16384):
         for column, field in enumerate(fields):
-            empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(batch[field])), 0), True)
+            empty = pc.fill_null(
+                pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(batch[field])), 0), True
+            )
             if (bad := pc.index(empty, True).as_py()) >= 0:
-                raise ValueError(f"{name} row {start + bad}: column {field!r} is empty; leave such rows out with dataset.filter(...)")
-            if column in alike and not pc.all(pc.equal(batch[field], first[field])).as_py(): alike.discard(column)
+                raise ValueError(
+                    f"{name} row {start + bad}: column {field!r} is empty; leave such rows out with"
+                    " dataset.filter(...)"
+                )
+            if column in alike and not pc.all(pc.equal(batch[field], first[field])).as_py():
+                alike.discard(column)
         start += len(batch)
     _check_negatives(alike, len(fields), name)
+
 
 def _check_negatives(alike, width, where):
     "ValueError when the columns that never change leave nothing to tell apart."
     if len(alike) == width or (width == 2 and alike):
-        what = "the same texts" if len(alike) == width else f"the same {('anchor', 'positive')[min(alike)]}"
-        raise ValueError(f"{where}: every row has {what}, so there are no negatives to learn from; add rows that differ")
+        what = (
+            "the same texts"
+            if len(alike) == width
+            else f"the same {('anchor', 'positive')[min(alike)]}"
+        )
+        raise ValueError(
+            f"{where}: every row has {what}, so there are no negatives to learn from; add rows that"
+            " differ"
+        )
 
 # %% ../nbs/00_data.ipynb #source
 class _Listed:
@@ -592,15 +791,22 @@ def _from_list(rows, columns, name):
 
 class Source:
     "A named dataset of examples with random access; texts stay on disk if the dataset's do."
+
     def __init__(
         self,
-        dataset:datasets.Dataset|Store|Sequence, # rows with string columns, on disk or in memory, filtered or not; a prepared store; a pandas DataFrame; a list of tuples or other rows
-        name:str="dataset", # how reports call it
-        columns:Sequence[str]|None=None, # (anchor, positive, *negatives) among the dataset's columns; None finds them
-        check:bool=True, # look at every text once; False for data that was checked before
+        dataset: (
+            datasets.Dataset | Store | Sequence
+        ),  # rows with string columns, on disk or in memory, filtered or not; a prepared store; a pandas DataFrame; a list of tuples or other rows
+        name: str = "dataset",  # how reports call it
+        columns: (
+            Sequence[str] | None
+        ) = None,  # (anchor, positive, *negatives) among the dataset's columns; None finds them
+        check: bool = True,  # look at every text once; False for data that was checked before
     ):
         self.name = name
-        if isinstance(dataset, Store): self._table, self.columns = dataset, dataset.columns; return
+        if isinstance(dataset, Store):
+            self._table, self.columns = dataset, dataset.columns
+            return
         if isinstance(dataset, (list, tuple)):
             self._table = _from_list(dataset, _checked_columns(columns), name)
             self.columns = column_names(len(self._table.rows([0])[0]))
@@ -609,32 +815,45 @@ class Source:
             with reading(name, "give it columns of texts"):
                 dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
         if not isinstance(dataset, datasets.Dataset):
-            raise ValueError(f"{name}: a {type(dataset).__name__} has no rows to index; pass one split as a datasets.Dataset, a pandas DataFrame, or a list of tuples")
-        try: fields = _choose(tuple(dataset.column_names), _checked_columns(columns))
-        except ValueError as error: raise ValueError(f"{name}: {error}") from None
-        if check: _check_dataset(dataset, fields, name)
+            raise ValueError(
+                f"{name}: a {type(dataset).__name__} has no rows to index; pass one split as a"
+                " datasets.Dataset, a pandas DataFrame, or a list of tuples"
+            )
+        try:
+            fields = _choose(tuple(dataset.column_names), _checked_columns(columns))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if check:
+            _check_dataset(dataset, fields, name)
         self._table, self.columns = _Table(dataset, fields), column_names(len(fields))
 
-    def __len__(self): return len(self._table)
-    def __getitem__(self, i:int)->Example: return self.rows([range(len(self))[operator.index(i)]])[0]  # range: IndexError out of bounds, -1 is the last
-    def __repr__(self): return f"Source({self.name!r}, {len(self):,} rows of {', '.join(self.columns)})"
+    def __len__(self):
+        return len(self._table)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.rows([range(len(self))[operator.index(i)]])[
+            0
+        ]  # range: IndexError out of bounds, -1 is the last
+
+    def __repr__(self):
+        return f"Source({self.name!r}, {len(self):,} rows of {', '.join(self.columns)})"
 
     def rows(
         self,
-        indices:Sequence[int], # n row numbers in any order, repeats allowed
-    )->list[Example]: # one tuple of C texts per index, in the order asked
+        indices: Sequence[int],  # n row numbers in any order, repeats allowed
+    ) -> list[Example]:  # one tuple of C texts per index, in the order asked
         "Read many rows at once, which is several times faster than one by one."
         return self._table.rows(indices)
 
     def identities(
         self,
-        indices:Sequence[int], # n row numbers in any order, repeats allowed
-    )->np.ndarray: # (n, C) int64
+        indices: Sequence[int],  # n row numbers in any order, repeats allowed
+    ) -> np.ndarray:  # (n, C) int64
         "Give the identities of the texts of many rows: read from a store, else computed."
         return self._table.identities(indices)
 
     @property
-    def store(self)->Store|None: # None for a dataset that was not prepared
+    def store(self) -> Store | None:  # None for a dataset that was not prepared
         "The prepared store behind the source."
         return self._table if isinstance(self._table, Store) else None
 
@@ -642,9 +861,15 @@ class Source:
 def _cache_path(path, columns, on_error, cache_dir, negatives=None):
     "Where the store of a file belongs in the cache."
     folder = Path(cache_dir or "~/.cache/contrastive_st").expanduser()
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise ValueError(f"{folder}: cannot be made ({error.strerror}); name another folder with cache_dir=") from None
-    made_with = [str(path.resolve()), columns, on_error] + ([] if negatives is None else [negatives])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be made ({error.strerror}); name another folder with cache_dir="
+        ) from None
+    made_with = [str(path.resolve()), columns, on_error] + (
+        [] if negatives is None else [negatives]
+    )
     digest = hashlib.blake2b(json.dumps(made_with).encode(), digest_size=6).hexdigest()
     return folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', path.name)}-{digest}.store"
 
@@ -653,10 +878,18 @@ def _opened(place, columns, split):
     "What a file or a hub dataset is made of, and a function that reads its raw rows."
     if is_hub_id(place):
         dataset = _load_hub(str(place), split)
-        return {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}, lambda reject, after: _hub_rows(dataset, after)
+        return {
+            "file": str(place),
+            "split": split,
+            "fingerprint": dataset._fingerprint,
+        }, lambda reject, after: _hub_rows(dataset, after)
     path = _existing(place)
     state = path.stat()
-    return {"file": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}, lambda reject, after: _rows(path, columns, reject, after)
+    return {
+        "file": path.name,
+        "bytes": state.st_size,
+        "mtime_ns": state.st_mtime_ns,
+    }, lambda reject, after: _rows(path, columns, reject, after)
 
 
 def _stored(
@@ -686,54 +919,89 @@ def _stored(
     return write_store(folder, origin, read, check, told, negatives, full)
 
 # %% ../nbs/00_data.ipynb #hub
-_ALIASES = {"glue": "nyu-mll/glue", "snli": "stanfordnlp/snli", "multi_nli": "nyu-mll/multi_nli"}  # old names without an owner
+_ALIASES = {
+    "glue": "nyu-mll/glue",
+    "snli": "stanfordnlp/snli",
+    "multi_nli": "nyu-mll/multi_nli",
+}  # old names without an owner
+
 
 def is_hub_id(
-    name:str|Path, # what a user calls a dataset
-)->bool: # True for 'owner/name[/configuration]' that is no file here and has no data file's ending
+    name: str | Path,  # what a user calls a dataset
+) -> (
+    bool
+):  # True for 'owner/name[/configuration]' that is no file here and has no data file's ending
     "Tell the id of a hub dataset from a file name."
     path = Path(name)
-    if path.exists() or path.suffix == ".gz" or path.suffix.lower() in _READERS: return False
-    return str(name).split("/")[0] in _ALIASES or re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){1,2}", str(name)) is not None
+    if path.exists() or path.suffix == ".gz" or path.suffix.lower() in _READERS:
+        return False
+    return (
+        str(name).split("/")[0] in _ALIASES
+        or re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){1,2}", str(name)) is not None
+    )
+
 
 def _load_hub(name, split):
     "One split of a hub dataset."
     head, *rest = name.split("/")
     owner, repository, *configuration = "/".join([_ALIASES.get(head, head), *rest]).split("/")
-    try: return datasets.load_dataset(f"{owner}/{repository}", *configuration, split=split)
-    except Exception as error:  # whatever stops the hub, the reader needs its name and the two ways out
+    try:
+        return datasets.load_dataset(f"{owner}/{repository}", *configuration, split=split)
+    except (
+        Exception
+    ) as error:  # whatever stops the hub, the reader needs its name and the two ways out
         why = f"the hub does not give split {split!r} of it ({str(error)[:200]})"
-        raise ValueError(f"{name}: no such file, and {why}; check name and network, or pass a file") from error
+        raise ValueError(
+            f"{name}: no such file, and {why}; check name and network, or pass a file"
+        ) from error
+
 
 def _hub_rows(dataset, after):
     "Yield (row number from 1, {column: value}) of the rows above `after`."
     for start in range(after, len(dataset), 4096):
-        batch = dataset[start:start + 4096]
-        yield from enumerate((dict(zip(batch, values)) for values in zip(*batch.values())), start + 1)
+        batch = dataset[start : start + 4096]
+        yield from enumerate(
+            (dict(zip(batch, values)) for values in zip(*batch.values())), start + 1
+        )
 
 # %% ../nbs/00_data.ipynb #load-source
 def load_source(
-    path_or_hub_id:str|Path, # a file `read_examples` reads, a prepared store, or 'owner/name' or 'owner/name/configuration' on the hub
-    name:str|None=None, # how reports call it; None takes the file's name or the hub id
-    columns:Sequence[str|int]|None=None, # as in `read_examples`; None finds them
-    split:str="train", # of a hub dataset; a file has none
-    cache_dir:str|Path|None=None, # folder of the stores; None is ~/.cache/contrastive_st
-    on_error:str="raise", # 'raise' or 'skip' for bad rows of a file, as in `read_examples`
-    negatives:int|None=None, # of each row of a file; None: as many as the first row has that has any
-)->Source: # random access in constant memory
+    path_or_hub_id: (
+        str | Path
+    ),  # a file `read_examples` reads, a prepared store, or 'owner/name' or 'owner/name/configuration' on the hub
+    name: str | None = None,  # how reports call it; None takes the file's name or the hub id
+    columns: Sequence[str | int] | None = None,  # as in `read_examples`; None finds them
+    split: str = "train",  # of a hub dataset; a file has none
+    cache_dir: str | Path | None = None,  # folder of the stores; None is ~/.cache/contrastive_st
+    on_error: str = "raise",  # 'raise' or 'skip' for bad rows of a file, as in `read_examples`
+    negatives: (
+        int | None
+    ) = None,  # of each row of a file; None: as many as the first row has that has any
+) -> Source:  # random access in constant memory
     "Open a file, a store or a hub dataset as a Source; a file is parsed and checked once and memory-mapped after."
-    if is_store(path_or_hub_id): return Source(_spoken(Store(path_or_hub_id)), name or Path(path_or_hub_id).stem)
-    if is_hub_id(path_or_hub_id): return Source(_load_hub(str(path_or_hub_id), split), name or str(path_or_hub_id), columns)
-    path, columns, negatives = _existing(path_or_hub_id), _checked_columns(columns), _checked_negatives(negatives)
+    if is_store(path_or_hub_id):
+        return Source(_spoken(Store(path_or_hub_id)), name or Path(path_or_hub_id).stem)
+    if is_hub_id(path_or_hub_id):
+        return Source(_load_hub(str(path_or_hub_id), split), name or str(path_or_hub_id), columns)
+    path, columns, negatives = (
+        _existing(path_or_hub_id),
+        _checked_columns(columns),
+        _checked_negatives(negatives),
+    )
     on_error = _Rejects(path, on_error).on_error
     place = _cache_path(path, columns, on_error, cache_dir, negatives)
-    return Source(_spoken(_stored(path, place, columns, split, on_error, negatives=negatives)), name or path.name)
+    return Source(
+        _spoken(_stored(path, place, columns, split, on_error, negatives=negatives)),
+        name or path.name,
+    )
+
 
 def is_store(
-    path:str|Path, # any path
-)->bool: # True for the folder of one prepared dataset
+    path: str | Path,  # any path
+) -> bool:  # True for the folder of one prepared dataset
     "Tell a prepared dataset from a file."
     return (Path(path) / SUMMARY).is_file()
+
 
 def _spoken(store):
     "The store, after a warning if bad rows were left out of it, or negatives changed."
@@ -741,18 +1009,25 @@ def _spoken(store):
         left_out, file = sum(store.summary["rejected"].values()), store.summary["origin"]["file"]
         changed = negatives_changed(store.summary["negatives"], len(store.columns))
     if left_out:
-        with reading(store.folder / REJECTS, "prepare the data again"), open(store.folder / REJECTS, encoding="utf-8") as lines:
+        with (
+            reading(store.folder / REJECTS, "prepare the data again"),
+            open(store.folder / REJECTS, encoding="utf-8") as lines,
+        ):
             first = [(r["line"], r["problem"]) for r in map(json.loads, islice(lines, 3))]
-        warnings.warn(_report(file, len(store), left_out, first) + f"\nall of them are in {store.folder / REJECTS}", stacklevel=3)
+        warnings.warn(
+            _report(file, len(store), left_out, first)
+            + f"\nall of them are in {store.folder / REJECTS}",
+            stacklevel=3,
+        )
     if changed:
         warnings.warn(f"{file}: {changed}", stacklevel=3)
     return store
 
 # %% ../nbs/00_data.ipynb #prepare
 def store_folder(
-    out:str|Path, # folder of stores
-    name:str, # of a dataset, as a config spells it
-)->Path: # where its store belongs
+    out: str | Path,  # folder of stores
+    name: str,  # of a dataset, as a config spells it
+) -> Path:  # where its store belongs
     "Name the folder of a dataset's store."
     return Path(out) / f"{name.replace('/', '--')}.store"
 
@@ -774,7 +1049,15 @@ def _prepare_one(
         warnings.simplefilter("always")
         try:
             store = _stored(
-                path_or_hub_id, folder, _checked_columns(columns), split, on_error, told, _checked_negatives(negatives), full)
+                path_or_hub_id,
+                folder,
+                _checked_columns(columns),
+                split,
+                on_error,
+                told,
+                _checked_negatives(negatives),
+                full,
+            )
             summary, problem = store.summary, None
         except ValueError as error:
             summary, problem = None, str(error)
@@ -786,16 +1069,20 @@ def _share(counter):
     global _written
     _written = counter
 
+
 def _count(rows):
     with _written.get_lock():
-        if _written.value < 0: raise KeyboardInterrupt  # the command was stopped, or failed
+        if _written.value < 0:
+            raise KeyboardInterrupt  # the command was stopped, or failed
         _written.value += rows
 
 
 def _in_processes(jobs, workers, told):
     "The results of `_prepare_one(*args, _count, **wanted)` for each (args, wanted), in order."
     counter, seen = multiprocessing.get_context("spawn").Value("q", 0), 0
-    with worker_pool(workers, _share, (counter,), "run again with fewer workers: finished shards are kept") as pool:
+    with worker_pool(
+        workers, _share, (counter,), "run again with fewer workers: finished shards are kept"
+    ) as pool:
         try:
             jobs = [pool.submit(_prepare_one, *args, _count, **wanted) for args, wanted in jobs]
             waiting = True
@@ -813,25 +1100,33 @@ def _check_shared(wanted, stores):
     "Refuse two datasets of one store."
     if shared := {store for store in stores if stores.count(store) > 1}:
         who = ", ".join(repr(w["name"]) for w, store in zip(wanted, stores) if store == min(shared))
-        raise ValueError(f"datasets {who} would share the store {min(shared)}; rename one, or leave it out")
+        raise ValueError(
+            f"datasets {who} would share the store {min(shared)}; rename one, or leave it out"
+        )
 
 
 def prepare(
-    wanted: Sequence[dict],  # datasets: {"name", "path_or_hub_id"[, "columns", "split", "negatives"]}, as `load_source` takes them
-    out: str | Path,         # folder of stores
+    wanted: Sequence[
+        dict
+    ],  # datasets: {"name", "path_or_hub_id"[, "columns", "split", "negatives"]}, as `load_source` takes them
+    out: str | Path,  # folder of stores
     on_error: str = "skip",  # 'skip' leaves bad rows out and lists them in the store's rejects.jsonl; 'raise' stops at the first
-    workers: int = 1,        # processes; one dataset is read by one process
+    workers: int = 1,  # processes; one dataset is read by one process
     total: int | None = None,  # rows expected, for the progress bar; None if unknown
-    progress: bool = True,   # show a bar
-    verify: bool = False,    # read every byte of stores that are there, and write damaged ones anew
-) -> dict[str, dict]:        # the summary of each dataset, by name
+    progress: bool = True,  # show a bar
+    verify: bool = False,  # read every byte of stores that are there, and write damaged ones anew
+) -> dict[str, dict]:  # the summary of each dataset, by name
     "Write each dataset into a store of its own; what is there and up to date is left alone."
     _Rejects("", on_error)
     _check_shared(wanted, [store_folder(out, w["name"]) for w in wanted])
     args, several = (out, on_error, verify), min(workers, len(wanted))
-    with tqdm(total=total, unit=" rows", unit_scale=True, disable=not progress, desc="reading") as bar:
-        if several > 1: results = _in_processes([(args, w) for w in wanted], several, bar.update)
-        else: results = [_prepare_one(*args, bar.update, **w) for w in wanted]
+    with tqdm(
+        total=total, unit=" rows", unit_scale=True, disable=not progress, desc="reading"
+    ) as bar:
+        if several > 1:
+            results = _in_processes([(args, w) for w in wanted], several, bar.update)
+        else:
+            results = [_prepare_one(*args, bar.update, **w) for w in wanted]
     for message in (m for _, _, messages in results for m in messages):
         warnings.warn(message, stacklevel=2)
     if problems := [problem for _, problem, _ in results if problem]:
@@ -841,9 +1136,10 @@ def prepare(
 # %% ../nbs/00_data.ipynb #sts
 class ScoredPairs(NamedTuple):
     "Sentence pairs with the similarity people gave them."
+
     sentence1: list[str]  # n texts
     sentence2: list[str]  # n texts
-    scores: list[float]   # n numbers, 0 = unrelated .. 1 = same meaning
+    scores: list[float]  # n numbers, 0 = unrelated .. 1 = same meaning
 
 
 _STS = ("score", "sentence1", "sentence2")
@@ -852,10 +1148,19 @@ _STS = ("score", "sentence1", "sentence2")
 def _scored(row, top):
     "One row -> (sentence1, sentence2, score in 0..1)."
     given, *texts = (row[name] for name in _choose(tuple(row), _STS))
-    try: score = float(given) if isinstance(given, (int, float, str)) and not isinstance(given, bool) else -1.0
-    except (ValueError, OverflowError): score = -1.0
+    try:
+        score = (
+            float(given)
+            if isinstance(given, (int, float, str)) and not isinstance(given, bool)
+            else -1.0
+        )
+    except (ValueError, OverflowError):
+        score = -1.0
     if not 0 <= score <= top:  # not so for NaN
-        raise ValueError(f"score {quote(given)} is not a number from 0 to {top}; mend the row (a set that hides its scores is no test)")
+        raise ValueError(
+            f"score {quote(given)} is not a number from 0 to {top}; mend the row (a set that hides"
+            " its scores is no test)"
+        )
     return *_checked(texts), score / top
 
 
@@ -863,7 +1168,7 @@ def _split_of(row, where):
     "The split of a row; None if it has no such column."
     name = next(iter(_spelled("split", tuple(row))), None)
     if name is not None and not isinstance(row[name], str):
-        raise ValueError(f"{where}: split is {quote(row[name])}; it must be a name such as \"test\"")
+        raise ValueError(f'{where}: split is {quote(row[name])}; it must be a name such as "test"')
     return None if name is None else row[name]
 
 
@@ -876,28 +1181,37 @@ def _sts_rows(path, split):
             raise ValueError(f"{where}: an STS row needs {', '.join(_STS)}")
         own = _split_of(row, where)
         splits.add(split if own is None else own)
-        if own in (None, split): yield where, row
+        if own in (None, split):
+            yield where, row
     if split not in splits:
         have = f"it has {quote(sorted(splits)[:3])}" if splits else "the file is empty"
         raise ValueError(f"{path}: no rows of split {split!r}; {have}")
 
 # %% ../nbs/00_data.ipynb #read-sts
 def read_sts(
-    path_or_hub_id:str|Path, # table with score (0..5), sentence1, sentence2; or 'sentence-transformers/stsb', 'glue/stsb'
-    split:str="test", # 'train', 'dev' or 'test'; ignored for a file without a split column
-)->ScoredPairs: # scores in 0..1
+    path_or_hub_id: (
+        str | Path
+    ),  # table with score (0..5), sentence1, sentence2; or 'sentence-transformers/stsb', 'glue/stsb'
+    split: str = "test",  # 'train', 'dev' or 'test'; ignored for a file without a split column
+) -> ScoredPairs:  # scores in 0..1
     "Read graded sentence pairs for `evaluate_sts`."
     top = 5
     if is_hub_id(path_or_hub_id):
-        top = 1 if str(path_or_hub_id) == "sentence-transformers/stsb" else 5  # that copy is divided already
+        top = (
+            1 if str(path_or_hub_id) == "sentence-transformers/stsb" else 5
+        )  # that copy is divided already
         dataset = _load_hub(str(path_or_hub_id), "validation" if split == "dev" else split)
-        if "label" in dataset.column_names: dataset = dataset.rename_column("label", "score")
+        if "label" in dataset.column_names:
+            dataset = dataset.rename_column("label", "score")
         rows = ((f"{path_or_hub_id} row {i}", row) for i, row in enumerate(dataset))
-    else: rows = _sts_rows(_existing(path_or_hub_id), split)
+    else:
+        rows = _sts_rows(_existing(path_or_hub_id), split)
     pairs = []
     for where, row in rows:
-        try: pairs.append(_scored(row, top))
-        except ValueError as error: raise ValueError(f"{where}: {error}") from None
+        try:
+            pairs.append(_scored(row, top))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return ScoredPairs(*map(list, zip(*pairs)))
 
 # %% ../nbs/00_data.ipynb #retrieval
@@ -905,11 +1219,23 @@ def _by_id(path, may_be_empty):
     "{id: title and text} of a corpus or queries file."
     texts, origin, reject = {}, {}, _Rejects(path)
     for line, row in _jsonl(path, None, reject):
-        if not isinstance(row, dict) or not all(isinstance(text, str) for text in (row.get("_id"), row.get("text"), row.get("title") or "")):
-            reject(line, 'expected {"_id": "...", "text": "..."} with strings, and "title" if there is one')
-        if row["_id"] in texts: reject(line, f"id {quote(row['_id'])} was taken by line {origin[row['_id']]}; ids must be unique")
+        if not isinstance(row, dict) or not all(
+            isinstance(text, str)
+            for text in (row.get("_id"), row.get("text"), row.get("title") or "")
+        ):
+            reject(
+                line,
+                'expected {"_id": "...", "text": "..."} with strings, and "title" if there is one',
+            )
+        if row["_id"] in texts:
+            reject(
+                line,
+                f"id {quote(row['_id'])} was taken by line {origin[row['_id']]}; ids must be"
+                " unique",
+            )
         text = f"{row.get('title') or ''} {row['text']}".strip()
-        if not text and not may_be_empty: reject(line, f"query {quote(row['_id'])} is empty; fill it in or leave it out")
+        if not text and not may_be_empty:
+            reject(line, f"query {quote(row['_id'])} is empty; fill it in or leave it out")
         texts[row["_id"]], origin[row["_id"]] = text, line
     return texts
 
@@ -922,36 +1248,57 @@ def _judgements(path, queries):
     qrels, reject = {}, _Rejects(path)
     for line, row in _tsv(path, _QRELS, reject):
         query, document, grade = (row[name].strip() for name in _choose(tuple(row), _QRELS))
-        if query not in queries: reject(line, f"query {quote(query)} is not in queries.jsonl; add it or delete the line")
-        if not re.fullmatch(r"-?\d{1,9}(\.0{0,9})?", grade, re.ASCII): reject(line, f"score {quote(grade)} is not a whole number")
-        if document in qrels.setdefault(query, {}): reject(line, f"document {quote(document)} was judged before for query {quote(query)}; keep one line")
+        if query not in queries:
+            reject(line, f"query {quote(query)} is not in queries.jsonl; add it or delete the line")
+        if not re.fullmatch(r"-?\d{1,9}(\.0{0,9})?", grade, re.ASCII):
+            reject(line, f"score {quote(grade)} is not a whole number")
+        if document in qrels.setdefault(query, {}):
+            reject(
+                line,
+                f"document {quote(document)} was judged before for query {quote(query)}; keep one"
+                " line",
+            )
         qrels[query][document] = int(grade.partition(".")[0])
-    if not qrels: raise ValueError(f"{path}: no judgements; a search test needs one at least")
+    if not qrels:
+        raise ValueError(f"{path}: no judgements; a search test needs one at least")
     return qrels
 
 # %% ../nbs/00_data.ipynb #read-retrieval
 class Retrieval(NamedTuple):
     "A search test: documents, queries, and which document answers which query."
-    corpus: dict[str, str]             # document id -> title and text
-    queries: dict[str, str]            # query id -> text
-    qrels: dict[str, dict[str, int]]   # query id -> {document id: grade, 1 or more = relevant}; a document may be missing from the corpus
+
+    corpus: dict[str, str]  # document id -> title and text
+    queries: dict[str, str]  # query id -> text
+    qrels: dict[
+        str, dict[str, int]
+    ]  # query id -> {document id: grade, 1 or more = relevant}; a document may be missing from the corpus
+
 
 def read_retrieval(
-    folder:str|Path, # holds corpus.jsonl, queries.jsonl (either may be .gz) and qrels/
-    split:str="test", # which file of qrels/
-)->Retrieval: # texts and judgements by id
+    folder: str | Path,  # holds corpus.jsonl, queries.jsonl (either may be .gz) and qrels/
+    split: str = "test",  # which file of qrels/
+) -> Retrieval:  # texts and judgements by id
     "Read a search test in the layout of BEIR for `evaluate_retrieval`."
     folder = Path(folder).expanduser()
     names = "corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"
-    paths = [zipped if (zipped := folder / f"{name}.gz").exists() else folder / name for name in names]
+    paths = [
+        zipped if (zipped := folder / f"{name}.gz").exists() else folder / name for name in names
+    ]
     for path in paths:
-        if not path.exists(): raise ValueError(f"{path}: no such file; a search test is a folder with {', '.join(names)}")
+        if not path.exists():
+            raise ValueError(
+                f"{path}: no such file; a search test is a folder with {', '.join(names)}"
+            )
         regular_file(path)
     corpus, queries = _by_id(paths[0], True), _by_id(paths[1], False)
     qrels = _judgements(paths[2], queries)
-    return Retrieval(corpus, {query: text for query, text in queries.items() if query in qrels}, qrels)
+    return Retrieval(
+        corpus, {query: text for query, text in queries.items() if query in qrels}, qrels
+    )
 
 # %% ../nbs/00_data.ipynb #quickstart
-def quickstart_folder()->Path: # holds train/, sts.tsv, retrieval/, data_config.json, glossary.tsv
+def quickstart_folder() -> (
+    Path
+):  # holds train/, sts.tsv, retrieval/, data_config.json, glossary.tsv
     "The folder of the corpus that comes with the package."
     return Path(str(importlib.resources.files("contrastive_st"))) / "quickstart"

@@ -107,7 +107,9 @@ def _go_on():
     if work is None:
         return
     if time.monotonic() > work.end:
-        work.stopped = f"this took longer than {SECONDS} seconds and was stopped; give fewer or shorter texts"
+        work.stopped = (
+            f"this took longer than {SECONDS} seconds and was stopped; give fewer or shorter texts"
+        )
     if work.stopped:
         raise ValueError(work.stopped)
 
@@ -116,7 +118,9 @@ def _abandon(session=None):
     "Stop the work of a session that has left; None stops all."
     for work in list(_working):
         if session in (None, work.session):
-            work.stopped = f"this was stopped because the {'page was closed' if session else 'server ends'}"
+            work.stopped = (
+                f"this was stopped because the {'page was closed' if session else 'server ends'}"
+            )
 
 # %% ../nbs/14_demo.ipynb #pieces
 def _pieces(texts, most=64, characters=200_000):
@@ -136,13 +140,18 @@ def _merge(messages):
     counts = {}
     for message in messages:
         numbers = re.match(r"(\d+) of (\d+) (.*)", message, re.S)
-        some, all_, rest = (int(numbers[1]), int(numbers[2]), numbers[3]) if numbers else (0, 0, message)
+        some, all_, rest = (
+            (int(numbers[1]), int(numbers[2]), numbers[3]) if numbers else (0, 0, message)
+        )
         before = counts.get(rest, (0, 0))
         counts[rest] = before[0] + some, before[1] + all_
     return [f"{some} of {all_} {rest}" if all_ else rest for rest, (some, all_) in counts.items()]
 
 # %% ../nbs/14_demo.ipynb #model
-_ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}   # what models call their prompts
+_ROLES = {
+    "query": ("query",),
+    "document": ("document", "passage", "corpus"),
+}  # what models call their prompts
 
 
 class Model:
@@ -150,10 +159,10 @@ class Model:
 
     def __init__(
         self,
-        name: str,                  # heading of its column
-        encoder: SentenceEncoder,   # of any width
-        run: Path | None = None,    # run directory that it came from
-        progress: bool = False,     # show how far a long corpus is; the page sees it too
+        name: str,  # heading of its column
+        encoder: SentenceEncoder,  # of any width
+        run: Path | None = None,  # run directory that it came from
+        progress: bool = False,  # show how far a long corpus is; the page sees it too
     ):
         self.name, self.encoder, self.run, self.progress = name, encoder, run, progress
         self.seen, self.next, self.lock = OrderedDict(), threading.Lock(), threading.Lock()
@@ -161,8 +170,8 @@ class Model:
     def encode(
         self,
         texts: Sequence[str],  # N texts
-        role: str = "",        # "query", "document", or "" = neither: which of the model's prompts to use
-    ) -> np.ndarray:           # (N, D) float32
+        role: str = "",  # "query", "document", or "" = neither: which of the model's prompts to use
+    ) -> np.ndarray:  # (N, D) float32
         "Encode, or remember; warnings are repeated with the model's name."
         key = (role, tuple(texts))
         found = self.seen.get(key)
@@ -201,114 +210,188 @@ class Model:
 # %% ../nbs/14_demo.ipynb #open-models
 def _names(places):
     "The shortest heading of each place that no other has."
-    if twice := {p for p in places if places.count(p) > 1}: raise ValueError(f"{sorted(twice)[0]} is given twice; give each model once")
-    tails = [([part for part in Path(place).parts if part != "model"] or [place])[-1] for place in places]
+    if twice := {p for p in places if places.count(p) > 1}:
+        raise ValueError(f"{sorted(twice)[0]} is given twice; give each model once")
+    tails = [
+        ([part for part in Path(place).parts if part != "model"] or [place])[-1] for place in places
+    ]
     return [tail if tails.count(tail) == 1 else place for tail, place in zip(tails, places)]
 
-def _is_run(folder): return (folder / "versions.json").is_file()
+
+def _is_run(folder):
+    return (folder / "versions.json").is_file()
+
 
 def _find(place):
     "Where the model of a place is, and the run directory it belongs to or None."
     folder = Path(place).expanduser()
-    if not _is_run(folder): return place, folder.parent if folder.name == "model" and _is_run(folder.parent) else None
-    if (folder / "model").is_dir(): return folder / "model", folder
-    raise ValueError(f"{place} is a run that has no model yet; let it finish, or give one of its checkpoints as the model and watch the run with --run {place}")
+    if not _is_run(folder):
+        return place, folder.parent if folder.name == "model" and _is_run(folder.parent) else None
+    if (folder / "model").is_dir():
+        return folder / "model", folder
+    raise ValueError(
+        f"{place} is a run that has no model yet; let it finish, or give one of its checkpoints as"
+        f" the model and watch the run with --run {place}"
+    )
+
 
 def open_models(
-    places:Sequence[str|Path], # model directories, run directories or hub ids
-    progress:bool=False, # show how far a long corpus is
-)->list[Model]: # in the same order
+    places: Sequence[str | Path],  # model directories, run directories or hub ids
+    progress: bool = False,  # show how far a long corpus is
+) -> list[Model]:  # in the same order
     "Load the models to show; raise `ValueError` for the first that cannot be."
-    if not places: raise ValueError("no model is given; give a model directory, a run directory or a hub id such as sentence-transformers/all-MiniLM-L6-v2")
+    if not places:
+        raise ValueError(
+            "no model is given; give a model directory, a run directory or a hub id such as"
+            " sentence-transformers/all-MiniLM-L6-v2"
+        )
     places = [str(place) for place in places]
     found = [(name, *_find(place)) for name, place in zip(_names(places), places)]
-    return [Model(name, SentenceEncoder.from_pretrained(where), run, progress) for name, where, run in found]
+    return [
+        Model(name, SentenceEncoder.from_pretrained(where), run, progress)
+        for name, where, run in found
+    ]
 
 # %% ../nbs/14_demo.ipynb #table
 class Table(NamedTuple):
     "Hold a result: texts as they were typed, scores as floats."
-    head:list[str] # one heading per column
-    rows:list[list] # cells of type str, or float = a score
 
-    def _repr_html_(self): return to_html(self)
+    head: list[str]  # one heading per column
+    rows: list[list]  # cells of type str, or float = a score
+
+    def _repr_html_(self):
+        return to_html(self)
+
 
 def _clipped(text, most=600):
     "A text of bearable length."
     return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
 
+
 def _shape(text):
     "How a text may be broken: not at all, inside its words, or between them."
-    return "short" if len(text) < 7 else "solid" if max(map(len, text.split()), default=0) > 24 else "text"
+    return (
+        "short"
+        if len(text) < 7
+        else "solid"
+        if max(map(len, text.split()), default=0) > 24
+        else "text"
+    )
+
 
 def to_html(
-    table:Table, # any texts, also hostile ones
-)->str: # HTML in which every text is text
+    table: Table,  # any texts, also hostile ones
+) -> str:  # HTML in which every text is text
     "Lay out a table; scores with their rank in the column and a bar."
     ranks, tops = {}, {}
     for c in range(len(table.head)):
         if scores := [row[c] for row in table.rows if isinstance(row[c], float)]:
-            ranks[c], tops[c] = {score: place for place, score in reversed(list(enumerate(sorted(scores, reverse=True), 1)))}, max(1.0, *scores)
+            ranks[c], tops[c] = (
+                {
+                    score: place
+                    for place, score in reversed(list(enumerate(sorted(scores, reverse=True), 1)))
+                },
+                max(1.0, *scores),
+            )
+
     def cell(c, value):
-        if not isinstance(value, float): return f'<td dir="auto" class="{_shape(value)}">{html.escape(_clipped(value))}</td>'
+        if not isinstance(value, float):
+            return f'<td dir="auto" class="{_shape(value)}">{html.escape(_clipped(value))}</td>'
         bar = 100 * min(max(value / tops[c], 0), 1)
-        return f'<td class="score" style="--bar:{bar:.0f}%"><small>{ranks[c][value]}.</small> {value:.3f}</td>'
+        return (
+            f'<td class="score" style="--bar:{bar:.0f}%"><small>{ranks[c][value]}.</small>'
+            f" {value:.3f}</td>"
+        )
+
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
-    body = "".join(f"<tr>{''.join(cell(c, v) for c, v in enumerate(row))}</tr>" for row in table.rows)
-    return f'<div class="result"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(
+        f"<tr>{''.join(cell(c, v) for c, v in enumerate(row))}</tr>" for row in table.rows
+    )
+    return (
+        "<div"
+        f' class="result"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 # %% ../nbs/14_demo.ipynb #compare
 def scores(
-    model:Model, # whose embeddings
-    left:Sequence[str], # M texts
-    right:Sequence[str], # N texts
-    similarity:str="cos", # "cos" or "dot"
-    roles:tuple[str, str]=("", ""), # of left and right; ("query", "document") for question and answers
-)->np.ndarray: # (M, N) float32
+    model: Model,  # whose embeddings
+    left: Sequence[str],  # M texts
+    right: Sequence[str],  # N texts
+    similarity: str = "cos",  # "cos" or "dot"
+    roles: tuple[str, str] = (
+        "",
+        "",
+    ),  # of left and right; ("query", "document") for question and answers
+) -> np.ndarray:  # (M, N) float32
     "Score every text on the left with every text on the right."
-    best, rows = semantic_search(model.encode(left, roles[0]), model.encode(right, roles[1]), len(right), similarity=similarity)
-    return np.take_along_axis(best, rows.argsort(axis=1), axis=1)          # back into the order of `right`
+    best, rows = semantic_search(
+        model.encode(left, roles[0]),
+        model.encode(right, roles[1]),
+        len(right),
+        similarity=similarity,
+    )
+    return np.take_along_axis(best, rows.argsort(axis=1), axis=1)  # back into the order of `right`
+
 
 def compare(
-    models:Sequence[Model], # one column each
-    anchor:str, # text that the others are compared with
-    lines:Sequence[str], # N texts
-    similarity:str="cos", # "cos" or "dot"
-    roles:tuple[str, str]=("", ""), # of the anchor and of the lines; ("query", "document") for question and answers
-)->Table: # N rows: text, a score per model; best first by the first model
+    models: Sequence[Model],  # one column each
+    anchor: str,  # text that the others are compared with
+    lines: Sequence[str],  # N texts
+    similarity: str = "cos",  # "cos" or "dot"
+    roles: tuple[str, str] = (
+        "",
+        "",
+    ),  # of the anchor and of the lines; ("query", "document") for question and answers
+) -> Table:  # N rows: text, a score per model; best first by the first model
     "Score lines against an anchor."
     columns = [scores(model, [anchor], lines, similarity, roles)[0] for model in models]
     order = np.argsort(-columns[0], kind="stable")
-    return Table(["text", *(m.name for m in models)], [[lines[i], *(float(c[i]) for c in columns)] for i in order])
+    return Table(
+        ["text", *(m.name for m in models)],
+        [[lines[i], *(float(c[i]) for c in columns)] for i in order],
+    )
 
 # %% ../nbs/14_demo.ipynb #answers
 def lengths(
-    model:Model, # whose vectors
-    texts:Sequence[str], # candidate answers
-)->str: # a sentence
+    model: Model,  # whose vectors
+    texts: Sequence[str],  # candidate answers
+) -> str:  # a sentence
     "Say whether cosine and dot product can order these texts differently."
     norms = np.linalg.norm(model.encode(texts, "document"), axis=1)
-    if np.ptp(norms) < 1e-4 * norms.max(): return f"{model.name}: every vector has length {norms.mean():.2f}, so cosine and dot product give one order"
-    return f"{model.name}: lengths from {norms.min():.2f} to {norms.max():.2f}, so a dot product favours some answers whatever is asked"
+    if np.ptp(norms) < 1e-4 * norms.max():
+        return (
+            f"{model.name}: every vector has length {norms.mean():.2f}, so cosine and dot product"
+            " give one order"
+        )
+    return (
+        f"{model.name}: lengths from {norms.min():.2f} to {norms.max():.2f}, so a dot product"
+        " favours some answers whatever is asked"
+    )
+
 
 def answers(
-    models:Sequence[Model], # one column each
-    question:str, # asked
-    candidates:Sequence[str], # N passages that may answer it
-    similarity:str="cos", # "cos" or "dot": what the model was trained for
-)->tuple[Table, list[str]]: # best first by the first model; a sentence per model on the choice of the score
+    models: Sequence[Model],  # one column each
+    question: str,  # asked
+    candidates: Sequence[str],  # N passages that may answer it
+    similarity: str = "cos",  # "cos" or "dot": what the model was trained for
+) -> tuple[
+    Table, list[str]
+]:  # best first by the first model; a sentence per model on the choice of the score
     "Rank candidate answers to a question."
-    return compare(models, question, candidates, similarity, ("query", "document")), [lengths(m, candidates) for m in models]
+    return compare(models, question, candidates, similarity, ("query", "document")), [
+        lengths(m, candidates) for m in models
+    ]
 
 # %% ../nbs/14_demo.ipynb #lines
-LIMIT = 20_000           # texts in a corpus, unless `launch` is told otherwise
+LIMIT = 20_000  # texts in a corpus, unless `launch` is told otherwise
 CHARACTERS = 10_000_000  # in all texts of a request
-TEXT = 100_000           # characters in one text
+TEXT = 100_000  # characters in one text
 
 
 def _brief(text, most=60):
     "A foreign text for a message: printable and short."
-    text = "".join(c if c.isprintable() else "?" for c in str(text)[:most + 1])
-    return text if len(text) <= most else text[:most - 1] + "…"
+    text = "".join(c if c.isprintable() else "?" for c in str(text)[: most + 1])
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _whole(text):
@@ -320,15 +403,24 @@ def _check_length(text, what, number=0):
     "Raise `ValueError` for a text that is too long."
     if len(text) > TEXT:
         where = f"{what} {number:,}" if number else f"the {what}"
-        raise ValueError(f"{where} has {len(text):,} characters, more than the {TEXT:,} of one text; shorten it, or put each text on a line of its own")
+        raise ValueError(
+            f"{where} has {len(text):,} characters, more than the {TEXT:,} of one text; shorten it,"
+            " or put each text on a line of its own"
+        )
 
 
 def _check_size(n_characters, n_lines, what, limit):
     "Raise `ValueError` for more than a page can work on."
     if n_characters > CHARACTERS:
-        raise ValueError(f"{n_characters:,} characters of {what} are more than the {CHARACTERS:,} this page takes; use contrastive-st search")
+        raise ValueError(
+            f"{n_characters:,} characters of {what} are more than the {CHARACTERS:,} this page"
+            " takes; use contrastive-st search"
+        )
     if n_lines > limit:
-        raise ValueError(f"{n_lines:,} lines of {what} are more than the {limit:,} this page takes; use contrastive-st search, or start the demo with a higher --limit")
+        raise ValueError(
+            f"{n_lines:,} lines of {what} are more than the {limit:,} this page takes; use"
+            " contrastive-st search, or start the demo with a higher --limit"
+        )
 
 
 def _one(text, what):
@@ -354,15 +446,18 @@ def _keep(texts, what, limit):
         raise ValueError(f"there is no {what}; give at least one, one a line")
     _check_size(0, len(kept), what, limit)
     if empty:
-        warnings.warn(f"left out because they are empty: {empty:,} of {empty + len(kept):,} texts", stacklevel=3)
+        warnings.warn(
+            f"left out because they are empty: {empty:,} of {empty + len(kept):,} texts",
+            stacklevel=3,
+        )
     return kept
 
 
 def split_lines(
-    text: str | None,    # pasted text
-    what: str,           # what a line is, for the messages: "candidate answer"
+    text: str | None,  # pasted text
+    what: str,  # what a line is, for the messages: "candidate answer"
     limit: int = LIMIT,  # most lines
-) -> list[str]:          # lines without the empty ones
+) -> list[str]:  # lines without the empty ones
     "Cut a text into lines; raise `ValueError` if there are none or too many."
     text = _one(text, what)
     _check_size(len(text), 0, what, limit)
@@ -376,7 +471,7 @@ def _check_lines(text, what, limit):
         _check_size(0, lines, what, limit)
 
 # %% ../nbs/14_demo.ipynb #corpus
-_COLUMNS = ("text", "title", "sentence", "question", "query", "body")   # tried in this order
+_COLUMNS = ("text", "title", "sentence", "question", "query", "body")  # tried in this order
 FILE_BYTES = 20_000_000  # of an uploaded file
 
 
@@ -388,8 +483,14 @@ def _cell(row, column, where):
     names = [name for name in row if isinstance(name, str)]
     name = column or next((c for c in _COLUMNS if c in row), names[0] if len(names) == 1 else None)
     if name is None or not isinstance(row.get(name), str):
-        problem = f"there is no text in column {_brief(name)!r}" if name else "which column holds the texts is not clear"
-        columns = ", ".join(repr(_brief(n, 30)) for n in names[:5]) + (", …" if len(names) > 5 else "")
+        problem = (
+            f"there is no text in column {_brief(name)!r}"
+            if name
+            else "which column holds the texts is not clear"
+        )
+        columns = ", ".join(repr(_brief(n, 30)) for n in names[:5]) + (
+            ", …" if len(names) > 5 else ""
+        )
         raise ValueError(f"{where}: {problem}; the columns are {columns or 'none'}, name one")
     return row[name]
 
@@ -405,18 +506,24 @@ def _json_rows(text, name):
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise ValueError(f"{name}:{number}: not a JSON object; write one object a line, or give a .txt")
+            raise ValueError(
+                f"{name}:{number}: not a JSON object; write one object a line, or give a .txt"
+            )
         yield number, row
 
 
 def _csv_rows(text, name, delimiter):
     "Last line and record of every row."
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+    rows = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting
+    )
     try:
         yield from ((rows.line_num, row) for row in rows)
     except csv.Error as error:
-        raise ValueError(f"{name}:{rows.line_num + 1}: not CSV ({error}); save the file as CSV in UTF-8") from None
+        raise ValueError(
+            f"{name}:{rows.line_num + 1}: not CSV ({error}); save the file as CSV in UTF-8"
+        ) from None
 
 # %% ../nbs/14_demo.ipynb #read-corpus
 def _read_text(path, what, limit):
@@ -424,175 +531,348 @@ def _read_text(path, what, limit):
     if not path.is_file():
         raise ValueError(f"{path}: is not a file; give the path of one")
     if path.stat().st_size > FILE_BYTES:
-        raise ValueError(f"{path}: has {path.stat().st_size:,} bytes, more than the {FILE_BYTES:,} this page takes; use contrastive-st search")
+        raise ValueError(
+            f"{path}: has {path.stat().st_size:,} bytes, more than the {FILE_BYTES:,} this page"
+            " takes; use contrastive-st search"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8 text") from None
+        raise ValueError(
+            f"{path}: byte {error.start + 1} is not UTF-8; unzip the file, or save it as UTF-8 text"
+        ) from None
     _check_size(len(text), 0, what, limit)
     _check_lines(text, what, limit)
     return text
 
 
 def read_corpus(
-    path: str | Path,    # .txt: a text a line; .jsonl: objects; .csv, .tsv: a header and rows
-    column: str = "",    # of .jsonl, .csv and .tsv; "" = title and text, else the first that is called title, sentence, question, query or body
+    path: str | Path,  # .txt: a text a line; .jsonl: objects; .csv, .tsv: a header and rows
+    column: str = "",  # of .jsonl, .csv and .tsv; "" = title and text, else the first that is called title, sentence, question, query or body
     limit: int = LIMIT,  # most texts
-) -> list[str]:          # in file order, without the empty ones
+) -> list[str]:  # in file order, without the empty ones
     "Read a corpus; raise a `ValueError` that names file and line."
     path, kind = Path(path), Path(path).suffix.lower()
     if kind not in (".txt", ".jsonl", ".csv", ".tsv"):
-        raise ValueError(f"{path}: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one of these")
+        raise ValueError(
+            f"{path}: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one of these"
+        )
     text = _read_text(path, "text", limit)
     if kind == ".txt":
         return _keep(text.rstrip("\n").split("\n"), "text", limit)
-    rows = _json_rows(text, path) if kind == ".jsonl" else _csv_rows(text, path, "\t" if kind == ".tsv" else ",")
+    rows = (
+        _json_rows(text, path)
+        if kind == ".jsonl"
+        else _csv_rows(text, path, "\t" if kind == ".tsv" else ",")
+    )
     return _keep((_cell(row, column, f"{path}:{number}") for number, row in rows), "text", limit)
 
 # %% ../nbs/14_demo.ipynb #search-page
 def find(
-    models:Sequence[Model], # a list each
-    query:str, # searched for
-    corpus:Sequence[str], # N texts
-    top_k:int=5, # texts to show; all N if there are fewer
-)->dict[str, Table]: # model -> its best texts
+    models: Sequence[Model],  # a list each
+    query: str,  # searched for
+    corpus: Sequence[str],  # N texts
+    top_k: int = 5,  # texts to show; all N if there are fewer
+) -> dict[str, Table]:  # model -> its best texts
     "Search a corpus with every model."
-    if top_k > len(corpus): warnings.warn(f"the corpus has {len(corpus):,} texts, fewer than the {top_k:,} asked for; all are shown", stacklevel=2)
+    if top_k > len(corpus):
+        warnings.warn(
+            f"the corpus has {len(corpus):,} texts, fewer than the {top_k:,} asked for; all are"
+            " shown",
+            stacklevel=2,
+        )
     found = {}
     for model in models:
-        scores, rows = semantic_search(model.encode([query], "query"), model.encode(corpus, "document"), top_k)
-        found[model.name] = Table(["text", "cosine"], [[corpus[i], float(s)] for s, i in zip(scores[0], rows[0])])
+        scores, rows = semantic_search(
+            model.encode([query], "query"), model.encode(corpus, "document"), top_k
+        )
+        found[model.name] = Table(
+            ["text", "cosine"], [[corpus[i], float(s)] for s, i in zip(scores[0], rows[0])]
+        )
     return found
 
 # %% ../nbs/14_demo.ipynb #project
-_TSNE_LIMIT = 1_000   # 15 s in 3-D on one core
+_TSNE_LIMIT = 1_000  # 15 s in 3-D on one core
+
 
 def _tsne(rows, dims):
     from sklearn.manifold import TSNE
 
-    if not 5 <= len(rows) <= _TSNE_LIMIT: raise ValueError(f"t-SNE takes 5 to {_TSNE_LIMIT:,} texts here, and there are {len(rows):,}; choose PCA")
-    return TSNE(dims, perplexity=min(30, (len(rows) - 1) / 3), init="random", random_state=0).fit_transform(rows)
+    if not 5 <= len(rows) <= _TSNE_LIMIT:
+        raise ValueError(
+            f"t-SNE takes 5 to {_TSNE_LIMIT:,} texts here, and there are {len(rows):,}; choose PCA"
+        )
+    return TSNE(
+        dims, perplexity=min(30, (len(rows) - 1) / 3), init="random", random_state=0
+    ).fit_transform(rows)
+
 
 def project(
-    embeddings:np.ndarray, # (N, D) float
-    dims:int=2, # 2 or 3
-    method:str="PCA", # or "t-SNE"
-)->np.ndarray: # (N, dims) float64
+    embeddings: np.ndarray,  # (N, D) float
+    dims: int = 2,  # 2 or 3
+    method: str = "PCA",  # or "t-SNE"
+) -> np.ndarray:  # (N, dims) float64
     "Give every text a place on a map; the same places each time."
     rows = np.asarray(embeddings, dtype=np.float64)
-    if method == "t-SNE": return _tsne(rows, dims)
+    if method == "t-SNE":
+        return _tsne(rows, dims)
     middle = rows - rows.mean(axis=0)
-    axes = np.linalg.eigh(middle.T @ middle)[1][:, ::-1][:, :dims]               # (D, dims), the longest direction first
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])   # else the sign is chance
+    axes = np.linalg.eigh(middle.T @ middle)[1][:, ::-1][
+        :, :dims
+    ]  # (D, dims), the longest direction first
+    axes = axes * np.sign(
+        axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])]
+    )  # else the sign is chance
     return np.pad(middle @ axes, ((0, 0), (0, dims - axes.shape[1])))
 
 # %% ../nbs/14_demo.ipynb #figure
-_COLOURS = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"]
-_POINTS = 5_000   # on a map; more make a phone slow
+_COLOURS = [
+    "#4269d0",
+    "#efb118",
+    "#ff725c",
+    "#6cc5b0",
+    "#3ca951",
+    "#ff8ab7",
+    "#a463f2",
+    "#97bbf5",
+    "#9c6b4e",
+    "#9498a0",
+]
+_POINTS = 5_000  # on a map; more make a phone slow
+
 
 def _hover(text):
     "A text for plotly: no markup of its own, some lines of 50 characters."
-    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(_clipped(text, 240), 50))
+    return "<br>".join(
+        html.escape(line, quote=False) for line in textwrap.wrap(_clipped(text, 240), 50)
+    )
+
 
 def _figure(data, title, height=400, **layout):
     "A plotly figure."
     axis = {"zeroline": False, "automargin": True, "gridcolor": "rgba(128,128,128,.25)"}
-    for name in {"xaxis", "yaxis", *(n for n in layout if re.fullmatch(r"[xy]axis\d*", n))}: layout[name] = axis | layout.get(name, {})
-    return {"data": data, "config": {"displaylogo": False, "responsive": True, "displayModeBar": False}, "layout": {
-        "title": {"text": html.escape(title, quote=False), "font": {"size": 14}, "x": 0.02}, "height": height, "margin": {"l": 10, "r": 10, "t": 40, "b": 10}, "font": {"color": "#888"},
-        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "legend": {"orientation": "h", "y": -0.15}, "hoverlabel": {"align": "left"}, "colorway": _COLOURS, **layout}}
+    for name in {"xaxis", "yaxis", *(n for n in layout if re.fullmatch(r"[xy]axis\d*", n))}:
+        layout[name] = axis | layout.get(name, {})
+    return {
+        "data": data,
+        "config": {"displaylogo": False, "responsive": True, "displayModeBar": False},
+        "layout": {
+            "title": {"text": html.escape(title, quote=False), "font": {"size": 14}, "x": 0.02},
+            "height": height,
+            "margin": {"l": 10, "r": 10, "t": 40, "b": 10},
+            "font": {"color": "#888"},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "legend": {"orientation": "h", "y": -0.15},
+            "hoverlabel": {"align": "left"},
+            "colorway": _COLOURS,
+            **layout,
+        },
+    }
 
 # %% ../nbs/14_demo.ipynb #map-figure
 def map_figure(
-    points:np.ndarray, # (N, 2) or (N, 3)
-    labels:np.ndarray, # (N,) int, cluster of each text
-    texts:Sequence[str], # N
-    title:str, # over the map
-)->dict: # a plotly figure
+    points: np.ndarray,  # (N, 2) or (N, 3)
+    labels: np.ndarray,  # (N,) int, cluster of each text
+    texts: Sequence[str],  # N
+    title: str,  # over the map
+) -> dict:  # a plotly figure
     "Draw texts as points, coloured by cluster, with the text on hovering."
     shown = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), _POINTS)).astype(int))
-    if len(shown) < len(texts): warnings.warn(f"the map shows {len(shown):,} of the {len(texts):,} texts, evenly chosen", stacklevel=2)
+    if len(shown) < len(texts):
+        warnings.warn(
+            f"the map shows {len(shown):,} of the {len(texts):,} texts, evenly chosen", stacklevel=2
+        )
     kind = {2: "scattergl", 3: "scatter3d"}[points.shape[1]]
+
     def trace(c):
         mine = shown[labels[shown] == c]
         coordinates = dict(zip("xyz", points[mine].T.round(4).tolist()))
-        return {"type": kind, "mode": "markers", "name": f"{c + 1}", "text": [_hover(texts[i]) for i in mine], "hoverinfo": "text",
-                "marker": {"size": 7 if kind == "scattergl" else 4, "color": _COLOURS[c % len(_COLOURS)], "opacity": 0.8}, **coordinates}
+        return {
+            "type": kind,
+            "mode": "markers",
+            "name": f"{c + 1}",
+            "text": [_hover(texts[i]) for i in mine],
+            "hoverinfo": "text",
+            "marker": {
+                "size": 7 if kind == "scattergl" else 4,
+                "color": _COLOURS[c % len(_COLOURS)],
+                "opacity": 0.8,
+            },
+            **coordinates,
+        }
+
     bare = {"showticklabels": False, "title": {"text": ""}}
-    return _figure([trace(c) for c in np.unique(labels[shown]).tolist()], title, 440, xaxis=bare, yaxis=bare, scene={f"{a}axis": bare for a in "xyz"}, dragmode="pan" if kind == "scattergl" else "orbit")
+    return _figure(
+        [trace(c) for c in np.unique(labels[shown]).tolist()],
+        title,
+        440,
+        xaxis=bare,
+        yaxis=bare,
+        scene={f"{a}axis": bare for a in "xyz"},
+        dragmode="pan" if kind == "scattergl" else "orbit",
+    )
 
 # %% ../nbs/14_demo.ipynb #clusters
 def clusters(
-    model:Model, # whose embeddings
-    corpus:Sequence[str], # N texts
-    n_clusters:int=8, # at most N
-    dims:int=2, # of the map, 2 or 3
-    method:str="PCA", # or "t-SNE"
-)->tuple[dict, Table]: # a plotly figure; per cluster its number, size and the texts nearest to its centre
+    model: Model,  # whose embeddings
+    corpus: Sequence[str],  # N texts
+    n_clusters: int = 8,  # at most N
+    dims: int = 2,  # of the map, 2 or 3
+    method: str = "PCA",  # or "t-SNE"
+) -> tuple[
+    dict, Table
+]:  # a plotly figure; per cluster its number, size and the texts nearest to its centre
     "Divide a corpus by k-means and draw its map."
     embeddings = model.encode(corpus, "document")
     labels, centres = cluster(embeddings, n_clusters)
     rows = []
     for c in range(n_clusters):
         mine = np.flatnonzero(labels == c)
-        if not len(mine): continue                               # copies of one text cannot be divided
-        nearest = [corpus[mine[i]] for i in semantic_search(centres[c:c + 1], embeddings[mine], 2)[1][0]]
-        rows.append([f"{c + 1}", f"{len(mine):,}", " / ".join(text if len(text) <= 80 else text[:79] + "…" for text in nearest)])
-    figure = map_figure(project(embeddings, dims, method), labels, corpus, f"{model.name}: {len(corpus):,} texts, {method}")
+        if not len(mine):
+            continue  # copies of one text cannot be divided
+        nearest = [
+            corpus[mine[i]] for i in semantic_search(centres[c : c + 1], embeddings[mine], 2)[1][0]
+        ]
+        rows.append(
+            [
+                f"{c + 1}",
+                f"{len(mine):,}",
+                " / ".join(text if len(text) <= 80 else text[:79] + "…" for text in nearest),
+            ]
+        )
+    figure = map_figure(
+        project(embeddings, dims, method),
+        labels,
+        corpus,
+        f"{model.name}: {len(corpus):,} texts, {method}",
+    )
     return figure, Table(["cluster", "texts", "nearest to its centre"], rows)
 
 # %% ../nbs/14_demo.ipynb #own-items
 _OCCUPATIONS = {
-    "male": "driver supervisor janitor cook mover laborer carpenter chief developer manager lawyer farmer salesperson physician guard analyst mechanic sheriff CEO construction_worker",
-    "female": "attendant cashier teacher nurse assistant secretary auditor cleaner receptionist clerk counselor designer hairdresser writer housekeeper baker accountant editor librarian tailor"}
-_SENTENCES = ["The {} said that {} would be back soon.", "I asked the {} whether {} could help me.", "The {} called because {} had lost the keys.", "Everybody knows the {}, and {} likes to talk."]
+    "male": (
+        "driver supervisor janitor cook mover laborer carpenter chief developer manager lawyer"
+        " farmer salesperson physician guard analyst mechanic sheriff CEO construction_worker"
+    ),
+    "female": (
+        "attendant cashier teacher nurse assistant secretary auditor cleaner receptionist clerk"
+        " counselor designer hairdresser writer housekeeper baker accountant editor librarian"
+        " tailor"
+    ),
+}
+_SENTENCES = [
+    "The {} said that {} would be back soon.",
+    "I asked the {} whether {} could help me.",
+    "The {} called because {} had lost the keys.",
+    "Everybody knows the {}, and {} likes to talk.",
+]
 
-def own_items()->list[bias.BiasItem]: # 40 occupations x 4 sentences
+
+def own_items() -> list[bias.BiasItem]:  # 40 occupations x 4 sentences
     "Make the set of questions that comes with the page."
-    forms = lambda sentence, occupation: (sentence.format(occupation, word) for word in ("they", "he", "she"))
-    return [bias.BiasItem(*forms(sentence, name.replace("_", " ")), name.replace("_", " "), gender)
-            for gender, names in _OCCUPATIONS.items() for name in names.split() for sentence in _SENTENCES]
+    forms = lambda sentence, occupation: (
+        sentence.format(occupation, word) for word in ("they", "he", "she")
+    )
+    return [
+        bias.BiasItem(*forms(sentence, name.replace("_", " ")), name.replace("_", " "), gender)
+        for gender, names in _OCCUPATIONS.items()
+        for name in names.split()
+        for sentence in _SENTENCES
+    ]
+
 
 def read_items(
-    path: str | Path,  # .tsv = Winogender's sentences; .csv or .jsonl = the community project's format
+    path: (
+        str | Path
+    ),  # .tsv = Winogender's sentences; .csv or .jsonl = the community project's format
 ) -> list[bias.BiasItem]:  # questions
     "Read a set of questions by the kind of file."
     path = Path(path)
     if path.stat().st_size > FILE_BYTES:
-        raise ValueError(f"{path}: has {path.stat().st_size:,} bytes, more than the {FILE_BYTES:,} this page takes; measure it with contrastive_st.bias")
+        raise ValueError(
+            f"{path}: has {path.stat().st_size:,} bytes, more than the {FILE_BYTES:,} this page"
+            " takes; measure it with contrastive_st.bias"
+        )
     with reading(path, "see the formats above the field"):
-        items = bias.read_winogender(path) if path.suffix.lower() == ".tsv" else bias.read_bias(path)
+        items = (
+            bias.read_winogender(path) if path.suffix.lower() == ".tsv" else bias.read_bias(path)
+        )
     for number, item in enumerate(items, 1):
         for text in item:
             _check_length(text, "text of item", number)
     return items
 
 # %% ../nbs/14_demo.ipynb #bias-tables
-_MEASURES = {"male_rate": "occupations that lean male (50%: he and she equally near)", "stereotype_rate": "… that lean as their label says (a common shift moves it, too)",
-             "separation": "male-labelled above female-labelled (50%: no difference; a common shift does not move it)"}
+_MEASURES = {
+    "male_rate": "occupations that lean male (50%: he and she equally near)",
+    "stereotype_rate": "… that lean as their label says (a common shift moves it, too)",
+    "separation": (
+        "male-labelled above female-labelled (50%: no difference; a common shift does not move it)"
+    ),
+}
+
 
 def bias_table(
-    reports:dict[str, dict], # model -> what bias.gender_bias returns
-)->Table: # a row per rate and the lean, a column per model
+    reports: dict[str, dict],  # model -> what bias.gender_bias returns
+) -> Table:  # a row per rate and the lean, a column per model
     "Lay out rates with 95% intervals and p-values side by side."
-    def rate(r, name): return f"{r[name]:.0%} [{r[name + '_low']:.0%}, {r[name + '_high']:.0%}], {bias._chance(r[name + '_p'])}" if name in r else "no labels"
+
+    def rate(r, name):
+        return (
+            f"{r[name]:.0%} [{r[name + '_low']:.0%}, {r[name + '_high']:.0%}],"
+            f" {bias._chance(r[name + '_p'])}"
+            if name in r
+            else "no labels"
+        )
+
     rows = [[said, *(rate(r, name) for r in reports.values())] for name, said in _MEASURES.items()]
-    rows.append(["mean lean: cosine with the male sentence minus cosine with the female one", *(f"{r['lean']:+.4f}" for r in reports.values())])
-    rows.append(["measured on", *(f"{r['n']:,} items, {r['occupations']} occupations, {r['ties']:,} ties" for r in reports.values())])
+    rows.append(
+        [
+            "mean lean: cosine with the male sentence minus cosine with the female one",
+            *(f"{r['lean']:+.4f}" for r in reports.values()),
+        ]
+    )
+    rows.append(
+        [
+            "measured on",
+            *(
+                f"{r['n']:,} items, {r['occupations']} occupations, {r['ties']:,} ties"
+                for r in reports.values()
+            ),
+        ]
+    )
     return Table(["", *reports], rows)
 
+
 def bias_figure(
-    reports:dict[str, dict], # model -> what bias.gender_bias returns
-)->dict: # a plotly figure
+    reports: dict[str, dict],  # model -> what bias.gender_bias returns
+) -> dict:  # a plotly figure
     "Draw the lean of every occupation, ordered by the first model."
     first = next(iter(reports.values()))["by_occupation"]
     order = sorted(first, key=lambda name: first[name]["lean"])
     signs = {"male": " (m)", "female": " (f)", "": ""}
     places = [_hover(name + signs[first[name]["stereotype"]]) for name in order]
-    data = [{"type": "scatter", "mode": "markers", "name": html.escape(model), "y": places, "x": [r["by_occupation"][name]["lean"] for name in order],
-             "hovertemplate": "%{y} %{x:+.4f}<extra></extra>", "marker": {"size": 9, "symbol": s % 40}} for s, (model, r) in enumerate(reports.items())]
-    return _figure(data, "female nearer  ←  lean  →  male nearer", 140 + 17 * len(order), xaxis={"zeroline": True, "zerolinecolor": "#888"}, yaxis={"tickfont": {"size": 11}, "dtick": 1},
-                   legend={"orientation": "h", "y": -0.05, "yanchor": "top"})
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": html.escape(model),
+            "y": places,
+            "x": [r["by_occupation"][name]["lean"] for name in order],
+            "hovertemplate": "%{y} %{x:+.4f}<extra></extra>",
+            "marker": {"size": 9, "symbol": s % 40},
+        }
+        for s, (model, r) in enumerate(reports.items())
+    ]
+    return _figure(
+        data,
+        "female nearer  ←  lean  →  male nearer",
+        140 + 17 * len(order),
+        xaxis={"zeroline": True, "zerolinecolor": "#888"},
+        yaxis={"tickfont": {"size": 11}, "dtick": 1},
+        legend={"orientation": "h", "y": -0.05, "yanchor": "top"},
+    )
 
 # %% ../nbs/14_demo.ipynb #read-run
 def _events(folder):
@@ -612,7 +892,9 @@ def _events(folder):
 def _record(value):
     "A record with its finite numbers and its texts only; what is no record is empty."
     entries = value.items() if isinstance(value, dict) else ()
-    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300  # NaN is not
+    number = lambda v: (
+        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300
+    )  # NaN is not
     return {str(k): v for k, v in entries if isinstance(v, str) or number(v)}
 
 
@@ -638,11 +920,16 @@ def _picture(path):
 
 def read_run(
     folder: str | Path,  # run directory, finished or not
-) -> dict:  # name, history, metrics, mixture, picture (PNG bytes), remarks; what is not there is empty
+) -> (
+    dict
+):  # name, history, metrics, mixture, picture (PNG bytes), remarks; what is not there is empty
     "Read what a run directory says; raise `ValueError` if it is not one."
     folder, remarks = Path(folder), []
     if not _is_run(folder):
-        raise ValueError(f"{folder} is not a run directory, it has no versions.json; give the --out of contrastive-st train")
+        raise ValueError(
+            f"{folder} is not a run directory, it has no versions.json; give the --out of"
+            " contrastive-st train"
+        )
 
     def attempt(name, read, otherwise):
         "What a part of the run says; a part that is being written, or damaged, becomes a remark."
@@ -650,79 +937,187 @@ def read_run(
             with reading(folder / name):
                 return read(folder / name) if (folder / name).exists() else otherwise
         except ValueError as error:
-            remarks.append(_brief(f"left out of {folder.name}: {str(error).replace(f'{folder}/', '')}", 300))
+            remarks.append(
+                _brief(f"left out of {folder.name}: {str(error).replace(f'{folder}/', '')}", 300)
+            )
             return otherwise
 
     load = lambda name: attempt(f"{name}.json", lambda path: read_json(path, object), None)
     mixture = load("mixture")
-    history = _listed(load("history"), "step") or _listed(attempt("tensorboard", _events, []), "step")
-    datasets = _listed(mixture.get("datasets") if isinstance(mixture, dict) else None, "asked", "realised")
+    history = _listed(load("history"), "step") or _listed(
+        attempt("tensorboard", _events, []), "step"
+    )
+    datasets = _listed(
+        mixture.get("datasets") if isinstance(mixture, dict) else None, "asked", "realised"
+    )
     return {
-        "name": folder.name, "history": history, "metrics": _metrics(load("metrics")),
+        "name": folder.name,
+        "history": history,
+        "metrics": _metrics(load("metrics")),
         "mixture": {"datasets": [d for d in datasets if isinstance(d.get("name"), str)]},
-        "picture": attempt("similarity.png", _picture, b""), "remarks": remarks}
+        "picture": attempt("similarity.png", _picture, b""),
+        "remarks": remarks,
+    }
 
 # %% ../nbs/14_demo.ipynb #curves
-_PANELS = {"loss": "loss", "eval_ndcg@10": "nDCG@10", "eval_spearman": "Spearman", "mean_cosine": "mean cosine", "learning_rate": "learning rate"}
+_PANELS = {
+    "loss": "loss",
+    "eval_ndcg@10": "nDCG@10",
+    "eval_spearman": "Spearman",
+    "mean_cosine": "mean cosine",
+    "learning_rate": "learning rate",
+}
+
 
 def curves(
-    runs:Sequence[dict], # as `read_run` returns them
-)->dict: # a plotly figure
+    runs: Sequence[dict],  # as `read_run` returns them
+) -> dict:  # a plotly figure
     "Draw what the runs logged, panel by panel over the steps."
+
     def line(run, key):
-        before = run["metrics"].get("before", {}).get(key.removeprefix("eval_")) if key.startswith("eval_") else None
-        return ([(0, before)] if isinstance(before, int | float) else []) + [(h["step"], h[key]) for h in run["history"] if isinstance(h.get(key), int | float)]
+        before = (
+            run["metrics"].get("before", {}).get(key.removeprefix("eval_"))
+            if key.startswith("eval_")
+            else None
+        )
+        return ([(0, before)] if isinstance(before, int | float) else []) + [
+            (h["step"], h[key]) for h in run["history"] if isinstance(h.get(key), int | float)
+        ]
+
     panels = [key for key in _PANELS if any(len(line(run, key)) for run in runs)]
-    if not panels: raise ValueError("these runs have logged nothing yet; wait for the first log line")
+    if not panels:
+        raise ValueError("these runs have logged nothing yet; wait for the first log line")
     data, layout, gap = [], {}, 0.22 / len(panels)
     for p, key in enumerate(panels):
         n, top = str(p + 1) if p else "", 1 - p / len(panels)
-        layout[f"yaxis{n}"] = {"title": {"text": _PANELS[key]}, "domain": [top - 1 / len(panels) + gap, top], "anchor": f"x{n}"}
-        layout[f"xaxis{n}"] = {"anchor": f"y{n}", "matches": "x", "showticklabels": p == len(panels) - 1, "title": {"text": "step" if p == len(panels) - 1 else ""}}
+        layout[f"yaxis{n}"] = {
+            "title": {"text": _PANELS[key]},
+            "domain": [top - 1 / len(panels) + gap, top],
+            "anchor": f"x{n}",
+        }
+        layout[f"xaxis{n}"] = {
+            "anchor": f"y{n}",
+            "matches": "x",
+            "showticklabels": p == len(panels) - 1,
+            "title": {"text": "step" if p == len(panels) - 1 else ""},
+        }
         for r, run in enumerate(runs):
-            if not (points := line(run, key)): continue
+            if not (points := line(run, key)):
+                continue
             x, y = zip(*points)
-            data.append({"type": "scatter", "mode": "lines+markers", "x": x, "y": y, "xaxis": f"x{n}", "yaxis": f"y{n}", "name": html.escape(run["name"]), "legendgroup": str(r),
-                         "showlegend": p == 0, "line": {"color": _COLOURS[r % len(_COLOURS)]}, "marker": {"size": 5}})
-    return _figure(data, "", 90 + 150 * len(panels), **layout, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers",
+                    "x": x,
+                    "y": y,
+                    "xaxis": f"x{n}",
+                    "yaxis": f"y{n}",
+                    "name": html.escape(run["name"]),
+                    "legendgroup": str(r),
+                    "showlegend": p == 0,
+                    "line": {"color": _COLOURS[r % len(_COLOURS)]},
+                    "marker": {"size": 5},
+                }
+            )
+    return _figure(
+        data,
+        "",
+        90 + 150 * len(panels),
+        **layout,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    )
 
 # %% ../nbs/14_demo.ipynb #shares
 def shares(
-    run:dict, # as `read_run` returns it
-    most:int=30, # datasets to draw, the largest shares
-)->dict|None: # a plotly figure; None if the run has not written its accounts
+    run: dict,  # as `read_run` returns it
+    most: int = 30,  # datasets to draw, the largest shares
+) -> dict | None:  # a plotly figure; None if the run has not written its accounts
     "Draw which dataset filled how much of the batches, asked and realised."
     datasets = sorted(run["mixture"].get("datasets", []), key=lambda d: -d["asked"])[:most][::-1]
-    if not datasets: return None
+    if not datasets:
+        return None
     names = [_hover(re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-40:]) for d in datasets]
-    data = [{"type": "bar", "orientation": "h", "name": key, "y": names, "x": [100 * d[key] for d in datasets], "hovertemplate": "%{y}: %{x:.1f}%<extra>" + key + "</extra>"} for key in ("realised", "asked")]
-    return _figure(data, f"{run['name']}: % of all rows", 120 + 38 * len(datasets), legend={"orientation": "h", "y": -0.1, "traceorder": "reversed"})
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": key,
+            "y": names,
+            "x": [100 * d[key] for d in datasets],
+            "hovertemplate": "%{y}: %{x:.1f}%<extra>" + key + "</extra>",
+        }
+        for key in ("realised", "asked")
+    ]
+    return _figure(
+        data,
+        f"{run['name']}: % of all rows",
+        120 + 38 * len(datasets),
+        legend={"orientation": "h", "y": -0.1, "traceorder": "reversed"},
+    )
+
 
 def before_after(
-    run:dict, # as `read_run` returns it
-)->Table: # measure, before, after
+    run: dict,  # as `read_run` returns it
+) -> Table:  # measure, before, after
     "Lay out what training changed, with 95% intervals."
     metrics = run["metrics"]
     sides = [("", metrics), ("test ", metrics.get("test", {}))]
     names = lambda k: (k, f"{k}_low", f"{k}_high")
-    said = lambda m, k: "{:.3f} [{:.3f}, {:.3f}]".format(*(m[n] for n in names(k))) if all(isinstance(m.get(n), int | float) for n in names(k)) else "not yet"
-    rows = [[f"{title}{k}", said(s["before"], k), said(s.get("after", {}), k)] for title, s in sides for k in ("spearman", "ndcg@10", "accuracy@1", "recall@100") if k in s.get("before", {})]
+    said = lambda m, k: (
+        "{:.3f} [{:.3f}, {:.3f}]".format(*(m[n] for n in names(k)))
+        if all(isinstance(m.get(n), int | float) for n in names(k))
+        else "not yet"
+    )
+    rows = [
+        [f"{title}{k}", said(s["before"], k), said(s.get("after", {}), k)]
+        for title, s in sides
+        for k in ("spearman", "ndcg@10", "accuracy@1", "recall@100")
+        if k in s.get("before", {})
+    ]
     return Table([run["name"], "before", "after"], rows)
 
 # %% ../nbs/14_demo.ipynb #heat
 def heat(
-    model:Model, # whose embeddings
-    left:Sequence[str], # N texts
-    right:Sequence[str], # N texts, row i belongs to row i of `left`
-)->dict: # a plotly figure
+    model: Model,  # whose embeddings
+    left: Sequence[str],  # N texts
+    right: Sequence[str],  # N texts, row i belongs to row i of `left`
+) -> dict:  # a plotly figure
     "Draw the cosine of every text on the left with every text on the right."
-    if len(left) != len(right): raise ValueError(f"{len(left)} texts stand on the left and {len(right)} on the right; row i must belong to row i")
-    if len(left) > 40: raise ValueError(f"{len(left)} pairs are too many for a picture; give at most 40")
+    if len(left) != len(right):
+        raise ValueError(
+            f"{len(left)} texts stand on the left and {len(right)} on the right; row i must belong"
+            " to row i"
+        )
+    if len(left) > 40:
+        raise ValueError(f"{len(left)} pairs are too many for a picture; give at most 40")
     z = scores(model, left, right, roles=("query", "document")).round(4).tolist()
-    text = [[f"{z[i][j]:.3f}<br>{_hover(left[i])}<br>—<br>{_hover(right[j])}" for j in range(len(right))] for i in range(len(left))]
+    text = [
+        [
+            f"{z[i][j]:.3f}<br>{_hover(left[i])}<br>—<br>{_hover(right[j])}"
+            for j in range(len(right))
+        ]
+        for i in range(len(left))
+    ]
     ahead = np.mean([np.argmax(row) == i for i, row in enumerate(z)])
-    return _figure([{"type": "heatmap", "z": z, "text": text, "hoverinfo": "text", "colorscale": "Viridis", "zmin": -0.1, "zmax": 1, "colorbar": {"thickness": 10}}], f"{model.name}: {ahead:.0%} find their partner",
-                   360, xaxis={"title": {"text": "answer"}, "showticklabels": False}, yaxis={"title": {"text": "question"}, "autorange": "reversed", "showticklabels": False})
+    return _figure(
+        [
+            {
+                "type": "heatmap",
+                "z": z,
+                "text": text,
+                "hoverinfo": "text",
+                "colorscale": "Viridis",
+                "zmin": -0.1,
+                "zmax": 1,
+                "colorbar": {"thickness": 10},
+            }
+        ],
+        f"{model.name}: {ahead:.0%} find their partner",
+        360,
+        xaxis={"title": {"text": "answer"}, "showticklabels": False},
+        yaxis={"title": {"text": "question"}, "autorange": "reversed", "showticklabels": False},
+    )
 
 # %% ../nbs/14_demo.ipynb #handler
 def _note(text, kind="note"):
@@ -738,10 +1133,13 @@ def _gradio():
 
 def answered(
     function: Callable,  # inputs -> HTML and then plotly figures or None
-    inputs: Sequence,    # texts, numbers and paths of uploaded files
-    figures: int = 0,    # how many figures it returns
-) -> tuple[str, list]:   # HTML with notes above it, figures; for bad input one sentence and no figures
+    inputs: Sequence,  # texts, numbers and paths of uploaded files
+    figures: int = 0,  # how many figures it returns
+) -> tuple[
+    str, list
+]:  # HTML with notes above it, figures; for bad input one sentence and no figures
     "Call a page's function; put what it complains of into words for the page."
+
     def spoken(message):
         for path in (i for i in inputs if isinstance(i, str) and i.startswith("/")):
             message = message.replace(f"{Path(path).parent}/", "")
@@ -756,8 +1154,8 @@ def answered(
     return "".join(_note(n) for n in notes) + _whole(shown), drawn
 
 # %% ../nbs/14_demo.ipynb #action
-AT_A_TIME = 4   # requests that are computed
-WAITING = 32    # requests that may wait for that
+AT_A_TIME = 4  # requests that are computed
+WAITING = 32  # requests that may wait for that
 
 
 def _in_thread(session, function, *inputs):
@@ -781,32 +1179,53 @@ def _in_thread(session, function, *inputs):
 
 def _handler(gr, function, figures):
     "What a button calls: outputs for one HTML and some plots; plots without a figure are hidden."
+
     async def handle(request: gr.Request, progress=gr.Progress(track_tqdm=True), *inputs):
         shown, drawn = await _in_thread(request.session_hash, answered, function, inputs, figures)
-        data = [figure and gr.components.plot.PlotData(type="plotly", plot=json.dumps(figure)) for figure in drawn]
-        return [shown, *(gr.update(value=d, visible=d is not None) for d in data)] if figures else shown
+        data = [
+            figure and gr.components.plot.PlotData(type="plotly", plot=json.dumps(figure))
+            for figure in drawn
+        ]
+        return (
+            [shown, *(gr.update(value=d, visible=d is not None) for d in data)]
+            if figures
+            else shown
+        )
 
     return handle
 
 
-def _action(gr, label, name, function, inputs, figures=0, examples={}, submit=(), wide=0, below=False):
+def _action(
+    gr, label, name, function, inputs, figures=0, examples={}, submit=(), wide=0, below=False
+):
     "Lay out a button with its examples, and below them the place of its result; Enter in a field of `submit` presses the button."
     handle, fields = _handler(gr, function, figures), list(inputs)
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(label, variant="primary", elem_id=f"{name}-go")
         picks = [gr.Button(title) for title in examples]
     said = gr.HTML(elem_id=f"{name}-result", elem_classes="answer", render=not below)
-    plot = lambda i: gr.Plot(visible=False, show_label=False, min_width=400, elem_id=f"{name}-plot{i}")
-    plots = [plot(i) for i in range(wide)]                                        # those have a row each
+    plot = lambda i: gr.Plot(
+        visible=False, show_label=False, min_width=400, elem_id=f"{name}-plot{i}"
+    )
+    plots = [plot(i) for i in range(wide)]  # those have a row each
     with gr.Row():
         plots += [plot(i) for i in range(wide, figures)]
     if below:
         said.render()
-    run = dict(inputs=fields, outputs=[said, *plots], concurrency_id="models", concurrency_limit=AT_A_TIME)
+    run = dict(
+        inputs=fields, outputs=[said, *plots], concurrency_id="models", concurrency_limit=AT_A_TIME
+    )
     gr.on([go.click, *(field.submit for field in submit)], handle, **run, api_name=name)
     for pick, values in zip(picks, examples.values()):
         fill = lambda values=values: values if len(fields) > 1 else values[0]
-        filled = pick.click(fill, None, fields, api_visibility="private", concurrency_id="examples", concurrency_limit=None)
+        filled = pick.click(
+            fill,
+            None,
+            fields,
+            api_visibility="private",
+            concurrency_id="examples",
+            concurrency_limit=None,
+        )
         filled.then(handle, **run, api_visibility="private")
 
 # %% ../nbs/14_demo.ipynb #fields
@@ -820,26 +1239,82 @@ def _lines(gr, label, value, lines=6, **more):
     return gr.Textbox(label=label, value=value, lines=lines, max_lines=14, **more)
 
 # %% ../nbs/14_demo.ipynb #page-similarity
-_HAPPY = ("That is a happy person", "That is a happy dog\nThat is a very happy person\nToday is a sunny day")
-_SIMILARITY = {"The original's example": _HAPPY,
-    "Languages": ("The weather is lovely today.", "Das Wetter ist heute herrlich.\nIl fait un temps magnifique aujourd'hui.\n今天天气很好。\nالطقس جميل اليوم.\nIt's so sunny outside!\nHe drove to the stadium."),
-    "Negation": ("The bank refused the loan.", "The bank did not grant the loan.\nThe bank granted the loan.\nThe loan was turned down.\nThe river bank was flooded.")}
-_LONDON = ("How many people live in London?", "Around 9 Million people live in London\nLondon is known for its financial district\nLondon has many people who like to live there\nThe United Kingdom is the fourth largest exporter", "cosine")
-_ANSWERS = {"Cards' example": _LONDON, "Same words, no answer": ("What is the best way to boil an egg?", "What is the best way to boil an egg?\nSeven minutes in simmering water, then cold water.\nThe best way to boil water is a kettle.", "cosine")}
+_HAPPY = (
+    "That is a happy person",
+    "That is a happy dog\nThat is a very happy person\nToday is a sunny day",
+)
+_SIMILARITY = {
+    "The original's example": _HAPPY,
+    "Languages": (
+        "The weather is lovely today.",
+        (
+            "Das Wetter ist heute herrlich.\nIl fait un temps magnifique"
+            " aujourd'hui.\n今天天气很好。\nالطقس جميل اليوم.\nIt's so sunny outside!\nHe drove to"
+            " the stadium."
+        ),
+    ),
+    "Negation": (
+        "The bank refused the loan.",
+        (
+            "The bank did not grant the loan.\nThe bank granted the loan.\nThe loan was turned"
+            " down.\nThe river bank was flooded."
+        ),
+    ),
+}
+_LONDON = (
+    "How many people live in London?",
+    (
+        "Around 9 Million people live in London\nLondon is known for its financial district\nLondon"
+        " has many people who like to live there\nThe United Kingdom is the fourth largest exporter"
+    ),
+    "cosine",
+)
+_ANSWERS = {
+    "Cards' example": _LONDON,
+    "Same words, no answer": (
+        "What is the best way to boil an egg?",
+        (
+            "What is the best way to boil an egg?\nSeven minutes in simmering water, then cold"
+            " water.\nThe best way to boil water is a kettle."
+        ),
+        "cosine",
+    ),
+}
+
 
 def _similarity_page(gr, models, limit):
     gr.Markdown("How close in meaning is each line to the anchor? One column per model.")
-    fields = [gr.Textbox(label="Anchor", value=_HAPPY[0], lines=1), _lines(gr, "Texts, one a line", _HAPPY[1])]
-    def page(anchor, text): return (to_html(compare(models, _one(anchor, "anchor"), split_lines(text, "text", limit))),)
+    fields = [
+        gr.Textbox(label="Anchor", value=_HAPPY[0], lines=1),
+        _lines(gr, "Texts, one a line", _HAPPY[1]),
+    ]
+
+    def page(anchor, text):
+        return (to_html(compare(models, _one(anchor, "anchor"), split_lines(text, "text", limit))),)
+
     _action(gr, "Compare", "similarity", page, fields, examples=_SIMILARITY, submit=fields[:1])
 
+
 def _answers_page(gr, models, limit):
-    gr.Markdown("Which passage answers the question? Models that have prompts for questions and passages are given them.")
-    fields = [gr.Textbox(label="Question", value=_LONDON[0], lines=1), _lines(gr, "Candidate answers, one a line", _LONDON[1]),
-              gr.Radio(["cosine", "dot product"], value="cosine", label="Score")]
+    gr.Markdown(
+        "Which passage answers the question? Models that have prompts for questions and passages"
+        " are given them."
+    )
+    fields = [
+        gr.Textbox(label="Question", value=_LONDON[0], lines=1),
+        _lines(gr, "Candidate answers, one a line", _LONDON[1]),
+        gr.Radio(["cosine", "dot product"], value="cosine", label="Score"),
+    ]
+
     def page(question, text, score):
-        table, remarks = answers(models, _one(question, "question"), split_lines(text, "candidate answer", limit), "dot" if score == "dot product" else "cos")
+        table, remarks = answers(
+            models,
+            _one(question, "question"),
+            split_lines(text, "candidate answer", limit),
+            "dot" if score == "dot product" else "cos",
+        )
         return ("".join(map(_note, remarks)) + to_html(table),)
+
     _action(gr, "Rank answers", "answers", page, fields, examples=_ANSWERS, submit=fields[:1])
 
 # %% ../nbs/14_demo.ipynb #page-search
@@ -853,68 +1328,172 @@ A man is riding a white horse on an enclosed ground.
 A cheetah is running behind its prey.
 A monkey is playing drums."""
 
+
 def _search_page(gr, models, limit):
     handbook = "\n".join(read_retrieval(quickstart_folder() / "retrieval").corpus.values())
-    gr.Markdown(f"Paste a corpus, one text a line, or upload one: .txt, .jsonl, .csv or .tsv, up to {limit:,} texts and {FILE_BYTES // 10**6} MB. An uploaded file goes before the pasted text.")
+    gr.Markdown(
+        "Paste a corpus, one text a line, or upload one: .txt, .jsonl, .csv or .tsv, up to"
+        f" {limit:,} texts and {FILE_BYTES // 10**6} MB. An uploaded file goes before the pasted"
+        " text."
+    )
     corpus = [_lines(gr, "Corpus", _CORPUS, 8)]
-    with gr.Row(): corpus += [_upload(gr, "Corpus file"), gr.Textbox(label="Column of a .jsonl, .csv or .tsv", placeholder="text, title, sentence …")]
-    def texts(text, file, column): return read_corpus(file, (column or "").strip(), limit) if file else split_lines(text, "corpus", limit)
+    with gr.Row():
+        corpus += [
+            _upload(gr, "Corpus file"),
+            gr.Textbox(
+                label="Column of a .jsonl, .csv or .tsv", placeholder="text, title, sentence …"
+            ),
+        ]
+
+    def texts(text, file, column):
+        return (
+            read_corpus(file, (column or "").strip(), limit)
+            if file
+            else split_lines(text, "corpus", limit)
+        )
 
     gr.Markdown("### Search")
-    fields = [*corpus, gr.Textbox(label="Query", value="Somebody prepares a meal", lines=1), gr.Slider(1, 50, 5, step=1, label="Texts to show")]
+    fields = [
+        *corpus,
+        gr.Textbox(label="Query", value="Somebody prepares a meal", lines=1),
+        gr.Slider(1, 50, 5, step=1, label="Texts to show"),
+    ]
+
     def search(text, file, column, query, top_k):
         found = find(models, _one(query, "query"), texts(text, file, column), int(top_k))
-        return ('<div class="side">' + "".join(f"<section><h4>{html.escape(name)}</h4>{to_html(table)}</section>" for name, table in found.items()) + "</div>",)
-    _action(gr, "Search", "search", search, fields, examples={"In the harbour's handbook": (handbook, None, "", "How do I report a broken lamp?", 5)}, submit=fields[3:4])
+        return (
+            '<div class="side">'
+            + "".join(
+                f"<section><h4>{html.escape(name)}</h4>{to_html(table)}</section>"
+                for name, table in found.items()
+            )
+            + "</div>",
+        )
+
+    _action(
+        gr,
+        "Search",
+        "search",
+        search,
+        fields,
+        examples={
+            "In the harbour's handbook": (handbook, None, "", "How do I report a broken lamp?", 5)
+        },
+        submit=fields[3:4],
+    )
 
     gr.Markdown("### Cluster")
-    fields = [*corpus, gr.Slider(1, 50, 3, step=1, label="Clusters"), gr.Radio(["2-D", "3-D"], value="2-D", label="Map"), gr.Radio(["PCA", "t-SNE"], value="PCA", label="Projection")]
+    fields = [
+        *corpus,
+        gr.Slider(1, 50, 3, step=1, label="Clusters"),
+        gr.Radio(["2-D", "3-D"], value="2-D", label="Map"),
+        gr.Radio(["PCA", "t-SNE"], value="PCA", label="Projection"),
+    ]
+
     def divide(text, file, column, n_clusters, dims, method):
-        found = [clusters(m, texts(text, file, column), int(n_clusters), int(dims[0]), method) for m in models]
-        return "".join(f"<h4>{html.escape(m.name)}</h4>{to_html(table)}" for m, (_, table) in zip(models, found)), *(figure for figure, _ in found)
-    _action(gr, "Cluster", "cluster", divide, fields, len(models), {"The harbour's handbook in 3-D": (handbook, None, "", 8, "3-D", "PCA")}, below=True)
+        found = [
+            clusters(m, texts(text, file, column), int(n_clusters), int(dims[0]), method)
+            for m in models
+        ]
+        return "".join(
+            f"<h4>{html.escape(m.name)}</h4>{to_html(table)}"
+            for m, (_, table) in zip(models, found)
+        ), *(figure for figure, _ in found)
+
+    _action(
+        gr,
+        "Cluster",
+        "cluster",
+        divide,
+        fields,
+        len(models),
+        {"The harbour's handbook in 3-D": (handbook, None, "", 8, "3-D", "PCA")},
+        below=True,
+    )
 
 # %% ../nbs/14_demo.ipynb #page-bias
 def _bias_page(gr, models, limit):
-    gr.Markdown("Does a model put *he* nearer to some occupations and *she* nearer to others? Own set: forty occupations, four sentences each, labels (m, f) after the WinoBias lists. "
-                "Or upload Winogender's sentences (.tsv), or rows of base_sentence, male_sentence, female_sentence, occupation (.csv, .jsonl).")
+    gr.Markdown(
+        "Does a model put *he* nearer to some occupations and *she* nearer to others? Own set:"
+        " forty occupations, four sentences each, labels (m, f) after the WinoBias lists. Or upload"
+        " Winogender's sentences (.tsv), or rows of base_sentence, male_sentence, female_sentence,"
+        " occupation (.csv, .jsonl)."
+    )
     fields = [_upload(gr, "Own set of sentences")]
+
     def page(file):
         items = read_items(file) if file else own_items()
         _check_size(sum(len(text) for item in items for text in item), len(items), "the set", limit)
         reports = {m.name: bias.gender_bias(m.encode, items) for m in models}
-        told = "A rate whose interval holds 50% is not shown to differ from chance, which is not the same as unbiased. If he is nearer in all sentences alike, the first two rates move; only the separation does not. The measure is about these sentences, not about what a system built on the model will do."
+        told = (
+            "A rate whose interval holds 50% is not shown to differ from chance, which is not the"
+            " same as unbiased. If he is nearer in all sentences alike, the first two rates move;"
+            " only the separation does not. The measure is about these sentences, not about what a"
+            " system built on the model will do."
+        )
         return to_html(bias_table(reports)) + _note(told), bias_figure(reports)
+
     _action(gr, "Measure", "bias", page, fields, 1, {"The set that comes with the page": (None,)})
 
 # %% ../nbs/14_demo.ipynb #page-training
 def _run_html(run):
     "What a run changed: its measures, and the picture it drew."
     table, picture = before_after(run), base64.b64encode(run["picture"]).decode()
-    image = f'<img alt="similarity before and after training" src="data:image/png;base64,{picture}">' if picture else ""
+    image = (
+        f'<img alt="similarity before and after training" src="data:image/png;base64,{picture}">'
+        if picture
+        else ""
+    )
     remarks = "".join(map(_note, run["remarks"]))
     return f"<section>{remarks}{to_html(table) if table.rows else _note(run['name'] + ' has measured nothing')}{image}</section>"
+
 
 def _training_page(gr, models, runs):
     names = dict(zip(_names([str(run) for run in runs]), runs))
     if names:
-        gr.Markdown("What the runs logged, from which data, and what it changed. A run that is going on is read as far as it is.")
+        gr.Markdown(
+            "What the runs logged, from which data, and what it changed. A run that is going on is"
+            " read as far as it is."
+        )
         fields = [gr.CheckboxGroup(list(names), value=list(names), label="Runs")]
+
         def page(chosen):
-            if not chosen: raise ValueError("no run is chosen; tick one")
-            said = {name: read_run(names[name]) | {"name": name} for name in names if name in chosen}
-            drawn = [curves(list(said.values())), *(shares(said[name]) if name in said else None for name in names)]
+            if not chosen:
+                raise ValueError("no run is chosen; tick one")
+            said = {
+                name: read_run(names[name]) | {"name": name} for name in names if name in chosen
+            }
+            drawn = [
+                curves(list(said.values())),
+                *(shares(said[name]) if name in said else None for name in names),
+            ]
             return '<div class="side">' + "".join(map(_run_html, said.values())) + "</div>", *drawn
+
         _action(gr, "Show the runs", "runs", page, fields, 1 + len(names), wide=1)
-    else: gr.Markdown("None of the models is in a run directory. Start the demo with a run directory of `contrastive-st train`, or with `--run`.")
+    else:
+        gr.Markdown(
+            "None of the models is in a run directory. Start the demo with a run directory of"
+            " `contrastive-st train`, or with `--run`."
+        )
 
     search_test = read_retrieval(quickstart_folder() / "retrieval")
-    pairs = [(search_test.queries[q], search_test.corpus[next(iter(d))]) for q, d in list(search_test.qrels.items())[::40]][:16]
-    gr.Markdown("### Every question with every answer\nThe pairs stand on the diagonal. Started with the model before and after training, this shows what it learned.")
-    fields = [_lines(gr, "Questions, one a line", "\n".join(q for q, _ in pairs)), _lines(gr, "Their answers, in the same order", "\n".join(d for _, d in pairs))]
+    pairs = [
+        (search_test.queries[q], search_test.corpus[next(iter(d))])
+        for q, d in list(search_test.qrels.items())[::40]
+    ][:16]
+    gr.Markdown(
+        "### Every question with every answer\nThe pairs stand on the diagonal. Started with the"
+        " model before and after training, this shows what it learned."
+    )
+    fields = [
+        _lines(gr, "Questions, one a line", "\n".join(q for q, _ in pairs)),
+        _lines(gr, "Their answers, in the same order", "\n".join(d for _, d in pairs)),
+    ]
+
     def draw(left, right):
         left, right = split_lines(left, "question"), split_lines(right, "answer")
         return "", *(heat(m, left, right) for m in models)
+
     _action(gr, "Draw", "heat", draw, fields, len(models))
 
 # %% ../nbs/14_demo.ipynb #build
@@ -935,18 +1514,26 @@ p.error {border-left: 4px solid #d43d3d; background: rgba(212,61,61,.12)}
 @media (max-width: 600px) {.gradio-container .fillable {padding: 12px !important} .tab-container button {padding: 0 6px !important; font-size: 13px} .result table :is(th, td) {padding: 5px 4px !important; font-size: 14px}}
 """
 
+
 def build(
-    models: Sequence[Model],         # shown side by side
-    runs: Sequence[str | Path] = (),  # more run directories to look at; those of the models come along
-    limit: int = LIMIT,              # texts in a corpus
+    models: Sequence[Model],  # shown side by side
+    runs: Sequence[
+        str | Path
+    ] = (),  # more run directories to look at; those of the models come along
+    limit: int = LIMIT,  # texts in a corpus
 ):  # gradio.Blocks
     "Lay out the five pages."
     gr = _gradio()
     runs = list(dict.fromkeys([m.run for m in models if m.run] + [Path(run) for run in runs]))
     for run in runs:
         read_run(run)
-    with gr.Blocks(title="contrastive_st demo", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown("## contrastive_st\n" + " · ".join(f"{_marked(m.name)} ({m.encoder.width})" for m in models))
+    with gr.Blocks(
+        title="contrastive_st demo", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as blocks:
+        gr.Markdown(
+            "## contrastive_st\n"
+            + " · ".join(f"{_marked(m.name)} ({m.encoder.width})" for m in models)
+        )
         with gr.Tab("Similarity"):
             _similarity_page(gr, models, limit)
         with gr.Tab("Answers"):
@@ -967,9 +1554,16 @@ def _marked(name):
 
 # %% ../nbs/14_demo.ipynb #policy
 _HEADERS = [  # the browser enforces them: nothing from elsewhere is loaded, the page is in no frame
-    (b"content-security-policy", b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; form-action 'self'"),
+    (
+        b"content-security-policy",
+        (
+            b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none';"
+            b" form-action 'self'"
+        ),
+    ),
     (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff")]
+    (b"x-content-type-options", b"nosniff"),
+]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -979,6 +1573,7 @@ class _Refused(Exception):
 
 def _with_headers(app):
     "Send the security headers with every answer of an ASGI application."
+
     async def wrapped(scope, receive, send):
         async def sending(message):
             if message["type"] == "http.response.start":
@@ -992,7 +1587,7 @@ def _with_headers(app):
 # %% ../nbs/14_demo.ipynb #origin
 def _check_origin(
     headers: dict[str, str],  # of the request, in lower case
-    opened: bool = False,     # the request opens the page, or asks for something without any effect
+    opened: bool = False,  # the request opens the page, or asks for something without any effect
 ) -> None:
     "Raise `_Refused` for a request that another web page makes."
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
@@ -1004,7 +1599,8 @@ def _check_origin(
 
 _READS = [  # what the page asks for, as recorded in Chromium; and the names that Gradio's client and curl use, so that a script can use a page
     r"/|/favicon\.ico|/theme\.css|/(assets|static)/[\w./-]+|/gradio_api/(queue/data|upload_progress)",
-    r"/config|/gradio_api/(info|heartbeat/\w+|call/\w+/[0-9a-f]{32})"]
+    r"/config|/gradio_api/(info|heartbeat/\w+|call/\w+/[0-9a-f]{32})",
+]
 _WRITES = [r"/gradio_api/(queue/join|upload)", r"/gradio_api/call/\w+"]
 
 
@@ -1021,7 +1617,11 @@ def _check_declared(headers, most):
     if "transfer-encoding" in headers or not size.isdecimal():
         raise _Refused(411, "say how long the request is, in Content-Length")
     if len(size) > 12 or int(size) > most:
-        raise _Refused(413, f"the request has {size[:20]} bytes, more than the {most:,} this page takes; give fewer or shorter texts, or use contrastive-st search")
+        raise _Refused(
+            413,
+            f"the request has {size[:20]} bytes, more than the {most:,} this page takes; give fewer"
+            " or shorter texts, or use contrastive-st search",
+        )
 
 # %% ../nbs/14_demo.ipynb #values
 def _uploaded(value, uploads):
@@ -1031,7 +1631,9 @@ def _uploaded(value, uploads):
         raise ValueError("is not an uploaded file")
     real = os.path.realpath(path)
     if not Path(real).is_relative_to(os.path.realpath(uploads)) or not os.path.isfile(real):
-        raise ValueError("names a file that was not uploaded here; upload the file, an address is not fetched")
+        raise ValueError(
+            "names a file that was not uploaded here; upload the file, an address is not fetched"
+        )
     return {"path": real, "meta": {"_type": "gradio.FileData"}}
 
 
@@ -1046,7 +1648,9 @@ def _value(value, field, uploads):
             raise ValueError(f"takes a number from {field.minimum} to {field.maximum}")
         return value
     if kind == "checkboxgroup":
-        if not isinstance(value, list) or not all(isinstance(v, str) and v in choices for v in value):
+        if not isinstance(value, list) or not all(
+            isinstance(v, str) and v in choices for v in value
+        ):
             raise ValueError("takes a list of its choices")
         return value
     if not isinstance(value, str | None) or value is not None and choices and value not in choices:
@@ -1055,21 +1659,27 @@ def _value(value, field, uploads):
 
 
 def _plain(
-    body: bytes,     # JSON, as sent
+    body: bytes,  # JSON, as sent
     functions: dict,  # gradio's, by their numbers
     name: str = "",  # of the function; "" = the body has its number
     uploads: str = "",  # folder of the uploaded files
-) -> dict:           # nothing but what was understood
+) -> dict:  # nothing but what was understood
     "Read what a function is called with; raise `ValueError` for anything that its fields cannot hold."
     with reading("the request", 'send a JSON object with "data", a list'):
         asked = json.loads(body)
     if not isinstance(asked, dict):
         raise ValueError('the request is no JSON object; send one with "data", a list')
     number, session, data = asked.get("fn_index"), asked.get("session_hash"), asked.get("data")
-    named = [f for n, f in functions.items() if (f.api_name == name if name else n == number and type(number) is int)]
+    named = [
+        f
+        for n, f in functions.items()
+        if (f.api_name == name if name else n == number and type(number) is int)
+    ]
     if not named:
         raise ValueError("the request calls no function of this page")
-    if not isinstance(session, str | None) or not re.fullmatch(r"[\w-]{1,64}", session or "none", re.ASCII):
+    if not isinstance(session, str | None) or not re.fullmatch(
+        r"[\w-]{1,64}", session or "none", re.ASCII
+    ):
         raise ValueError("the request has a strange session_hash")
     fields = named[0].inputs
     if not isinstance(data, list) or len(data) != len(fields):
@@ -1079,7 +1689,11 @@ def _plain(
         with reading(f"the field {field.label!r}", "look at the page for what it can hold"):
             values.append(_value(value, field, uploads))
     trigger = asked.get("trigger_id")
-    return {"data": values, "session_hash": session} | ({} if name else {"fn_index": number, "trigger_id": trigger if type(trigger) is int else None})
+    return {"data": values, "session_hash": session} | (
+        {}
+        if name
+        else {"fn_index": number, "trigger_id": trigger if type(trigger) is int else None}
+    )
 
 # %% ../nbs/14_demo.ipynb #gate
 JSON_BYTES = 8_000_000  # of a request, without a file
@@ -1112,6 +1726,7 @@ def _again(body, receive):
 
 def _watch(session, receive):
     "A `receive` that stops the work of a session when its page is closed."
+
     async def watching():
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -1153,7 +1768,10 @@ class _Gate:
         if scope["type"] != "http":
             raise _Refused(403, "this page uses no websocket")
         path, method = scope["path"], scope["method"]
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         _check_origin(headers, opened=path == "/" and method in ("GET", "HEAD"))
         _check_route(method, path)
         if method != "POST":
@@ -1170,7 +1788,11 @@ class _Gate:
         if path == "/":
             return scope | {"query_string": b""}, receive
         session = re.fullmatch(rb"session_hash=([\w-]+)", scope["query_string"])
-        return scope, _watch(session[1].decode(), receive) if path.endswith("/queue/data") and session else receive
+        return scope, (
+            _watch(session[1].decode(), receive)
+            if path.endswith("/queue/data") and session
+            else receive
+        )
 
     async def _admit_call(self, scope, receive, path):
         "A call, with its body written anew."
@@ -1180,12 +1802,16 @@ class _Gate:
         except ValueError as error:
             raise _Refused(422, _brief(error, 300)) from None
         body = json.dumps(plain).encode()
-        headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
-        return scope | {"headers": [*headers, (b"content-length", b"%d" % len(body))]}, _again(body, receive)
+        headers = [
+            (name, value) for name, value in scope["headers"] if name.lower() != b"content-length"
+        ]
+        return scope | {"headers": [*headers, (b"content-length", b"%d" % len(body))]}, _again(
+            body, receive
+        )
 
 # %% ../nbs/14_demo.ipynb #seal
 def application(
-    blocks,                           # as `build` returns them
+    blocks,  # as `build` returns them
     names: Sequence[str] = _LOOPBACK,  # host names it answers to; () = any
 ):  # an ASGI application, for uvicorn
     "Make the server around the page: no analytics, no sharing, nothing loaded from elsewhere, nothing open but the page."
@@ -1194,21 +1820,38 @@ def application(
     from gradio.utils import get_upload_folder
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # the machine's own fonts
+    theme = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )  # the machine's own fonts
     app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, path="/", footer_links=[], show_error=False, max_file_size=FILE_BYTES,
-        enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, run_history=False, theme=theme,
-        head=f"<style>{_STYLE}</style>")  # css= would arrive after the tabs have been measured
-    blocks.has_launched = True  # else gradio, mounted, takes any path of this machine for an uploaded file (6.31)
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        blocks,
+        path="/",
+        footer_links=[],
+        show_error=False,
+        max_file_size=FILE_BYTES,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        run_history=False,
+        theme=theme,
+        head=f"<style>{_STYLE}</style>",
+    )  # css= would arrive after the tabs have been measured
+    blocks.has_launched = (
+        True  # else gradio, mounted, takes any path of this machine for an uploaded file (6.31)
+    )
     hosts = [f"[{name}]" if ":" in name else name for name in names] or ["*"]
-    return _with_headers(TrustedHostMiddleware(_Gate(app, blocks, get_upload_folder()), hosts, www_redirect=False))
+    return _with_headers(
+        TrustedHostMiddleware(_Gate(app, blocks, get_upload_folder()), hosts, www_redirect=False)
+    )
 
 # %% ../nbs/14_demo.ipynb #launch
 def _bound(host, port):
     "A socket on the port, or the reason why not."
     try:
         if not 0 <= port < 65_536:
-            raise OSError(None, "a port is a number from 0 to 65535")     # getaddrinfo would wrap it
+            raise OSError(None, "a port is a number from 0 to 65535")  # getaddrinfo would wrap it
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         door = socket.socket(family)
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1216,7 +1859,10 @@ def _bound(host, port):
         door.listen(128)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"the page cannot be served at {_brief(host)}:{port} ({reason}); choose another --port, 0 takes any free one") from None
+        raise ValueError(
+            f"the page cannot be served at {_brief(host)}:{port} ({reason}); choose another --port,"
+            " 0 takes any free one"
+        ) from None
     return door
 
 
@@ -1231,19 +1877,21 @@ def _serve(app, door):
 
     _heard.open()  # as long as the page is served, so that a thread that ends takes nothing from another
     try:
-        Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[door])
+        Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(
+            sockets=[door]
+        )
     finally:
         _heard.close()
 
 
 def launch(
-    models: Sequence[str | Path],     # model directories, run directories or hub ids
+    models: Sequence[str | Path],  # model directories, run directories or hub ids
     runs: Sequence[str | Path] = (),  # more run directories for the train-time view
-    host: str = "127.0.0.1",          # address to listen on; "0.0.0.0" opens the page to the network
-    port: int = 7860,                 # 0 = any free one
-    limit: int = LIMIT,               # texts in a corpus
-    told: Callable = print,           # is told where the page is
-) -> None:                            # when stopped with Ctrl-C
+    host: str = "127.0.0.1",  # address to listen on; "0.0.0.0" opens the page to the network
+    port: int = 7860,  # 0 = any free one
+    limit: int = LIMIT,  # texts in a corpus
+    told: Callable = print,  # is told where the page is
+) -> None:  # when stopped with Ctrl-C
     "Serve the five pages for some models; raise `ValueError` if a model, a run or the port is not to be had."
     atexit.register(gc.freeze)  # else Python looks for garbage before it ends, for seconds
     _gradio()
@@ -1252,6 +1900,12 @@ def launch(
         app = application(build(opened, runs, limit), _LOOPBACK if host in _LOOPBACK else ())
         shown = f"[{host}]" if ":" in host else host
         if host not in _LOOPBACK:
-            told(f"note: {_brief(host)} is no loopback address; everybody who reaches this machine can use the page, there is no password")
-        told(f"{len(opened)} model{'s' * (len(opened) > 1)} at http://{_brief(shown)}:{door.getsockname()[1]}/ (Ctrl-C stops)")
+            told(
+                f"note: {_brief(host)} is no loopback address; everybody who reaches this machine"
+                " can use the page, there is no password"
+            )
+        told(
+            f"{len(opened)} model{'s' * (len(opened) > 1)} at"
+            f" http://{_brief(shown)}:{door.getsockname()[1]}/ (Ctrl-C stops)"
+        )
         _serve(app, door)

@@ -32,17 +32,34 @@ from .precision import PRECISIONS, calibrate, check_precision, quantize
 from .workers import worker_pool
 
 # %% ../nbs/09_encoding.ipynb #read
-WINDOW, WINDOW_CHARACTERS, BATCH = 8192, 2**21, 512  # a window ends at whichever comes first; it goes to the encoder in batches
+WINDOW, WINDOW_CHARACTERS, BATCH = (
+    8192,
+    2**21,
+    512,
+)  # a window ends at whichever comes first; it goes to the encoder in batches
+
 
 class _Texts:
     "A stream of texts, read a window at a time; what goes wrong in it waits until the texts before it are written."
+
     def __init__(self, texts):
         if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__"):
-            raise ValueError(f"texts is of type {type(texts).__name__}; pass a list of strings or an iterator of them")
-        self.texts, self.row, self.error, self.mended = iter(texts), 0, None, (0, None)  # mended: how many, and the first's number
+            raise ValueError(
+                f"texts is of type {type(texts).__name__}; pass a list of strings or an iterator of"
+                " them"
+            )
+        self.texts, self.row, self.error, self.mended = (
+            iter(texts),
+            0,
+            None,
+            (0, None),
+        )  # mended: how many, and the first's number
         self._seen = blake2b(digest_size=16), blake2b(digest_size=16)
 
-    def digest(self): return "".join(seen.hexdigest() for seen in self._seen)  # of all texts so far, however they were cut into windows
+    def digest(self):
+        return "".join(
+            seen.hexdigest() for seen in self._seen
+        )  # of all texts so far, however they were cut into windows
 
     def take(self, rows, characters=math.inf):
         "The next texts: `rows` of them, or fewer if they hold so many characters, at the end, and before an error."
@@ -50,22 +67,36 @@ class _Texts:
         if self.error is None:
             try:
                 for text in islice(self.texts, rows):
-                    if not isinstance(text, str): raise ValueError(f"text {self.row + len(taken)} is of type {type(text).__name__}, not a string; drop it or convert it with str()")
+                    if not isinstance(text, str):
+                        raise ValueError(
+                            f"text {self.row + len(taken)} is of type {type(text).__name__}, not a"
+                            " string; drop it or convert it with str()"
+                        )
                     taken.append(text)
-                    if (characters := characters - len(text)) <= 0: break
-            except Exception as error: self.error = error
+                    if (characters := characters - len(text)) <= 0:
+                        break
+            except Exception as error:
+                self.error = error
         return self._whole(taken)
 
     def _whole(self, taken):
         "Replace what is no Unicode, count it, and add the texts to the digest."
-        try: together = "".join(taken).encode()
+        try:
+            together = "".join(taken).encode()
         except UnicodeEncodeError:
             from contrastive_st.model import _mend  # torch is not needed before
+
             bad = [self.row + i for i, text in enumerate(taken) if _mend(text) != text]
-            self.mended = self.mended[0] + len(bad), bad[0] if self.mended[1] is None else self.mended[1]
+            self.mended = (
+                self.mended[0] + len(bad),
+                bad[0] if self.mended[1] is None else self.mended[1],
+            )
             taken = list(map(_mend, taken))
             together = "".join(taken).encode()
-        for seen, part in zip(self._seen, (together, np.fromiter(map(len, taken), np.int64, len(taken)))): seen.update(part)
+        for seen, part in zip(
+            self._seen, (together, np.fromiter(map(len, taken), np.int64, len(taken)))
+        ):
+            seen.update(part)
         self.row += len(taken)
         return taken
 
@@ -75,6 +106,7 @@ def _load(encoder):
     if not isinstance(encoder, (str, Path)):
         return encoder
     from contrastive_st.model import SentenceEncoder
+
     return SentenceEncoder.from_pretrained(encoder)
 
 
@@ -118,8 +150,8 @@ def _embed_windows(source, window, encode_batches, on_progress):
             vectors = np.empty((len(order), batch.shape[1]), np.float32)
         if vectors.shape[1] != batch.shape[1]:
             raise ValueError(
-                f"the encoder gave vectors of {vectors.shape[1]} dimensions, then of {batch.shape[1]}; "
-                "it must give one width for all texts"
+                f"the encoder gave vectors of {vectors.shape[1]} dimensions, then of"
+                f" {batch.shape[1]}; it must give one width for all texts"
             )
         vectors[order[done : done + len(batch)]] = batch  # back to the order of the texts
         done, messages = done + len(batch), messages + warned
@@ -146,7 +178,11 @@ def _write_rows(path, header, rows):
 
 def _header(rows, columns, dtype):
     "What an .npy file says of its rows."
-    return {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows, columns)}
+    return {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (rows, columns),
+    }
 
 
 def _add_window(part, rows, digest, made):
@@ -247,7 +283,9 @@ def verify(
     path = Path(path)
     card = _read_card(path)
     if not {"bytes", "xxh3"} <= card.keys():
-        raise ValueError(f"{_card_of(path)}: an older version wrote it, without a digest; encode the texts again")
+        raise ValueError(
+            f"{_card_of(path)}: an older version wrote it, without a digest; encode the texts again"
+        )
     with atomic.reading(path, _RENEW):
         found = atomic.describe_file(path) if full else {"bytes": path.stat().st_size}
     if wrong := [name for name in found if found[name] != card[name]]:
@@ -268,7 +306,11 @@ def open_embeddings(
         if path.suffix not in ARROW:
             return np.load(path, mmap_mode="r")
         parquet = path.suffix == ".parquet"
-        table = pq.read_table(path) if parquet else pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = (
+            pq.read_table(path)
+            if parquet
+            else pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        )
         vectors = table["vector"].combine_chunks()
         return vectors.flatten().to_numpy(zero_copy_only=False).reshape(card["rows"], -1)
 
@@ -276,6 +318,7 @@ def open_embeddings(
 def _weights_digest(state):
     "A fingerprint of tensors by name, type and bytes."
     import torch
+
     digest = blake2b(digest_size=16)
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -283,7 +326,11 @@ def _weights_digest(state):
     return digest.hexdigest()
 
 
-_NO_MATTER = ("batch_size", "progress", "show_progress_bar")  # change no vector: a batch may be smaller when memory was short
+_NO_MATTER = (
+    "batch_size",
+    "progress",
+    "show_progress_bar",
+)  # change no vector: a batch may be smaller when memory was short
 _SETTINGS = ("pooling", "normalize", "max_length", "prompts", "settings")
 
 
@@ -354,8 +401,8 @@ def _skip(path, source, rows, digest):
         raise source.error
     if (source.row, source.digest()) != (rows, digest):
         raise ValueError(
-            f"{path}: made from other texts (its {rows:,} rows are not those of the first {source.row:,} texts); "
-            "pass the same texts, or delete it to begin anew"
+            f"{path}: made from other texts (its {rows:,} rows are not those of the first"
+            f" {source.row:,} texts); pass the same texts, or delete it to begin anew"
         )
 
 
@@ -365,7 +412,10 @@ def _finished(path, source, made):
     _check_same(path, card, made)
     _skip(path, source, card["rows"], card["texts"])
     if source.take(1):
-        raise ValueError(f"{path}: made from the first {card['rows']:,} of these texts only; delete it to begin anew")
+        raise ValueError(
+            f"{path}: made from the first {card['rows']:,} of these texts only; delete it to begin"
+            " anew"
+        )
     return verify(path) if "xxh3" in card else card  # an older version wrote no digest
 
 
@@ -384,13 +434,18 @@ def _part_is_there(path):
     folder = Path(f"{os.path.realpath(path)}.part")
     anew = f"delete {folder} to begin anew"
     if folder.is_file():
-        raise ValueError(f"{folder}: rows of an older version, which this one cannot go on with; {anew}")
+        raise ValueError(
+            f"{folder}: rows of an older version, which this one cannot go on with; {anew}"
+        )
     atomic.remove(f"{folder}.jsonl")  # of an older version; without its rows it is of no use
     if not (folder / "state.json").is_file():
         ours = ("rows-", ".rows-", ".state.json")
         strangers = [entry.name for entry in folder.glob("*") if not entry.name.startswith(ours)]
         if strangers:
-            raise ValueError(f"{folder}: holds {strangers[0][:60]!r}, which is not ours; move it, or write another file")
+            raise ValueError(
+                f"{folder}: holds {strangers[0][:60]!r}, which is not ours; move it, or write"
+                " another file"
+            )
         atomic.remove(folder)  # what is left of a part whose file is finished
         return False
     state = atomic.read_json(folder / "state.json", todo=anew)
@@ -403,7 +458,10 @@ def _part_is_there(path):
             raise atomic.Damaged(f"{folder / name}: is not as it was written; {anew}")
     with atomic.reading(folder / "state.json", anew):  # whatever a run needs to go on
         notes = state["notes"]
-        if notes["rows"] and not {"encoder", "precision", "columns", "width"} <= notes["made"].keys():
+        if (
+            notes["rows"]
+            and not {"encoder", "precision", "columns", "width"} <= notes["made"].keys()
+        ):
             raise ValueError("its settings are not complete")
     return True
 
@@ -441,14 +499,19 @@ def _batch_encoder(encoder, options, workers):
     if workers == 1:
         yield partial(map, partial(_embed, _function(encoder, options)))
         return
-    with worker_pool(workers, _start_worker, (encoder, options), f"{_AGAIN}, perhaps with fewer workers") as pool:
+    with worker_pool(
+        workers, _start_worker, (encoder, options), f"{_AGAIN}, perhaps with fewer workers"
+    ) as pool:
         yield partial(_in_order, pool, 3 * workers)
 
 
 def _check_sendable(encoder, options):
     "Raise a ValueError for an encoder that cannot go to another process."
     if hasattr(_owner(encoder), "state_dict"):
-        raise ValueError("workers load the encoder themselves; save it with save_pretrained and pass the directory")
+        raise ValueError(
+            "workers load the encoder themselves; save it with save_pretrained and pass the"
+            " directory"
+        )
     try:
         ForkingPickler.dumps((encoder, options))
     except Exception as error:
@@ -466,14 +529,19 @@ def _check_arguments(path, precision, window, workers):
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}; name a file in a folder that exists")
+        raise ValueError(
+            f"{path}: there is no folder {path.parent}; name a file in a folder that exists"
+        )
 
 
 def _check_vectors(vectors, first, width, folder):
     "Raise a ValueError for a vector that is not finite, or that is not as wide as those before it."
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
-        raise ValueError(f"text {first + int(bad.argmax())}: its vector holds NaN or inf; encode with a sound model")
+        raise ValueError(
+            f"text {first + int(bad.argmax())}: its vector holds NaN or inf; encode with a sound"
+            " model"
+        )
     if vectors.shape[1] != width:
         raise ValueError(
             f"the encoder gives vectors of {vectors.shape[1]} dimensions, {folder} holds {width}; "
@@ -486,7 +554,10 @@ def _calibrated(vectors, precision):
     if not precision.endswith("int8"):
         return None
     if len(vectors) < 100:
-        warnings.warn(f"the ranges of {precision} come from {len(vectors)} texts only; pass ranges of a larger sample")
+        warnings.warn(
+            f"the ranges of {precision} come from {len(vectors)} texts only; pass ranges of a"
+            " larger sample"
+        )
     return calibrate(vectors).tolist()
 
 # %% ../nbs/09_encoding.ipynb #fill
@@ -499,7 +570,11 @@ def _warn(fixed, count, first):
             stacklevel=4,
         )
     if count:
-        said = first if count == 1 else f"{count:,} batches of {BATCH} gave a warning, the first: {first}"
+        said = (
+            first
+            if count == 1
+            else f"{count:,} batches of {BATCH} gave a warning, the first: {first}"
+        )
         warnings.warn(said, stacklevel=4)
 
 
@@ -510,7 +585,9 @@ def _fill(part, source, windows, made):
     with ThreadPoolExecutor(1) as disk:  # it waits for the disk while we encode the next window
         for digest, vectors, messages in windows:
             written.result()
-            _check_vectors(vectors, part.notes["rows"], made.get("width", vectors.shape[1]), part.folder)
+            _check_vectors(
+                vectors, part.notes["rows"], made.get("width", vectors.shape[1]), part.folder
+            )
             if "width" not in made:  # the first window settles what was left open
                 ranges = made["ranges"] or _calibrated(vectors, made["precision"])
                 made = made | {"width": vectors.shape[1], "ranges": ranges}
@@ -521,13 +598,19 @@ def _fill(part, source, windows, made):
         written.result()
     _warn(source.mended, count, first)
     if source.error is not None:
-        source.error.add_note(f"the {part.notes['rows']:,} rows before it are in {part.folder}; run again with resume")
+        source.error.add_note(
+            f"the {part.notes['rows']:,} rows before it are in {part.folder}; run again with resume"
+        )
         raise source.error
 
 # %% ../nbs/09_encoding.ipynb #write-embeddings
 def write_embeddings(
-    path: str | Path,  # .arrow, .feather or .parquet; an .npy under any other name; replaced when the new one is whole
-    encoder: Callable | str | Path,  # a SentenceEncoder, its directory or name, or any function from n texts to (n, D) floats
+    path: (
+        str | Path
+    ),  # .arrow, .feather or .parquet; an .npy under any other name; replaced when the new one is whole
+    encoder: (
+        Callable | str | Path
+    ),  # a SentenceEncoder, its directory or name, or any function from n texts to (n, D) floats
     texts: Iterable[str],  # N of them; an iterator is read once, a window at a time
     precision: str = "float32",  # a key of PRECISIONS
     ranges: np.ndarray = None,  # for int8 and uint8, (2, D); None = those of the first window
@@ -552,14 +635,19 @@ def write_embeddings(
         part = atomic.Part(path, _PIECES, {"rows": 0})
         rows = part.notes["rows"]
         if rows and not resume:
-            raise ValueError(f"{part.folder} holds {rows:,} rows of a run that stopped; go on with resume, or delete it")
+            raise ValueError(
+                f"{part.folder} holds {rows:,} rows of a run that stopped; go on with resume, or"
+                " delete it"
+            )
         try:
             opened = _load(encoder)
             made = _go_on(part, source, _made(opened, precision, ranges, options))
             opened = opened if workers == 1 else encoder  # workers load their own
             bar = tqdm(total=total, initial=rows, unit="text", disable=not progress, delay=1)
             with bar, _batch_encoder(opened, options, workers) as encode_batches:
-                _fill(part, source, _embed_windows(source, window, encode_batches, bar.update), made)
+                _fill(
+                    part, source, _embed_windows(source, window, encode_batches, bar.update), made
+                )
             if not part.files:
                 raise ValueError(f"{path}: there are no texts to encode; nothing is written")
             return _finish(part, path)

@@ -18,27 +18,29 @@ from scipy.stats import rankdata
 
 # %% ../nbs/06_evaluation.ipynb #correlation
 def _pearson(
-    x:np.ndarray, # (..., n) float
-    y:np.ndarray, # (..., n) float
-)->np.ndarray: # (...), 0 where x or y is constant
+    x: np.ndarray,  # (..., n) float
+    y: np.ndarray,  # (..., n) float
+) -> np.ndarray:  # (...), 0 where x or y is constant
     "Linear correlation along the last axis."
     x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
     return np.divide((x * y).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
+
 def _spearman(
-    x:np.ndarray, # (..., n) float
-    y:np.ndarray, # (..., n) float
-)->np.ndarray: # (...), 0 where x or y is constant
+    x: np.ndarray,  # (..., n) float
+    y: np.ndarray,  # (..., n) float
+) -> np.ndarray:  # (...), 0 where x or y is constant
     "Rank correlation along the last axis; equal values share their mean rank."
     return _pearson(rankdata(x, axis=-1), rankdata(y, axis=-1))
 
 # %% ../nbs/06_evaluation.ipynb #embed
 def _unit(
-    embeddings:np.ndarray, # (N, D) float
-)->np.ndarray: # (N, D) float; a row of zeros stays zero
+    embeddings: np.ndarray,  # (N, D) float
+) -> np.ndarray:  # (N, D) float; a row of zeros stays zero
     "Scale every row to length one."
     return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
+
 
 def _check_dtype(
     dtype: np.dtype,  # of what should be vectors
@@ -51,7 +53,10 @@ def _check_dtype(
             "or what contrastive_st.precision.dequantize makes of the codes"
         )
     if dtype.kind not in "fiu":
-        raise ValueError(f"{whose} {str(dtype)[:40]} instead of floats; it must be one row of numbers per text, (N, D)")
+        raise ValueError(
+            f"{whose} {str(dtype)[:40]} instead of floats; it must be one row of numbers per text,"
+            " (N, D)"
+        )
 
 
 def _embed(
@@ -84,75 +89,121 @@ def _short(value):
 
 # %% ../nbs/06_evaluation.ipynb #sts-cosines
 def sts_cosines(
-    encode:Callable, # list of N texts -> (N, D) array
-    sts:tuple, # sentence1, sentence2, scores: three lists of n
-)->np.ndarray: # (n,) float64, -1..1
+    encode: Callable,  # list of N texts -> (N, D) array
+    sts: tuple,  # sentence1, sentence2, scores: three lists of n
+) -> np.ndarray:  # (n,) float64, -1..1
     "Cosine of every sentence pair."
     first, second, scores = sts
     if not len(first) == len(second) == len(scores):
-        raise ValueError(f"sentence1, sentence2 and scores have {len(first)}, {len(second)} and {len(scores)} rows; they must be equally long")
+        raise ValueError(
+            f"sentence1, sentence2 and scores have {len(first)}, {len(second)} and {len(scores)}"
+            " rows; they must be equally long"
+        )
     for side in (first, second):
         if strange := [text for text in side if not isinstance(text, str)]:
-            raise ValueError(f"{_short(strange[0])} is a {type(strange[0]).__name__}, not a sentence; give strings")
+            raise ValueError(
+                f"{_short(strange[0])} is a {type(strange[0]).__name__}, not a sentence; give"
+                " strings"
+            )
     try:
         scores = np.asarray(scores, dtype=np.float64)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError("the scores are not all numbers; give a list of floats, one for each pair") from error
+        raise ValueError(
+            "the scores are not all numbers; give a list of floats, one for each pair"
+        ) from error
     if len(scores) < 2 or not np.isfinite(scores).all() or np.ptp(scores) == 0:
-        raise ValueError(f"{len(scores)} scores cannot be ranked; give at least two finite scores that are not all equal")
+        raise ValueError(
+            f"{len(scores)} scores cannot be ranked; give at least two finite scores that are not"
+            " all equal"
+        )
     embeddings = _embed(encode, [*first, *second])
-    return (embeddings[:len(first)] * embeddings[len(first):]).sum(axis=1).astype(np.float64)
+    return (embeddings[: len(first)] * embeddings[len(first) :]).sum(axis=1).astype(np.float64)
 
 # %% ../nbs/06_evaluation.ipynb #interval
 def _report(
-    names:list[str], # M figures
-    statistic:Callable, # row numbers (R, n) -> values (R, M)
-    n:int, # rows to draw from: pairs or queries
-    resamples:int, # bootstrap resamples; 0 = values without intervals
-    seed:int, # of the resampling
-)->dict: # name, name_low, name_high for each of the M names
+    names: list[str],  # M figures
+    statistic: Callable,  # row numbers (R, n) -> values (R, M)
+    n: int,  # rows to draw from: pairs or queries
+    resamples: int,  # bootstrap resamples; 0 = values without intervals
+    seed: int,  # of the resampling
+) -> dict:  # name, name_low, name_high for each of the M names
     "Values on all rows, each with the 95% percentile bootstrap interval over rows."
     values = statistic(np.arange(n)[None])
     if resamples:
         rng, block = np.random.default_rng(seed), max(1, 200_000 // n)
-        draws = [statistic(rng.integers(n, size=(min(block, resamples - s), n))) for s in range(0, resamples, block)]
+        draws = [
+            statistic(rng.integers(n, size=(min(block, resamples - s), n)))
+            for s in range(0, resamples, block)
+        ]
         values = np.vstack([values, np.percentile(np.vstack(draws), [2.5, 97.5], axis=0)])
-    return {f"{name}{end}": float(v) for name, column in zip(names, values.T) for end, v in zip(("", "_low", "_high"), column)}
+    return {
+        f"{name}{end}": float(v)
+        for name, column in zip(names, values.T)
+        for end, v in zip(("", "_low", "_high"), column)
+    }
 
 # %% ../nbs/06_evaluation.ipynb #evaluate-sts
 def evaluate_sts(
-    encode:Callable, # list of N texts -> (N, D) array
-    sts:tuple, # sentence1, sentence2, scores: three lists of n; any scale, larger = more alike
-    resamples:int=1000, # bootstrap resamples over pairs; 0 = no intervals
-    seed:int=0, # of the resampling
-)->dict: # "pearson", "spearman", each also with _low and _high (95%), and "n"
+    encode: Callable,  # list of N texts -> (N, D) array
+    sts: tuple,  # sentence1, sentence2, scores: three lists of n; any scale, larger = more alike
+    resamples: int = 1000,  # bootstrap resamples over pairs; 0 = no intervals
+    seed: int = 0,  # of the resampling
+) -> dict:  # "pearson", "spearman", each also with _low and _high (95%), and "n"
     "Correlation of cosines with people's scores, with intervals."
     cosines, gold = sts_cosines(encode, sts), np.asarray(sts[2], dtype=np.float64)
     if np.ptp(cosines) < 1e-6:  # float32 noise
-        warnings.warn("all cosines are equal: the embeddings have collapsed; correlations are set to 0", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            "all cosines are equal: the embeddings have collapsed; correlations are set to 0",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         cosines = np.zeros(len(gold))
-    def both(rows): return np.stack([_pearson(cosines[rows], gold[rows]), _spearman(cosines[rows], gold[rows])], axis=-1)
+
+    def both(rows):
+        return np.stack(
+            [_pearson(cosines[rows], gold[rows]), _spearman(cosines[rows], gold[rows])], axis=-1
+        )
+
     return _report(["pearson", "spearman"], both, len(gold), resamples, seed) | {"n": len(gold)}
 
 # %% ../nbs/06_evaluation.ipynb #paired
 def paired_difference(
-    first:np.ndarray, # (n,) what one model got: cosines (with `gold`) or a metric per query (without)
-    second:np.ndarray, # (n,) the same from the other model, same order
-    gold:np.ndarray|None=None, # (n,) people's scores: compare Spearman; None = compare means
-    resamples:int=1000, # bootstrap resamples
-    seed:int=0, # of the resampling
-)->dict: # "difference" = second minus first, "difference_low", "difference_high" (95%)
+    first: np.ndarray,  # (n,) what one model got: cosines (with `gold`) or a metric per query (without)
+    second: np.ndarray,  # (n,) the same from the other model, same order
+    gold: np.ndarray | None = None,  # (n,) people's scores: compare Spearman; None = compare means
+    resamples: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resampling
+) -> dict:  # "difference" = second minus first, "difference_low", "difference_high" (95%)
     "Say how much better the second model is; an interval that holds 0 means: not shown."
-    first, second, gold = (None if v is None else np.asarray(v, dtype=np.float64) for v in (first, second, gold))
-    if first.shape != second.shape or first.ndim != 1 or (gold is not None and gold.shape != first.shape):
-        raise ValueError(f"first {first.shape}, second {second.shape} and gold must be one value per item, in the same order")
+    first, second, gold = (
+        None if v is None else np.asarray(v, dtype=np.float64) for v in (first, second, gold)
+    )
+    if (
+        first.shape != second.shape
+        or first.ndim != 1
+        or (gold is not None and gold.shape != first.shape)
+    ):
+        raise ValueError(
+            f"first {first.shape}, second {second.shape} and gold must be one value per item, in"
+            " the same order"
+        )
+
     def difference(rows):
-        if gold is None: return (second[rows] - first[rows]).mean(axis=-1, keepdims=True)
+        if gold is None:
+            return (second[rows] - first[rows]).mean(axis=-1, keepdims=True)
         return (_spearman(second[rows], gold[rows]) - _spearman(first[rows], gold[rows]))[:, None]
+
     return _report(["difference"], difference, len(first), resamples, seed)
 
 # %% ../nbs/06_evaluation.ipynb #judge
-_MEASURES = {"accuracy": ir_measures.Success, "recall": ir_measures.R, "mrr": ir_measures.RR, "ndcg": ir_measures.nDCG, "map": ir_measures.AP}
+_MEASURES = {
+    "accuracy": ir_measures.Success,
+    "recall": ir_measures.R,
+    "mrr": ir_measures.RR,
+    "ndcg": ir_measures.nDCG,
+    "map": ir_measures.AP,
+}
+
 
 def _judge(
     relevant: dict[Hashable, list],  # query id -> ids of its relevant documents, at least one
@@ -161,46 +212,61 @@ def _judge(
 ) -> dict[Hashable, dict[str, float]]:  # query id -> {"accuracy@1": ..., ...}, 5 figures for each k
     "Figures of every query's ranking."
     names = {measure @ k: f"{name}@{k}" for name, measure in _MEASURES.items() for k in ks}
-    asked, known = {str(n): q for n, q in enumerate(relevant)}, {}  # ir_measures takes strings as ids
+    asked, known = (
+        {str(n): q for n, q in enumerate(relevant)},
+        {},
+    )  # ir_measures takes strings as ids
+
     def number(document):
         return known.setdefault(document, str(len(known)))
+
     qrels = {n: {number(d): 1 for d in relevant[q]} for n, q in asked.items()}
     run = {  # no two scores of a query are equal
-        n: {number(d): -float(place) for place, d in enumerate(rankings[q])} for n, q in asked.items()
+        n: {number(d): -float(place) for place, d in enumerate(rankings[q])}
+        for n, q in asked.items()
     }
     figures = {q: dict.fromkeys(names.values(), 0.0) for q in relevant}
     for m in ir_measures.iter_calc(list(names), qrels, run):
         q, k = asked[m.query_id], m.measure["cutoff"]
         R = len(relevant[q])
-        figures[q][names[m.measure]] = float(m.value * (R / min(k, R) if m.measure.NAME == "AP" else 1))
+        figures[q][names[m.measure]] = float(
+            m.value * (R / min(k, R) if m.measure.NAME == "AP" else 1)
+        )
     return figures
 
 # %% ../nbs/06_evaluation.ipynb #top
 def _top(
-    scores:np.ndarray, # (Q, N) float32, N >= k
-    k:int, # how many to keep
-)->tuple[np.ndarray, np.ndarray]: # scores and columns, (Q, k) each, best first
+    scores: np.ndarray,  # (Q, N) float32, N >= k
+    k: int,  # how many to keep
+) -> tuple[np.ndarray, np.ndarray]:  # scores and columns, (Q, k) each, best first
     "The k best of every row; of equal scores the leftmost comes first."
     cut = np.partition(scores, -k, axis=1)[:, -k, None]  # the k-th best score
     above, equal = scores > cut, scores == cut
     room = k - above.sum(axis=1, keepdims=True)
-    columns = (above | (equal & (equal.cumsum(axis=1, dtype=np.int32) <= room))).nonzero()[1].reshape(-1, k)
+    columns = (
+        (above | (equal & (equal.cumsum(axis=1, dtype=np.int32) <= room)))
+        .nonzero()[1]
+        .reshape(-1, k)
+    )
     best = np.take_along_axis(scores, columns, axis=1)
     order = np.argsort(-best, axis=1, kind="stable")
     return np.take_along_axis(best, order, axis=1), np.take_along_axis(columns, order, axis=1)
 
 # %% ../nbs/06_evaluation.ipynb #rank
 def _rank(
-    encode:Callable, # list of N texts -> (N, D) array
-    texts:list[str], # N documents
-    queries:np.ndarray, # (Q, D) float32, rows of length one
-    k:int, # documents to keep, at most N
-    chunk:int, # documents encoded at a time
-)->np.ndarray: # (Q, k) int, places in `texts`, best first
+    encode: Callable,  # list of N texts -> (N, D) array
+    texts: list[str],  # N documents
+    queries: np.ndarray,  # (Q, D) float32, rows of length one
+    k: int,  # documents to keep, at most N
+    chunk: int,  # documents encoded at a time
+) -> np.ndarray:  # (Q, k) int, places in `texts`, best first
     "Exact search, chunk by chunk: never more than 256 x (chunk + k) scores at once."
-    scores, places = np.full((len(queries), k), -np.inf, dtype=np.float32), np.zeros((len(queries), k), dtype=np.int64)
+    scores, places = (
+        np.full((len(queries), k), -np.inf, dtype=np.float32),
+        np.zeros((len(queries), k), dtype=np.int64),
+    )
     for start in range(0, len(texts), chunk):
-        documents = _embed(encode, texts[start:start + chunk])
+        documents = _embed(encode, texts[start : start + chunk])
         if documents.shape[1] != queries.shape[1]:
             raise ValueError(
                 f"the queries are {queries.shape[1]} wide and the documents {documents.shape[1]}; "
@@ -249,8 +315,8 @@ def _grades(
     for document, grade in grades.items():
         if not isinstance(grade, Real | np.bool_) or grade != grade:
             raise ValueError(
-                f"qrels of query {_short(query)}: the grade of {_short(document)} is {_short(grade)}; "
-                "give a number, above 0 for a relevant document"
+                f"qrels of query {_short(query)}: the grade of {_short(document)} is"
+                f" {_short(grade)}; give a number, above 0 for a relevant document"
             )
     return grades
 
@@ -262,18 +328,23 @@ def _relevant(
 ) -> dict[Hashable, list]:  # query id -> ids of its relevant documents, in the order of `queries`
     "Check the judgements; keep the queries that have a relevant document."
     if not isinstance(qrels, Mapping):
-        raise ValueError(f"the qrels are a {type(qrels).__name__}; give a dict from query id to {{document id: grade}}")
+        raise ValueError(
+            f"the qrels are a {type(qrels).__name__}; give a dict from query id to {{document id:"
+            " grade}"
+        )
     if strangers := [q for q in qrels if q not in queries]:
         raise ValueError(
-            f"{len(strangers)} judged queries are not among the {len(queries)} queries, "
-            f"first {_short(strangers[0])}{_other_type(strangers[0], queries)}; do both belong to one split?"
+            f"{len(strangers)} judged queries are not among the {len(queries)} queries, first"
+            f" {_short(strangers[0])}{_other_type(strangers[0], queries)}; do both belong to one"
+            " split?"
         )
     grades = {q: _grades(q, qrels[q]) for q in queries if q in qrels}
     relevant = {q: [d for d, grade in judged.items() if grade > 0] for q, judged in grades.items()}
     relevant = {q: documents for q, documents in relevant.items() if documents}
     if not relevant:
         raise ValueError(
-            f"none of the {len(queries)} queries has a document with a grade above 0; there is nothing to find"
+            f"none of the {len(queries)} queries has a document with a grade above 0; there is"
+            " nothing to find"
         )
     return relevant
 
@@ -302,7 +373,8 @@ def _count_missing(
             "give the corpus that was judged"
         )
     warnings.warn(
-        f"{len(missing):,} of {total:,} relevant documents are not in the corpus, {first}; they count as not found",
+        f"{len(missing):,} of {total:,} relevant documents are not in the corpus, {first}; they"
+        " count as not found",
         stacklevel=4,
     )
     return len(missing)
@@ -323,7 +395,9 @@ def _own_documents(
     same = set() if ignore is False else {q for q in relevant if q in corpus}
     if ignore:
         return same
-    return {q for q in same if q not in relevant[q] and _squeezed(queries[q]) in _squeezed(corpus[q])}
+    return {
+        q for q in same if q not in relevant[q] and _squeezed(queries[q]) in _squeezed(corpus[q])
+    }
 
 
 def _in_order(ids):
@@ -338,11 +412,19 @@ def _check_numbers(ks, chunk, encode, encode_corpus):
     "Raise a ValueError for options that make no sense."
     whole = (int, np.integer)
     ks = ks if isinstance(ks, tuple | list | range) else [ks]
-    if not ks or not all(isinstance(n, whole) and not isinstance(n, bool) and n >= 1 for n in [*ks, chunk]):
-        raise ValueError(f"ks={_short(ks)}, chunk={_short(chunk)}; give at least one cut-off, and whole numbers of 1 or more")
+    if not ks or not all(
+        isinstance(n, whole) and not isinstance(n, bool) and n >= 1 for n in [*ks, chunk]
+    ):
+        raise ValueError(
+            f"ks={_short(ks)}, chunk={_short(chunk)}; give at least one cut-off, and whole numbers"
+            " of 1 or more"
+        )
     for name, function in (("encode", encode), ("encode_corpus", encode_corpus or encode)):
         if not callable(function):
-            raise ValueError(f"{name} is a {type(function).__name__}; give a function from texts to vectors, such as encoder.encode")
+            raise ValueError(
+                f"{name} is a {type(function).__name__}; give a function from texts to vectors,"
+                " such as encoder.encode"
+            )
 
 # %% ../nbs/06_evaluation.ipynb #by-query
 def _retrieve(encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids):
@@ -360,9 +442,14 @@ def _retrieve(encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_i
     ids, longest = _in_order(corpus), max(ks)
     asked = _embed(encode, [queries[q] for q in relevant])
     texts = [corpus[i] for i in ids]
-    places = _rank(encode_corpus or encode, texts, asked, min(longest + bool(own), len(ids)), int(chunk))
+    places = _rank(
+        encode_corpus or encode, texts, asked, min(longest + bool(own), len(ids)), int(chunk)
+    )
     # 3. judge
-    rankings = {q: [ids[p] for p in row if ids[p] != q or q not in own][:longest] for q, row in zip(relevant, places)}
+    rankings = {
+        q: [ids[p] for p in row if ids[p] != q or q not in own][:longest]
+        for q, row in zip(relevant, places)
+    }
     return _judge(relevant, rankings, ks), counts
 
 
@@ -370,30 +457,48 @@ def retrieval_by_query(
     encode: Callable,  # list of N texts -> (N, D) array
     corpus: dict[Hashable, str],  # document id -> text, N of them
     queries: dict[Hashable, str],  # query id -> text
-    qrels: dict[Hashable, dict],  # query id -> {document id: grade}, > 0 = relevant; or a set of the relevant ids
+    qrels: dict[
+        Hashable, dict
+    ],  # query id -> {document id: grade}, > 0 = relevant; or a set of the relevant ids
     ks: tuple[int, ...] = (1, 3, 5, 10, 100),  # cut-offs
     chunk: int = 10_000,  # documents encoded and compared at a time
-    encode_corpus: Callable | None = None,  # encodes documents if that differs (another prompt); None = `encode`
-    ignore_identical_ids: bool | None = None,  # leave out the document with the query's id; None = if it holds the query and is not judged relevant
-) -> dict[Hashable, dict[str, float]]:  # query id -> {"accuracy@1", "recall@1", "mrr@1", "ndcg@1", "map@1", "accuracy@3", ...}
+    encode_corpus: (
+        Callable | None
+    ) = None,  # encodes documents if that differs (another prompt); None = `encode`
+    ignore_identical_ids: (
+        bool | None
+    ) = None,  # leave out the document with the query's id; None = if it holds the query and is not judged relevant
+) -> dict[
+    Hashable, dict[str, float]
+]:  # query id -> {"accuracy@1", "recall@1", "mrr@1", "ndcg@1", "map@1", "accuracy@3", ...}
     "Figures of each query that has a relevant document; a query that is itself a document does not find itself."
-    return _retrieve(encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids)[0]
+    return _retrieve(
+        encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids
+    )[0]
 
 # %% ../nbs/06_evaluation.ipynb #evaluate-retrieval
 def evaluate_retrieval(
     encode: Callable,  # list of N texts -> (N, D) array
     corpus: dict[Hashable, str],  # document id -> text, N of them
     queries: dict[Hashable, str],  # query id -> text
-    qrels: dict[Hashable, dict],  # query id -> {document id: grade}, > 0 = relevant; or a set of the relevant ids
+    qrels: dict[
+        Hashable, dict
+    ],  # query id -> {document id: grade}, > 0 = relevant; or a set of the relevant ids
     ks: tuple[int, ...] = (1, 3, 5, 10, 100),  # cut-offs
     resamples: int = 1000,  # bootstrap resamples over queries; 0 = no intervals
     seed: int = 0,  # of the resampling
     chunk: int = 10_000,  # documents encoded and compared at a time
-    encode_corpus: Callable | None = None,  # encodes documents if that differs (another prompt, see `with_prompts`); None = `encode`
-    ignore_identical_ids: bool | None = None,  # leave out the document with the query's id; None = if it holds the query and is not judged relevant
+    encode_corpus: (
+        Callable | None
+    ) = None,  # encodes documents if that differs (another prompt, see `with_prompts`); None = `encode`
+    ignore_identical_ids: (
+        bool | None
+    ) = None,  # leave out the document with the query's id; None = if it holds the query and is not judged relevant
 ) -> dict:  # "accuracy@k", "recall@k", "mrr@k", "ndcg@k", "map@k" for each k, each also with _low and _high (95%), "n" queries, "missing_documents", "identical_ids"
     "Mean figures of exact cosine search, with intervals; a query that is itself a document does not find itself."
-    figures, counts = _retrieve(encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids)
+    figures, counts = _retrieve(
+        encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids
+    )
     table = np.array([list(f.values()) for f in figures.values()])  # (Q, M)
     names = list(next(iter(figures.values())))
     report = _report(names, lambda rows: table[rows].mean(axis=1), len(table), resamples, seed)
@@ -404,7 +509,10 @@ def _one_side(encoder, method, prompt, options):
     "The function from texts of one side to vectors."
     if not hasattr(encoder, "encode"):
         if prompt is not None:
-            raise ValueError("a plain function takes no prompt; pass a SentenceEncoder, or put the prompt before the texts")
+            raise ValueError(
+                "a plain function takes no prompt; pass a SentenceEncoder, or put the prompt before"
+                " the texts"
+            )
         return partial(encoder, **options)
     if prompt is not None:
         return partial(encoder.encode, prompt=prompt, **options)
@@ -413,7 +521,9 @@ def _one_side(encoder, method, prompt, options):
 
 def with_prompts(
     encoder: Callable,  # a SentenceEncoder, or any function from N texts to (N, D)
-    query_prompt: str | None = None,  # a name among the encoder's prompts, or text; None = as it was saved
+    query_prompt: (
+        str | None
+    ) = None,  # a name among the encoder's prompts, or text; None = as it was saved
     document_prompt: str | None = None,  # the same for documents
     **options,  # passed on with each call, such as progress=False
 ) -> tuple[Callable, Callable]:  # encode and encode_corpus for `evaluate_retrieval`
@@ -423,42 +533,55 @@ def with_prompts(
 
 # %% ../nbs/06_evaluation.ipynb #geometry
 def alignment(
-    first:np.ndarray, # (n, D) float
-    second:np.ndarray, # (n, D) float, row i is the positive of row i of `first`
-)->float: # 0 = all pairs equal; 2 = pairs unrelated; 4 = opposite
+    first: np.ndarray,  # (n, D) float
+    second: np.ndarray,  # (n, D) float, row i is the positive of row i of `first`
+) -> float:  # 0 = all pairs equal; 2 = pairs unrelated; 4 = opposite
     "Mean squared distance of positive pairs on the unit sphere; smaller is better."
     first, second = _checked(first), _checked(second)
     if first.shape != second.shape:
-        raise ValueError(f"the two sides have shapes {first.shape} and {second.shape}; row i must be the positive of row i")
+        raise ValueError(
+            f"the two sides have shapes {first.shape} and {second.shape}; row i must be the"
+            " positive of row i"
+        )
     return float(((first - second) ** 2).sum(axis=1).mean())
 
+
 def uniformity(
-    embeddings:np.ndarray, # (N, D) float, N >= 2, texts that are not paraphrases of each other
-)->float: # 0 = all equal; about -4 at best for large D
+    embeddings: np.ndarray,  # (N, D) float, N >= 2, texts that are not paraphrases of each other
+) -> float:  # 0 = all equal; about -4 at best for large D
     "Log of the mean Gaussian potential over all pairs of different rows; smaller is better."
     x, total = _checked(embeddings), 0.0
     for s in range(0, len(x), 1024):
-        total += np.exp(np.minimum(4 * (x[s:s + 1024] @ x.T) - 4, 0)).sum()
-    return float(np.log((total - len(x)) / (len(x) * (len(x) - 1))))  # without each row against itself
+        total += np.exp(np.minimum(4 * (x[s : s + 1024] @ x.T) - 4, 0)).sum()
+    return float(
+        np.log((total - len(x)) / (len(x) * (len(x) - 1)))
+    )  # without each row against itself
+
 
 def _checked(
-    embeddings:np.ndarray, # (N, D)
-)->np.ndarray: # (N, D) float64, rows of length one
+    embeddings: np.ndarray,  # (N, D)
+) -> np.ndarray:  # (N, D) float64, rows of length one
     "Unit rows, or an error."
     x = np.asarray(embeddings)
     if x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"embeddings of shape {x.shape} cannot be measured; give at least two rows, (N, D), all finite")
+        raise ValueError(
+            f"embeddings of shape {x.shape} cannot be measured; give at least two rows, (N, D), all"
+            " finite"
+        )
     _check_dtype(x.dtype, "the embeddings are")
     sound = np.isfinite(x).all(axis=1)
     if not sound.all():
-        raise ValueError(f"embedding {int(sound.argmin())} contains NaN or inf; give at least two rows, (N, D), all finite")
+        raise ValueError(
+            f"embedding {int(sound.argmin())} contains NaN or inf; give at least two rows, (N, D),"
+            " all finite"
+        )
     x = x.astype(np.float64)
     return _unit(x)
 
 # %% ../nbs/06_evaluation.ipynb #collapse
 def collapse(
-    embeddings:np.ndarray, # (N, D) float, N >= 2, of different texts
-)->dict: # "mean_cosine" (1 = one spot), "effective_rank" (1..min(N, D)), "rank_share" = effective_rank / min(N, D)
+    embeddings: np.ndarray,  # (N, D) float, N >= 2, of different texts
+) -> dict:  # "mean_cosine" (1 = one spot), "effective_rank" (1..min(N, D)), "rank_share" = effective_rank / min(N, D)
     "Measure how much of the space is in use; warns when the embeddings are nearly equal."
     x = _checked(embeddings)
     n, width = x.shape
@@ -467,6 +590,15 @@ def collapse(
     p = singular[singular > 1e-6 * singular.max()] / singular.sum()
     rank = np.exp(-(p * np.log(p)).sum())
     if mean_cosine > 0.99 or rank < 2:
-        warnings.warn(f"embeddings have collapsed: mean cosine of different texts {mean_cosine:.4f}, effective rank {rank:.1f} of {min(n, width)}; "
-                      "lower the learning rate, or check that positives differ from anchors", RuntimeWarning, stacklevel=2)
-    return {"mean_cosine": float(mean_cosine), "effective_rank": float(rank), "rank_share": float(rank / min(n, width))}
+        warnings.warn(
+            f"embeddings have collapsed: mean cosine of different texts {mean_cosine:.4f},"
+            f" effective rank {rank:.1f} of {min(n, width)}; lower the learning rate, or check that"
+            " positives differ from anchors",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {
+        "mean_cosine": float(mean_cosine),
+        "effective_rank": float(rank),
+        "rank_share": float(rank / min(n, width)),
+    }

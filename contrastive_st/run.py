@@ -53,30 +53,51 @@ class TrainConfig:
 
     steps: Annotated[int, Field(gt=0)] = 1000  # optimiser steps, one global batch each
     lr: Annotated[float, Field(gt=0, lt=10), _Finite] = 2e-5  # peak learning rate of AdamW
-    warmup: Annotated[int, Field(ge=0)] = 500  # optimiser steps of linear warm-up, then linear decay
+    warmup: Annotated[int, Field(ge=0)] = (
+        500  # optimiser steps of linear warm-up, then linear decay
+    )
     weight_decay: Annotated[float, Field(ge=0), _Finite] = 0.0  # AdamW's, on weight matrices only
     clip: Annotated[float, Field(gt=0), _Finite] = 1.0  # largest global norm of the gradient
-    scale: Annotated[float, Field(gt=0, lt=1e6), _Finite] = 20.0  # multiplies cosine; = 1/temperature
+    scale: Annotated[float, Field(gt=0, lt=1e6), _Finite] = (
+        20.0  # multiplies cosine; = 1/temperature
+    )
     symmetric: bool = True  # pairs: mean of both directions; triplets always use one
     similarity: Literal["cos", "dot"] = "cos"  # of embeddings
     mask_same: bool = True  # equal texts are never negatives of each other
     widths: tuple[Annotated[int, Field(gt=0)], ...] = ()  # Matryoshka widths; () = full width only
-    bf16: bool = False  # autocast the encoder to bfloat16 where the hardware has it; the loss stays in fp32
-    matmul: Literal["auto", "default", "onednn"] = "auto"  # who multiplies fp32 on a CPU: oneDNN where it is as exact and faster, or torch's default
+    bf16: bool = (
+        False  # autocast the encoder to bfloat16 where the hardware has it; the loss stays in fp32
+    )
+    matmul: Literal[
+        "auto", "default", "onednn"
+    ] = (  # who multiplies fp32 on a CPU: oneDNN where it is as exact and faster, or torch's default
+        "auto"
+    )
     fused: bool = True  # AdamW in one pass over the weights
-    chunk_tokens: Annotated[int, Field(ge=0)] = 0  # tokens of a device's batch whose activations are kept at a time; 0 = what fits into 2 GiB, or a quarter of the GPU
+    chunk_tokens: Annotated[int, Field(ge=0)] = (
+        0  # tokens of a device's batch whose activations are kept at a time; 0 = what fits into 2 GiB, or a quarter of the GPU
+    )
     log_every: Annotated[int, Field(gt=0)] = 10  # steps between log lines
-    eval_every: Annotated[int, Field(ge=0)] = 0  # steps between evaluations; 0 = before and after only
-    save_every: Annotated[int, Field(ge=0)] = 0  # steps between checkpoints; 0 = with each evaluation; at least every ten minutes in any case
+    eval_every: Annotated[int, Field(ge=0)] = (
+        0  # steps between evaluations; 0 = before and after only
+    )
+    save_every: Annotated[int, Field(ge=0)] = (
+        0  # steps between checkpoints; 0 = with each evaluation; at least every ten minutes in any case
+    )
     metric: str = ""  # keep the model that is best by this metric; "" = keep the last
-    patience: Annotated[int, Field(ge=0)] = 0  # evaluations without a better `metric` before stopping; 0 = never
+    patience: Annotated[int, Field(ge=0)] = (
+        0  # evaluations without a better `metric` before stopping; 0 = never
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of dropout
-    workers: Annotated[int, Field(ge=0)] = 1  # background threads that read and tokenise the next batches; 0 = none
+    workers: Annotated[int, Field(ge=0)] = (
+        1  # background threads that read and tokenise the next batches; 0 = none
+    )
 
     def __post_init__(self):
         if self.warmup >= self.steps:
             raise ValueError(
-                f"warmup is {self.warmup} steps but the run has {self.steps}; use a warmup below {self.steps}"
+                f"warmup is {self.warmup} steps but the run has {self.steps}; use a warmup below"
+                f" {self.steps}"
             )
         if self.metric and not self.eval_every:
             raise ValueError(
@@ -85,7 +106,8 @@ class TrainConfig:
             )
         if self.patience and not self.metric:
             raise ValueError(
-                f"patience is {self.patience} but metric is empty; name the metric that has to improve"
+                f"patience is {self.patience} but metric is empty; name the metric that has to"
+                " improve"
             )
         if self.metric and self.save_every not in (0, self.eval_every):
             raise ValueError(
@@ -175,8 +197,14 @@ def checkpoint_steps(
 ) -> list[int]:  # ascending
     "List the steps of which there is a checkpoint."
     folder = Path(out) / "checkpoints"
-    names = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return sorted(int(name[1]) for path, name in names.items() if name and (is_whole(path) or not whole))
+    names = {
+        path: _CHECKPOINT.fullmatch(path.name)
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir()
+    }
+    return sorted(
+        int(name[1]) for path, name in names.items() if name and (is_whole(path) or not whole)
+    )
 
 
 def write_checkpoint(
@@ -213,7 +241,9 @@ def last_checkpoint(
 # %% ../nbs/07_run.ipynb #find
 def find_checkpoint(
     out: str | Path,  # run directory
-) -> tuple[Path | None, str]:  # folder of the newest whole checkpoint, or None; one sentence that says why this one
+) -> tuple[
+    Path | None, str
+]:  # folder of the newest whole checkpoint, or None; one sentence that says why this one
     "Choose the checkpoint to resume from; raise `Damaged` naming the file if it is not as it was written."
     whole, there = checkpoint_steps(out), checkpoint_steps(out, whole=False)
     if not whole:
@@ -224,7 +254,11 @@ def find_checkpoint(
     todo = f"restore it from a copy, or delete {folder} {before}"
     check_folder(folder, todo=todo)
     later = [step for step in there if step > whole[-1]]
-    why = f"the newest whole one, since {len(later)} later was never finished" if later else "the newest one"
+    why = (
+        f"the newest whole one, since {len(later)} later was never finished"
+        if later
+        else "the newest one"
+    )
     return folder, f"resuming from {folder.name}, {why}"
 
 # %% ../nbs/07_run.ipynb #claim
@@ -253,7 +287,8 @@ def claim(
         )
     if (out / "config.json").exists() and not (out / "versions.json").exists():
         raise ValueError(
-            f"{out} holds a config.json that is not a run's, perhaps a model; choose another directory"
+            f"{out} holds a config.json that is not a run's, perhaps a model; choose another"
+            " directory"
         )
     if make:
         out.mkdir(parents=True, exist_ok=True)
@@ -287,8 +322,13 @@ class Signals:
         self.enabled = True  # False leaves the signals to the process
 
     def __enter__(self):
-        if self.enabled and threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        if (
+            self.enabled and threading.current_thread() is threading.main_thread()
+        ):  # elsewhere Python allows no handlers
+            self._before = {
+                number: signal.signal(number, self._on_signal)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *error):
@@ -327,17 +367,23 @@ def plain_metrics(
 ) -> dict[str, float | int]:  # plain Python numbers
     "Turn what an evaluation returned into plain numbers; raise `ValueError` naming what is none, warn of NaN."
     if not isinstance(metrics, dict):
-        raise ValueError(f"the evaluation returned a {type(metrics).__name__}; it must return a dict of numbers")
+        raise ValueError(
+            f"the evaluation returned a {type(metrics).__name__}; it must return a dict of numbers"
+        )
     plain = {}
     for name, value in metrics.items():
         try:
             plain[str(name)] = value if type(value) in (int, float) else float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"the evaluation gives {str(name)!r} as {type(value).__name__}; every value must be one number"
+                f"the evaluation gives {str(name)!r} as {type(value).__name__}; every value must be"
+                " one number"
             ) from error
     if bad := [name for name, value in plain.items() if not abs(value) < float("inf")]:
-        warnings.warn(f"the evaluation{where} gives no number for {', '.join(bad)}: NaN or infinite", stacklevel=3)
+        warnings.warn(
+            f"the evaluation{where} gives no number for {', '.join(bad)}: NaN or infinite",
+            stacklevel=3,
+        )
     return plain
 
 # %% ../nbs/07_run.ipynb #run-report
@@ -350,7 +396,9 @@ def run_report(
     "Account for a run's data: shares, epochs, negatives, duplicates, truncation, padding."
     looked = min(sample, steps)
     batches = [tokens(mixture.batch(n * steps // looked)) for n in range(looked)]
-    return mixture.report(steps, sample) | ({"tokens": token_report(batches, tokens)} if batches else {})
+    return mixture.report(steps, sample) | (
+        {"tokens": token_report(batches, tokens)} if batches else {}
+    )
 
 # %% ../nbs/07_run.ipynb #versions
 def processor_name(
@@ -388,7 +436,8 @@ def load_weights(
     "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
     saved = SentenceEncoder.from_pretrained(folder).backbone
     shapes = [
-        {name: value.shape for name, value in backbone.state_dict().items()} for backbone in (saved, encoder.backbone)
+        {name: value.shape for name, value in backbone.state_dict().items()}
+        for backbone in (saved, encoder.backbone)
     ]
     if differ := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
         raise ValueError(
@@ -408,12 +457,15 @@ def load_training(
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not keys <= state.keys():
         raise ValueError(
-            f"{path}: was written by another training loop or version, whose state has another form; "
-            "resume with that one, or start in a new directory"
+            f"{path}: was written by another training loop or version, whose state has another"
+            " form; resume with that one, or start in a new directory"
         )
     step = int(_CHECKPOINT.fullmatch(Path(folder).name)[1])
     if state["step"] != step:
-        raise ValueError(f"{path}: is of step {state['step']}, but its folder says {step}; give the folder its name back")
+        raise ValueError(
+            f"{path}: is of step {state['step']}, but its folder says {step}; give the folder its"
+            " name back"
+        )
     return state
 
 # %% ../nbs/07_run.ipynb #run
@@ -426,7 +478,9 @@ class Run:
         mixture,  # mixture.Mixture
         config: TrainConfig,  # every number of the loop
         out: str | Path,  # run directory
-        evaluate: Callable | None = None,  # SentenceEncoder -> dict of numbers; may select the model
+        evaluate: (
+            Callable | None
+        ) = None,  # SentenceEncoder -> dict of numbers; may select the model
         test: Callable | None = None,  # the same, before and after only
         device: torch.device | str = "cpu",  # where it computes
         versions: dict | None = None,  # what else belongs into the record of software and hardware
@@ -476,11 +530,16 @@ class Run:
             _check_same(self.out, self.settings())
         if self.finished:
             steps = read_json(self.out / "metrics.json", todo=_TODO)["steps"]
-            print(f"the run in {self.out} is finished ({steps} steps); nothing to do", file=sys.stderr)
+            print(
+                f"the run in {self.out} is finished ({steps} steps); nothing to do", file=sys.stderr
+            )
             return None
         checkpoint, why = find_checkpoint(self.out)
         if not (self.out / "metrics.json").is_file():  # killed between its first records
-            checkpoint, why = None, f"{self.out} holds a run that had only just begun, so it starts over"
+            checkpoint, why = (
+                None,
+                f"{self.out} holds a run that had only just begun, so it starts over",
+            )
         print(why, file=sys.stderr)
         if checkpoint is None:
             _clear(self.out)
@@ -505,16 +564,24 @@ class Run:
             self.before = read_json(self.out / "metrics.json", todo=_TODO)
             return
         try:
-            self.before = {"before": self.evaluate(" before training"), "test": {"before": self.test()}}
+            self.before = {
+                "before": self.evaluate(" before training"),
+                "test": {"before": self.test()},
+            }
         except Abandoned:
-            raise self.signals.stopped(f"stopped before the first step; nothing was written to {self.out}") from None
+            raise self.signals.stopped(
+                f"stopped before the first step; nothing was written to {self.out}"
+            ) from None
         if self.config.metric not in ("", *self.before["before"]):
             measured = ", ".join(self.before["before"]) or "nothing"
             raise ValueError(
-                f"metric is {self.config.metric!r}, but the evaluation measures {measured}; name one of these"
+                f"metric is {self.config.metric!r}, but the evaluation measures {measured}; name"
+                " one of these"
             )
         settings = self.settings()
-        write_json(self.out / "versions.json", _versions(self.device, self.versions))  # from here on it is a run
+        write_json(
+            self.out / "versions.json", _versions(self.device, self.versions)
+        )  # from here on it is a run
         write_json(self.out / "config.json", settings)
         write_json(self.out / "data_config.json", settings["mix"])
         if recipe:
@@ -524,7 +591,8 @@ class Run:
     def stopped(self) -> Stopped:  # to be raised
         "Make the exception that says where the run stands."
         return self.signals.stopped(
-            f"stopped at step {self.step} of {self.config.steps}; saved in {self.out}, resume goes on"
+            f"stopped at step {self.step} of {self.config.steps}; saved in {self.out}, resume"
+            " goes on"
         )
 
     def evaluate(
@@ -558,26 +626,38 @@ class Run:
     def out_of_patience(self) -> bool:
         "Say whether the last `patience` evaluations brought nothing better."
         config = self.config
-        return bool(config.patience) and self.step - self.best_step >= config.patience * config.eval_every
+        return (
+            bool(config.patience)
+            and self.step - self.best_step >= config.patience * config.eval_every
+        )
 
     def is_over(self) -> bool:
         "Say whether no step is left: the last one was made, or patience ran out."
-        return self.step >= self.config.steps or (self.out_of_patience() and not self.owes_evaluation())
+        return self.step >= self.config.steps or (
+            self.out_of_patience() and not self.owes_evaluation()
+        )
 
     def owes_evaluation(self) -> bool:
         "Say whether the evaluation of this step is due and was not made, because a signal came."
         every = self.config.eval_every
-        measured = any(line.get("step") == self.step and _is_evaluation(line) for line in self.history)
-        return bool(every and self.step and self._evaluate and self.step % every == 0 and not measured)
+        measured = any(
+            line.get("step") == self.step and _is_evaluation(line) for line in self.history
+        )
+        return bool(
+            every and self.step and self._evaluate and self.step % every == 0 and not measured
+        )
 
     def finish(
         self,
         seconds: float,  # that the loop took in this process
-    ) -> dict:  # "before", "after", "test", "steps", "best_step", "ended_by", "seconds", "pairs_per_second"
+    ) -> (
+        dict
+    ):  # "before", "after", "test", "steps", "best_step", "ended_by", "seconds", "pairs_per_second"
         "Save the model and the records of a finished run, the metrics last."
         if self.config.metric and not self.best_step:
             warnings.warn(
-                f"no evaluation gave a number for {self.config.metric}, so the last model is kept", stacklevel=2
+                f"no evaluation gave a number for {self.config.metric}, so the last model is kept",
+                stacklevel=2,
             )
         metrics = {
             "before": self.before["before"],
@@ -587,7 +667,9 @@ class Run:
             "best_step": self.best_step or None,
             "ended_by": self._ended_by(),
             "seconds": round(seconds, 1),
-            "pairs_per_second": round((self.step - self.first_step) * self.mixture.batch_size / max(seconds, 1e-9), 1),
+            "pairs_per_second": round(
+                (self.step - self.first_step) * self.mixture.batch_size / max(seconds, 1e-9), 1
+            ),
         }
         tokens = Tokens(self.encoder.tokenizer, self.encoder.max_length)
         self.encoder.save_pretrained(self.out / "model")

@@ -15,15 +15,19 @@ import torch
 
 # %% ../nbs/10_search.ipynb #stable-topk
 def _stable_topk(
-    scores:torch.Tensor, # (Q, N) float, N >= k
-    k:int, # how many to keep, >= 1
-)->tuple[torch.Tensor, torch.Tensor]: # scores and columns, (Q, k) each, best first; of equal scores the leftmost comes first
+    scores: torch.Tensor,  # (Q, N) float, N >= k
+    k: int,  # how many to keep, >= 1
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # scores and columns, (Q, k) each, best first; of equal scores the leftmost comes first
     "The k largest of every row, in an order that does not depend on the machine."
     top = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     columns = top.indices[:, :k].sort(dim=1).values
     best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, order)
-    tied = (top.values[:, k - 1:k] == top.values[:, k:]).any(dim=1)  # which of the equal ones topk took was chance
+    tied = (top.values[:, k - 1 : k] == top.values[:, k:]).any(
+        dim=1
+    )  # which of the equal ones topk took was chance
     if tied.any():
         values, indices = scores[tied].sort(dim=1, descending=True, stable=True)
         best[tied], columns[tied] = values[:, :k], indices[:, :k]
@@ -38,20 +42,23 @@ def _check_dtype(
     name = str(dtype).removeprefix("torch.")
     if name in ("int8", "uint8", "bool"):
         raise ValueError(
-            f"{where} embeddings are {name}, which are codes and not vectors; turn them back into floats first: "
-            "contrastive_st.precision.dequantize(codes, precision, ranges), a chunk at a time if they are many".strip()
+            f"{where} embeddings are {name}, which are codes and not vectors; turn them back into"
+            " floats first: contrastive_st.precision.dequantize(codes, precision, ranges), a chunk"
+            " at a time if they are many".strip()
         )
     if not name.startswith(("float", "bfloat", "int", "uint")):
-        raise ValueError(f"{where} embeddings are {name[:40]}; pass a table of floats, (N, D)".strip())
+        raise ValueError(
+            f"{where} embeddings are {name[:40]}; pass a table of floats, (N, D)".strip()
+        )
 
 # %% ../nbs/10_search.ipynb #rows
 def _rows(
-    embeddings, # (n, D) numpy array or torch tensor
-    device:torch.device|str="cpu", # where to compute
-    similarity:str="cos", # "cos" scales every row to length one, "dot" leaves it
-    where:str="", # whose rows these are, for the error: "query", "corpus"
-    first:int=0, # number of the first row, for the error
-)->torch.Tensor: # (n, D) float32; a row of zeros stays zero
+    embeddings,  # (n, D) numpy array or torch tensor
+    device: torch.device | str = "cpu",  # where to compute
+    similarity: str = "cos",  # "cos" scales every row to length one, "dot" leaves it
+    where: str = "",  # whose rows these are, for the error: "query", "corpus"
+    first: int = 0,  # number of the first row, for the error
+) -> torch.Tensor:  # (n, D) float32; a row of zeros stays zero
     "Copy some rows to the device; refuse NaN and inf."
     if not isinstance(embeddings, torch.Tensor):
         embeddings = np.asarray(embeddings)
@@ -59,10 +66,13 @@ def _rows(
         with np.errstate(over="ignore"):  # what does not fit is found below
             embeddings = torch.from_numpy(np.array(embeddings, dtype=np.float32))
     rows = embeddings.detach().to(device, torch.float32)
-    if similarity == "cos": rows = torch.nn.functional.normalize(rows, dim=1)
+    if similarity == "cos":
+        rows = torch.nn.functional.normalize(rows, dim=1)
     if not (sound := torch.isfinite(rows).all(dim=1)).all():
         bad = first + (~sound).nonzero()[0].item()
-        raise ValueError(f"{where} embedding {bad} contains NaN or inf; encode its text again with a sound model".strip())
+        raise ValueError(
+            f"{where} embedding {bad} contains NaN or inf; encode its text again with a sound model".strip()
+        )
     return rows
 
 # %% ../nbs/10_search.ipynb #check-sizes
@@ -77,97 +87,145 @@ def _shape(
     elif isinstance(embeddings, str | list | tuple):
         first = embeddings[:1]
     if isinstance(first, str) or len(first) and isinstance(first[0], str):
-        raise ValueError("these are texts, not embeddings; encode them first: encoder.encode(texts)")
+        raise ValueError(
+            "these are texts, not embeddings; encode them first: encoder.encode(texts)"
+        )
     if hasattr(embeddings, "dtype"):
         _check_dtype(embeddings.dtype, where)
     try:
         return np.shape(embeddings)
     except ValueError as error:
-        raise ValueError(f"the rows of the {where} embeddings are not of one width; pass a table (N, D)") from error
+        raise ValueError(
+            f"the rows of the {where} embeddings are not of one width; pass a table (N, D)"
+        ) from error
+
 
 def _check_table(
-    shape:tuple, # of the embeddings
-    **numbers:int, # whatever must be at least 1, by name
-)->None:
+    shape: tuple,  # of the embeddings
+    **numbers: int,  # whatever must be at least 1, by name
+) -> None:
     "Raise a ValueError unless this is a table of at least one row."
-    if len(shape) != 2: raise ValueError(f"embeddings of shape {tuple(shape)} are not a table (N, D); wrap a single vector as vector[None]")
+    if len(shape) != 2:
+        raise ValueError(
+            f"embeddings of shape {tuple(shape)} are not a table (N, D); wrap a single vector as"
+            " vector[None]"
+        )
     if bad := [f"{name}={n}" for name, n in {"rows": shape[0], **numbers}.items() if n < 1]:
         raise ValueError(f"{', '.join(bad)}: there is nothing to search; each must be at least 1")
 
+
 def _check_sizes(
-    queries:tuple, # shape of the query embeddings
-    corpus:tuple, # shape of the corpus embeddings
-    top_k:int, # documents per query
-    chunk:int, # corpus rows compared at a time
-    similarity:str="cos", # "cos" or "dot"
-)->int: # k, documents per query that there are
+    queries: tuple,  # shape of the query embeddings
+    corpus: tuple,  # shape of the corpus embeddings
+    top_k: int,  # documents per query
+    chunk: int,  # corpus rows compared at a time
+    similarity: str = "cos",  # "cos" or "dot"
+) -> int:  # k, documents per query that there are
     "Raise a ValueError if there is nothing to search, or no way to."
     _check_table(corpus, top_k=top_k, chunk=chunk)
     if len(queries) != 2:
-        raise ValueError(f"queries of shape {tuple(queries)} are not a table (Q, D); wrap a single vector as vector[None]")
+        raise ValueError(
+            f"queries of shape {tuple(queries)} are not a table (Q, D); wrap a single vector as"
+            " vector[None]"
+        )
     if queries[1] != corpus[1]:
-        raise ValueError(f"the queries are {queries[1]} wide and the corpus {corpus[1]}; encode both with the same model and truncate_dim")
-    if similarity not in ("cos", "dot"): raise ValueError(f"unknown similarity {similarity!r}; choose 'cos' or 'dot'")
+        raise ValueError(
+            f"the queries are {queries[1]} wide and the corpus {corpus[1]}; encode both with the"
+            " same model and truncate_dim"
+        )
+    if similarity not in ("cos", "dot"):
+        raise ValueError(f"unknown similarity {similarity!r}; choose 'cos' or 'dot'")
     return min(top_k, corpus[0])
 
 # %% ../nbs/10_search.ipynb #semantic-search
 @torch.no_grad()
 def semantic_search(
-    query_embeddings, # (Q, D) numpy array or torch tensor
-    corpus_embeddings, # (N, D) numpy array (a memory map is fine) or torch tensor
-    top_k:int=10, # documents per query; all N if there are fewer
-    chunk:int=16_384, # corpus rows compared at a time
-    similarity:str="cos", # "cos" or "dot": what the model was trained for
-)->tuple[np.ndarray, np.ndarray]: # scores (Q, k) float32 and corpus rows (Q, k) int64, best first, k = min(top_k, N)
+    query_embeddings,  # (Q, D) numpy array or torch tensor
+    corpus_embeddings,  # (N, D) numpy array (a memory map is fine) or torch tensor
+    top_k: int = 10,  # documents per query; all N if there are fewer
+    chunk: int = 16_384,  # corpus rows compared at a time
+    similarity: str = "cos",  # "cos" or "dot": what the model was trained for
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # scores (Q, k) float32 and corpus rows (Q, k) int64, best first, k = min(top_k, N)
     "Find the nearest corpus rows of every query, exactly; computed where the corpus lies, or else the queries; equal scores are ordered by row."
-    k = _check_sizes(_shape(query_embeddings, "query"), _shape(corpus_embeddings, "corpus"), top_k, chunk, similarity)
-    N, tensors = np.shape(corpus_embeddings)[0], [x for x in (corpus_embeddings, query_embeddings) if isinstance(x, torch.Tensor)]
+    k = _check_sizes(
+        _shape(query_embeddings, "query"),
+        _shape(corpus_embeddings, "corpus"),
+        top_k,
+        chunk,
+        similarity,
+    )
+    N, tensors = (
+        np.shape(corpus_embeddings)[0],
+        [x for x in (corpus_embeddings, query_embeddings) if isinstance(x, torch.Tensor)],
+    )
     device = tensors[0].device if tensors else "cpu"
     queries = _rows(query_embeddings, device, similarity, "query")
     scores = torch.full((len(queries), k), -torch.inf, device=device)  # gives way to any score
     indices = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
     for start in range(0, N, chunk):
-        documents = _rows(corpus_embeddings[start:start + chunk], device, similarity, "corpus", start)
+        documents = _rows(
+            corpus_embeddings[start : start + chunk], device, similarity, "corpus", start
+        )
         for s in range(0, len(queries), 256):
             rows = slice(s, s + 256)
-            scores[rows], columns = _stable_topk(torch.cat([scores[rows], queries[rows] @ documents.T], dim=1), k)
-            kept = indices[rows].gather(1, columns.clamp(max=k - 1))                 # the first k columns are the best so far
+            scores[rows], columns = _stable_topk(
+                torch.cat([scores[rows], queries[rows] @ documents.T], dim=1), k
+            )
+            kept = indices[rows].gather(
+                1, columns.clamp(max=k - 1)
+            )  # the first k columns are the best so far
             indices[rows] = torch.where(columns < k, kept, columns - k + start)
     return scores.cpu().numpy(), indices.cpu().numpy()
 
 # %% ../nbs/10_search.ipynb #faiss-index
 def _extra(
-    module:str, # to import
-    extra:str="search", # of this package that brings it
+    module: str,  # to import
+    extra: str = "search",  # of this package that brings it
 ):
     "Import what only some users need."
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'contrastive_st[{extra}]'") from None
+        raise ValueError(
+            f"{error.name} is not installed; pip install 'contrastive_st[{extra}]'"
+        ) from None
+
 
 def faiss_index(
-    embeddings, # (N, D) numpy array (a memory map is fine) or torch tensor
-    factory:str="Flat", # faiss's description: "Flat" is exact; "IVF1024,Flat" looks into index.nprobe of 1,024 cells, 1 unless you set it; "HNSW32" walks a graph
-    chunk:int=16_384, # rows added at a time
-): # a faiss index of unit vectors: save it with faiss.write_index, open it with faiss.read_index
+    embeddings,  # (N, D) numpy array (a memory map is fine) or torch tensor
+    factory: str = "Flat",  # faiss's description: "Flat" is exact; "IVF1024,Flat" looks into index.nprobe of 1,024 cells, 1 unless you set it; "HNSW32" walks a graph
+    chunk: int = 16_384,  # rows added at a time
+):  # a faiss index of unit vectors: save it with faiss.write_index, open it with faiss.read_index
     "Build an index for cosine search in a large corpus."
     _check_table(_shape(embeddings), chunk=chunk)
     faiss, (N, D) = _extra("faiss"), np.shape(embeddings)
     try:
         index = faiss.index_factory(D, factory, faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained: index.train(_rows(embeddings[::-(-N // 100_000)], where="corpus").cpu().numpy())  # an even sample of up to 100,000
+        if not index.is_trained:
+            index.train(
+                _rows(embeddings[:: -(-N // 100_000)], where="corpus").cpu().numpy()
+            )  # an even sample of up to 100,000
     except RuntimeError as error:
-        raise ValueError(f"faiss cannot make {factory!r} from {N} rows of width {D}: {str(error).split(': ')[-1].strip()}") from None
+        raise ValueError(
+            f"faiss cannot make {factory!r} from {N} rows of width {D}:"
+            f" {str(error).split(': ')[-1].strip()}"
+        ) from None
     for start in range(0, N, chunk):
-        index.add(_rows(embeddings[start:start + chunk], where="corpus", first=start).cpu().numpy())
+        index.add(
+            _rows(embeddings[start : start + chunk], where="corpus", first=start).cpu().numpy()
+        )
     return index
 
 # %% ../nbs/10_search.ipynb #faiss-search
 def faiss_search(
-    index, # a faiss index of unit vectors, N of them
-    query_embeddings, # (Q, D) numpy array or torch tensor
-    top_k:int=10, # documents per query; all N if there are fewer
-)->tuple[np.ndarray, np.ndarray]: # cosines (Q, k) float32 and corpus rows (Q, k) int64, best first; row -1 with the lowest float32 as its score = the index found fewer
+    index,  # a faiss index of unit vectors, N of them
+    query_embeddings,  # (Q, D) numpy array or torch tensor
+    top_k: int = 10,  # documents per query; all N if there are fewer
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # cosines (Q, k) float32 and corpus rows (Q, k) int64, best first; row -1 with the lowest float32 as its score = the index found fewer
     "Search a faiss index; the same two tables as `semantic_search`."
     k = _check_sizes(_shape(query_embeddings, "query"), (index.ntotal, index.d), top_k, 1)
     scores, rows = index.search(_rows(query_embeddings, where="query").cpu().numpy(), k)
@@ -176,88 +234,117 @@ def faiss_search(
 
 # %% ../nbs/10_search.ipynb #paraphrase-mining
 def _check_threshold(
-    threshold:float, # a cosine
-)->None:
+    threshold: float,  # a cosine
+) -> None:
     "Raise a ValueError if no cosine can be that."
-    if not -1 <= threshold <= 1: raise ValueError(f"threshold is {threshold}, but a cosine lies between -1 and 1; 0.75 is usual")
+    if not -1 <= threshold <= 1:
+        raise ValueError(
+            f"threshold is {threshold}, but a cosine lies between -1 and 1; 0.75 is usual"
+        )
+
 
 def _best_pairs(
-    scores:np.ndarray, # (M,) float32
-    pairs:np.ndarray, # (M, 2) int64, i < j; a pair may occur twice
-    N:int, # rows of the corpus
-    max_pairs:int, # pairs to keep
-)->tuple[np.ndarray, np.ndarray]: # the same, each pair once, best first; of equal scores the lower rows come first
+    scores: np.ndarray,  # (M,) float32
+    pairs: np.ndarray,  # (M, 2) int64, i < j; a pair may occur twice
+    N: int,  # rows of the corpus
+    max_pairs: int,  # pairs to keep
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # the same, each pair once, best first; of equal scores the lower rows come first
     "Keep the best pairs."
     once = np.unique(pairs[:, 0] * N + pairs[:, 1], return_index=True)[1]  # in the order of (i, j)
     order = once[np.argsort(-scores[once], kind="stable")][:max_pairs]
     return scores[order], pairs[order]
 
+
 def paraphrase_mining(
-    embeddings, # (N, D) numpy array (a memory map is fine) or torch tensor
-    top_k:int=100, # nearest texts that each text brings
-    max_pairs:int=500_000, # pairs to keep
-    threshold:float=-1.0, # smallest cosine of a pair
-    chunk:int=16_384, # rows compared at a time
-)->tuple[np.ndarray, np.ndarray]: # cosines (M,) float32 and pairs of rows (M, 2) int64, i < j, best first
+    embeddings,  # (N, D) numpy array (a memory map is fine) or torch tensor
+    top_k: int = 100,  # nearest texts that each text brings
+    max_pairs: int = 500_000,  # pairs to keep
+    threshold: float = -1.0,  # smallest cosine of a pair
+    chunk: int = 16_384,  # rows compared at a time
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # cosines (M,) float32 and pairs of rows (M, 2) int64, i < j, best first
     "Find the pairs of texts that are nearest to each other; equal cosines are ordered by row."
     _check_table(_shape(embeddings), top_k=top_k, max_pairs=max_pairs)
     _check_threshold(threshold)
-    N, scores, pairs = np.shape(embeddings)[0], np.empty(0, dtype=np.float32), np.empty((0, 2), dtype=np.int64)
+    N, scores, pairs = (
+        np.shape(embeddings)[0],
+        np.empty(0, dtype=np.float32),
+        np.empty((0, 2), dtype=np.int64),
+    )
     for start in range(0, N, 4096):
-        found, rows = semantic_search(embeddings[start:start + 4096], embeddings, top_k + 1, chunk)
+        found, rows = semantic_search(
+            embeddings[start : start + 4096], embeddings, top_k + 1, chunk
+        )
         own = np.arange(start, start + len(rows))[:, None]
         keep = rows != own
-        keep &= (keep.cumsum(axis=1) <= top_k) & (found >= threshold)  # a text with many copies may not meet itself
+        keep &= (keep.cumsum(axis=1) <= top_k) & (
+            found >= threshold
+        )  # a text with many copies may not meet itself
         new = np.stack([np.minimum(rows, own), np.maximum(rows, own)], axis=-1)[keep]
-        scores, pairs = _best_pairs(np.concatenate([scores, found[keep]]), np.concatenate([pairs, new]), N, max_pairs)
+        scores, pairs = _best_pairs(
+            np.concatenate([scores, found[keep]]), np.concatenate([pairs, new]), N, max_pairs
+        )
     return scores, pairs
 
 # %% ../nbs/10_search.ipynb #exact-duplicates
 def exact_duplicates(
-    keys:Iterable[Hashable], # one per text: the text itself, or its tokens.text_identity; N of them
-)->list[list[int]]: # groups of two or more rows, each in rising order, sorted by their first row
+    keys: Iterable[
+        Hashable
+    ],  # one per text: the text itself, or its tokens.text_identity; N of them
+) -> list[list[int]]:  # groups of two or more rows, each in rising order, sorted by their first row
     "Group the rows that have equal keys."
     groups = {}
-    for row, key in enumerate(keys): groups.setdefault(key, []).append(row)
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
     return [rows for rows in groups.values() if len(rows) > 1]
 
 # %% ../nbs/10_search.ipynb #counts
 def _chunks(
-    embeddings, # (N, D)
-    chunk:int, # rows at a time
-    start:int=0, # first row
-)->Iterator[tuple[int, torch.Tensor]]: # first row and unit vectors (n, D) float32, on the embeddings' device
+    embeddings,  # (N, D)
+    chunk: int,  # rows at a time
+    start: int = 0,  # first row
+) -> Iterator[
+    tuple[int, torch.Tensor]
+]:  # first row and unit vectors (n, D) float32, on the embeddings' device
     "Walk over the rows as unit vectors."
     device = embeddings.device if isinstance(embeddings, torch.Tensor) else "cpu"
-    for s in range(start, np.shape(embeddings)[0], chunk): yield s, _rows(embeddings[s:s + chunk], device, first=s)
+    for s in range(start, np.shape(embeddings)[0], chunk):
+        yield s, _rows(embeddings[s : s + chunk], device, first=s)
+
 
 def _count_near(
-    embeddings, # (N, D)
-    threshold:float, # smallest cosine of a neighbour
-    chunk:int, # rows compared at a time
-)->np.ndarray: # (N,) int64, neighbours of each row, itself included
+    embeddings,  # (N, D)
+    threshold: float,  # smallest cosine of a neighbour
+    chunk: int,  # rows compared at a time
+) -> np.ndarray:  # (N,) int64, neighbours of each row, itself included
     "Count the neighbours of every row, chunk against chunk."
     counts = torch.zeros(np.shape(embeddings)[0], dtype=torch.int64)
     for a, rows in _chunks(embeddings, chunk):
         for b, others in _chunks(embeddings, chunk, start=a):
             for s in range(0, len(rows), 256):
-                near = rows[s:s + 256] @ others.T >= threshold                                    # (256, chunk) bool
-                counts[a + s:a + s + len(near)] += near.sum(dim=1).cpu()
-                if b > a: counts[b:b + len(others)] += near.sum(dim=0).cpu()                        # the same pairs, seen from the other side
+                near = rows[s : s + 256] @ others.T >= threshold  # (256, chunk) bool
+                counts[a + s : a + s + len(near)] += near.sum(dim=1).cpu()
+                if b > a:
+                    counts[b : b + len(others)] += near.sum(
+                        dim=0
+                    ).cpu()  # the same pairs, seen from the other side
     return counts.numpy()
 
 # %% ../nbs/10_search.ipynb #near
 def _near(
-    embeddings, # (N, D)
-    centres:np.ndarray, # (n,) int64, rows
-    threshold:float, # smallest cosine of a neighbour
-    chunk:int, # rows compared at a time
-)->list[np.ndarray]: # n arrays of rows, int64, the nearest first
+    embeddings,  # (N, D)
+    centres: np.ndarray,  # (n,) int64, rows
+    threshold: float,  # smallest cosine of a neighbour
+    chunk: int,  # rows compared at a time
+) -> list[np.ndarray]:  # n arrays of rows, int64, the nearest first
     "Look up the neighbours of some rows."
     rows, parts = None, []
     for start, others in _chunks(embeddings, chunk):
         rows = _rows(embeddings[centres], others.device) if rows is None else rows
-        cosines = rows @ others.T                                                                    # (n, chunk)
+        cosines = rows @ others.T  # (n, chunk)
         of, column = (cosines >= threshold).nonzero(as_tuple=True)
         parts.append((of.cpu(), column.cpu() + start, cosines[of, column].cpu()))
     of, column, cosines = (torch.cat(x).numpy() for x in zip(*parts))
@@ -267,11 +354,13 @@ def _near(
 # %% ../nbs/10_search.ipynb #community-detection
 @torch.no_grad()
 def community_detection(
-    embeddings, # (N, D) numpy array (a memory map is fine) or torch tensor
-    threshold:float=0.75, # smallest cosine between a member and the central text
-    min_community_size:int=10, # members, the central text among them; 2 finds near duplicates
-    chunk:int=16_384, # rows compared at a time
-)->list[list[int]]: # rows of each community, the central one first, then the nearest; the largest community first
+    embeddings,  # (N, D) numpy array (a memory map is fine) or torch tensor
+    threshold: float = 0.75,  # smallest cosine between a member and the central text
+    min_community_size: int = 10,  # members, the central text among them; 2 finds near duplicates
+    chunk: int = 16_384,  # rows compared at a time
+) -> list[
+    list[int]
+]:  # rows of each community, the central one first, then the nearest; the largest community first
     "Group the texts around central ones; a text belongs to one community or to none."
     _check_table(_shape(embeddings), min_community_size=min_community_size, chunk=chunk)
     _check_threshold(threshold)
@@ -281,7 +370,8 @@ def community_detection(
     while len(order):
         for centre, near in zip(order[:64], _near(embeddings, order[:64], threshold, chunk)):
             members = near[~used[near]]
-            if used[centre] or len(members) < min_community_size: continue
+            if used[centre] or len(members) < min_community_size:
+                continue
             found.append([int(centre), *members[members != centre].tolist()])
             used[found[-1]] = True
         order = order[64:][~used[order[64:]]]
@@ -289,13 +379,18 @@ def community_detection(
 
 # %% ../nbs/10_search.ipynb #cluster
 def cluster(
-    embeddings, # (N, D) numpy array or torch tensor; copied once, as float32
-    n_clusters:int, # at most N
-    seed:int=0, # of the first centres; another seed, another division
-)->tuple[np.ndarray, np.ndarray]: # cluster of each row, (N,) int64, 0 is the largest; centres (n_clusters, D) float32, shorter than one
+    embeddings,  # (N, D) numpy array or torch tensor; copied once, as float32
+    n_clusters: int,  # at most N
+    seed: int = 0,  # of the first centres; another seed, another division
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # cluster of each row, (N,) int64, 0 is the largest; centres (n_clusters, D) float32, shorter than one
     "Divide the texts into clusters by k-means on unit vectors."
     _check_table(_shape(embeddings), n_clusters=n_clusters)
-    if n_clusters > (N := np.shape(embeddings)[0]): raise ValueError(f"n_clusters is {n_clusters}, but there are {N} texts; ask for at most {N}")
+    if n_clusters > (N := np.shape(embeddings)[0]):
+        raise ValueError(
+            f"n_clusters is {n_clusters}, but there are {N} texts; ask for at most {N}"
+        )
     rows = _rows(embeddings, where="corpus").cpu().numpy()
     found = _extra("sklearn.cluster").KMeans(n_clusters, random_state=seed).fit(rows)
     order = np.argsort(-np.bincount(found.labels_, minlength=n_clusters), kind="stable")

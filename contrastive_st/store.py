@@ -42,20 +42,26 @@ from contrastive_st.atomic import (
 
 # %% ../nbs/00_store.ipynb #identity
 def text_identity(
-    text:str, # any text
-)->int: # 64 bits, signed, so that it fits an int64 tensor
+    text: str,  # any text
+) -> int:  # 64 bits, signed, so that it fits an int64 tensor
     "Number a text so that spellings of the same text share the number, on every machine and in every run."
-    if not text.isascii(): text = unicodedata.normalize("NFKC", text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
     text = " ".join(text.casefold().split())
-    if not text.isascii(): text = unicodedata.normalize("NFKC", text)  # casefold can leave characters to compose
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)  # casefold can leave characters to compose
+    return int.from_bytes(
+        blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )
 
 # %% ../nbs/00_store.ipynb #columns
 def column_names(
-    width:int, # C, texts in an example: 2 or more
-)->tuple[str, ...]: # "anchor", "positive", "negative", "negative_2", ...
+    width: int,  # C, texts in an example: 2 or more
+) -> tuple[str, ...]:  # "anchor", "positive", "negative", "negative_2", ...
     "Name the columns of an example."
-    return ("anchor", "positive", "negative", *(f"negative_{k}" for k in range(2, width - 1)))[:width]
+    return ("anchor", "positive", "negative", *(f"negative_{k}" for k in range(2, width - 1)))[
+        :width
+    ]
 
 # %% ../nbs/00_store.ipynb #shard
 _TODO = "copy the store again, or delete this folder and prepare the data again"
@@ -92,8 +98,10 @@ class _Shard:
         for at, data, size in self.ragged:
             begin, end = at[i], at[i + 1]
             if not 0 <= begin <= end <= len(data) // size:
-                raise ValueError(f"{self.path}: row {i} is damaged (its offsets are {begin}, {end}); {_TODO}")
-            values.append(data[begin * size:end * size])
+                raise ValueError(
+                    f"{self.path}: row {i} is damaged (its offsets are {begin}, {end}); {_TODO}"
+                )
+            values.append(data[begin * size : end * size])
         return values
 
     def texts(self, i):
@@ -101,21 +109,31 @@ class _Shard:
         try:
             return tuple([str(value, "utf-8") for value in self.values(i)])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: row {i} is damaged (it is not UTF-8); {_TODO}") from error
+            raise ValueError(
+                f"{self.path}: row {i} is damaged (it is not UTF-8); {_TODO}"
+            ) from error
 
 # %% ../nbs/00_store.ipynb #shards
 class Shards:
     "The rows of a folder of Arrow files, found by number; a file is mapped when it is first needed."
-    def __init__(self,
-        folder:str|Path, # holds the files
-        files:Sequence[dict], # {"name", "rows", "bytes"} of each, in order
+
+    def __init__(
+        self,
+        folder: str | Path,  # holds the files
+        files: Sequence[dict],  # {"name", "rows", "bytes"} of each, in order
     ):
         self.folder = Path(folder)
-        self.files = [{"name": fspath(f["name"]), "rows": index(f["rows"]), "bytes": index(f["bytes"])} for f in files]
+        self.files = [
+            {"name": fspath(f["name"]), "rows": index(f["rows"]), "bytes": index(f["bytes"])}
+            for f in files
+        ]
         self._ends, self._open = np.cumsum([f["rows"] for f in self.files]), {}
 
-    def __len__(self): return int(self._ends[-1]) if len(self._ends) else 0
-    def __reduce__(self): return Shards, (self.folder, self.files)  # maps stay in their process
+    def __len__(self):
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __reduce__(self):
+        return Shards, (self.folder, self.files)  # maps stay in their process
 
     def _shard(self, n):
         if n in self._open:
@@ -127,9 +145,10 @@ class Shards:
         self._open[n] = _Shard(path, self.files[n]["rows"])
         return self._open[n]
 
-    def find(self,
-        indices:Sequence[int], # row numbers in any order
-    )->Iterator[tuple[_Shard, int]]: # the shard of each row, and its place there
+    def find(
+        self,
+        indices: Sequence[int],  # row numbers in any order
+    ) -> Iterator[tuple[_Shard, int]]:  # the shard of each row, and its place there
         "Find rows."
         indices = np.asarray(indices, np.int64)
         if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
@@ -139,7 +158,8 @@ class Shards:
         opened = {n: self._shard(n) for n in np.unique(number).tolist()}
         return zip(map(opened.__getitem__, number.tolist()), place.tolist())
 
-    def __iter__(self): return map(self._shard, range(len(self.files)))
+    def __iter__(self):
+        return map(self._shard, range(len(self.files)))
 
 # %% ../nbs/00_store.ipynb #store
 FORMAT = 3  # raise it when the layout or the checks change
@@ -156,7 +176,9 @@ def _read_summary(folder):
     summary = read_json(path, todo=_TODO)
     if (version := summary.get("format")) != FORMAT:
         said = repr(version)[:20]
-        raise ValueError(f"{path}: format {said}, this version reads {FORMAT}; prepare the data again")
+        raise ValueError(
+            f"{path}: format {said}, this version reads {FORMAT}; prepare the data again"
+        )
     with reading(folder, _TODO):
         check_folder(folder, full=False, todo=_TODO)
     return summary
@@ -164,32 +186,41 @@ def _read_summary(folder):
 # %% ../nbs/00_store.ipynb #store-class
 class Store:
     "One prepared dataset: rows of C texts with their identities, and their tokens if they were prepared."
-    def __init__(self,
-        folder:str|Path, # as `write_store` leaves it
+
+    def __init__(
+        self,
+        folder: str | Path,  # as `write_store` leaves it
     ):
         self.folder, self.summary = Path(folder), _read_summary(Path(folder))
         with reading(self.folder / SUMMARY, _TODO):
             self.columns = tuple(self.summary["columns"])
             self._texts = Shards(folder, self.summary["shards"])
 
-    def __len__(self): return len(self._texts)
-    def __reduce__(self): return Store, (self.folder,)
+    def __len__(self):
+        return len(self._texts)
 
-    def rows(self,
-        indices:Sequence[int], # row numbers in any order
-    )->list[tuple[str, ...]]: # C texts for each
+    def __reduce__(self):
+        return Store, (self.folder,)
+
+    def rows(
+        self,
+        indices: Sequence[int],  # row numbers in any order
+    ) -> list[tuple[str, ...]]:  # C texts for each
         "Read the texts of rows."
         return [shard.texts(i) for shard, i in self._texts.find(indices)]
 
-    def identities(self,
-        indices:Sequence[int], # row numbers in any order
-    )->np.ndarray: # (n, C) int64
+    def identities(
+        self,
+        indices: Sequence[int],  # row numbers in any order
+    ) -> np.ndarray:  # (n, C) int64
         "Read the identities of rows."
         found = [[column[i] for column in shard.fixed] for shard, i in self._texts.find(indices)]
         return np.array(found, np.int64).reshape(len(found), len(self.columns))
 
     @cached_property
-    def tokenised(self)->dict|None: # as `write_tokens` left it; None if the store holds texts only
+    def tokenised(
+        self,
+    ) -> dict | None:  # as `write_tokens` left it; None if the store holds texts only
         "Say with which tokenizer the rows were tokenised."
         return _read_summary(self.folder / TOKENS) if (self.folder / TOKENS).exists() else None
 
@@ -199,9 +230,10 @@ class Store:
         with reading(self.folder / TOKENS / SUMMARY, _TODO):
             return Shards(self.folder / TOKENS, summary["shards"])
 
-    def tokens(self,
-        indices:Sequence[int], # row numbers in any order
-    )->list[tuple]: # for each row C byte strings of token ids, then C flags: cut or not
+    def tokens(
+        self,
+        indices: Sequence[int],  # row numbers in any order
+    ) -> list[tuple]:  # for each row C byte strings of token ids, then C flags: cut or not
         "Read the token ids of rows as raw bytes of the store's number type."
         rows = self._tokens.find(indices)
         return [(*shard.values(i), *[column[i] for column in shard.fixed]) for shard, i in rows]
@@ -209,7 +241,7 @@ class Store:
 # %% ../nbs/00_store.ipynb #fit-negatives
 def fit_negatives(
     texts: Sequence[str],  # anchor, positive and any number of negatives
-    width: int,            # C, how many texts the example shall have, 2 or more
+    width: int,  # C, how many texts the example shall have, 2 or more
 ) -> tuple[tuple[str, ...], str]:  # C texts; 'cut', 'repeated', 'none', or '' if nothing was done
     "Give an example C texts: cut its negatives, repeat them, or let its positive stand for them."
     anchor, positive, *negatives = texts
@@ -223,8 +255,8 @@ def fit_negatives(
 # %% ../nbs/00_store.ipynb #negatives-changed
 def negatives_changed(
     counts: dict[str, int],  # rows by what `fit_negatives` did: 'cut', 'repeated', 'none'
-    width: int,              # C, texts of an example
-) -> str:                    # one sentence; empty if no row was changed
+    width: int,  # C, texts of an example
+) -> str:  # one sentence; empty if no row was changed
     "Say how many rows were given another number of negatives."
     done = {
         "cut": "had more and were cut",
@@ -234,7 +266,9 @@ def negatives_changed(
     parts = [f"{counts[kind]:,} {words}" for kind, words in done.items() if counts.get(kind)]
     if not parts:
         return ""
-    return f"of the rows, which have {width - 2} negative{'s' * (width != 3)} each, {', '.join(parts)}"
+    return (
+        f"of the rows, which have {width - 2} negative{'s' * (width != 3)} each, {', '.join(parts)}"
+    )
 
 # %% ../nbs/00_store.ipynb #write-part
 SHARD_ROWS, SHARD_CHARACTERS = 2**17, 2**26  # a shard ends at whichever comes first
@@ -244,8 +278,15 @@ def _leftovers(folder):
     "What killed writers, also those of earlier versions, left beside a store and in it."
     folder = Path(os.path.realpath(folder))
     name, tokens = folder.name, folder / TOKENS
-    beside = [folder.with_name(n) for n in (f"{name}.old", f"{name}.tmp", f".{name}.old", f".{name}.partial")]
-    inside = [path for pattern in ("*.tmp", ".*.partial", "state.json", f"{TOKENS}/state.json") for path in folder.glob(pattern)]
+    beside = [
+        folder.with_name(n)
+        for n in (f"{name}.old", f"{name}.tmp", f".{name}.old", f".{name}.partial")
+    ]
+    inside = [
+        path
+        for pattern in ("*.tmp", ".*.partial", "state.json", f"{TOKENS}/state.json")
+        for path in folder.glob(pattern)
+    ]
     unfinished = [tokens] if tokens.exists() and not is_whole(tokens) else []
     if not (_part(tokens) / "state.json").exists():  # it holds the tokens that were replaced
         unfinished.append(_part(tokens))
@@ -324,10 +365,18 @@ def _add_summary(part, summary):
 def _text_arrays(rows):
     "Arrow columns of texts, then of their identities."
     columns = list(zip(*rows))
-    return [pa.array(c, pa.large_string()) for c in columns] + [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
+    return [pa.array(c, pa.large_string()) for c in columns] + [
+        pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns
+    ]
 
 # %% ../nbs/00_store.ipynb #write-texts
-_NOTES = {"line": 0, "rows": [], "rejects": 0, "width": None, "negatives": {"cut": 0, "repeated": 0, "none": 0}}
+_NOTES = {
+    "line": 0,
+    "rows": [],
+    "rejects": 0,
+    "width": None,
+    "negatives": {"cut": 0, "repeated": 0, "none": 0},
+}
 
 
 class _Texts:
@@ -372,7 +421,9 @@ class _Texts:
         "Write what waits as one shard; returns its rows."
         with writing(self.part.path, "run again: the pieces that were finished are kept"):
             self.rejects.flush()
-            os.fsync(self.rejects.fileno())  # the notes below must not count bytes that a crash could lose
+            os.fsync(
+                self.rejects.fileno()
+            )  # the notes below must not count bytes that a crash could lose
         names = column_names(self.width or 2)
         notes = {"line": self.line, "rejects": self.rejects.tell(), "width": self.width}
         _add_shard(
@@ -406,23 +457,36 @@ def _write_texts(part, read, told):
 # %% ../nbs/00_store.ipynb #summary
 def _characters(shards, column):
     "Mean, median, 95th percentile and maximum of a column's lengths in characters."
-    counts, total, longest = np.zeros(2**16, np.int64), 0, 0  # lengths of 65,535 and more share the last place
+    counts, total, longest = (
+        np.zeros(2**16, np.int64),
+        0,
+        0,
+    )  # lengths of 65,535 and more share the last place
     for shard in shards:
         n = pc.utf8_length(shard.batch.column(column)).to_numpy()
         counts += np.bincount(np.minimum(n, len(counts) - 1), minlength=len(counts))
         total, longest = total + int(n.sum()), max(longest, int(n.max()))
     below = np.cumsum(counts)
     middle, high = (int(np.searchsorted(below, share * below[-1])) for share in (0.5, 0.95))
-    return {"mean": round(total / int(below[-1]), 1), "median": middle, "p95": high, "longest": longest}
+    return {
+        "mean": round(total / int(below[-1]), 1),
+        "median": middle,
+        "p95": high,
+        "longest": longest,
+    }
+
 
 def _distinct(numbers, rows, at_once=2**23):
     "How many different numbers there are, looking at a share of them at a time; `numbers()` iterates over uint64 arrays."
     passes = rows // at_once + 1
+
     def different(share):
         found = np.concatenate([n[n % np.uint64(passes) == share] for n in numbers()])
         found.sort()  # np.unique takes twenty times longer on millions of numbers
         return int(np.count_nonzero(found[1:] != found[:-1])) + (len(found) > 0)
+
     return sum(map(different, range(passes)))
+
 
 def _summary(part):
     "What a dataset holds, from its finished shards."
@@ -446,7 +510,10 @@ def _summary(part):
         "rejected": {kind: kinds[kind] for kind in ("malformed", "empty")},
         "negatives": part.notes["negatives"],
         "duplicate_rows": len(shards) - _distinct(lambda: map(whole, shards), len(shards)),
-        "distinct": {name: _distinct(lambda: (ids(s, c) for s in shards), len(shards)) for c, name in enumerate(columns)},
+        "distinct": {
+            name: _distinct(lambda: (ids(s, c) for s in shards), len(shards))
+            for c, name in enumerate(columns)
+        },
         "characters": {name: _characters(shards, c) for c, name in enumerate(columns)},
         "origin": part.origin,
         "shards": shards.files,
@@ -454,26 +521,57 @@ def _summary(part):
 
 # %% ../nbs/00_store.ipynb #summary-table
 def summary_table(
-    summaries:dict[str, dict], # of each dataset, by name
-)->str: # several lines
+    summaries: dict[str, dict],  # of each dataset, by name
+) -> str:  # several lines
     "Write summaries as a table to be read."
     width = max(map(len, ["dataset", *summaries]))
-    head = f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14} {'duplicate rows':>14}  characters per text: median, 95%, longest"
-    lines = [f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,} {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  "
-             + "   ".join(f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()) for name, s in summaries.items()]
+    head = (
+        f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14}"
+        f" {'duplicate rows':>14}  characters per text: median, 95%, longest"
+    )
+    lines = [
+        f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,}"
+        f" {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  "
+        + "   ".join(
+            f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}"
+            for c, n in s["characters"].items()
+        )
+        for name, s in summaries.items()
+    ]
     bad = sum(sum(s["rejected"].values()) for s in summaries.values())
-    total = f"{len(summaries):,} dataset{'s' * (len(summaries) != 1)}, {sum(s['rows'] for s in summaries.values()):,} rows"
-    changed = [f"{name}: {change}" for name, s in summaries.items() if (change := negatives_changed(s["negatives"], len(s["columns"])))]
-    return "\n".join([head, *lines, *changed, total + (f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}" if bad else "; no line was left out")])
+    total = (
+        f"{len(summaries):,} dataset{'s' * (len(summaries) != 1)},"
+        f" {sum(s['rows'] for s in summaries.values()):,} rows"
+    )
+    changed = [
+        f"{name}: {change}"
+        for name, s in summaries.items()
+        if (change := negatives_changed(s["negatives"], len(s["columns"])))
+    ]
+    return "\n".join(
+        [
+            head,
+            *lines,
+            *changed,
+            total
+            + (
+                f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}"
+                if bad
+                else "; no line was left out"
+            ),
+        ]
+    )
 
 # %% ../nbs/00_store.ipynb #write-store
 def is_current(
-    folder:str|Path, # a store, or where one will be
-    origin:dict, # what it is made of
-)->bool: # False if it is not there, cut off, of an older format or of other data
+    folder: str | Path,  # a store, or where one will be
+    origin: dict,  # what it is made of
+) -> bool:  # False if it is not there, cut off, of an older format or of other data
     "Tell whether a store is whole and up to date, by its summary and the sizes of its files."
-    try: return Store(folder).summary["origin"] == origin
-    except (ValueError, KeyError): return False
+    try:
+        return Store(folder).summary["origin"] == origin
+    except (ValueError, KeyError):
+        return False
 
 
 def _fill(folder, origin, read, check, told, negatives):
@@ -488,10 +586,14 @@ def _fill(folder, origin, read, check, told, negatives):
                 check(summary)
                 break
         except ValueError as error:
-            if not isinstance(error.__cause__, OSError):  # the data are at fault; mended data begin anew
+            if not isinstance(
+                error.__cause__, OSError
+            ):  # the data are at fault; mended data begin anew
                 part.discard()
             raise
-        told(-sum(part.notes["rows"]))  # negatives come after shards without any: once more, with room for them
+        told(
+            -sum(part.notes["rows"])
+        )  # negatives come after shards without any: once more, with room for them
         part.discard()
     _add_summary(part, summary)
     part.finish()
@@ -499,13 +601,13 @@ def _fill(folder, origin, read, check, told, negatives):
 
 def write_store(
     folder: str | Path,  # the store; an older one is replaced when the new one is whole
-    origin: dict,        # JSON: what the rows come from (size, time, options); an equal origin is not written twice
-    read: Callable,      # (after, reject) -> (line, texts) of the lines above `after`; reject(line, kind, problem) notes a bad one
+    origin: dict,  # JSON: what the rows come from (size, time, options); an equal origin is not written twice
+    read: Callable,  # (after, reject) -> (line, texts) of the lines above `after`; reject(line, kind, problem) notes a bad one
     check: Callable = lambda summary: None,  # raises ValueError for a summary that will not do
-    told: Callable = lambda rows: None,      # called with the rows of each shard
+    told: Callable = lambda rows: None,  # called with the rows of each shard
     negatives: int | None = None,  # of each row; None: as many as the first row has that has any
-    full: bool = False,            # read a current store byte by byte, and write it anew if it is damaged
-) -> Store:              # open
+    full: bool = False,  # read a current store byte by byte, and write it anew if it is damaged
+) -> Store:  # open
     "Write a dataset to disk: whole or not at all; go on where an interrupted run stopped."
     folder = Path(folder)
     if full and is_current(folder, origin):
@@ -514,7 +616,9 @@ def write_store(
         _clear(folder)
         return Store(folder)
     with _one_writer(folder):
-        if not is_current(folder, origin):  # another process may have written it while this one waited
+        if not is_current(
+            folder, origin
+        ):  # another process may have written it while this one waited
             _fill(folder, origin, read, check, told, negatives)
     return Store(folder)
 
@@ -523,14 +627,18 @@ def _check_all(folder):
     "Compare every byte of a folder with its manifest, and the manifest with the folder."
     with reading(folder, _TODO):
         files = check_folder(folder, full=True, todo=_TODO)
-    ours = {path.name for pattern in ("shard-*.arrow", SUMMARY, REJECTS) for path in folder.glob(pattern)}
+    ours = {
+        path.name
+        for pattern in ("shard-*.arrow", SUMMARY, REJECTS)
+        for path in folder.glob(pattern)
+    }
     if not ours <= files.keys():
         raise Damaged(f"{folder / MANIFEST}: does not name all files of the store; {_TODO}")
 
 
 def verify(
     folder: str | Path,  # a store
-) -> Store:              # open
+) -> Store:  # open
     "Read every byte of a store, its tokens too; raise `ValueError` naming the first file that is damaged."
     folder = Path(folder)
     _check_all(folder)
@@ -538,13 +646,19 @@ def verify(
     if (folder / TOKENS).exists():
         _check_all(folder / TOKENS)
         if len(store._tokens) != len(store):
-            raise Damaged(f"{folder / TOKENS}: holds {len(store._tokens):,} rows, the texts {len(store):,}; delete it and tokenise again")
+            raise Damaged(
+                f"{folder / TOKENS}: holds {len(store._tokens):,} rows, the texts {len(store):,};"
+                " delete it and tokenise again"
+            )
     return store
 
 
 def _drop_damaged(folder):
     "Verify a store; take the manifest of what is damaged away, so that it is written anew, and say so."
-    for place, again in ((folder, "the store is written anew"), (folder / TOKENS, "the tokens are deleted, tokenise the store again")):
+    for place, again in (
+        (folder, "the store is written anew"),
+        (folder / TOKENS, "the tokens are deleted, tokenise the store again"),
+    ):
         if not place.exists():
             continue
         try:
@@ -563,20 +677,27 @@ def _list_array(ids, lengths, kind):
     at = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return pa.LargeListArray.from_arrays(pa.array(at), pa.array(ids.astype(kind)))
 
+
 def _token_arrays(columns, encode, kind, texts_at_once=8192):
     "Arrow columns of token ids, then of whether the text was cut (1) or not (0)."
     lists, flags = [], []
     for column in columns:
-        parts = [encode(column[i:i + texts_at_once].to_pylist()) for i in range(0, len(column), texts_at_once)]
+        parts = [
+            encode(column[i : i + texts_at_once].to_pylist())
+            for i in range(0, len(column), texts_at_once)
+        ]
         ids, lengths, cut = (np.concatenate(p) for p in zip(*parts))
         lists.append(_list_array(ids, lengths, kind))
         flags.append(pa.array(cut.astype(np.int64)))
     return lists + flags
 
+
 def _is_tokenised(store, engine):
     "Are the tokens there, whole, and made by this engine?"
-    try: return (store.tokenised or {}).get("origin") == engine and len(store._tokens) == len(store)
-    except ValueError: return False
+    try:
+        return (store.tokenised or {}).get("origin") == engine and len(store._tokens) == len(store)
+    except ValueError:
+        return False
 
 
 def _fill_tokens(store, engine, encode, told):
@@ -590,22 +711,26 @@ def _fill_tokens(store, engine, encode, told):
             try:
                 with reading(shard.path, _TODO):
                     shard.batch.validate(full=True)  # every offset and every text
-                arrays = _token_arrays(shard.batch.columns[:len(store.columns)], encode, kind)
+                arrays = _token_arrays(shard.batch.columns[: len(store.columns)], encode, kind)
             except ValueError:
                 part.discard()
                 raise
             _add_shard(part, arrays, names)
         told(shard.batch.num_rows)
     shards = Shards(part.folder, _shard_files(part))
-    flags = {name: sum(int(np.sum(s.fixed[c])) for s in shards) for c, name in enumerate(store.columns)}
-    _add_summary(part, {"format": FORMAT, "origin": engine, "truncated": flags, "shards": shards.files})
+    flags = {
+        name: sum(int(np.sum(s.fixed[c])) for s in shards) for c, name in enumerate(store.columns)
+    }
+    _add_summary(
+        part, {"format": FORMAT, "origin": engine, "truncated": flags, "shards": shards.files}
+    )
     part.finish()
 
 
 def write_tokens(
     folder: str | Path,  # a store
-    engine: dict,        # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary
-    encode: Callable,    # N texts -> token ids (sum of lengths,) int, lengths (N,) int, cut (N,) bool
+    engine: dict,  # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary
+    encode: Callable,  # N texts -> token ids (sum of lengths,) int, lengths (N,) int, cut (N,) bool
     told: Callable = lambda rows: None,  # called with the rows of each finished shard
 ) -> None:
     "Tokenise every text of a store once, beside the texts; go on where an interrupted run stopped."

@@ -26,16 +26,24 @@ from .store import column_names, text_identity, write_tokens
 
 # %% ../nbs/02_tokens.ipynb #pad
 def pad(
-    token_ids:Tensor, # all texts one after another, (sum of lengths,) int64
-    lengths:Tensor, # tokens of each text, (N,) int64
-    length:int|None=None, # T; None is the longest text
-    pad_id:int=0, # what fills the rest; the tokenizer's pad_token_id
-)->tuple[Tensor, Tensor]: # input_ids (N, T) int64, attention_mask (N, T) int64, 1 = real token
+    token_ids: Tensor,  # all texts one after another, (sum of lengths,) int64
+    lengths: Tensor,  # tokens of each text, (N,) int64
+    length: int | None = None,  # T; None is the longest text
+    pad_id: int = 0,  # what fills the rest; the tokenizer's pad_token_id
+) -> tuple[Tensor, Tensor]:  # input_ids (N, T) int64, attention_mask (N, T) int64, 1 = real token
     "Make the rectangle of ragged texts."
     longest = int(lengths.max()) if len(lengths) else 0
     T = longest if length is None else length
-    if longest > T: raise ValueError(f"a text has {longest} tokens and does not fit length {T}; pad to at least {longest}, or cut the texts before")
-    if int(lengths.sum()) != len(token_ids): raise ValueError(f"the lengths add up to {int(lengths.sum())} but there are {len(token_ids)} tokens; both must come from one batch")
+    if longest > T:
+        raise ValueError(
+            f"a text has {longest} tokens and does not fit length {T}; pad to at least {longest},"
+            " or cut the texts before"
+        )
+    if int(lengths.sum()) != len(token_ids):
+        raise ValueError(
+            f"the lengths add up to {int(lengths.sum())} but there are {len(token_ids)} tokens;"
+            " both must come from one batch"
+        )
     mask = torch.arange(T, device=lengths.device) < lengths[:, None]
     input_ids = torch.full(mask.shape, pad_id, dtype=token_ids.dtype, device=token_ids.device)
     input_ids[mask] = token_ids
@@ -45,10 +53,17 @@ def pad(
 def _engine(tokenizer, max_length):
     "A private copy of the fast tokenizer's engine that cuts at `max_length` and never pads."
     shared = getattr(tokenizer, "backend_tokenizer", None)
-    if shared is None: raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer without a Rust backend; load the fast one (AutoTokenizer with a tokenizer.json)")
+    if shared is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without a Rust backend; load the fast"
+            " one (AutoTokenizer with a tokenizer.json)"
+        )
     least = tokenizer.num_special_tokens_to_add() + 1
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
-        raise ValueError(f"max_length is {max_length!r}; it must be a whole number, {least} or more: the special tokens and one of the text")
+        raise ValueError(
+            f"max_length is {max_length!r}; it must be a whole number, {least} or more: the special"
+            " tokens and one of the text"
+        )
     engine = copy.deepcopy(shared)
     engine.no_padding()
     engine.enable_truncation(max_length, direction=tokenizer.truncation_side)
@@ -57,7 +72,9 @@ def _engine(tokenizer, max_length):
 # %% ../nbs/02_tokens.ipynb #heads
 def _parts_at_spaces(engine):
     "Whether the tokens of a text up to the end of a word do not depend on what follows the space."
-    return engine.pre_tokenizer is not None and len(engine.pre_tokenizer.pre_tokenize_str("a b")) > 1
+    return (
+        engine.pre_tokenizer is not None and len(engine.pre_tokenizer.pre_tokenize_str("a b")) > 1
+    )
 
 
 def _word_end(text, most):
@@ -130,16 +147,22 @@ class _Heads:
         back = self._longest
         if back is None or most <= 2 * back or most * back > 2**24:
             return None
-        if all(map(unicodedata.combining, text[most - 2 * back:most - back])):  # accents may change places
+        if all(
+            map(unicodedata.combining, text[most - 2 * back : most - back])
+        ):  # accents may change places
             return None
         # Wherever the whole text has a boundary between tokens, the tokens before it are those of
         # the text up to there, and one of these places is a boundary: no token is longer.
         # WordPiece gives up words of more than `back` characters, so the first and the last will do.
         step = back if type(self._engine.model).__name__ == "WordPiece" else 1
-        first, *others = self._engine.encode_batch_fast([text[:most - n] for n in range(0, back + 1, step)])
-        if any(e.ids != first.ids or bool(e.overflowing) != bool(first.overflowing) for e in others):
+        first, *others = self._engine.encode_batch_fast(
+            [text[: most - n] for n in range(0, back + 1, step)]
+        )
+        if any(
+            e.ids != first.ids or bool(e.overflowing) != bool(first.overflowing) for e in others
+        ):
             return None
-        only_space = text[most].isspace() and not text[most - back:].strip(text[most])
+        only_space = text[most].isspace() and not text[most - back :].strip(text[most])
         return first if first.overflowing or only_space else None
 
 # %% ../nbs/02_tokens.ipynb #parted
@@ -147,13 +170,22 @@ def _parted(engine):
     "Whether each text has the tokens of its words, one after another: no rule of this tokenizer looks across a space."
     spec = json.loads(engine.to_str())
     kinds = [(spec[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-    return (kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and spec["truncation"]["direction"] == "Right" and engine.num_special_tokens_to_add(False) > 0
-            and not any(set(" \t\r\n") & set(token["content"]) for token in spec["added_tokens"]))
+    return (
+        kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
+        and spec["truncation"]["direction"] == "Right"
+        and engine.num_special_tokens_to_add(False) > 0
+        and not any(set(" \t\r\n") & set(token["content"]) for token in spec["added_tokens"])
+    )
 
 # %% ../nbs/02_tokens.ipynb #long-word
 _SPACES = re.compile("[ \t\r\n]+")  # for BERT they all part words, and nothing comes of them
-_CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0010ffff"  # BERT takes each ideograph for a word
-_SOLID, _MARK = f"[^\\W_{_CJK}]", "[\u0300-\u036f]"  # letters and digits, which stay together with their accents
+_CJK = (  # BERT takes each ideograph for a word
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0010ffff"
+)
+_SOLID, _MARK = (
+    f"[^\\W_{_CJK}]",
+    "[\u0300-\u036f]",
+)  # letters and digits, which stay together with their accents
 
 
 def _enough_of(word, tokens, enough):
@@ -170,7 +202,9 @@ def _short(word, tokens, enough, longest):
     if (head := _enough_of(word, tokens, enough)) is not None:
         return head
     repeated = f"(?s)((.)\\2{{{enough}}})\\2++"  # one character again and again
-    unknown = f"((?:{_SOLID}{_MARK}*+){{{longest}}}+)(?:{_SOLID}++|{_MARK}++)++"  # [UNK], however long
+    unknown = (  # [UNK], however long
+        f"((?:{_SOLID}{_MARK}*+){{{longest}}}+)(?:{_SOLID}++|{_MARK}++)++"
+    )
     word = re.sub(unknown, r"\1", re.sub(repeated, r"\1", word))
     head = _enough_of(word, tokens, enough)
     return word if head is None else head
@@ -186,19 +220,33 @@ class _Words:
         self._room = engine.truncation["max_length"] - self._special
         self._engine.no_truncation()
         at = (whole := self._engine.encode("a")).special_tokens_mask.index(0)
-        self._head, self._tail = (array("i", ids).tobytes() for ids in (whole.ids[:at], whole.ids[at + 1:]))
-        added = max((len(token.content) for token in engine.get_added_tokens_decoder().values()), default=0)
-        self._longest = max(engine.model.max_input_chars_per_word, added) + 1  # characters; a longer word is [UNK]
-        self._enough = self._room + 1 + self._longest  # tokens: all but the last `_longest` are final
+        self._head, self._tail = (
+            array("i", ids).tobytes() for ids in (whole.ids[:at], whole.ids[at + 1 :])
+        )
+        added = max(
+            (len(token.content) for token in engine.get_added_tokens_decoder().values()), default=0
+        )
+        self._longest = (
+            max(engine.model.max_input_chars_per_word, added) + 1
+        )  # characters; a longer word is [UNK]
+        self._enough = (
+            self._room + 1 + self._longest
+        )  # tokens: all but the last `_longest` are final
 
     def _learn(self, words):
         "The tokens of these words among others, as bytes; a full table is begun anew."
         known = self._known
         new = list(words.difference(known))
-        if self._size + sum(map(len, new)) > self._most: known, new, self._size = {}, list(words), 0
+        if self._size + sum(map(len, new)) > self._most:
+            known, new, self._size = {}, list(words), 0
         ids, word_ids = self._tokens(new)
-        ends, ids = np.searchsorted(word_ids, range(len(new)), "right") * 4, array("i", ids).tobytes()
-        known.update(zip(new, map(ids.__getitem__, map(slice, [0, *ends[:-1].tolist()], ends.tolist()))))
+        ends, ids = (
+            np.searchsorted(word_ids, range(len(new)), "right") * 4,
+            array("i", ids).tobytes(),
+        )
+        known.update(
+            zip(new, map(ids.__getitem__, map(slice, [0, *ends[:-1].tolist()], ends.tolist())))
+        )
         self._known, self._size = known, self._size + sum(map(len, new))
         return known
 
@@ -218,7 +266,14 @@ class _Words:
         if more := len(words) > most:
             words.pop()
         if len(text) > 4 * self._enough:
-            words = [_short(word, self._tokens, self._enough, self._longest) if len(word) > 4 * self._enough else word for word in words]
+            words = [
+                (
+                    _short(word, self._tokens, self._enough, self._longest)
+                    if len(word) > 4 * self._enough
+                    else word
+                )
+                for word in words
+            ]
         return words, more
 
     def _many_spaces(self, text):
@@ -233,36 +288,50 @@ class _Words:
 
     def __call__(self, texts):
         "Token ids end to end (int64), lengths (int64), cut or not (bool)."
-        if not texts: return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool)
-        words, more = zip(*(self._split(text, self._room + 1) for text in texts))  # a word has a token or more, so the rest would be cut off
+        if not texts:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool)
+        words, more = zip(
+            *(self._split(text, self._room + 1) for text in texts)
+        )  # a word has a token or more, so the rest would be cut off
         found = self._bytes(words)
         for i, ids in enumerate(found):
             if more[i] and len(ids) <= 4 * self._room:
                 found[i] = self._many_spaces(texts[i])
         lengths = np.array([len(ids) // 4 for ids in found], np.int64)
         cut = lengths > self._room
-        for i in np.flatnonzero(cut).tolist(): found[i] = found[i][:4 * self._room]
-        ids = np.frombuffer(self._head + (self._tail + self._head).join(found) + self._tail, np.int32)
+        for i in np.flatnonzero(cut).tolist():
+            found[i] = found[i][: 4 * self._room]
+        ids = np.frombuffer(
+            self._head + (self._tail + self._head).join(found) + self._tail, np.int32
+        )
         return ids.astype(np.int64), np.minimum(lengths, self._room) + self._special, cut
 
 # %% ../nbs/02_tokens.ipynb #token-batch
 class TokenBatch(NamedTuple):
     "The texts of a global batch as ragged tokens: no padding is stored, a layout makes it rectangular."
-    token_ids:Tensor # all texts one after another, (sum of lengths,) int64: B anchors, B positives, each negative column
-    lengths:Tensor # tokens of each text, (C*B,) int64
-    identities:Tensor # which texts are equal, (B, C) int64
-    truncated:Tensor # texts cut at max_length in each column, (C,) int64
+
+    token_ids: Tensor  # all texts one after another, (sum of lengths,) int64: B anchors, B positives, each negative column
+    lengths: Tensor  # tokens of each text, (C*B,) int64
+    identities: Tensor  # which texts are equal, (B, C) int64
+    truncated: Tensor  # texts cut at max_length in each column, (C,) int64
+
 
 def _texts(batch):
     "All texts of a batch, column by column."
     examples = getattr(batch, "examples", batch)
     widths = {len(e) for e in examples}
-    if len(widths) != 1: raise ValueError(f"a batch needs examples of one column count, found {sorted(widths) or 'no example'}; draw it from a Mixture")
+    if len(widths) != 1:
+        raise ValueError(
+            f"a batch needs examples of one column count, found {sorted(widths) or 'no example'};"
+            " draw it from a Mixture"
+        )
     return list(chain.from_iterable(zip(*examples)))
+
 
 def _identities(batch):
     "The number of each text, (B, C) int64: from the stores if the batch has any."
-    if hasattr(batch, "identities"): return batch.identities
+    if hasattr(batch, "identities"):
+        return batch.identities
     return np.array([[text_identity(text) for text in e] for e in batch], np.int64)
 
 # %% ../nbs/02_tokens.ipynb #settings
@@ -271,7 +340,7 @@ class RaggedTokenizer:
 
     def __init__(
         self,
-        tokenizer,              # a fast tokenizer of transformers; it is left as it is
+        tokenizer,  # a fast tokenizer of transformers; it is left as it is
         max_length: int = 128,  # tokens of a text, special tokens included; longer texts are truncated
     ):
         self.max_length = max_length
@@ -281,7 +350,9 @@ class RaggedTokenizer:
     def __call__(
         self,
         texts: list[str],  # N texts
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # ids end to end (int64), lengths (N,) int64, truncated or not (N,) bool
+    ) -> tuple[
+        np.ndarray, np.ndarray, np.ndarray
+    ]:  # ids end to end (int64), lengths (N,) int64, truncated or not (N,) bool
         "Tokenise texts; only as much of each is looked at as fits."
         return self._ids(texts)
 
@@ -293,102 +364,160 @@ class RaggedTokenizer:
 
 class _Tokenizer:
     "A private copy of a fast tokenizer's engine, with settings of its own."
-    def __init__(self,
-        tokenizer, # a fast tokenizer of transformers; it is left as it is
-        max_length:int=128, # tokens of a text, special tokens included; longer texts are cut
-        buckets:Sequence[int]=(32, 64, 128), # lengths T to pad to, for XLA; those above max_length are dropped, max_length is added
+
+    def __init__(
+        self,
+        tokenizer,  # a fast tokenizer of transformers; it is left as it is
+        max_length: int = 128,  # tokens of a text, special tokens included; longer texts are cut
+        buckets: Sequence[int] = (
+            32,
+            64,
+            128,
+        ),  # lengths T to pad to, for XLA; those above max_length are dropped, max_length is added
     ):
         self._ragged = RaggedTokenizer(tokenizer, max_length)
         self._engine = self._ragged._engine
         if max_length > (most := tokenizer.model_max_length):
-            raise ValueError(f"max_length {max_length} is above the {most} tokens the model can take; use at most {most}")
-        self.tokenizer, self.max_length, self.pad_id = tokenizer, max_length, tokenizer.pad_token_id or 0
-        if not all(isinstance(b, int) and b > 0 for b in buckets): raise ValueError(f"buckets are {buckets!r}; they must be whole numbers above 0")
+            raise ValueError(
+                f"max_length {max_length} is above the {most} tokens the model can take; use at"
+                f" most {most}"
+            )
+        self.tokenizer, self.max_length, self.pad_id = (
+            tokenizer,
+            max_length,
+            tokenizer.pad_token_id or 0,
+        )
+        if not all(isinstance(b, int) and b > 0 for b in buckets):
+            raise ValueError(f"buckets are {buckets!r}; they must be whole numbers above 0")
         self.buckets = (*sorted({b for b in buckets if b < max_length}), max_length)
 
     def _arrays(self, texts):
         "Token ids end to end (int64), lengths (int64), cut or not (bool); a text without any token is an error."
         ids, lengths, cut = self._ragged(texts)
         if not lengths.all():
-            raise ValueError(f"text {int(lengths.argmin())} has no token at all, and this tokenizer adds none; leave empty texts out")
+            raise ValueError(
+                f"text {int(lengths.argmin())} has no token at all, and this tokenizer adds none;"
+                " leave empty texts out"
+            )
         return ids, lengths, cut
 
     @cached_property
-    def engine(self)->dict: # JSON: fingerprint, tokenizer, max_length, vocabulary
+    def engine(self) -> dict:  # JSON: fingerprint, tokenizer, max_length, vocabulary
         "Say what makes the token ids: tokenisations are equal when their fingerprints are."
-        largest = max(self.tokenizer.get_vocab().values())  # a vocabulary may have holes: its length says too little
-        return {"fingerprint": self._ragged.fingerprint, "tokenizer": Path(self.tokenizer.name_or_path).name, "max_length": self.max_length, "vocabulary": largest + 1}
+        largest = max(
+            self.tokenizer.get_vocab().values()
+        )  # a vocabulary may have holes: its length says too little
+        return {
+            "fingerprint": self._ragged.fingerprint,
+            "tokenizer": Path(self.tokenizer.name_or_path).name,
+            "max_length": self.max_length,
+            "vocabulary": largest + 1,
+        }
 
 # %% ../nbs/02_tokens.ipynb #stored
 def _origin(store):
     "What made the tokens of a store; None if it holds none."
     return (getattr(store, "tokenised", None) or {}).get("origin")
 
+
 def _same_engine(store, tokens):
     "Refuse a store whose tokens another tokenizer made."
     there = _origin(store)
     if there and there["fingerprint"] != tokens.engine["fingerprint"]:
-        raise ValueError(f"{store.folder}: its tokens were made by {there['tokenizer']!r} with max_length {there['max_length']}, this run uses {tokens.engine['tokenizer']!r} with {tokens.max_length}; "
-                         f"prepare the store again with this tokenizer, or delete {store.folder / 'tokens'} to tokenise while training")
+        raise ValueError(
+            f"{store.folder}: its tokens were made by {there['tokenizer']!r} with max_length"
+            f" {there['max_length']}, this run uses {tokens.engine['tokenizer']!r} with"
+            f" {tokens.max_length}; prepare the store again with this tokenizer, or delete"
+            f" {store.folder / 'tokens'} to tokenise while training"
+        )
+
 
 def _stored(batch):
     "Token ids end to end, lengths, cut or not, of a batch whose stores all hold tokens."
     kind = np.dtype(np.uint16 if _origin(batch.stores[0])["vocabulary"] <= 2**16 else np.uint32)
-    columns = list(zip(*batch.read(lambda source, rows: source.store.tokens(rows))))  # C of byte strings, then C of flags
-    texts, cut = (list(chain.from_iterable(half)) for half in (columns[:len(columns) // 2], columns[len(columns) // 2:]))
+    columns = list(
+        zip(*batch.read(lambda source, rows: source.store.tokens(rows)))
+    )  # C of byte strings, then C of flags
+    texts, cut = (
+        list(chain.from_iterable(half))
+        for half in (columns[: len(columns) // 2], columns[len(columns) // 2 :])
+    )
     lengths = np.array([len(text) // kind.itemsize for text in texts], np.int64)
     return np.frombuffer(b"".join(texts), kind).astype(np.int64), lengths, np.array(cut, bool)
 
 # %% ../nbs/02_tokens.ipynb #tokens
 class Tokens(_Tokenizer):
     "Turn global batches of texts into ragged token ids; nothing is cut without being counted."
-    def encode(self,
-        texts:Sequence[str], # N texts
-    )->tuple[Tensor, Tensor, int]: # token_ids (sum of lengths,) int64, lengths (N,) int64, number of texts cut
+
+    def encode(
+        self,
+        texts: Sequence[str],  # N texts
+    ) -> tuple[
+        Tensor, Tensor, int
+    ]:  # token_ids (sum of lengths,) int64, lengths (N,) int64, number of texts cut
         "Tokenise texts without padding."
-        if isinstance(texts, str): raise ValueError("encode takes a list of texts, not one text; write [text]")
+        if isinstance(texts, str):
+            raise ValueError("encode takes a list of texts, not one text; write [text]")
         ids, lengths, cut = self._arrays(list(texts))
         return torch.from_numpy(ids), torch.from_numpy(lengths), int(cut.sum())
 
-    def __call__(self,
-        batch, # a GlobalBatch, or a list of B examples of C texts
-    )->TokenBatch: # ragged
+    def __call__(
+        self,
+        batch,  # a GlobalBatch, or a list of B examples of C texts
+    ) -> TokenBatch:  # ragged
         "Tokenise all columns of a batch; if all its stores hold tokens, only read them."
         stores = getattr(batch, "stores", [None])
         self.check(stores)
-        ids, lengths, cut = _stored(batch) if all(map(_origin, stores)) else self._arrays(_texts(batch))
+        ids, lengths, cut = (
+            _stored(batch) if all(map(_origin, stores)) else self._arrays(_texts(batch))
+        )
         identities = _identities(batch)
-        return TokenBatch(*map(torch.from_numpy, (ids, lengths, identities, cut.reshape(identities.shape[1], -1).sum(1))))
+        return TokenBatch(
+            *map(
+                torch.from_numpy,
+                (ids, lengths, identities, cut.reshape(identities.shape[1], -1).sum(1)),
+            )
+        )
 
-    def bucket(self,
-        batch:TokenBatch, # its longest text decides, for all columns
-    )->int: # T, the smallest bucket that holds it
+    def bucket(
+        self,
+        batch: TokenBatch,  # its longest text decides, for all columns
+    ) -> int:  # T, the smallest bucket that holds it
         "Choose the length to pad a batch to."
         return next(b for b in self.buckets if b >= int(batch.lengths.max()))
 
-    def prepare(self,
-        folder:str|Path, # a prepared store
-        told:Callable=lambda rows: None, # called with the rows of each finished shard
-    )->None:
+    def prepare(
+        self,
+        folder: str | Path,  # a prepared store
+        told: Callable = lambda rows: None,  # called with the rows of each finished shard
+    ) -> None:
         "Tokenise a whole store once, so that batches from it are only read; it holds the tokens of one tokenizer."
         write_tokens(folder, self.engine, self._arrays, told)
 
-    def check(self,
-        stores:Iterable, # prepared stores; None where there is none
-    )->None:
+    def check(
+        self,
+        stores: Iterable,  # prepared stores; None where there is none
+    ) -> None:
         "Refuse stores whose tokens another tokenizer made, before a run finds out."
-        for store in stores: _same_engine(store, self)
+        for store in stores:
+            _same_engine(store, self)
 
 # %% ../nbs/02_tokens.ipynb #feed
 def feed(
-    make:Callable, # step -> what the step needs
-    steps:Iterable[int], # in the order wanted; may be endless
-    workers:int=1, # background threads; 0 = none, each step is made when it is asked for
-    ahead:int=2, # steps that wait, finished or in work, for each worker
-)->Iterator: # make(step) for each step, in order
+    make: Callable,  # step -> what the step needs
+    steps: Iterable[int],  # in the order wanted; may be endless
+    workers: int = 1,  # background threads; 0 = none, each step is made when it is asked for
+    ahead: int = 2,  # steps that wait, finished or in work, for each worker
+) -> Iterator:  # make(step) for each step, in order
     "Make the batches of the next steps in the background while the current one trains."
-    if workers < 0 or ahead < 1: raise ValueError(f"workers is {workers} and ahead is {ahead}; use 0 workers or more, and let 1 step or more wait for each")
-    if not workers: yield from map(make, steps); return
+    if workers < 0 or ahead < 1:
+        raise ValueError(
+            f"workers is {workers} and ahead is {ahead}; use 0 workers or more, and let 1 step or"
+            " more wait for each"
+        )
+    if not workers:
+        yield from map(make, steps)
+        return
     steps, pool = iter(steps), ThreadPoolExecutor(workers, "feed")
     try:
         waiting = deque(pool.submit(make, step) for step in islice(steps, workers * ahead))
@@ -396,38 +525,56 @@ def feed(
             ready = waiting.popleft().result()
             waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
             yield ready
-    finally: pool.shutdown(cancel_futures=True)  # also when the loop stops early, or a step failed
+    finally:
+        pool.shutdown(cancel_futures=True)  # also when the loop stops early, or a step failed
 
 # %% ../nbs/02_tokens.ipynb #layouts
 LAYOUTS = {  # name -> tokens the model computes for a batch, padding included
     "fixed": lambda batch, tokens: len(batch.lengths) * tokens.max_length,
     "bucket": lambda batch, tokens: len(batch.lengths) * tokens.bucket(batch),
     "longest of batch": lambda batch, tokens: len(batch.lengths) * int(batch.lengths.max()),
-    "longest of column": lambda batch, tokens: sum(len(c) * int(c.max()) for c in batch.lengths.split(len(batch.identities))),
+    "longest of column": lambda batch, tokens: sum(
+        len(c) * int(c.max()) for c in batch.lengths.split(len(batch.identities))
+    ),
     "ragged": lambda batch, tokens: len(batch.token_ids),
 }
 
+
 def computed_tokens(
-    batch:TokenBatch, # ragged
-    layout:str, # one of LAYOUTS
-    tokens:Tokens, # its buckets and max_length
-)->int: # tokens that the model computes, padding included
+    batch: TokenBatch,  # ragged
+    layout: str,  # one of LAYOUTS
+    tokens: Tokens,  # its buckets and max_length
+) -> int:  # tokens that the model computes, padding included
     "Count what a layout makes of a batch."
-    if layout not in LAYOUTS: raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[layout](batch, tokens)
 
 # %% ../nbs/02_tokens.ipynb #token-report
 def token_report(
-    batches:Sequence[TokenBatch], # a sample of a run, 1 or more
-    tokens:Tokens, # that made them
-)->dict: # max_length; columns: mean length and share cut of each; waste: share of padding in each layout
+    batches: Sequence[TokenBatch],  # a sample of a run, 1 or more
+    tokens: Tokens,  # that made them
+) -> (
+    dict
+):  # max_length; columns: mean length and share cut of each; waste: share of padding in each layout
     "Account for lengths, cuts and padding."
     columns = {}
     for batch in batches:
         B, C = batch.identities.shape
-        for name, lengths, cut in zip(column_names(C), batch.lengths.split(B), batch.truncated.tolist()):
+        for name, lengths, cut in zip(
+            column_names(C), batch.lengths.split(B), batch.truncated.tolist()
+        ):
             texts, total, cuts = columns.get(name, (0, 0, 0))
             columns[name] = texts + B, total + int(lengths.sum()), cuts + cut
     real = sum(len(batch.token_ids) for batch in batches)
-    return {"max_length": tokens.max_length, "columns": {name: {"mean": total / texts, "truncated": cuts / texts} for name, (texts, total, cuts) in columns.items()},
-            "waste": {layout: 1 - real / sum(computed_tokens(batch, layout, tokens) for batch in batches) for layout in LAYOUTS}}
+    return {
+        "max_length": tokens.max_length,
+        "columns": {
+            name: {"mean": total / texts, "truncated": cuts / texts}
+            for name, (texts, total, cuts) in columns.items()
+        },
+        "waste": {
+            layout: 1 - real / sum(computed_tokens(batch, layout, tokens) for batch in batches)
+            for layout in LAYOUTS
+        },
+    }

@@ -20,7 +20,13 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_torch_xla_available
 
@@ -53,17 +59,28 @@ class _Steps(IterableDataset):
     "Yield the token batch of each step from `start()` to `steps`; `workers` threads make the next ones ahead of time, `watch` sees them pass."
 
     def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1, workers=0, watch=iter):
-        self.mixture, self.tokens, self.steps, self.start, self.slice, self.workers, self.watch = mixture, tokens, steps, start, (rank, ranks), workers, watch
+        self.mixture, self.tokens, self.steps, self.start, self.slice, self.workers, self.watch = (
+            mixture,
+            tokens,
+            steps,
+            start,
+            (rank, ranks),
+            workers,
+            watch,
+        )
 
-    def _make(self, step): return self.tokens(self.mixture.batch(step, *self.slice))._asdict()
+    def _make(self, step):
+        return self.tokens(self.mixture.batch(step, *self.slice))._asdict()
 
-    def __iter__(self): return self.watch(feed(self._make, range(self.start(), self.steps), self.workers))
+    def __iter__(self):
+        return self.watch(feed(self._make, range(self.start(), self.steps), self.workers))
 
 # %% ../nbs/07_trainer.ipynb #clock
 class _Clock(TrainerCallback):
     "Add up the seconds spent waiting for batches, and those of the steps."
 
-    def __init__(self): self.waited = self.stepped = self.begun = 0.0
+    def __init__(self):
+        self.waited = self.stepped = self.begun = 0.0
 
     def wait(self, batches):
         "Pass the batches on."
@@ -76,9 +93,11 @@ class _Clock(TrainerCallback):
                 return
             yield batch
 
-    def on_step_begin(self, args, state, control, **kwargs): self.begun = time.perf_counter()
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begun = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs): self.stepped += time.perf_counter() - self.begun
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stepped += time.perf_counter() - self.begun
 
     def share(self, waited=0.0, stepped=0.0):
         "The share of time that went by waiting since these readings, 0 to 1."
@@ -89,16 +108,29 @@ class _Clock(TrainerCallback):
 def batch_loss(
     embeddings: torch.Tensor,  # (C*b, D) float: b anchors, b positives, then each negative column
     identities: torch.Tensor,  # (b, C) int64 text identities
-    config: TrainConfig,       # scale, similarity, symmetric, mask_same, widths
-) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss over the global batch; candidates masked per anchor, scalar
+    config: TrainConfig,  # scale, similarity, symmetric, mask_same, widths
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # scalar loss over the global batch; candidates masked per anchor, scalar
     "Compute the contrastive loss of a batch from its embeddings; under several ranks, of the global batch."
-    rows = embeddings.view(identities.shape[1], -1, embeddings.shape[-1]).transpose(0, 1)      # (b, C, D)
-    rows, identities = contrastive.gather(rows), contrastive.gather(identities)                # (B, C, D), (B, C)
+    rows = embeddings.view(identities.shape[1], -1, embeddings.shape[-1]).transpose(
+        0, 1
+    )  # (b, C, D)
+    rows, identities = contrastive.gather(rows), contrastive.gather(identities)  # (B, C, D), (B, C)
     pairs = rows.shape[1] == 2
     same = contrastive.same_text(identities) if config.mask_same else None
     inputs = (rows[:, 0], rows[:, 1], None if pairs else rows[:, 2:])
-    options = dict(scale=config.scale, similarity=config.similarity, symmetric=config.symmetric and pairs, same=same)
-    value = contrastive.matryoshka(*inputs, widths=config.widths, **options) if config.widths else contrastive.info_nce(*inputs, **options)
+    options = dict(
+        scale=config.scale,
+        similarity=config.similarity,
+        symmetric=config.symmetric and pairs,
+        same=same,
+    )
+    value = (
+        contrastive.matryoshka(*inputs, widths=config.widths, **options)
+        if config.widths
+        else contrastive.info_nce(*inputs, **options)
+    )
     masked = same.sum() / len(same) if config.mask_same else torch.zeros((), device=rows.device)
     return value, masked
 
@@ -119,7 +151,13 @@ class _ContrastiveTrainer(Trainer):
         tokens = Tokens(self.model.tokenizer, self.model.max_length)
         ranks = self.args.process_index, self.args.world_size
         steps = _Steps(
-            self.run.mixture, tokens, self.config.steps, self._begin, *ranks, self.config.workers, self.clock.wait
+            self.run.mixture,
+            tokens,
+            self.config.steps,
+            self._begin,
+            *ranks,
+            self.config.workers,
+            self.clock.wait,
         )
         return DataLoader(steps, batch_size=None)
 
@@ -129,7 +167,9 @@ class _ContrastiveTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         steps, warmup = self.config.steps, self.config.warmup
-        self.lr_scheduler = LambdaLR(self.optimizer, lambda s: lr_factor(min(s, steps - 1), steps, warmup))
+        self.lr_scheduler = LambdaLR(
+            self.optimizer, lambda s: lr_factor(min(s, steps - 1), steps, warmup)
+        )
         return self.lr_scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -148,7 +188,9 @@ class _ContrastiveTrainer(Trainer):
 
     def _contrast(self, batch, embeddings):
         value, masked = batch_loss(embeddings, batch["identities"], self.config)
-        candidates = self.args.world_size * batch["identities"][:, 1:].numel()  # of the global batch
+        candidates = (
+            self.args.world_size * batch["identities"][:, 1:].numel()
+        )  # of the global batch
         self.counts.add(
             masked=masked,
             negatives=candidates - 1 - masked,  # for each anchor
@@ -158,7 +200,9 @@ class _ContrastiveTrainer(Trainer):
         return value
 
     def log(self, logs, start_time=None):
-        self.state.epoch = None  # counted by the Trainer in its own way, and otherwise after a resume
+        self.state.epoch = (
+            None  # counted by the Trainer in its own way, and otherwise after a resume
+        )
         if "loss" in logs:
             logs |= self.counts.take() | {"input_share": self.clock.share(*self.read)}
             self.read = self.clock.waited, self.clock.stepped
@@ -176,7 +220,9 @@ class _ContrastiveTrainer(Trainer):
             raise Abandoned
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def _measure(self):
@@ -187,7 +233,9 @@ class _ContrastiveTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial):
         self.run.step = self.state.global_step
-        better = self.run.improves({name.removeprefix("eval_"): value for name, value in metrics.items()})
+        better = self.run.improves(
+            {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        )
         if self.run.out_of_patience():
             self.control.should_training_stop = True
         return better
@@ -214,12 +262,16 @@ class _ContrastiveTrainer(Trainer):
     def _save_checkpoint(self, model, trial=None):
         if self.args.should_save:
             self.run.step = self.state.global_step
-            write_checkpoint(self.run.out, self.run.step, self.run.best_step, self._write_checkpoint)
+            write_checkpoint(
+                self.run.out, self.run.step, self.run.best_step, self._write_checkpoint
+            )
 
     def _write_checkpoint(self, folder):
         run = self.run
         run.encoder.save_pretrained(folder)
-        self.state.best_model_checkpoint = None  # a path, which would be wrong once the folder is moved
+        self.state.best_model_checkpoint = (
+            None  # a path, which would be wrong once the folder is moved
+        )
         self.state.save_to_json(folder / "trainer_state.json")
         state = {
             "step": run.step,
@@ -269,7 +321,9 @@ class _Checkpoints(TrainerCallback):
         due = bool(every and state.global_step % every == 0)
         control.should_save = control.should_save or due or late or stop
         if stop:
-            self.run.signals.number = self.run.signals.number or signal.SIGTERM  # it reached another rank
+            self.run.signals.number = (
+                self.run.signals.number or signal.SIGTERM
+            )  # it reached another rank
             control.should_training_stop = True
         return control
 
@@ -286,7 +340,11 @@ def _agree(*flags):
     "Flags that are raised on any rank."
     if _ranks() == 1:
         return flags
-    device = torch.accelerator.current_accelerator() if torch.distributed.get_backend() != "gloo" else "cpu"
+    device = (
+        torch.accelerator.current_accelerator()
+        if torch.distributed.get_backend() != "gloo"
+        else "cpu"
+    )
     raised = torch.tensor(flags, dtype=torch.int32, device=device)
     torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
     return tuple(bool(flag) for flag in raised.tolist())
@@ -313,29 +371,45 @@ class _Means:
             self.totals[name] = total + value, count + 1
 
     def take(self):
-        means, self.totals = {name: (total / count).item() for name, (total, count) in self.totals.items()}, {}
+        means, self.totals = (
+            {name: (total / count).item() for name, (total, count) in self.totals.items()},
+            {},
+        )
         return means
 
 # %% ../nbs/07_trainer.ipynb #health
 def mean_cosine(
     embeddings: torch.Tensor,  # (N, D) float
-) -> torch.Tensor:             # scalar in 0..1; near 1 = all texts look the same
+) -> torch.Tensor:  # scalar in 0..1; near 1 = all texts look the same
     "Return the mean cosine over all pairs of rows."
     return torch.nn.functional.normalize(embeddings.float(), dim=-1).mean(0).square().sum()
 
 
 def check_health(
-    logs: dict,           # one log line, with "loss"; perhaps "mean_cosine", "masked" and "negatives"
-    step: int,            # optimiser steps done
+    logs: dict,  # one log line, with "loss"; perhaps "mean_cosine", "masked" and "negatives"
+    step: int,  # optimiser steps done
     config: TrainConfig,  # lr and log_every
 ) -> None:
     "Raise `ValueError` if the loss is not finite; warn if no negatives are left or the embeddings have collapsed."
     if not math.isfinite(logs["loss"]):
-        raise ValueError(f"the loss became {logs['loss']} between steps {max(step - config.log_every, 0)} and {step}; lower lr ({config.lr:g}), or train without bf16")
-    if logs.get("negatives", math.inf) < min(1, logs.get("masked", 0)):   # a batch of two has one at most, and that is no fault
-        warnings.warn("nearly every candidate is a copy of the anchor or of its positive, less than one negative is left: nothing to learn from; remove copies or mix more datasets", stacklevel=2)
+        raise ValueError(
+            f"the loss became {logs['loss']} between steps {max(step - config.log_every, 0)} and"
+            f" {step}; lower lr ({config.lr:g}), or train without bf16"
+        )
+    if logs.get("negatives", math.inf) < min(
+        1, logs.get("masked", 0)
+    ):  # a batch of two has one at most, and that is no fault
+        warnings.warn(
+            "nearly every candidate is a copy of the anchor or of its positive, less than one"
+            " negative is left: nothing to learn from; remove copies or mix more datasets",
+            stacklevel=2,
+        )
     if logs.get("mean_cosine", 0) > 0.99:
-        warnings.warn("the embeddings have collapsed: the mean cosine between texts is above 0.99; lower lr or raise scale", stacklevel=2)
+        warnings.warn(
+            "the embeddings have collapsed: the mean cosine between texts is above 0.99; lower lr"
+            " or raise scale",
+            stacklevel=2,
+        )
 
 # %% ../nbs/07_trainer.ipynb #onednn
 def _precision():
@@ -350,7 +424,11 @@ def _onednn():
     "How many times as fast as torch's default oneDNN multiplies float32 on this CPU, and its relative error; ten products of 0.6 GFLOP, once."
     if not torch.backends.mkldnn.is_available():
         return 0.0, math.inf
-    draw, seconds, before = torch.Generator().manual_seed(0), {"highest": [], "medium": []}, _precision()
+    draw, seconds, before = (
+        torch.Generator().manual_seed(0),
+        {"highest": [], "medium": []},
+        _precision(),
+    )
     x, w = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
     try:
         for _ in range(5):
@@ -362,7 +440,10 @@ def _onednn():
     finally:
         torch.set_float32_matmul_precision(before)
     exact = x.double() @ w.double()
-    return min(seconds["highest"]) / min(seconds["medium"]), ((product - exact).abs().max() / exact.abs().max()).item()
+    return (
+        min(seconds["highest"]) / min(seconds["medium"]),
+        ((product - exact).abs().max() / exact.abs().max()).item(),
+    )
 
 # %% ../nbs/07_trainer.ipynb #matmul
 def _matmul(config, kind):
@@ -371,7 +452,10 @@ def _matmul(config, kind):
         return "default"
     faster, error = _onednn()
     if config.matmul == "onednn" and error > 1e-5:
-        raise ValueError(f"matmul is 'onednn', but on this machine its float32 products have a relative error of {error:.0e}; use 'auto' or 'default', or set bf16 = true for speed")
+        raise ValueError(
+            "matmul is 'onednn', but on this machine its float32 products have a relative error of"
+            f" {error:.0e}; use 'auto' or 'default', or set bf16 = true for speed"
+        )
     return "onednn" if error < 1e-5 and (faster > 1.2 or config.matmul == "onednn") else "default"
 
 
@@ -390,8 +474,19 @@ def _multiplying(matmul):
 def _fitting(encoder, bf16, kind):
     "Tokens whose activations take about 2 GiB, or a quarter of a GPU's memory; the same number on every CPU, so that a run is the same run."
     shape, size = encoder.backbone.config, 2 if bf16 and encoder.layout == "packed" else 4
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 4 if kind == "cuda" else 2**31
-    return max(1, memory // (25 * size * getattr(shape, "num_hidden_layers", 12) * shape.hidden_size * 1024)) * 1024
+    memory = (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 4
+        if kind == "cuda"
+        else 2**31
+    )
+    return (
+        max(
+            1,
+            memory
+            // (25 * size * getattr(shape, "num_hidden_layers", 12) * shape.hidden_size * 1024),
+        )
+        * 1024
+    )
 
 
 def _compute(encoder, config, kind):
@@ -399,8 +494,15 @@ def _compute(encoder, config, kind):
     bf16 = config.bf16 and _has_bf16(kind)
     if config.bf16 and not bf16:
         warnings.warn(f"this {kind} has no bfloat16 arithmetic; training in float32", stacklevel=3)
-    return {"device": kind, "layout": encoder.layout, "dtype": "bfloat16" if bf16 else "float32", "matmul": _matmul(config, kind),
-            "matmul_precision": _precision(), "fused": config.fused, "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, kind)}
+    return {
+        "device": kind,
+        "layout": encoder.layout,
+        "dtype": "bfloat16" if bf16 else "float32",
+        "matmul": _matmul(config, kind),
+        "matmul_precision": _precision(),
+        "fused": config.fused,
+        "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, kind),
+    }
 
 
 def _keep_computing(compute, out):
@@ -408,15 +510,27 @@ def _keep_computing(compute, out):
     begun = read_json(out / "versions.json").get("compute", {})
     if compute["device"] == begun.get("device"):
         compute |= {name: begun[name] for name in ("matmul", "chunk_tokens") if name in begun}
-    differ = [f"{name} was {begun.get(name)}, is {now}" for name, now in compute.items() if begun.get(name) != now]
+    differ = [
+        f"{name} was {begun.get(name)}, is {now}"
+        for name, now in compute.items()
+        if begun.get(name) != now
+    ]
     if differ:
-        print(f"the run goes on with other arithmetic ({', '.join(differ)}), so numbers agree up to rounding only", file=sys.stderr)
+        print(
+            f"the run goes on with other arithmetic ({', '.join(differ)}), so numbers agree up to"
+            " rounding only",
+            file=sys.stderr,
+        )
 
 
 def _compute_line(compute):
     "Say it in one line."
-    return ("computing on {device}: {layout} texts, {dtype}, fp32 products {matmul} ({matmul_precision}), " + ("fused " if compute["fused"] else "")
-            + "AdamW, activations of {chunk_tokens:,} tokens at a time").format(**compute)
+    return (
+        "computing on {device}: {layout} texts, {dtype}, fp32 products {matmul}"
+        " ({matmul_precision}), "
+        + ("fused " if compute["fused"] else "")
+        + "AdamW, activations of {chunk_tokens:,} tokens at a time"
+    ).format(**compute)
 
 # %% ../nbs/07_trainer.ipynb #arguments
 def _arguments(config, folder):
@@ -443,18 +557,29 @@ def _arguments(config, folder):
         ddp_find_unused_parameters=False,
         ddp_timeout=3 * 3600,  # seconds; the other ranks wait while the first one evaluates
     )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would cut our ragged batch; use torchrun
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # several GPUs in one process would cut our ragged batch; use torchrun
     return args
 
 # %% ../nbs/07_trainer.ipynb #lines
-_SHOWN = {"loss": "loss {:.3f}", "learning_rate": "lr {:.1e}", "masked": "masked {:.2f}", "negatives": "negatives {:.2f}", "truncated": "truncated {:.1%}", "input_share": "waiting {:.0%}",
-          "eval_spearman": "spearman {:.3f}", "eval_accuracy@1": "accuracy@1 {:.3f}", "eval_ndcg@10": "ndcg@10 {:.3f}"}
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "learning_rate": "lr {:.1e}",
+    "masked": "masked {:.2f}",
+    "negatives": "negatives {:.2f}",
+    "truncated": "truncated {:.1%}",
+    "input_share": "waiting {:.0%}",
+    "eval_spearman": "spearman {:.3f}",
+    "eval_accuracy@1": "accuracy@1 {:.3f}",
+    "eval_ndcg@10": "ndcg@10 {:.3f}",
+}
 
 
 def log_line(
-    step: int,   # optimiser steps done
+    step: int,  # optimiser steps done
     logs: dict,  # one entry of the history
-) -> str:        # "" if it holds nothing to show
+) -> str:  # "" if it holds nothing to show
     "Write one entry of the history as a line for people."
     shown = [form.format(logs[name]) for name, form in _SHOWN.items() if name in logs]
     return f"step {step:<6} " + "   ".join(shown) if shown else ""
@@ -483,23 +608,25 @@ def _check(encoder, mixture, config):
     "Refuse, before the directory is taken, what would fail later or only look right."
     if not hasattr(mixture, "batch"):
         raise ValueError(
-            f"mixture is a {type(mixture).__name__}; train takes a Mixture, which says the batch size and the weights"
+            f"mixture is a {type(mixture).__name__}; train takes a Mixture, which says the batch"
+            " size and the weights"
         )
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(
-            f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones"
+            f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions;"
+            " leave out the larger ones"
         )
     if config.widths and encoder.width not in config.widths:
         warnings.warn(
-            f"widths are {list(config.widths)}, so the full width of {encoder.width} is not trained itself; "
-            f"add {encoder.width} to train it, too",
+            f"widths are {list(config.widths)}, so the full width of {encoder.width} is not trained"
+            f" itself; add {encoder.width} to train it, too",
             stacklevel=3,
         )
     if is_torch_xla_available():
         raise ValueError(
-            "torch_xla is installed, and transformers' Trainer would move the run onto it and compile nearly every "
-            "batch anew; set USE_TORCH_XLA=0 before Python starts to train on CPU or GPU, or use "
-            "contrastive_st.xla.train (--xla) for XLA devices"
+            "torch_xla is installed, and transformers' Trainer would move the run onto it and"
+            " compile nearly every batch anew; set USE_TORCH_XLA=0 before Python starts to train on"
+            " CPU or GPU, or use contrastive_st.xla.train (--xla) for XLA devices"
         )
     tokens = Tokens(encoder.tokenizer, encoder.max_length)
     tokens.check(getattr(source, "store", None) for source in mixture.sources)
@@ -534,7 +661,9 @@ def _finish(run, trainer, seconds):
             load_weights(run.encoder, checkpoint_folder(run.out, run.best_step))
         return run.finish(seconds)
     except Abandoned:
-        if not run.config.metric and last_checkpoint(run.out) != str(checkpoint_folder(run.out, run.step)):
+        if not run.config.metric and last_checkpoint(run.out) != str(
+            checkpoint_folder(run.out, run.step)
+        ):
             trainer._save_checkpoint(run.encoder)
         raise run.stopped() from None
 
@@ -544,7 +673,9 @@ def train(
     mixture,  # mixture.Mixture: gives the global batch of any step
     config: TrainConfig = TrainConfig(),  # every number of the loop
     out: str | Path = "runs/latest",  # run directory: records, checkpoints, TensorBoard, model
-    evaluate: Callable | None = None,  # SentenceEncoder -> dict of numbers, before, during and after; may select the model
+    evaluate: (
+        Callable | None
+    ) = None,  # SentenceEncoder -> dict of numbers, before, during and after; may select the model
     test: Callable | None = None,  # the same, before and after only
     resume: bool = False,  # continue the run in `out` from its newest whole checkpoint; start it if there is none
     overwrite: bool = False,  # delete the run in `out` first

@@ -52,22 +52,33 @@ class _Context(SpawnContext):
         "Why a worker died, in words."
         codes = [process.exitcode for process in self.started]
         if _NO_MAIN_GUARD in codes:
-            return "your script starts workers when it is imported; put the call below `if __name__ == \"__main__\":`"
-        first = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)  # the pool ends the others by SIGTERM
+            return (
+                "your script starts workers when it is imported; put the call below `if __name__ =="
+                ' "__main__":`'
+            )
+        first = next(
+            (code for code in codes if code not in (None, 0, -signal.SIGTERM)), None
+        )  # the pool ends the others by SIGTERM
         if first == -signal.SIGKILL:
             return "killed, perhaps because memory was short"
-        return "killed" if first is None else f"ended with code {first}, perhaps while it was being set up"
+        return (
+            "killed"
+            if first is None
+            else f"ended with code {first}, perhaps while it was being set up"
+        )
 
 # %% ../nbs/00_workers.ipynb #pool
 @contextmanager
 def worker_pool(
-    workers: int,                   # processes
+    workers: int,  # processes
     start: Callable | None = None,  # called once in each worker, a function of a module
-    args: tuple = (),               # its arguments
+    args: tuple = (),  # its arguments
     todo: str = "run again, perhaps with fewer workers",  # how the sentence ends if a worker dies
 ) -> Iterator[ProcessPoolExecutor]:
     "Open a pool of processes; raise `ValueError` with the reason if a worker dies."
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that is importing the user's script
+    if getattr(
+        multiprocessing.current_process(), "_inheriting", False
+    ):  # a worker that is importing the user's script
         os._exit(_NO_MAIN_GUARD)
     context = _Context()
     pool = ProcessPoolExecutor(workers, context, _begin, (start, args))

@@ -54,8 +54,10 @@ def _same_release(a, b):
 
 def _does_not_fit(version):
     "What to do with a torch_xla of another release than torch, in a sentence."
-    return (f"torch_xla {version} does not fit torch {torch.__version__}; install the same version "
-            f"of both: pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python")
+    return (
+        f"torch_xla {version} does not fit torch {torch.__version__}; install the same version "
+        f"of both: pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python"
+    )
 
 
 def _no_torch_xla(error):
@@ -66,9 +68,11 @@ def _no_torch_xla(error):
     if installed and not _same_release(installed[0], torch.__version__):
         return _does_not_fit(installed[0])
     said = " ".join(str(error).rpartition("/")[2].split())[:60]  # without a long path
-    return (f"torch_xla cannot be imported ({said}); install the pair: "
-            f"pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python; "
-            "or train on CPU and GPU with contrastive_st.trainer")
+    return (
+        f"torch_xla cannot be imported ({said}); install the pair: "
+        f"pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python; "
+        "or train on CPU and GPU with contrastive_st.trainer"
+    )
 
 
 def _torch_xla():
@@ -81,43 +85,68 @@ def _torch_xla():
         raise ValueError(_does_not_fit(torch_xla.__version__))
     return torch_xla
 
+
 def _flags(dump):
     "Ask XLA to write down the programs whose name holds 'contrastive', in a folder of this process; it goes when the process ends, unless a place was given."
-    if "xla_dump_to" in os.environ.get("XLA_FLAGS", ""): return
-    if dump: Path(dump).mkdir(parents=True, exist_ok=True)
+    if "xla_dump_to" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if dump:
+        Path(dump).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="xla-", dir=dump)
-    if not dump: atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=contrastive".strip()
+    if not dump:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
+        " --xla_dump_hlo_module_re=contrastive".strip()
+    )
+
 
 def _use_spmd(runtime):
     "Turn on SPMD; torch_xla only warns when it is too late."
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Replicating tensors already initialized")
-        try: runtime.use_spmd()
-        except UserWarning: raise ValueError("a tensor is on an XLA device already, and SPMD has to come first; restart the kernel and call xla.start() at the top") from None
+        try:
+            runtime.use_spmd()
+        except UserWarning:
+            raise ValueError(
+                "a tensor is on an XLA device already, and SPMD has to come first; restart the"
+                " kernel and call xla.start() at the top"
+            ) from None
 
 # %% ../nbs/08_xla.ipynb #on-cpu
 def _say_if_on_cpu(device):
     "Warn if XLA computes on the CPU of a machine that has a TPU."
     if device == "CPU" and (chips := tpu_chips()):
-        warnings.warn(f"this machine has a TPU ({chips} chip{'s' * (chips > 1)}), but XLA computes on its "
-                      "CPU, far more slowly; remove PJRT_DEVICE from the environment, restart Python, "
-                      "and look whether libtpu is installed", stacklevel=3)
+        warnings.warn(
+            f"this machine has a TPU ({chips} chip{'s' * (chips > 1)}), but XLA computes on its "
+            "CPU, far more slowly; remove PJRT_DEVICE from the environment, restart Python, "
+            "and look whether libtpu is installed",
+            stacklevel=3,
+        )
 
 # %% ../nbs/08_xla.ipynb #start
 def start(
-    dump:str|Path|None=None, # where to keep what XLA writes about compiled programs, which the guards read; None = only as long as the process lives
-    cache:str|Path|None=None, # folder where a TPU keeps compiled programs for the next process; None keeps none
-)->"Mesh": # of torch_xla.distributed.spmd, one axis "data" over all devices of all hosts
+    dump: (
+        str | Path | None
+    ) = None,  # where to keep what XLA writes about compiled programs, which the guards read; None = only as long as the process lives
+    cache: (
+        str | Path | None
+    ) = None,  # folder where a TPU keeps compiled programs for the next process; None keeps none
+) -> "Mesh":  # of torch_xla.distributed.spmd, one axis "data" over all devices of all hosts
     "Turn on SPMD and lay out all devices in one row; call it before any tensor is on a device."
     _torch_xla()
     _flags(dump)
     import torch_xla.distributed.spmd as spmd
     import torch_xla.runtime as runtime
-    if cache: runtime.initialize_cache(str(cache))
-    if not runtime.is_spmd(): _use_spmd(runtime)
+
+    if cache:
+        runtime.initialize_cache(str(cache))
+    if not runtime.is_spmd():
+        _use_spmd(runtime)
     logging.getLogger("torch_xla.backends").setLevel("ERROR")  # it warns even of the first call
-    importlib.import_module("torch_xla.backends").set_mat_mul_precision("highest")  # a TPU multiplies float32 as bfloat16 unless told not to
+    importlib.import_module("torch_xla.backends").set_mat_mul_precision(
+        "highest"
+    )  # a TPU multiplies float32 as bfloat16 unless told not to
     _say_if_on_cpu(runtime.device_type())
     n = runtime.global_runtime_device_count()
     mesh = spmd.Mesh(np.arange(n), (n,), ("data",))
@@ -125,19 +154,28 @@ def start(
     return mesh
 
 # %% ../nbs/08_xla.ipynb #counters
-def counters()->dict[str, int]: # compilations, executions, fallbacks to the host, since the process began
+def counters() -> dict[
+    str, int
+]:  # compilations, executions, fallbacks to the host, since the process began
     "Wait for the devices and read torch_xla's counters."
     _torch_xla()
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as metrics
+
     xm.wait_device_ops()
     number = lambda name: (metrics.metric_data(name) or [0])[0]
-    return {"compilations": metrics.counter_value("UncachedCompile") or 0, "executions": number("ExecuteReplicatedTime") or number("ExecuteTime"),
-            "fallbacks": sum(metrics.counter_value(c) for c in metrics.counter_names() if c.startswith("aten::"))}
+    return {
+        "compilations": metrics.counter_value("UncachedCompile") or 0,
+        "executions": number("ExecuteReplicatedTime") or number("ExecuteTime"),
+        "fallbacks": sum(
+            metrics.counter_value(c) for c in metrics.counter_names() if c.startswith("aten::")
+        ),
+    }
+
 
 def programs(
-    name:str="contrastive", # of the compiled function; the training step has this one
-)->list[str]: # texts (HLO after optimisation), in the order of compilation
+    name: str = "contrastive",  # of the compiled function; the training step has this one
+) -> list[str]:  # texts (HLO after optimisation), in the order of compilation
     "Read what XLA made of a function, as `start` had it written down."
     folder = re.search(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
     files = glob.glob(f"{folder[1]}/*.{name}.*after_optimizations.txt") if folder else []
@@ -148,35 +186,57 @@ def _send(t, mesh):
     "Copy a tensor to the devices, each its share of the first dimension; of several hosts, each sends to its own."
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as spmd
+
     spec = spmd.ShardingSpec(mesh, ("data",) + (None,) * (t.dim() - 1), minibatch=True)
     return xm.send_cpu_data_to_device([t], _torch_xla().device(), spec)[0]
+
 
 def _replicate(tensors, mesh):
     "Say that every device holds these tensors whole."
     import torch_xla.distributed.spmd as spmd
-    for t in tensors: spmd.mark_sharding(t, mesh, (None,) * t.dim())
+
+    for t in tensors:
+        spmd.mark_sharding(t, mesh, (None,) * t.dim())
 
 # %% ../nbs/08_xla.ipynb #lay-out
 def _divisible(B, devices):
     "A global batch that cannot be cut into equal parts is an error."
-    if B % devices: raise ValueError(f"global batch {B} is not divisible by {devices} devices; use {B // devices * devices or devices} or {(B // devices + 1) * devices}")
+    if B % devices:
+        raise ValueError(
+            f"global batch {B} is not divisible by {devices} devices; use"
+            f" {B // devices * devices or devices} or {(B // devices + 1) * devices}"
+        )
+
 
 def lay_out(
-    batch:TokenBatch, # ragged, of a global batch; of several hosts, this host's slice of it
-    T:int, # bucket: one length for all columns
-    devices:int=1, # of this host
-    pad_id:int=0, # the tokenizer's
-    host:int=0, # number of this host
-    hosts:int=1, # how many share the global batch
-)->dict[str, Tensor]: # input_ids (C*B, T), lengths (C*B,), rows (C*B,) int32 numbers in the global batch, identities (B, C), truncated (devices, C)
+    batch: TokenBatch,  # ragged, of a global batch; of several hosts, this host's slice of it
+    T: int,  # bucket: one length for all columns
+    devices: int = 1,  # of this host
+    pad_id: int = 0,  # the tokenizer's
+    host: int = 0,  # number of this host
+    hosts: int = 1,  # how many share the global batch
+) -> dict[
+    str, Tensor
+]:  # input_ids (C*B, T), lengths (C*B,), rows (C*B,) int32 numbers in the global batch, identities (B, C), truncated (devices, C)
     "Make a batch rectangular, with the columns of each device's rows side by side."
     B, C = batch.identities.shape
     _divisible(B, devices)
-    order = torch.arange(C * B).view(C, devices, B // devices).transpose(0, 1).reshape(-1)  # device, column, row
+    order = (
+        torch.arange(C * B).view(C, devices, B // devices).transpose(0, 1).reshape(-1)
+    )  # device, column, row
     rows = torch.arange(C * B * hosts).view(C, hosts, B)[:, host].reshape(-1)
     ids, _ = pad(batch.token_ids, batch.lengths, T, pad_id)
-    truncated = torch.nn.functional.pad(batch.truncated[None], (0, 0, 0, devices - 1))  # counted by the first device
-    return {"input_ids": ids[order], "lengths": batch.lengths[order], "rows": rows[order].int(), "identities": batch.identities, "truncated": truncated}
+    truncated = torch.nn.functional.pad(
+        batch.truncated[None], (0, 0, 0, devices - 1)
+    )  # counted by the first device
+    return {
+        "input_ids": ids[order],
+        "lengths": batch.lengths[order],
+        "rows": rows[order].int(),
+        "identities": batch.identities,
+        "truncated": truncated,
+    }
+
 
 def _columns_first(x, columns, devices):
     "Rows as `lay_out` placed them -> all anchors, then all positives, then each negative column."
@@ -184,13 +244,15 @@ def _columns_first(x, columns, devices):
 
 # %% ../nbs/08_xla.ipynb #embed
 def embed(
-    encoder:SentenceEncoder, # its backbone shardable
-    input_ids:Tensor, # (N, T) int64
-    lengths:Tensor, # real tokens of each row, (N,) int64
-)->Tensor: # (N, D) float32
+    encoder: SentenceEncoder,  # its backbone shardable
+    input_ids: Tensor,  # (N, T) int64
+    lengths: Tensor,  # real tokens of each row, (N,) int64
+) -> Tensor:  # (N, D) float32
     "Turn a rectangle of tokens into vectors without asking the device anything."
     mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    shown = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None, :]  # 4-D: taken as it is
+    shown = torch.zeros_like(mask, dtype=torch.float32).masked_fill(
+        ~mask, torch.finfo(torch.float32).min
+    )[:, None, None, :]  # 4-D: taken as it is
     hidden = encoder.backbone(input_ids=input_ids, attention_mask=shown).last_hidden_state.float()
     vectors = POOLINGS[encoder.pooling](hidden, mask.long())
     return torch.nn.functional.normalize(vectors, dim=-1) if encoder.normalize else vectors
@@ -198,27 +260,42 @@ def embed(
 # %% ../nbs/08_xla.ipynb #norm
 class ShardableLayerNorm(torch.nn.LayerNorm):
     "LayerNorm written out, so that SPMD shards it; PyTorch's own lowers to a batch norm that every device computes in full."
-    def forward(self,
-        x:Tensor, # (..., D) float
-    )->Tensor: # the shape and dtype of x; computed in float32
+
+    def forward(
+        self,
+        x: Tensor,  # (..., D) float
+    ) -> Tensor:  # the shape and dtype of x; computed in float32
         "Normalise the last dimension."
         centred = x.float() - x.float().mean(-1, keepdim=True)
         scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
         return (scaled * self.weight + self.bias).to(x.dtype)
 
+
 def replicated_matmuls(
-    program:str, # text of a compiled program
-    rows:int, # rows of the global batch times tokens: what no single device should multiply
-)->list[str]: # names of the operations
+    program: str,  # text of a compiled program
+    rows: int,  # rows of the global batch times tokens: what no single device should multiply
+) -> list[str]:  # names of the operations
     "Find matrix products that run over the whole global batch on every device, and gathers that bring it there."
     shape = {m[1]: m[2].split(",") for m in re.finditer(r"%([\w.-]+) = \w+\[([\d,]*)\]", program)}
     large = re.finditer(r"%([\w.-]+) = \S+ (?:dot|convolution|all-gather)\(([^)]*)\)", program)
-    return [m[1] for m in large if any(str(rows) in shape.get(name, ()) for name in (m[1], *re.findall(r"%([\w.-]+)", m[2])))]
+    return [
+        m[1]
+        for m in large
+        if any(
+            str(rows) in shape.get(name, ()) for name in (m[1], *re.findall(r"%([\w.-]+)", m[2]))
+        )
+    ]
 
 # %% ../nbs/08_xla.ipynb #noise
-def _signed(x): return x - 2**32 if x >= 2**31 else x  # 32 bits as torch.int32 holds them
+def _signed(x):
+    return x - 2**32 if x >= 2**31 else x  # 32 bits as torch.int32 holds them
 
-def _right(x, n): return (x & 0x7FFFFFFF) >> n  # without the sign: XLA divides where eager shifts, and rounds negative numbers up
+
+def _right(x, n):
+    return (
+        x & 0x7FFFFFFF
+    ) >> n  # without the sign: XLA divides where eager shifts, and rounds negative numbers up
+
 
 def _scramble(x):
     "Mix the bits of int32 numbers (after murmur3's finaliser, on 31 bits)."
@@ -226,26 +303,39 @@ def _scramble(x):
     x = (x ^ _right(x, 13)) * _signed(0xC2B2AE35)
     return x ^ _right(x, 16)
 
+
 def _places(shape, device):
     "Number the elements of a shape; a long arange would become a constant of the program."
     place = torch.zeros((), dtype=torch.int32, device=device)
-    for n in shape: place = place.unsqueeze(-1) * n + torch.arange(n, dtype=torch.int32, device=device)
+    for n in shape:
+        place = place.unsqueeze(-1) * n + torch.arange(n, dtype=torch.int32, device=device)
     return place
+
 
 class Noise:
     "What decides which activations are dropped: seed, step, and the number of each row in the global batch."
-    def __init__(self,
-        seed:int=0, # of the run
-    ):
-        self.seed, self.step, self.rows = seed, None, None  # step () int32 and rows (N,) int32 are set for each forward
 
-    def keep(self,
-        x:Tensor, # (N, ...) any float: activations whose first dimension is the row
-        p:float, # probability of being dropped
-        layer:int, # number of the dropout layer
-    )->Tensor: # bool, the shape of x
+    def __init__(
+        self,
+        seed: int = 0,  # of the run
+    ):
+        self.seed, self.step, self.rows = (
+            seed,
+            None,
+            None,
+        )  # step () int32 and rows (N,) int32 are set for each forward
+
+    def keep(
+        self,
+        x: Tensor,  # (N, ...) any float: activations whose first dimension is the row
+        p: float,  # probability of being dropped
+        layer: int,  # number of the dropout layer
+    ) -> Tensor:  # bool, the shape of x
         "Decide by hashing what stays: the same for any number of devices, and without a random state."
-        row = _scramble(_scramble(self.rows * _signed(0x9E3779B1) + self.step) + _signed((self.seed * 0x85EBCA77 + layer * 0xC2B2AE3D) % 2**32))
+        row = _scramble(
+            _scramble(self.rows * _signed(0x9E3779B1) + self.step)
+            + _signed((self.seed * 0x85EBCA77 + layer * 0xC2B2AE3D) % 2**32)
+        )
         place = _scramble(_places(x.shape[1:], x.device) * _signed(0x27D4EB2F))
         bits = _scramble(row.view(-1, *[1] * place.dim()) ^ place) & 0x7FFFFFFF
         return bits >= row.new_full((), int(p * 2**31))  # a plain number would widen all bits to 64
@@ -253,45 +343,65 @@ class Noise:
 # %% ../nbs/08_xla.ipynb #dropout
 class HashDropout(torch.nn.Dropout):
     "Dropout from a hash instead of a random stream, so that each device makes its own part of the mask only."
+
     noise, layer = None, 0
 
-    def forward(self,
-        x:Tensor, # (N, ...) float, one row for each text
-    )->Tensor: # the shape of x
+    def forward(
+        self,
+        x: Tensor,  # (N, ...) float, one row for each text
+    ) -> Tensor:  # the shape of x
         "Drop what the noise says, in training only."
-        if not self.training or not self.p: return x
+        if not self.training or not self.p:
+            return x
         return torch.where(self.noise.keep(x, self.p, self.layer), x / (1 - self.p), 0.0)
 
 # %% ../nbs/08_xla.ipynb #shardable
-_FAMILIES = ("bert", "roberta", "distilbert", "mpnet")  # checked; others may read the mask on the host or reshape across rows
+_FAMILIES = (
+    "bert",
+    "roberta",
+    "distilbert",
+    "mpnet",
+)  # checked; others may read the mask on the host or reshape across rows
 _QUERIES = ("query", "q_lin", "q")  # what an attention layer calls its query projection
 
+
 def shardable(
-    backbone:torch.nn.Module, # BERT, RoBERTa, DistilBERT or MPNet of transformers; changed in place, its state dict stays as it is
-    noise:Noise, # shared by all dropout layers
-)->torch.nn.Module: # the same backbone
+    backbone: torch.nn.Module,  # BERT, RoBERTa, DistilBERT or MPNet of transformers; changed in place, its state dict stays as it is
+    noise: Noise,  # shared by all dropout layers
+) -> torch.nn.Module:  # the same backbone
     "Give a backbone layers that SPMD can shard; attention dropout becomes 0."
     _check_family(backbone)
     for layer, module in enumerate(backbone.modules()):
-        if type(module) is torch.nn.LayerNorm: module.__class__ = ShardableLayerNorm
-        if type(module) is torch.nn.Dropout: module.__class__, module.noise, module.layer = HashDropout, noise, layer
-        if any(hasattr(module, query) for query in _QUERIES): _no_dropout(module)  # of attention weights: the largest mask of all
+        if type(module) is torch.nn.LayerNorm:
+            module.__class__ = ShardableLayerNorm
+        if type(module) is torch.nn.Dropout:
+            module.__class__, module.noise, module.layer = HashDropout, noise, layer
+        if any(hasattr(module, query) for query in _QUERIES):
+            _no_dropout(module)  # of attention weights: the largest mask of all
     return backbone
+
 
 def _check_family(backbone):
     if backbone.config.model_type not in _FAMILIES:
-        raise ValueError(f"backbones of type {backbone.config.model_type} were not checked under SPMD; use one of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer")
+        raise ValueError(
+            f"backbones of type {backbone.config.model_type} were not checked under SPMD; use one"
+            f" of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer"
+        )
+
 
 def _no_dropout(attention):
     for module in attention.children():
-        if isinstance(module, torch.nn.Dropout): module.own_p, module.p = vars(module).get("own_p", module.p), 0.0
+        if isinstance(module, torch.nn.Dropout):
+            module.own_p, module.p = vars(module).get("own_p", module.p), 0.0
+
 
 def plain(
-    backbone:torch.nn.Module, # as `shardable` left it; changed in place
-)->torch.nn.Module: # the same backbone
+    backbone: torch.nn.Module,  # as `shardable` left it; changed in place
+) -> torch.nn.Module:  # the same backbone
     "Give a backbone its own layers and its attention dropout back."
     for module in backbone.modules():
-        if type(module) is ShardableLayerNorm: module.__class__ = torch.nn.LayerNorm
+        if type(module) is ShardableLayerNorm:
+            module.__class__ = torch.nn.LayerNorm
         if type(module) is HashDropout:
             module.__class__, module.p = torch.nn.Dropout, vars(module).pop("own_p", module.p)
             del module.noise, module.layer
@@ -302,23 +412,40 @@ def _states(optimizer):
     "The optimiser's state, a dictionary of tensors for each parameter, in order."
     return [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
 
+
 @torch.no_grad()
 def _before_step(optimizer, *_):
     "Weight decay, and a count that stops at 16,000: AdamW's own factors become 1.0 in float32, a constant, and would be compiled anew."
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p]["step"].clamp_(max=16_000)  # the correction of the second moment is 1 - 6e-8 by then
-            if group["decay"] and p.grad is not None: p.add_(p * -(group["lr"] * group["decay"]))
+            optimizer.state[p]["step"].clamp_(
+                max=16_000
+            )  # the correction of the second moment is 1 - 6e-8 by then
+            if group["decay"] and p.grad is not None:
+                p.add_(p * -(group["lr"] * group["decay"]))
+
 
 def _optimizer(backbone, config, saved=None):
     "AdamW with its state made, or restored, beforehand: state that appears in the first step would be a second graph."
-    matrices, vectors = ([p for p in backbone.parameters() if p.requires_grad and (p.dim() > 1) == wide] for wide in (True, False))
+    matrices, vectors = (
+        [p for p in backbone.parameters() if p.requires_grad and (p.dim() > 1) == wide]
+        for wide in (True, False)
+    )
     groups = [{"params": matrices, "decay": config.weight_decay}, {"params": vectors, "decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0, fused=False, foreach=False)
-    for p in matrices + vectors: optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    for state, old in zip(_states(optimizer), saved or []): state.update((key, old[key].to(value.device)) for key, value in state.items())
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, weight_decay=0.0, fused=False, foreach=False
+    )
+    for p in matrices + vectors:
+        optimizer.state[p] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    for state, old in zip(_states(optimizer), saved or []):
+        state.update((key, old[key].to(value.device)) for key, value in state.items())
     optimizer.register_step_pre_hook(_before_step)
     return optimizer
+
 
 def _twin(encoder, config, mesh, saved=None):
     "A copy of the encoder on the devices, ready for SPMD, with its optimiser and its noise."
@@ -327,84 +454,145 @@ def _twin(encoder, config, mesh, saved=None):
     shardable(twin.backbone, noise)
     twin.to(torch_xla.device())
     with torch.no_grad():
-        for p in twin.parameters(): p.mul_(1)  # else the first step would be a program of its own
+        for p in twin.parameters():
+            p.mul_(1)  # else the first step would be a program of its own
     optimizer = _optimizer(twin.backbone, config, saved)
-    _replicate([*twin.parameters(), *twin.buffers(), *(t for state in _states(optimizer) for t in state.values() if t.dim())], mesh)
+    _replicate(
+        [
+            *twin.parameters(),
+            *twin.buffers(),
+            *(t for state in _states(optimizer) for t in state.values() if t.dim()),
+        ],
+        mesh,
+    )
     torch_xla.sync(wait=True)
     return twin, optimizer, noise
 
+
 def _to_host(encoder, twin):
     "Copy the devices' weights into the encoder on the host."
-    encoder.backbone.load_state_dict({name: value.cpu() for name, value in twin.backbone.state_dict().items()})
+    encoder.backbone.load_state_dict(
+        {name: value.cpu() for name, value in twin.backbone.state_dict().items()}
+    )
 
 # %% ../nbs/08_xla.ipynb #step
 _LOGGED = ("loss", "grad_norm", "masked", "negatives", "truncated", "mean_cosine")
 
+
 def make_step(
-    encoder:SentenceEncoder, # on the device, its backbone shardable
-    optimizer:torch.optim.Optimizer, # with its state made
-    config:TrainConfig, # scale, clip, bf16, ...
-    noise:Noise, # of the backbone
-    devices:int, # P
-    graphs:int, # how many programs the run may need: buckets x column counts
-)->Callable: # (totals, step, input_ids, lengths, rows, identities, truncated) -> totals and step, moved on by one
+    encoder: SentenceEncoder,  # on the device, its backbone shardable
+    optimizer: torch.optim.Optimizer,  # with its state made
+    config: TrainConfig,  # scale, clip, bf16, ...
+    noise: Noise,  # of the backbone
+    devices: int,  # P
+    graphs: int,  # how many programs the run may need: buckets x column counts
+) -> Callable:  # (totals, step, input_ids, lengths, rows, identities, truncated) -> totals and step, moved on by one
     "Compile the training step; a program too many, or a wait for the host inside, is an error."
+
     def contrastive(totals, step, input_ids, lengths, rows, identities, truncated):
         noise.rows, noise.step, (B, C) = rows, step, identities.shape
-        with torch.autocast("xla", torch.bfloat16, enabled=config.bf16): vectors = embed(encoder, input_ids, lengths)
+        with torch.autocast("xla", torch.bfloat16, enabled=config.bf16):
+            vectors = embed(encoder, input_ids, lengths)
         value, masked = batch_loss(_columns_first(vectors, C, devices), identities, config)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.clip, foreach=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seen = [value.detach(), norm, masked, B * (C - 1) - 1 - masked, truncated.sum() / (B * C), mean_cosine(vectors.detach())]
+        seen = [
+            value.detach(),
+            norm,
+            masked,
+            B * (C - 1) - 1 - masked,
+            truncated.sum() / (B * C),
+            mean_cosine(vectors.detach()),
+        ]
         return totals + torch.stack([s.float() for s in seen]), step + 1
-    return _in_words(_torch_xla().compile(contrastive, full_graph=True, name="contrastive", max_different_graphs=graphs), graphs)
+
+    return _in_words(
+        _torch_xla().compile(
+            contrastive, full_graph=True, name="contrastive", max_different_graphs=graphs
+        ),
+        graphs,
+    )
+
 
 def _in_words(step, graphs):
     "The step, with torch_xla's two complaints about it said in words."
+
     def call(*args, **kwargs):
-        try: return step(*args, **kwargs)
+        try:
+            return step(*args, **kwargs)
         except RuntimeError as error:
-            if "different graphs" in str(error): raise ValueError(
-                f"the step needs more programs than its buckets and column counts allow ({graphs}), so something in it changes from step to step and is compiled anew: "
-                f"a shape, or a Python number that became a constant; the first difference: {' '.join(str(error).split()[10:])[:300]}") from error
-            if "Unexpected execution" in str(error): raise ValueError(
-                "the step reads a value from the device while it is being traced (an if, a print, .item() or .all() on a tensor), and would wait for it in every step; "
-                "the analysis above names the line") from error
+            if "different graphs" in str(error):
+                raise ValueError(
+                    "the step needs more programs than its buckets and column counts allow"
+                    f" ({graphs}), so something in it changes from step to step and is compiled"
+                    " anew: a shape, or a Python number that became a constant; the first"
+                    f" difference: {' '.join(str(error).split()[10:])[:300]}"
+                ) from error
+            if "Unexpected execution" in str(error):
+                raise ValueError(
+                    "the step reads a value from the device while it is being traced (an if, a"
+                    " print, .item() or .all() on a tensor), and would wait for it in every step;"
+                    " the analysis above names the line"
+                ) from error
             raise
+
     return call
 
 # %% ../nbs/08_xla.ipynb #guards
 def check_program(
-    shape:tuple[int, int], # of the step's input_ids over all devices, (C*B, T)
-    devices:int, # P
-    fallbacks:int=0, # to the host, that were there before
-    sizes:Sequence[int]=(), # of the parameters; where C*B*T is one of them, a replicated product cannot be told from a sharded one
-)->None:
+    shape: tuple[int, int],  # of the step's input_ids over all devices, (C*B, T)
+    devices: int,  # P
+    fallbacks: int = 0,  # to the host, that were there before
+    sizes: Sequence[
+        int
+    ] = (),  # of the parameters; where C*B*T is one of them, a replicated product cannot be told from a sharded one
+) -> None:
     "Raise a ValueError if the step falls back to the host, or has the whole global batch on each device."
     if (n := counters()["fallbacks"] - fallbacks) > 0:
-        raise ValueError(f"operations of the step ran on the host ({n} times) because XLA has no form of them: each costs a round trip in every step; "
-                         "torch_xla.debug.metrics.metrics_report() names them (aten::...)")
-    if devices == 1: return
+        raise ValueError(
+            f"operations of the step ran on the host ({n} times) because XLA has no form of them:"
+            " each costs a round trip in every step; torch_xla.debug.metrics.metrics_report()"
+            " names them (aten::...)"
+        )
+    if devices == 1:
+        return
     (N, T), rows = shape, shape[0] * shape[1]
-    texts = [text for text in programs() if f"s64[{N // devices},{T}]" in text.partition("\n")[0]]  # the program that takes this shape: its first line lists what it takes
+    texts = [
+        text for text in programs() if f"s64[{N // devices},{T}]" in text.partition("\n")[0]
+    ]  # the program that takes this shape: its first line lists what it takes
     if rows in sizes or not texts:
-        reason = f"{rows:,} token rows are also the size of a parameter" if texts else "XLA wrote no program down; call xla.start() before anything else uses torch_xla"
-        warnings.warn(f"whether the batch is sharded in every matrix product could not be checked: {reason}", stacklevel=2)
-    elif found := [name for text in texts for name in replicated_matmuls(text, rows)]: raise ValueError(
-        f"{len(found)} operations of the step (such as {found[0]}) gather or multiply all {rows:,} token rows on each of {devices} devices: the batch is not sharded there; "
-        "look for a layer that works across rows, as torch.nn.LayerNorm does, give `shardable` a replacement, and restart the kernel")
+        reason = (
+            f"{rows:,} token rows are also the size of a parameter"
+            if texts
+            else "XLA wrote no program down; call xla.start() before anything else uses torch_xla"
+        )
+        warnings.warn(
+            f"whether the batch is sharded in every matrix product could not be checked: {reason}",
+            stacklevel=2,
+        )
+    elif found := [name for text in texts for name in replicated_matmuls(text, rows)]:
+        raise ValueError(
+            f"{len(found)} operations of the step (such as {found[0]}) gather or multiply all"
+            f" {rows:,} token rows on each of {devices} devices: the batch is not sharded there;"
+            " look for a layer that works across rows, as torch.nn.LayerNorm does, give"
+            " `shardable` a replacement, and restart the kernel"
+        )
+
 
 def _guard(twin, devices):
     "A context for a step that looks at each program once, when the first batch of its shape has run."
     looked, sizes = set(), {n for p in twin.parameters() for n in p.shape}
+
     @contextlib.contextmanager
     def guard(input_ids):
         before = None if input_ids.shape in looked else counters()["fallbacks"]
         yield
-        if before is not None: check_program(tuple(input_ids.shape), devices, before, sizes)
+        if before is not None:
+            check_program(tuple(input_ids.shape), devices, before, sizes)
         looked.add(input_ids.shape)
+
     return guard
 
 # %% ../nbs/08_xla.ipynb #checks
@@ -414,61 +602,113 @@ def _check(encoder, mixture, config, buckets, devices):
     _divisible(mixture.batch_size, devices)
     longest, limit = max((encoder.max_length, *buckets)), _most_tokens(encoder.backbone)
     if longest > (limit or longest):
-        raise ValueError(f"bucket {longest} is longer than the {limit} positions of this backbone; use buckets and a max_length of at most {limit}")
+        raise ValueError(
+            f"bucket {longest} is longer than the {limit} positions of this backbone; use buckets"
+            f" and a max_length of at most {limit}"
+        )
     if max(config.widths, default=0) > encoder.width:
-        raise ValueError(f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions; leave out the larger ones")
-    if config.chunk_tokens: raise ValueError("chunk_tokens is for CPU and GPU; on XLA the batch of a device stays whole: set it to 0, and use a smaller batch or more devices")
+        raise ValueError(
+            f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions;"
+            " leave out the larger ones"
+        )
+    if config.chunk_tokens:
+        raise ValueError(
+            "chunk_tokens is for CPU and GPU; on XLA the batch of a device stays whole: set it to"
+            " 0, and use a smaller batch or more devices"
+        )
     if config.patience and _hosts()[1] > 1:
-        raise ValueError("patience is set, but each of several hosts would decide for itself when to stop, and wait for the others for ever; set it to 0")
+        raise ValueError(
+            "patience is set, but each of several hosts would decide for itself when to stop, and"
+            " wait for the others for ever; set it to 0"
+        )
 
 # %% ../nbs/08_xla.ipynb #batches
 def _hosts():
     "Number of this host, and how many there are."
     _torch_xla()
     import torch_xla.runtime as runtime
+
     return runtime.process_index(), runtime.process_count()
+
 
 def _versions(mesh):
     "What the record of a run says about XLA: release, kind of device (machines with a TPU name it), how many."
-    kind = " ".join(filter(None, [_torch_xla().runtime.device_type(), os.environ.get("TPU_ACCELERATOR_TYPE")]))
-    return {"torch_xla": _torch_xla().__version__, "xla_device": kind, "xla_devices": int(mesh.size()), "attention_dropout": 0.0}
+    kind = " ".join(
+        filter(None, [_torch_xla().runtime.device_type(), os.environ.get("TPU_ACCELERATOR_TYPE")])
+    )
+    return {
+        "torch_xla": _torch_xla().__version__,
+        "xla_device": kind,
+        "xla_devices": int(mesh.size()),
+        "attention_dropout": 0.0,
+    }
+
 
 def _batches(mixture, tokens, config, first, mesh):
     "The remaining batches, laid out and sent to the devices ahead of time by background threads; each host sends its own slice."
     host, hosts = _hosts()
+
     def make(step):
         batch = tokens(mixture.batch(step, host, hosts))
-        T = tokens.bucket(batch) if hosts == 1 else tokens.buckets[-1]  # a host does not know how long the others' texts are
-        return {name: _send(t, mesh) for name, t in lay_out(batch, T, mesh.size() // hosts, tokens.pad_id, host, hosts).items()}
+        T = (
+            tokens.bucket(batch) if hosts == 1 else tokens.buckets[-1]
+        )  # a host does not know how long the others' texts are
+        return {
+            name: _send(t, mesh)
+            for name, t in lay_out(
+                batch, T, mesh.size() // hosts, tokens.pad_id, host, hosts
+            ).items()
+        }
+
     return feed(make, range(first, config.steps), config.workers)
 
 # %% ../nbs/08_xla.ipynb #log
 class _Log:
     "Writes the means of the last steps into the history, in a thread of its own: the loop does not wait for the numbers."
+
     def __init__(self, run, progress):
-        self.run, self.progress, self.written, self.pool, self.line = run, progress, run.step, ThreadPoolExecutor(1, "log"), None
+        self.run, self.progress, self.written, self.pool, self.line = (
+            run,
+            progress,
+            run.step,
+            ThreadPoolExecutor(1, "log"),
+            None,
+        )
         self.zero, self.begun = torch.zeros(len(_LOGGED)).to(_torch_xla().device()), time.time()
 
     def __call__(self, totals, lr):
         self.wait()
-        self.line = self.pool.submit(self._write, self.run.step, totals, self.run.step - self.written, lr)
+        self.line = self.pool.submit(
+            self._write, self.run.step, totals, self.run.step - self.written, lr
+        )
         self.written = self.run.step
         return self.zero
 
     def _write(self, step, totals, steps, lr):
-        logs = dict(zip(_LOGGED, (totals.cpu() / steps).tolist())) | {"learning_rate": lr, "step": step}
+        logs = dict(zip(_LOGGED, (totals.cpu() / steps).tolist())) | {
+            "learning_rate": lr,
+            "step": step,
+        }
         check_health(logs, step, self.run.config)
         self.run.history.append(logs)
-        rate, self.begun = steps * self.run.mixture.batch_size / (time.time() - self.begun), time.time()
-        if self.progress: print(f"{log_line(step, logs)}   {rate:,.0f} rows/s", flush=True)
+        rate, self.begun = (
+            steps * self.run.mixture.batch_size / (time.time() - self.begun),
+            time.time(),
+        )
+        if self.progress:
+            print(f"{log_line(step, logs)}   {rate:,.0f} rows/s", flush=True)
 
     def wait(self):
-        if self.line: self.line.result()  # raises here what the line's health check found
+        if self.line:
+            self.line.result()  # raises here what the line's health check found
+
 
 def _evaluate(run, progress):
     "Measure the encoder on the host; says whether to stop early."
     metrics = run.evaluate(f" at step {run.step}")
-    run.history.append({"step": run.step} | {f"eval_{name}": value for name, value in metrics.items()})
+    run.history.append(
+        {"step": run.step} | {f"eval_{name}": value for name, value in metrics.items()}
+    )
     if progress and (line := log_line(run.step, run.history[-1])):
         print(line, flush=True)
     run.improves(metrics)
@@ -514,10 +754,14 @@ def _due(run, every):
     "Is it time, after this step, for what happens every so many steps, and at the end?"
     return every and (run.step % every == 0 or run.step == run.config.steps)
 
+
 def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progress):
     "The training loop: five lines a step, and nothing in them waits for the devices."
     config, log, guard = run.config, _Log(run, progress), _guard(twin, devices)
-    saved, alone = time.monotonic(), _hosts()[1] == 1  # several hosts would disagree about clocks and signals
+    saved, alone = (
+        time.monotonic(),
+        _hosts()[1] == 1,
+    )  # several hosts would disagree about clocks and signals
     totals, count = log.zero, torch.tensor(run.step, dtype=torch.int32, device=log.zero.device)
     for batch in batches:  # on the devices already
         lr = config.lr * lr_factor(run.step, config.steps, config.warmup)
@@ -528,7 +772,10 @@ def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progre
         run.step += 1
         stop = alone and bool(run.signals.number)
         late = alone and time.monotonic() - saved > SAVE_SECONDS
-        measure, save = _due(run, config.eval_every), _due(run, config.save_every or config.eval_every) or late or stop
+        measure, save = (
+            _due(run, config.eval_every),
+            _due(run, config.save_every or config.eval_every) or late or stop,
+        )
         if measure or save or _due(run, config.log_every):
             totals = log(totals, lr)
         if measure or save:
@@ -548,24 +795,33 @@ def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progre
 
 # %% ../nbs/08_xla.ipynb #train
 def train(
-    encoder:SentenceEncoder, # on the host; holds the trained weights at the end
-    mixture, # mixture.Mixture: gives the global batch of any step
-    config:TrainConfig=TrainConfig(), # every number of the loop, as for CPU and GPU
-    out:str|Path="runs/latest", # run directory: records, checkpoints, model; a second host keeps its own in the folder host-1, and so on
-    evaluate:Callable|None=None, # SentenceEncoder -> dict of floats, on the host before, during and after; may select the model
-    test:Callable|None=None, # the same, before and after only
-    resume:bool=False, # continue the run in `out` from its last checkpoint
-    overwrite:bool=False, # delete the run in `out` first
-    recipe:str="", # text of the recipe, kept in the run directory
-    buckets:Sequence[int]=(), # lengths T to pad to, one program each for pairs and for triplets; max_length is added, what is longer left out; empty = 32, 64 and 128
-    mesh=None, # as `start` returns it; None starts
-    cache:str|Path|None=None, # if there is no mesh: where a TPU keeps compiled programs for the next process
-    progress:bool=True, # print devices and log lines
-)->dict: # as trainer.train returns it; empty on other hosts than the first
+    encoder: SentenceEncoder,  # on the host; holds the trained weights at the end
+    mixture,  # mixture.Mixture: gives the global batch of any step
+    config: TrainConfig = TrainConfig(),  # every number of the loop, as for CPU and GPU
+    out: (
+        str | Path
+    ) = "runs/latest",  # run directory: records, checkpoints, model; a second host keeps its own in the folder host-1, and so on
+    evaluate: (
+        Callable | None
+    ) = None,  # SentenceEncoder -> dict of floats, on the host before, during and after; may select the model
+    test: Callable | None = None,  # the same, before and after only
+    resume: bool = False,  # continue the run in `out` from its last checkpoint
+    overwrite: bool = False,  # delete the run in `out` first
+    recipe: str = "",  # text of the recipe, kept in the run directory
+    buckets: Sequence[
+        int
+    ] = (),  # lengths T to pad to, one program each for pairs and for triplets; max_length is added, what is longer left out; empty = 32, 64 and 128
+    mesh=None,  # as `start` returns it; None starts
+    cache: (
+        str | Path | None
+    ) = None,  # if there is no mesh: where a TPU keeps compiled programs for the next process
+    progress: bool = True,  # print devices and log lines
+) -> dict:  # as trainer.train returns it; empty on other hosts than the first
     "Train on all XLA devices: the run of trainer.train without attention dropout, as one sharded program for each bucket and number of columns."
     mesh, (host, hosts) = mesh or start(cache=cache), _hosts()
     about, progress = _versions(mesh), progress and not host
-    if progress: print(f"{about['xla_devices']} XLA devices, {about['xla_device']}", flush=True)
+    if progress:
+        print(f"{about['xla_devices']} XLA devices, {about['xla_device']}", flush=True)
     _check(encoder, mixture, config, buckets, mesh.size())
     tokens = Tokens(encoder.tokenizer, encoder.max_length, buckets or (32, 64, 128))
     tokens.check(getattr(source, "store", None) for source in mixture.sources)
@@ -605,23 +861,40 @@ def _train(run, checkpoint, tokens, mesh, progress):
 # %% ../nbs/08_xla.ipynb #step-time
 class Chip(NamedTuple):
     "What one device can do at best; a device is what XLA counts as one: half a v3 chip, a whole v4 or v5e chip."
-    peak:float # FLOP/s in bfloat16
-    memory:float # bytes/s to its own memory
-    link:float # bytes/s over one link to a neighbour, in one direction
 
-CHIPS = {"v3": Chip(123e12 / 2, 900e9 / 2, 70e9), "v4": Chip(275e12, 1200e9, 50e9), "v5e": Chip(197e12, 819e9, 50e9)}
+    peak: float  # FLOP/s in bfloat16
+    memory: float  # bytes/s to its own memory
+    link: float  # bytes/s over one link to a neighbour, in one direction
+
+
+CHIPS = {
+    "v3": Chip(123e12 / 2, 900e9 / 2, 70e9),
+    "v4": Chip(275e12, 1200e9, 50e9),
+    "v5e": Chip(197e12, 819e9, 50e9),
+}
+
 
 def step_time(
-    layers:int, # of the encoder
-    width:int, # D
-    parameters:int, # all of them, word embeddings too
-    texts:int, # C * B of a global batch
-    T:int, # tokens of each text, padding included
-    devices:int, # P
-    chip:Chip, # one of CHIPS
-    utilisation:float=0.35, # share of the peak that the matrix products reach; an assumption
-)->dict[str, float]: # seconds: matmul, all_reduce, optimizer; their sum is the step if nothing overlaps
+    layers: int,  # of the encoder
+    width: int,  # D
+    parameters: int,  # all of them, word embeddings too
+    texts: int,  # C * B of a global batch
+    T: int,  # tokens of each text, padding included
+    devices: int,  # P
+    chip: Chip,  # one of CHIPS
+    utilisation: float = 0.35,  # share of the peak that the matrix products reach; an assumption
+) -> dict[
+    str, float
+]:  # seconds: matmul, all_reduce, optimizer; their sum is the step if nothing overlaps
     "Estimate the time of a training step from what it has to compute and move; nothing here was measured."
-    flops = 6 * texts * T * layers * (12 * width**2 + 2 * T * width)  # forward 2, backward 4 for each weight, and for each score
-    ring = 2 * (devices - 1) / devices * 4 * parameters  # each gradient, float32, goes round once to be added and once to be known
-    return {"matmul": flops / (devices * chip.peak * utilisation), "all_reduce": ring / chip.link, "optimizer": 7 * 4 * parameters / chip.memory}
+    flops = (
+        6 * texts * T * layers * (12 * width**2 + 2 * T * width)
+    )  # forward 2, backward 4 for each weight, and for each score
+    ring = (
+        2 * (devices - 1) / devices * 4 * parameters
+    )  # each gradient, float32, goes round once to be added and once to be known
+    return {
+        "matmul": flops / (devices * chip.peak * utilisation),
+        "all_reduce": ring / chip.link,
+        "optimizer": 7 * 4 * parameters / chip.memory,
+    }

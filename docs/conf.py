@@ -1,4 +1,5 @@
 """Sphinx configuration. The pages are staged by tools/site.py, which also says where they are; everything about the project is in settings.ini."""
+
 import sys
 from configparser import ConfigParser
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Fixtures that several test files share: everything is built in memory, nothing is downloaded."""
+
 import gc
 import os
 from pathlib import Path
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True)  # the same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones
+settings.register_profile(
+    "repeatable", derandomize=True
+)  # the same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,10 +19,68 @@ ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789.,;:?!'-")
 WORDS = [
-    "the", "a", "of", "to", "in", "is", "are", "was", "on", "how", "do", "i", "my", "what", "where", "when",
-    "who", "why", "does", "it", "you", "can", "not", "and", "for", "with", "from", "man", "woman", "child", "dog", "cat",
-    "is", "playing", "eating", "running", "guitar", "piano", "rice", "road", "street", "water", "music", "horse", "ball", "password", "reset", "account",
-    "change", "computer", "open", "close", "start", "stop", "night", "day", "train", "station", "rain", "snow", "price", "money",
+    "the",
+    "a",
+    "of",
+    "to",
+    "in",
+    "is",
+    "are",
+    "was",
+    "on",
+    "how",
+    "do",
+    "i",
+    "my",
+    "what",
+    "where",
+    "when",
+    "who",
+    "why",
+    "does",
+    "it",
+    "you",
+    "can",
+    "not",
+    "and",
+    "for",
+    "with",
+    "from",
+    "man",
+    "woman",
+    "child",
+    "dog",
+    "cat",
+    "is",
+    "playing",
+    "eating",
+    "running",
+    "guitar",
+    "piano",
+    "rice",
+    "road",
+    "street",
+    "water",
+    "music",
+    "horse",
+    "ball",
+    "password",
+    "reset",
+    "account",
+    "change",
+    "computer",
+    "open",
+    "close",
+    "start",
+    "stop",
+    "night",
+    "day",
+    "train",
+    "station",
+    "rain",
+    "snow",
+    "price",
+    "money",
 ]
 
 
@@ -28,15 +89,35 @@ def make_tokenizer():
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    pieces = list(dict.fromkeys(SPECIAL + LETTERS + ["##" + c for c in LETTERS if c.isalnum()] + WORDS + ["##s", "##ing", "##ed"]))
-    core = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    pieces = list(
+        dict.fromkeys(
+            SPECIAL
+            + LETTERS
+            + ["##" + c for c in LETTERS if c.isalnum()]
+            + WORDS
+            + ["##s", "##ing", "##ed"]
+        )
+    )
+    core = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
     core.normalizer = normalizers.BertNormalizer(lowercase=True)
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=64, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+        tokenizer_object=core,
+        model_max_length=64,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
 
 
 def make_backbone(vocab_size: int):
@@ -44,8 +125,16 @@ def make_backbone(vocab_size: int):
     import torch
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(0)
         return BertModel(config).eval()

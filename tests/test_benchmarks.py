@@ -1,4 +1,5 @@
 """The benchmarks at tiny size: they still run, compare equal work, and fill the table of their README."""
+
 import gzip
 import json
 import sys
@@ -35,35 +36,73 @@ def test_the_datasets_have_the_published_total():
     assert len(sets) == 27 and sum(d["rows"] for d in sets) == 1_097_953_922
     assert sorted({d["columns"] for d in sets}) == [2, 3] and all(d["weight"] > 0 for d in sets)
     small = data_order.scaled(sets, 1_000_000)
-    assert sum(d["rows"] for d in small) == 1_000_000 and min(d["rows"] for d in small) >= data_order.BATCH
+    assert (
+        sum(d["rows"] for d in small) == 1_000_000
+        and min(d["rows"] for d in small) >= data_order.BATCH
+    )
 
 
 def test_data_order(tmp_path, capsys):
     sets = data_order.published()
-    results = {"step_ms": data_order.step_cost(sets, (0, data_order.LAST), 2), "run_us_per_row": data_order.run_cost(sets, 1, 2),
-               "index_us_per_row": data_order.index_cost(sets[:3], 2), "memory_mb": data_order.memory_cost([1_000_000, 2_000_000], 2, 1)}
+    results = {
+        "step_ms": data_order.step_cost(sets, (0, data_order.LAST), 2),
+        "run_us_per_row": data_order.run_cost(sets, 1, 2),
+        "index_us_per_row": data_order.index_cost(sets[:3], 2),
+        "memory_mb": data_order.memory_cost([1_000_000, 2_000_000], 2, 1),
+    }
     results["ratios"] = data_order.ratios(results)
-    figures = {"steps": data_order.steps_figure(results["step_ms"]), "memory": data_order.memory_figure(results["memory_mb"], 10**9)}
+    figures = {
+        "steps": data_order.steps_figure(results["step_ms"]),
+        "memory": data_order.memory_figure(results["memory_mb"], 10**9),
+    }
     measure.save(results, figures, "order", tmp_path)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == results["ratios"].keys()
-    assert {p.name for p in tmp_path.iterdir()} == {"order.json", "order_steps.png", "order_memory.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "order.json",
+        "order_steps.png",
+        "order_memory.png",
+    }
 
 
 def test_data_input(tmp_path, tiny_tokenizer):
     files, work = {"short": PAIRS}, tmp_path / "work"
     data_input.prepare_stores(files, quickstart_folder(), work, Tokens(tiny_tokenizer, 32))
-    seconds = {kind: data_input.feed_seconds(pairs, work, tiny_tokenizer, 1, 2, 1) for kind, pairs in files.items()}
-    assert seconds["short"].keys() == data_input.WAYS.keys() and all(len(s) == 2 for s in seconds["short"].values())
-    assert data_input.parts_of_ours(PAIRS, work, tiny_tokenizer, 1, 2).keys() >= {"rows", "texts", "identities", "tokens"}
+    seconds = {
+        kind: data_input.feed_seconds(pairs, work, tiny_tokenizer, 1, 2, 1)
+        for kind, pairs in files.items()
+    }
+    assert seconds["short"].keys() == data_input.WAYS.keys() and all(
+        len(s) == 2 for s in seconds["short"].values()
+    )
+    assert data_input.parts_of_ours(PAIRS, work, tiny_tokenizer, 1, 2).keys() >= {
+        "rows",
+        "texts",
+        "identities",
+        "tokens",
+    }
     assert min(data_input.bytes_per_row(PAIRS, work, quickstart_folder()).values()) > 0
-    found = data_input.ratios(seconds, {"isal_orjson_lines_per_second": 2, "gzip_json_lines_per_second": 1}, {n: {"rows": n, "anonymous": 0} for n in (1, 2)})
-    assert found["short"]["on_the_fly_over_seeds"] > 0 and found["parsing"] == found["rows_of_stores"] == 2
-    data_input.figure({"short": {way: 1.0 for way in data_input.WAYS}, "mixed": {way: 2.0 for way in data_input.WAYS}})
+    found = data_input.ratios(
+        seconds,
+        {"isal_orjson_lines_per_second": 2, "gzip_json_lines_per_second": 1},
+        {n: {"rows": n, "anonymous": 0} for n in (1, 2)},
+    )
+    assert (
+        found["short"]["on_the_fly_over_seeds"] > 0
+        and found["parsing"] == found["rows_of_stores"] == 2
+    )
+    data_input.figure(
+        {
+            "short": {way: 1.0 for way in data_input.WAYS},
+            "mixed": {way: 2.0 for way in data_input.WAYS},
+        }
+    )
 
 
 def test_unequal_work_is_noticed(tmp_path, tiny_tokenizer, monkeypatch):
     work = tmp_path / "work"
-    data_input.prepare_stores({"short": PAIRS}, quickstart_folder(), work, Tokens(tiny_tokenizer, 32))
+    data_input.prepare_stores(
+        {"short": PAIRS}, quickstart_folder(), work, Tokens(tiny_tokenizer, 32)
+    )
     mixtures = {kind: data_input.mixture_of(PAIRS, work / kind) for kind in ("texts", "tokens")}
     stems = data_input.replay(mixtures["texts"], 2, tmp_path / "replay")
     monkeypatch.setattr(data_input, "MAX_LENGTH", 8)  # the seeds' way cuts earlier now
@@ -78,7 +117,13 @@ def test_parsing_and_big_stores(tmp_path):
     store = data_input.big_store(tmp_path / "big.store", 3, rows=40)
     assert len(store) == 120 and store.rows([0, 40])[0] == store.rows([0, 40])[1]
     found = data_input.memory_of(store.folder, 2) | data_input.cold_read(store.folder)
-    assert found["rows"] == 120 and found.keys() >= {"anonymous", "anonymous_growth", "file_growth", "milliseconds", "mb_read"}
+    assert found["rows"] == 120 and found.keys() >= {
+        "anonymous",
+        "anonymous_growth",
+        "file_growth",
+        "milliseconds",
+        "mb_read",
+    }
 
 
 def test_no_data_is_said(tmp_path, monkeypatch):
@@ -92,7 +137,9 @@ def test_the_peers_on_xla_get_the_rows_of_our_batches():
     file, steps = quickstart_folder() / "train/question_answer.jsonl", 2
     mixture = xla.make_mixture(file, steps)
     rows = xla.in_order(mixture, steps)
-    assert [(r["anchor"], r["positive"]) for r in rows] == [example for s in range(steps) for example in mixture.batch(s).examples] and len(rows) == steps * xla.BATCH
+    assert [(r["anchor"], r["positive"]) for r in rows] == [
+        example for s in range(steps) for example in mixture.batch(s).examples
+    ] and len(rows) == steps * xla.BATCH
     assert xla.shapes(file, steps) == {"buckets": 1, "longest": 2}
     with pytest.raises(AssertionError, match="same work"):
         xla.check_same({"ours": {"first_loss": 4.0}, "transformers": {"first_loss": 4.1}})
@@ -102,4 +149,6 @@ def test_the_table_of_the_readme_is_fresh(tmp_path):
     readme, copy = ROOT / "benchmarks" / "README.md", tmp_path / "README.md"
     copy.write_text(readme.read_text(encoding="utf-8"), encoding="utf-8")
     measure.write_table(copy, ROOT / "benchmarks" / "results")
-    assert copy.read_text(encoding="utf-8") == readme.read_text(encoding="utf-8"), "run python benchmarks/measure.py"
+    assert copy.read_text(encoding="utf-8") == readme.read_text(encoding="utf-8"), (
+        "run python benchmarks/measure.py"
+    )

@@ -1,4 +1,5 @@
 """The model card: what it says is what the run recorded, its code runs, the hub reads it, and nothing is uploaded unasked."""
+
 import base64
 import json
 import os
@@ -20,10 +21,24 @@ from conftest import make_backbone, make_tokenizer
 from huggingface_hub import ModelCard
 
 from contrastive_st import atomic, evaluation, mixture, recipes, trainer
-from contrastive_st.card import _POOLING, _card_to_send, _files, _hide, model_card, push_to_hub, read_run, scores, with_command, write_card
+from contrastive_st.card import (
+    _POOLING,
+    _card_to_send,
+    _files,
+    _hide,
+    model_card,
+    push_to_hub,
+    read_run,
+    scores,
+    with_command,
+    write_card,
+)
 from contrastive_st.model import POOLINGS, SentenceEncoder
 
-THINGS = "dog cat man woman child horse guitar piano rice road street water music ball train rain snow money".split()
+THINGS = (
+    "dog cat man woman child horse guitar piano rice road street water music ball train rain snow"
+    " money".split()
+)
 RECIPE = """# ```
 # ---
 # # not a heading
@@ -57,24 +72,79 @@ def encoder(**options):
 def run(tmp_path_factory):
     "A finished run, trained here, with everything measured."
     folder = tmp_path_factory.mktemp("card")
-    rows = {"pairs|a.jsonl": [[f"where is the {x}", f"the {x} is on the {y}"] for x in THINGS for y in ("road", "street")],
-            "triplets.jsonl": [[f"what is a {x}", f"a {x} is playing", f"a {x} is not playing"] for x in THINGS]}
+    rows = {
+        "pairs|a.jsonl": [
+            [f"where is the {x}", f"the {x} is on the {y}"]
+            for x in THINGS
+            for y in ("road", "street")
+        ],
+        "triplets.jsonl": [
+            [f"what is a {x}", f"a {x} is playing", f"a {x} is not playing"] for x in THINGS
+        ],
+    }
     for name, examples in rows.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in examples))
-    mix = mixture.Mixture.from_config([{"name": name, "weight": w} for name, w in zip(rows, (2, 1))], folder, batch_size=8, datasets_per_batch=1)
-    sts = [f"the {x} is eating" for x in THINGS], [f"the {THINGS[(i + i % 6) % len(THINGS)]} is eating" for i, x in enumerate(THINGS)], [i % 6 for i in range(len(THINGS))]
-    desk = {x: f"the {x} is on the road" for x in THINGS}, {x: f"where is the {x}" for x in THINGS}, {x: {x: 1} for x in THINGS}
+    mix = mixture.Mixture.from_config(
+        [{"name": name, "weight": w} for name, w in zip(rows, (2, 1))],
+        folder,
+        batch_size=8,
+        datasets_per_batch=1,
+    )
+    sts = (
+        [f"the {x} is eating" for x in THINGS],
+        [f"the {THINGS[(i + i % 6) % len(THINGS)]} is eating" for i, x in enumerate(THINGS)],
+        [i % 6 for i in range(len(THINGS))],
+    )
+    desk = (
+        {x: f"the {x} is on the road" for x in THINGS},
+        {x: f"where is the {x}" for x in THINGS},
+        {x: {x: 1} for x in THINGS},
+    )
 
-    def graded(e): return {"sts_n" if k == "n" else k: v for k, v in evaluation.evaluate_sts(lambda t: e.encode(t, progress=False), sts, 50).items()}
-    def both(e): return graded(e) | {k: v for k, v in evaluation.evaluate_retrieval(lambda t: e.encode(t, progress=False), *desk, resamples=50).items() if k != "n"} | {"retrieval_n": len(desk[1])}
-    config = trainer.TrainConfig(steps=4, warmup=1, lr=1e-3, eval_every=2, metric="spearman", workers=0)
-    trainer.train(encoder(), mix, config, folder / "run", graded, both, recipe=with_command(RECIPE, COMMAND), progress=False)
+    def graded(e):
+        return {
+            "sts_n" if k == "n" else k: v
+            for k, v in evaluation.evaluate_sts(
+                lambda t: e.encode(t, progress=False), sts, 50
+            ).items()
+        }
+
+    def both(e):
+        return (
+            graded(e)
+            | {
+                k: v
+                for k, v in evaluation.evaluate_retrieval(
+                    lambda t: e.encode(t, progress=False), *desk, resamples=50
+                ).items()
+                if k != "n"
+            }
+            | {"retrieval_n": len(desk[1])}
+        )
+
+    config = trainer.TrainConfig(
+        steps=4, warmup=1, lr=1e-3, eval_every=2, metric="spearman", workers=0
+    )
+    trainer.train(
+        encoder(),
+        mix,
+        config,
+        folder / "run",
+        graded,
+        both,
+        recipe=with_command(RECIPE, COMMAND),
+        progress=False,
+    )
     return folder / "run"
 
 
 @pytest.fixture
 def copy(run, tmp_path):
-    return Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard")))
+    return Path(
+        shutil.copytree(
+            run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "tensorboard")
+        )
+    )
 
 
 def change(run, name, **entries):
@@ -88,6 +158,7 @@ def section(card, title):
 
 # --- the code in the card runs ---
 
+
 def blocks(card):
     return re.findall(r"^```python\n(.*?)^```", section(card, "Use"), re.M | re.S)
 
@@ -99,7 +170,15 @@ def computed(code):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
-@pytest.mark.parametrize("options", [{"normalize": True}, {"normalize": False}, {"prompts": {"query": "what is the "}, "normalize": True}], ids=["unit", "free", "prompt"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalize": True},
+        {"normalize": False},
+        {"prompts": {"query": "what is the "}, "normalize": True},
+    ],
+    ids=["unit", "free", "prompt"],
+)
 def test_the_three_ways_give_the_same_vectors(copy, monkeypatch, pooling, options):
     model = encoder(pooling=pooling, **options)
     model.settings = {"default_prompt_name": "query"} if "prompts" in options else {}
@@ -108,12 +187,21 @@ def test_the_three_ways_give_the_same_vectors(copy, monkeypatch, pooling, option
     write_card(copy)
     monkeypatch.chdir(copy)
     found = blocks((copy / "model/README.md").read_text())
-    assert [re.search(r"(?:from|import) (sentence_transformers|transformers|contrastive_st)", b)[1] for b in found] == ["sentence_transformers", "transformers", "contrastive_st"]
+    assert [
+        re.search(r"(?:from|import) (sentence_transformers|transformers|contrastive_st)", b)[1]
+        for b in found
+    ] == ["sentence_transformers", "transformers", "contrastive_st"]
     theirs, plain, ours = map(computed, found)
-    assert theirs.shape == (2, 32) and theirs == pytest.approx(plain, abs=3e-6) and theirs == pytest.approx(ours, abs=3e-6)
+    assert (
+        theirs.shape == (2, 32)
+        and theirs == pytest.approx(plain, abs=3e-6)
+        and theirs == pytest.approx(ours, abs=3e-6)
+    )
     assert bool(np.allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-4)) == options["normalize"]
-    assert np.abs(theirs[0] - theirs[1]).max() > 1e-4                            # else equality would prove nothing
-    other = found[1].replace("pool(model", "(lambda s, m: s[:, -1])(model")      # and a wrong pooling is seen
+    assert np.abs(theirs[0] - theirs[1]).max() > 1e-4  # else equality would prove nothing
+    other = found[1].replace(
+        "pool(model", "(lambda s, m: s[:, -1])(model"
+    )  # and a wrong pooling is seen
     assert np.abs(computed(other) - theirs).max() > 1e-4
 
 
@@ -121,7 +209,10 @@ def test_the_three_ways_give_the_same_vectors(copy, monkeypatch, pooling, option
 def test_the_pooling_written_out_is_the_models(name):
     "Padding on either side, states below zero, a text of one token."
     torch.manual_seed(0)
-    states, mask = torch.randn(3, 5, 4) - 2, torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]])
+    states, mask = (
+        torch.randn(3, 5, 4) - 2,
+        torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]),
+    )
     names = {"torch": torch}
     exec(_POOLING[name], names)  # noqa: S102
     assert torch.allclose(names["pool"](states, mask), POOLINGS[name](states, mask))
@@ -132,14 +223,27 @@ def test_technical_details(copy):
     parameters = sum(p.numel() for p in encoder().backbone.state_dict().values())
     kept = SentenceEncoder.from_pretrained(copy / "model")
     parameters += sum(w.numel() for w in kept.pooler_weights.values())
-    for row in ("| Dimensions | 32 |", "| Unit length | yes |", "mean of the token states", "dot product, cosine and Euclidean", "32 tokens", "not trained for it", "| Prompt | none |"):
+    for row in (
+        "| Dimensions | 32 |",
+        "| Unit length | yes |",
+        "mean of the token states",
+        "dot product, cosine and Euclidean",
+        "32 tokens",
+        "not trained for it",
+        "| Prompt | none |",
+    ):
         assert row in said, row
     assert f"BertModel, {parameters:,} parameters" in said
     shutil.rmtree(copy / "model")
     encoder(pooling="cls", normalize=False).save_pretrained(copy / "model")
     change(copy, "config", similarity="dot", widths=[16, 8])
     said = section(model_card(copy), "Technical details")
-    assert "| Score functions | dot product |" in said and "| Unit length | no |" in said and "16, 8" in said and "first token" in said
+    assert (
+        "| Score functions | dot product |" in said
+        and "| Unit length | no |" in said
+        and "16, 8" in said
+        and "first token" in said
+    )
 
 
 def test_prompts_that_have_to_be_asked_for_are_named(copy, monkeypatch):
@@ -148,47 +252,99 @@ def test_prompts_that_have_to_be_asked_for_are_named(copy, monkeypatch):
     encoder(prompts={"query": "what is the ", "document": ""}).save_pretrained(copy / "model")
     write_card(copy)
     card = (copy / "model/README.md").read_text()
-    assert "| Prompt | none unless asked for: query |" in card and '`query` = `"what is the "`' in section(card, "Use") and "document" not in section(card, "Use")
+    assert (
+        "| Prompt | none unless asked for: query |" in card
+        and '`query` = `"what is the "`' in section(card, "Use")
+        and "document" not in section(card, "Use")
+    )
     monkeypatch.chdir(copy)
     for block in blocks(card):
-        asked = block.replace("encode(sentences", "encode(sentences, prompt_name='query'" if "sentence_transformers" in block else "encode(sentences, prompt='query'")
-        asked = asked.replace("tokenizer(sentences", "tokenizer(['what is the ' + s for s in sentences]")
+        asked = block.replace(
+            "encode(sentences",
+            (
+                "encode(sentences, prompt_name='query'"
+                if "sentence_transformers" in block
+                else "encode(sentences, prompt='query'"
+            ),
+        )
+        asked = asked.replace(
+            "tokenizer(sentences", "tokenizer(['what is the ' + s for s in sentences]"
+        )
         assert asked != block and np.abs(computed(asked) - computed(block)).max() > 1e-4
-        assert computed(asked) == pytest.approx(SentenceEncoder.from_pretrained(copy / "model").encode(["Where can I leave my bicycle?", "There is a bike rack behind the station."], prompt="what is the ", progress=False), abs=3e-6)
+        assert computed(asked) == pytest.approx(
+            SentenceEncoder.from_pretrained(copy / "model").encode(
+                ["Where can I leave my bicycle?", "There is a bike rack behind the station."],
+                prompt="what is the ",
+                progress=False,
+            ),
+            abs=3e-6,
+        )
 
 
 # --- the figures are the run's ---
 
+
 def test_training_data_is_what_the_run_accounted_for(run):
-    said, report = section(model_card(run), "Training data"), json.loads((run / "mixture.json").read_text())
+    said, report = (
+        section(model_card(run), "Training data"),
+        json.loads((run / "mixture.json").read_text()),
+    )
     assert len(report["datasets"]) == 2
     for d, weight in zip(report["datasets"], (2, 1)):
         name = d["name"].replace("|", "\\|")
-        assert f"| {name} | {d['rows']} | {d['columns']} | {weight} | {d['asked']:.2%} | {d['realised']:.2%} | {d['epochs']:.2f} |" in said
+        assert (
+            f"| {name} | {d['rows']} | {d['columns']} | {weight} | {d['asked']:.2%} |"
+            f" {d['realised']:.2%} | {d['epochs']:.2f} |" in said
+        )
     assert "| **all** | 54 |" in said and "32 examples" in said and "7 in-batch" in said
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in said.splitlines() if line.startswith("|"))     # a name with a bar breaks no column
+    assert all(
+        len(re.findall(r"(?<!\\)\|", line)) == 8
+        for line in said.splitlines()
+        if line.startswith("|")
+    )  # a name with a bar breaks no column
 
 
-@pytest.mark.parametrize("masked, said", [(None, False), (0, False), (0.004, False), (0.25, True)])     # None: the pool was not looked into
+@pytest.mark.parametrize(
+    "masked, said", [(None, False), (0, False), (0.004, False), (0.25, True)]
+)  # None: the pool was not looked into
 def test_masked_negatives_are_told_where_there_are_any(copy, masked, said):
     report = json.loads((copy / "mixture.json").read_text())
     change(copy, "mixture", pools=[pool | {"masked": masked} for pool in report["pools"]])
-    assert ("0.25 of them masked" in model_card(copy)) == said == ("masked" in section(model_card(copy), "Training data"))
+    assert (
+        ("0.25 of them masked" in model_card(copy))
+        == said
+        == ("masked" in section(model_card(copy), "Training data"))
+    )
 
 
 def test_evaluation_has_intervals_and_says_what_chose(run):
     card, metrics = model_card(run), json.loads((run / "metrics.json").read_text())
     said = section(card, "Evaluation")
-    sets = ("dev.tsv", "evaluation, 18 pairs", metrics, ["spearman", "pearson"]), ("test.tsv", "test, 18 pairs", metrics["test"], ["spearman"]), ("desk", "test, 18 questions", metrics["test"], ["mrr@10", "ndcg@10"])
+    sets = (
+        ("dev.tsv", "evaluation, 18 pairs", metrics, ["spearman", "pearson"]),
+        ("test.tsv", "test, 18 pairs", metrics["test"], ["spearman"]),
+        ("desk", "test, 18 questions", metrics["test"], ["mrr@10", "ndcg@10"]),
+    )
     for path, kind, both, names in sets:
         for name in names:
-            cells = [f"{both[when][name]:.3f} [{both[when][name + '_low']:.3f}, {both[when][name + '_high']:.3f}]" for when in ("before", "after")]
+            cells = [
+                f"{both[when][name]:.3f} [{both[when][name + '_low']:.3f},"
+                f" {both[when][name + '_high']:.3f}]"
+                for when in ("before", "after")
+            ]
             assert f"| {path} ({kind}) | {name} | {cells[0]} | {cells[1]} |" in said
-    assert f"The checkpoint of step {metrics['best_step']} was chosen by spearman" in said and "optimistic" in said
+    assert (
+        f"The checkpoint of step {metrics['best_step']} was chosen by spearman" in said
+        and "optimistic" in said
+    )
 
 
 def test_training_has_the_command_and_every_setting(run):
-    said, config, versions = section(model_card(run), "Training"), json.loads((run / "config.json").read_text()), json.loads((run / "versions.json").read_text())
+    said, config, versions = (
+        section(model_card(run), "Training"),
+        json.loads((run / "config.json").read_text()),
+        json.loads((run / "versions.json").read_text()),
+    )
     assert "```bash\ncontrastive-st train recipe.toml --set train.lr=1e-3\n```" in said
     for name, value in config.items():
         assert name == "mix" or f"| {name} | {json.dumps(value)} |" in said, name
@@ -198,27 +354,52 @@ def test_training_has_the_command_and_every_setting(run):
 
 def test_limits_are_counted(copy):
     report = json.loads((copy / "mixture.json").read_text())
-    change(copy, "mixture", warnings=["file x is small"], tokens=report["tokens"] | {"columns": {"anchor": {"mean": 9, "truncated": 0.125}}})
+    change(
+        copy,
+        "mixture",
+        warnings=["file x is small"],
+        tokens=report["tokens"] | {"columns": {"anchor": {"mean": 9, "truncated": 0.125}}},
+    )
     said = section(model_card(copy), "Intended use and limits")
-    assert "cut at 32 tokens; in training, up to 12.5%" in said and "The run warned: file x is small" in said and "32 examples of 2 dataset(s)" in said
-    assert "No licence" in said and "No licence" not in model_card(copy, metadata={"license": "mit"})
+    assert (
+        "cut at 32 tokens; in training, up to 12.5%" in said
+        and "The run warned: file x is small" in said
+        and "32 examples of 2 dataset(s)" in said
+    )
+    assert "No licence" in said and "No licence" not in model_card(
+        copy, metadata={"license": "mit"}
+    )
 
 
 def test_the_card_is_a_function_of_the_records(copy):
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*")}
     card = model_card(copy)
-    assert card == model_card(str(copy)) and {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before     # reads, never writes
-    assert write_card(copy) == copy / "model/README.md" and (copy / "model/README.md").read_text() == card == model_card(copy)
+    assert (
+        card == model_card(str(copy))
+        and {p: p.stat().st_mtime_ns for p in copy.rglob("*")} == before
+    )  # reads, never writes
+    assert write_card(copy) == copy / "model/README.md" and (
+        copy / "model/README.md"
+    ).read_text() == card == model_card(copy)
     change(copy, "versions", date="1999-01-01")
     assert model_card(copy) != card
 
 
 def test_recipe_is_one_block_and_changes_count(copy):
-    text = RECIPE + '\n[run]\nchanges = { title = "changed\\ntitle | x", evaluation = { sts = "other.tsv" }, test = { sts = "new.tsv" } }\n'
+    text = (
+        RECIPE
+        + '\n[run]\nchanges = { title = "changed\\ntitle | x", evaluation = { sts = "other.tsv" },'
+        ' test = { sts = "new.tsv" } }\n'
+    )
     (copy / "recipe.toml").write_text(text)
     card = model_card(copy)
     assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")
-    assert "\n# changed title | x\n" in card and "other.tsv (evaluation, 18 pairs)" in card and "new.tsv (test, 18 pairs)" in card and "desk (test, 18 questions)" in card
+    assert (
+        "\n# changed title | x\n" in card
+        and "other.tsv (evaluation, 18 pairs)" in card
+        and "new.tsv (test, 18 pairs)" in card
+        and "desk (test, 18 questions)" in card
+    )
     assert "The command was not recorded" in card
 
 
@@ -227,18 +408,35 @@ def test_a_run_from_python_has_a_card_too(copy):
     metrics = json.loads((copy / "metrics.json").read_text())
     change(copy, "metrics", before={}, after={}, test={"before": {}, "after": {}}, best_step=None)
     card = model_card(copy)
-    assert "# run\n" in card and "## Recipe" not in card and "Nothing was measured" in card and "from Python" in card and metrics
+    assert (
+        "# run\n" in card
+        and "## Recipe" not in card
+        and "Nothing was measured" in card
+        and "from Python" in card
+        and metrics
+    )
     data = yaml.safe_load(card.split("---\n")[1])
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
 
 
 def test_a_figure_that_could_not_be_measured_is_called_so(copy):
     metrics = json.loads((copy / "metrics.json").read_text())
-    change(copy, "metrics", after={k: v for k, v in metrics["after"].items() if k != "sts_n"} | {"spearman": None}, before={})       # NaN is written as null
+    change(
+        copy,
+        "metrics",
+        after={k: v for k, v in metrics["after"].items() if k != "sts_n"} | {"spearman": None},
+        before={},
+    )  # NaN is written as null
     rows = scores(read_run(copy))
-    assert [(r["metric"], r["after"] is None) for r in rows if r["split"] == "evaluation"] == [("spearman", True), ("pearson", False)]
+    assert [(r["metric"], r["after"] is None) for r in rows if r["split"] == "evaluation"] == [
+        ("spearman", True),
+        ("pearson", False),
+    ]
     card = model_card(copy)
-    assert "| dev.tsv (evaluation) | pearson | not measured | " in card and "| dev.tsv (evaluation) | spearman | not measured | not measured |" in card
+    assert (
+        "| dev.tsv (evaluation) | pearson | not measured | " in card
+        and "| dev.tsv (evaluation) | spearman | not measured | not measured |" in card
+    )
     assert len(ModelCard(card).data.eval_results) == len(rows) - 1
 
 
@@ -247,7 +445,16 @@ def test_numbers_that_are_none_are_never_shown(copy, value):
     "In metrics, and wherever else a card shows a number that it can do without."
     for name in ("metrics", "mixture", "config"):
         text = (copy / f"{name}.json").read_text()
-        for key in ("spearman", "spearman_low", "ndcg@10", "seconds", "pairs_per_second", "lr", "masked", "realised"):
+        for key in (
+            "spearman",
+            "spearman_low",
+            "ndcg@10",
+            "seconds",
+            "pairs_per_second",
+            "lr",
+            "masked",
+            "realised",
+        ):
             text = re.sub(rf'"{key}": [-\d.e]+', f'"{key}": {value}', text)
         (copy / f"{name}.json").write_text(text)
     card = model_card(copy)
@@ -255,23 +462,62 @@ def test_numbers_that_are_none_are_never_shown(copy, value):
     assert ModelCard(card).data.library_name == "sentence-transformers"
 
 
-STRANGE = ["[" * 100_000, "5", "null", "", "{", '"x"', "[]", "{}", "\0\0\0", '{"a": ' + "9" * 5_000 + "}"]
+STRANGE = [
+    "[" * 100_000,
+    "5",
+    "null",
+    "",
+    "{",
+    '"x"',
+    "[]",
+    "{}",
+    "\0\0\0",
+    '{"a": ' + "9" * 5_000 + "}",
+]
 
 
-@pytest.mark.parametrize("name", ["config.json", "mixture.json", "metrics.json", "model/modules.json", "model/config.json", "model/1_Pooling/config.json", "model/sentence_bert_config.json", "model/config_sentence_transformers.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "mixture.json",
+        "metrics.json",
+        "model/modules.json",
+        "model/config.json",
+        "model/1_Pooling/config.json",
+        "model/sentence_bert_config.json",
+        "model/config_sentence_transformers.json",
+    ],
+)
 @pytest.mark.parametrize("text", STRANGE, ids=lambda text: text[:6] or "empty")
 def test_a_damaged_record_is_named_in_one_sentence(copy, name, text):
     (copy / name).write_text(text)
-    if name in ("model/modules.json", "model/config_sentence_transformers.json") and text in ("[]", "{}"):
-        return      # no module normalizes, no prompt is there
+    if name in ("model/modules.json", "model/config_sentence_transformers.json") and text in (
+        "[]",
+        "{}",
+    ):
+        return  # no module normalizes, no prompt is there
     with pytest.raises(ValueError, match=re.escape(f"{copy / name}: ")) as error:
         model_card(copy)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(copy))
 
 
-@pytest.mark.parametrize("record, key, value", [
-    ("mixture", "datasets", [{"name": "a"}]), ("mixture", "datasets", [5]), ("mixture", "pools", [{}]), ("mixture", "tokens", 5), ("mixture", "warnings", 5), ("metrics", "test", 5), ("metrics", "steps", "x"),
-    ("config", "similarity", 5), ("config", "widths", 5), ("config", "mix", None), ("mixture", "examples", True)])
+@pytest.mark.parametrize(
+    "record, key, value",
+    [
+        ("mixture", "datasets", [{"name": "a"}]),
+        ("mixture", "datasets", [5]),
+        ("mixture", "pools", [{}]),
+        ("mixture", "tokens", 5),
+        ("mixture", "warnings", 5),
+        ("metrics", "test", 5),
+        ("metrics", "steps", "x"),
+        ("config", "similarity", 5),
+        ("config", "widths", 5),
+        ("config", "mix", None),
+        ("mixture", "examples", True),
+    ],
+)
 def test_a_record_of_another_shape_is_named(copy, record, key, value):
     change(copy, record, **{key: value})
     with pytest.raises(ValueError, match=re.escape(f"{copy / record}.json: ")) as error:
@@ -289,25 +535,68 @@ def test_a_damaged_recipe_or_weight_file_is_named(copy):
         model_card(copy)
 
 
-HOSTILE = ["a\nb", "| x | y", "<script>alert(1)</script>", "[x](http://evil)", "![x](http://evil)", "**b** _i_ `c`", "---", "a: {b: [c", "# h", "1. x", "\x1b[31mred\x1b[0m", "\u202eabc", "&lt;", "\ud800", "$x$", "```"]
+HOSTILE = [
+    "a\nb",
+    "| x | y",
+    "<script>alert(1)</script>",
+    "[x](http://evil)",
+    "![x](http://evil)",
+    "**b** _i_ `c`",
+    "---",
+    "a: {b: [c",
+    "# h",
+    "1. x",
+    "\x1b[31mred\x1b[0m",
+    "\u202eabc",
+    "&lt;",
+    "\ud800",
+    "$x$",
+    "```",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_mean_nothing_but_themselves(copy, name):
     "As the title, as a dataset, as a set, as a model, as a warning, as a setting."
-    (copy / "recipe.toml").write_text(f"title = {json.dumps(name) if name != chr(0xd800) else '5'}\n[evaluation]\nsts = {json.dumps(name.replace(chr(0xd800), ''))}\n", encoding="utf-8")
+    (copy / "recipe.toml").write_text(
+        f"title = {json.dumps(name) if name != chr(0xD800) else '5'}\n[evaluation]\nsts ="
+        f" {json.dumps(name.replace(chr(0xD800), ''))}\n",
+        encoding="utf-8",
+    )
     report = json.loads((copy / "mixture.json").read_text())
-    change(copy, "mixture", datasets=[d | {"name": name} for d in report["datasets"]], warnings=[name])
+    change(
+        copy, "mixture", datasets=[d | {"name": name} for d in report["datasets"]], warnings=[name]
+    )
     change(copy, "config", metric=name)
     card = model_card(copy)
     card.encode()
     body = card.split("\n## Recipe")[0].partition("\n---\n")[2]
     prose = re.sub(r"^```python\n.*?^```$", "", body, flags=re.M | re.S)
-    assert not re.search(r"(?<!\\)<script|(?<!\\)\*\*b|\]\(http://evil|\x1b|\u202e|^# h$|(?<!\\)`c`|(?<!\\)\$x", prose, re.M), prose[:500]
-    assert [len(re.findall(r"(?<!\\)\|", line)) for line in section(card, "Training data").splitlines() if line.startswith("|")] == [8] * 5
+    assert not re.search(
+        r"(?<!\\)<script|(?<!\\)\*\*b|\]\(http://evil|\x1b|\u202e|^# h$|(?<!\\)`c`|(?<!\\)\$x",
+        prose,
+        re.M,
+    ), prose[:500]
+    assert [
+        len(re.findall(r"(?<!\\)\|", line))
+        for line in section(card, "Training data").splitlines()
+        if line.startswith("|")
+    ] == [8] * 5
     data = ModelCard(card).data
-    assert data.model_name == (" ".join(re.sub(r"[\x1b\u202e]", "", name).split()) if name != "\ud800" else "run")
-    assert re.findall("^## .*$", body, re.M) == ["## " + title for title in ("Use", "Technical details", "Intended use and limits", "Training data", "Evaluation", "Training")]
+    assert data.model_name == (
+        " ".join(re.sub(r"[\x1b\u202e]", "", name).split()) if name != "\ud800" else "run"
+    )
+    assert re.findall("^## .*$", body, re.M) == [
+        "## " + title
+        for title in (
+            "Use",
+            "Technical details",
+            "Intended use and limits",
+            "Training data",
+            "Evaluation",
+            "Training",
+        )
+    ]
 
 
 @pytest.mark.parametrize("prompt", ["\U0001f600 \u00fc: ", 'say "hi" \\ ', "a\nb", "`x` "])
@@ -320,8 +609,18 @@ def test_a_prompt_is_the_same_in_the_code(copy, monkeypatch, prompt):
     assert eval(re.search(r"\[(.*) \+ s for s in", code)[1]) == prompt  # noqa: S307
 
 
-@pytest.mark.parametrize("comment", ["# changed for this run: by hand", '# changed for this run: {"title": 5}', "# changed for this run: [1]", "# command: by hand", '# command: ["x"]', "# changed for this run: " + "[" * 100_000,
-                                     '# changed for this run: {"model": 5, "test": [1]}'])
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "# changed for this run: by hand",
+        '# changed for this run: {"title": 5}',
+        "# changed for this run: [1]",
+        "# command: by hand",
+        '# command: ["x"]',
+        "# changed for this run: " + "[" * 100_000,
+        '# changed for this run: {"model": 5, "test": [1]}',
+    ],
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_comment_of_the_users_is_a_comment(copy, comment, first):
     text = f"{comment}\n{RECIPE}" if first else f"{RECIPE}\n{comment}\n"
@@ -334,6 +633,7 @@ def test_a_comment_of_the_users_is_a_comment(copy, comment, first):
 
 # --- nothing of the machine ---
 
+
 def test_no_path_of_the_machine_is_in_the_card(copy, tmp_path, monkeypatch):
     home, work = tmp_path / "home/alice", tmp_path / "home/alice/project"
     for folder in (work / "data", tmp_path / "home/alice/sets", tmp_path / "home/bob/sets"):
@@ -341,8 +641,20 @@ def test_no_path_of_the_machine_is_in_the_card(copy, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(work)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path / "link")
-    argv = ["/home/alice/.venv/bin/contrastive-st", "train", str(work / "my.toml"), "--out", str(work / "run"), f"--data={tmp_path}/link/data", "--set", f"evaluation.sts='{home}/sets/my dev.tsv'",
-            "--set", f"model.name={tmp_path}/home/bob/sets", "--store", "/data/alice/stores"]
+    argv = [
+        "/home/alice/.venv/bin/contrastive-st",
+        "train",
+        str(work / "my.toml"),
+        "--out",
+        str(work / "run"),
+        f"--data={tmp_path}/link/data",
+        "--set",
+        f"evaluation.sts='{home}/sets/my dev.tsv'",
+        "--set",
+        f"model.name={tmp_path}/home/bob/sets",
+        "--store",
+        "/data/alice/stores",
+    ]
     recipe = f"""title = "t"
 [model]
 name = "{tmp_path}/home/bob/model"
@@ -356,47 +668,92 @@ sts = "/home/alice"
 """
     (copy / "recipe.toml").write_text(with_command(recipe, argv))
     report = json.loads((copy / "mixture.json").read_text())
-    change(copy, "mixture", datasets=[d | {"name": f"{home}/sets/{d['name']}"} for d in report["datasets"]], warnings=[f"{home}/sets/a.jsonl: is small"])
+    change(
+        copy,
+        "mixture",
+        datasets=[d | {"name": f"{home}/sets/{d['name']}"} for d in report["datasets"]],
+        warnings=[f"{home}/sets/a.jsonl: is small"],
+    )
     change(copy, "config", out=str(work / "run"))
     card = model_card(copy)
     for word in ("alice", "bob", str(tmp_path), "/home", "/data"):
         assert word not in card, re.findall(f".*{word}.*", card)
     said = section(card, "Training").split("```")[1]
-    assert said == "bash\ncontrastive-st train my.toml --out run --data=data --set 'evaluation.sts='\"'\"'../sets/my dev.tsv'\"'\"'' --set model.name=.../sets --store .../stores\n"
-    assert "started from `.../model`" in card and "| my dev.tsv" not in card and ".../my dev.tsv (evaluation" in card and ".../a.jsonl: is small" in card
+    assert (
+        said == "bash\ncontrastive-st train my.toml --out run --data=data --set"
+        " 'evaluation.sts='\"'\"'../sets/my dev.tsv'\"'\"'' --set model.name=.../sets --store"
+        " .../stores\n"
+    )
+    assert (
+        "started from `.../model`" in card
+        and "| my dev.tsv" not in card
+        and ".../my dev.tsv (evaluation" in card
+        and ".../a.jsonl: is small" in card
+    )
 
 
-@pytest.mark.parametrize("text", ["and/or", "3 / 4", "https://a.b/c/d", "~/data", "a/b/c.txt", "../x", "</b>", "s/step", "cosine/dot"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "and/or",
+        "3 / 4",
+        "https://a.b/c/d",
+        "~/data",
+        "a/b/c.txt",
+        "../x",
+        "</b>",
+        "s/step",
+        "cosine/dot",
+    ],
+)
 def test_what_is_no_absolute_path_stays(text):
     assert _hide(text) == text
 
 
 # --- whole or not at all ---
 
+
 def test_a_full_disk_is_one_sentence_and_leaves_the_card_that_was_there(copy, monkeypatch):
     path = write_card(copy)
     before = path.read_text()
-    monkeypatch.setattr(Path, "write_text", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        Path,
+        "write_text",
+        lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(ValueError, match=r"README\.md: the disk is full") as error:
         write_card(copy, {"license": "mit"})
-    assert "\n" not in str(error.value) and path.read_text() == before and sorted(p.name for p in path.parent.glob(".*")) == []
+    assert (
+        "\n" not in str(error.value)
+        and path.read_text() == before
+        and sorted(p.name for p in path.parent.glob(".*")) == []
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4096, 0.5, -1, "zeros", "older"])
 def test_half_a_card_is_none(copy, keep):
     "What a killed writer left is written anew; what a person wrote is sent as it is."
     card = write_card(copy).read_text()
-    left = {"zeros": "\0" * 4096, "older": card.replace("AdamW", "Adam")[:len(card) * 2 // 3].rstrip("\n")}.get(keep)
-    left = card[:int(keep * len(card)) if isinstance(keep, float) else keep] if left is None else left
+    left = {
+        "zeros": "\0" * 4096,
+        "older": card.replace("AdamW", "Adam")[: len(card) * 2 // 3].rstrip("\n"),
+    }.get(keep)
+    left = (
+        card[: int(keep * len(card)) if isinstance(keep, float) else keep] if left is None else left
+    )
     (copy / "model/README.md").write_text(left)
-    assert _card_to_send(copy, "me/model", {"license": "mit"}) == model_card(copy, "me/model", {"license": "mit"})
+    assert _card_to_send(copy, "me/model", {"license": "mit"}) == model_card(
+        copy, "me/model", {"license": "mit"}
+    )
 
 
 def test_an_edited_card_is_sent_unless_it_names_a_home(copy):
     card = write_card(copy).read_text()
     path = copy / "model/README.md"
     path.write_text(card.replace("Made for semantic search", "Made for the harbour"))
-    assert "Made for the harbour" in _card_to_send(copy, "me/model", {}) and 'SentenceTransformer("me/model")' in _card_to_send(copy, "me/model", {})
+    assert "Made for the harbour" in _card_to_send(
+        copy, "me/model", {}
+    ) and 'SentenceTransformer("me/model")' in _card_to_send(copy, "me/model", {})
     path.write_text("my own words")
     assert _card_to_send(copy, "me/model", {}) == "my own words"
     path.write_text("trained in /home/alice/runs")
@@ -411,7 +768,10 @@ def test_what_is_pushed_is_what_the_manifest_says(copy, tmp_path):
     (copy / "checked").rename(copy / "model")
     write_card(copy)
     (copy / "model/notes.txt").write_text("mine")
-    assert set(_files(copy / "model")) == {*json.loads((copy / "model/manifest.json").read_text())["files"], "manifest.json"} - {"README.md"}
+    assert set(_files(copy / "model")) == {
+        *json.loads((copy / "model/manifest.json").read_text())["files"],
+        "manifest.json",
+    } - {"README.md"}
     weights = copy / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"model\.safetensors: has another digest"):
@@ -426,7 +786,9 @@ def test_a_link_out_of_the_model_directory_is_not_pushed(copy, tmp_path):
         push_to_hub(copy, "me/model")
 
 
-@pytest.mark.parametrize("lost", ["config.json", "mixture.json", "metrics.json", "versions.json", "model/modules.json"])
+@pytest.mark.parametrize(
+    "lost", ["config.json", "mixture.json", "metrics.json", "versions.json", "model/modules.json"]
+)
 def test_an_unfinished_run_is_refused(copy, lost):
     (copy / lost).unlink()
     with pytest.raises(ValueError, match=f"it has no {lost}; train to the end first"):
@@ -435,65 +797,130 @@ def test_an_unfinished_run_is_refused(copy, lost):
         push_to_hub(copy, "me/model")
 
 
-@pytest.mark.parametrize("argv", [["x/contrastive-st", "train", "a b.toml"], ["c", "--set", "title='''a\n# command: \"rm\"\n[train]'''"], ["c", "\u2028\r\x0b", '"""', "ü"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["x/contrastive-st", "train", "a b.toml"],
+        ["c", "--set", "title='''a\n# command: \"rm\"\n[train]'''"],
+        ["c", "\u2028\r\x0b", '"""', "ü"],
+    ],
+)
 def test_with_command_keeps_the_recipe_a_recipe(copy, argv):
     text = with_command(RECIPE, argv)
     assert tomllib.loads(text) == tomllib.loads(RECIPE) and text.startswith(RECIPE.rstrip())
     (copy / "recipe.toml").write_text(text, encoding="utf-8")
-    said = re.search(r"^```+bash\n(.*?)^```+$", section(model_card(copy), "Training"), re.M | re.S)[1]
+    said = re.search(r"^```+bash\n(.*?)^```+$", section(model_card(copy), "Training"), re.M | re.S)[
+        1
+    ]
     assert shlex.split(said) == [Path(argv[0]).name, *argv[1:]]
 
 
 # --- the hub reads it ---
 
+
 def test_metadata_survives_the_hubs_library(run):
-    card, metrics = ModelCard(model_card(run, metadata={"language": ["en"], "license": "apache-2.0"})), json.loads((run / "metrics.json").read_text())
+    card, metrics = (
+        ModelCard(model_card(run, metadata={"language": ["en"], "license": "apache-2.0"})),
+        json.loads((run / "metrics.json").read_text()),
+    )
     data = card.data
-    assert (data.library_name, data.pipeline_tag, data.language, data.license, data.base_model) == ("sentence-transformers", "sentence-similarity", ["en"], "apache-2.0", "bert-base-uncased")
-    assert data.model_name == "a small run" and {"sentence-transformers", "sentence-similarity"} <= set(data.tags)
-    found = {(r.task_type, r.dataset_name, r.dataset_split, r.metric_type): r for r in data.eval_results}
-    expected = {("semantic-similarity", "dev.tsv", "validation", "spearman_cosine"): metrics["after"]["spearman"],
-                ("semantic-similarity", "test.tsv", "test", "spearman_cosine"): metrics["test"]["after"]["spearman"],
-                ("information-retrieval", "desk", "test", "cosine_ndcg@10"): metrics["test"]["after"]["ndcg@10"]}
+    assert (data.library_name, data.pipeline_tag, data.language, data.license, data.base_model) == (
+        "sentence-transformers",
+        "sentence-similarity",
+        ["en"],
+        "apache-2.0",
+        "bert-base-uncased",
+    )
+    assert data.model_name == "a small run" and {
+        "sentence-transformers",
+        "sentence-similarity",
+    } <= set(data.tags)
+    found = {
+        (r.task_type, r.dataset_name, r.dataset_split, r.metric_type): r for r in data.eval_results
+    }
+    expected = {
+        ("semantic-similarity", "dev.tsv", "validation", "spearman_cosine"): metrics["after"][
+            "spearman"
+        ],
+        ("semantic-similarity", "test.tsv", "test", "spearman_cosine"): metrics["test"]["after"][
+            "spearman"
+        ],
+        ("information-retrieval", "desk", "test", "cosine_ndcg@10"): metrics["test"]["after"][
+            "ndcg@10"
+        ],
+    }
     for key, value in expected.items():
-        assert found[key].metric_value == pytest.approx(value, abs=5e-5) and "95% interval" in found[key].metric_name
-    assert len(found) == len(data.eval_results) == len(scores(read_run(run)))               # the two sets of pairs stay apart
+        assert (
+            found[key].metric_value == pytest.approx(value, abs=5e-5)
+            and "95% interval" in found[key].metric_name
+        )
+    assert (
+        len(found) == len(data.eval_results) == len(scores(read_run(run)))
+    )  # the two sets of pairs stay apart
     assert card.text.strip().startswith("# a small run")
 
 
-@pytest.mark.parametrize("title", ["a: 'b' # c", "---", "- x", "yes", "1e3", 'say "hi" {x: [y', "\u00fc\u4e16 | \U0001f600"])
+@pytest.mark.parametrize(
+    "title",
+    ["a: 'b' # c", "---", "- x", "yes", "1e3", 'say "hi" {x: [y', "\u00fc\u4e16 | \U0001f600"],
+)
 def test_any_title_is_quoted_right(copy, title):
-    (copy / "recipe.toml").write_text(f"title = {json.dumps(title, ensure_ascii=False)}\n", encoding="utf-8")
+    (copy / "recipe.toml").write_text(
+        f"title = {json.dumps(title, ensure_ascii=False)}\n", encoding="utf-8"
+    )
     data = ModelCard(model_card(copy)).data
     assert data.model_name == title and data.eval_results
 
 
-@pytest.mark.parametrize("name, base", [("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"), ("distilroberta-base", "distilroberta-base"),
-                                        ("/home/me/encoder", None), ("../encoder", None), ("here", None), ("a/b/c", None)])
+@pytest.mark.parametrize(
+    "name, base",
+    [
+        ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("distilroberta-base", "distilroberta-base"),
+        ("/home/me/encoder", None),
+        ("../encoder", None),
+        ("here", None),
+        ("a/b/c", None),
+    ],
+)
 def test_only_a_hub_model_is_a_base_model(copy, monkeypatch, name, base):
     monkeypatch.chdir(copy)
     (copy / "here").mkdir()
-    (copy / "recipe.toml").write_text(f'title = "t"\n[model]\nname = "{name}"\n[data]\nmix = "m.json"\n')
+    (copy / "recipe.toml").write_text(
+        f'title = "t"\n[model]\nname = "{name}"\n[data]\nmix = "m.json"\n'
+    )
     (copy / "recipe.toml").write_text(recipes.load(copy / "recipe.toml").text)
     assert ModelCard(model_card(copy)).data.base_model == base
-    (copy / "here").rename(copy / "gone")                                         # the card asks the records, not the folder it is written in
+    (copy / "here").rename(
+        copy / "gone"
+    )  # the card asks the records, not the folder it is written in
     (copy / "distilroberta-base").mkdir()
     assert ModelCard(model_card(copy)).data.base_model == base
 
 
 def test_random_weights_have_no_base_model(copy):
     opened = lambda: model_card(copy).split("## Use")[0]
-    assert "started from `bert-base-uncased`" in opened() and "base_model: bert-base-uncased" in opened()
-    (copy / "recipe.toml").write_text('title = "t"\n[model]\nname = "bert-base-uncased"\nlayers = 2\nwidth = 32\n')
-    assert "started from random weights, with the word pieces of `bert-base-uncased`" in opened() and "base_model" not in opened()
+    assert (
+        "started from `bert-base-uncased`" in opened()
+        and "base_model: bert-base-uncased" in opened()
+    )
+    (copy / "recipe.toml").write_text(
+        'title = "t"\n[model]\nname = "bert-base-uncased"\nlayers = 2\nwidth = 32\n'
+    )
+    assert (
+        "started from random weights, with the word pieces of `bert-base-uncased`" in opened()
+        and "base_model" not in opened()
+    )
 
 
 # --- a push, to a hub of our own ---
 
+
 class Hub(BaseHTTPRequestHandler):
     "What of the hub's interface an upload needs; the repository's name decides what goes wrong."
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -502,14 +929,27 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            status, answer = (403, {"error": "You don't have the rights"}) if "forbidden" in name else (200, {"url": f"{self.server.address}/{name}"})
+            status, answer = (
+                (403, {"error": "You don't have the rights"})
+                if "forbidden" in name
+                else (200, {"url": f"{self.server.address}/{name}"})
+            )
         elif self.path == "/api/validate-yaml":
             content = json.loads(body)["content"]
             data = yaml.safe_load(content.split("---\n")[1]) if content.startswith("---\n") else {}
             bad = not isinstance(data.get("license", ""), str)
-            status, answer = (400, {"errors": [{"message": '"license" must be a string'}], "warnings": []}) if bad else (200, {"errors": [], "warnings": []})
+            status, answer = (
+                (400, {"errors": [{"message": '"license" must be a string'}], "warnings": []})
+                if bad
+                else (200, {"errors": [], "warnings": []})
+            )
         elif "/preupload/" in self.path:
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]}
+            answer = {
+                "files": [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in json.loads(body)["files"]
+                ]
+            }
         elif "/commit/" in self.path:
             answer = {"commitUrl": f"{self.server.address}/me/model/commit/abc", "commitOid": "abc"}
         else:
@@ -553,9 +993,29 @@ print(json.dumps(said))
 
 def pushes(run, names, endpoint, offline="0", meanwhile=lambda: None):
     "Run PUSHES in a process of its own, since the hub's address is read when its library is imported."
-    known = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "HF_TOKEN": "hf_of_the_test", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(run / "home")}
-    child = subprocess.Popen([sys.executable, "-c", PUSHES, str(run), json.dumps(names), "on" if offline == "0" and not endpoint.endswith(":9") else "off"],
-                             env=known, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    known = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": offline,
+        "HF_TOKEN": "hf_of_the_test",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(run / "home"),
+    }
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            PUSHES,
+            str(run),
+            json.dumps(names),
+            "on" if offline == "0" and not endpoint.endswith(":9") else "off",
+        ],
+        env=known,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert child.stdout.readline() == "written\n", child.stderr.read()
     meanwhile()
     out, err = child.communicate("\n", timeout=120)
@@ -572,35 +1032,79 @@ def received(body):
 
 def test_push_to_a_stub_of_the_hub(copy, hub, tmp_path, monkeypatch):
     silent = []
-    said = pushes(copy, [("me/model", {"license": "mit"}), ("me/forbidden", {}), ("me/strange", {"license": 5}), ("no name!", {})], hub.address, meanwhile=lambda: silent.extend(hub.seen))
-    assert silent == []                                                           # making and writing a card asks nobody
+    said = pushes(
+        copy,
+        [
+            ("me/model", {"license": "mit"}),
+            ("me/forbidden", {}),
+            ("me/strange", {"license": 5}),
+            ("no name!", {}),
+        ],
+        hub.address,
+        meanwhile=lambda: silent.extend(hub.seen),
+    )
+    assert silent == []  # making and writing a card asks nobody
     assert said["me/model"] == f"{hub.address}/me/model/commit/abc"
-    assert "me/forbidden was not pushed" in said["me/forbidden"] and "rights" in said["me/forbidden"]
+    assert (
+        "me/forbidden was not pushed" in said["me/forbidden"] and "rights" in said["me/forbidden"]
+    )
     assert "license" in said["me/strange"] and "no name! was not pushed" in said["no name!"]
     assert all("\n" not in sentence for sentence in said.values())
-    created = {f"{b['organization']}/{b['name']}" if b.get("organization") else b["name"]: b for p, _, b in ((p, a, json.loads(b)) for p, a, b in hub.seen if p == "/api/repos/create")}
-    assert created["me/model"].get("private") is True or created["me/model"].get("visibility") == "private", created["me/model"]
-    assert created["me/edited"].get("private") is False or created["me/edited"].get("visibility") == "public", created["me/edited"]
+    created = {
+        f"{b['organization']}/{b['name']}" if b.get("organization") else b["name"]: b
+        for p, _, b in ((p, a, json.loads(b)) for p, a, b in hub.seen if p == "/api/repos/create")
+    }
+    assert (
+        created["me/model"].get("private") is True
+        or created["me/model"].get("visibility") == "private"
+    ), created["me/model"]
+    assert (
+        created["me/edited"].get("private") is False
+        or created["me/edited"].get("visibility") == "public"
+    ), created["me/edited"]
     assert {token for _, token, _ in hub.seen} == {"Bearer hf_of_the_test"}
-    commits = {path.split("/")[3] + "/" + path.split("/")[4]: received(body) for path, _, body in hub.seen if "/commit/" in path}
-    assert commits["me/written"]["README.md"].decode() == model_card(copy, "me/written", {"language": "en", "license": "mit"})     # keeps what it was written with
-    assert set(commits) == {"me/model", "me/written", "me/edited"} and commits["me/edited"]["README.md"] == b"my own words"
+    commits = {
+        path.split("/")[3] + "/" + path.split("/")[4]: received(body)
+        for path, _, body in hub.seen
+        if "/commit/" in path
+    }
+    assert commits["me/written"]["README.md"].decode() == model_card(
+        copy, "me/written", {"language": "en", "license": "mit"}
+    )  # keeps what it was written with
+    assert (
+        set(commits) == {"me/model", "me/written", "me/edited"}
+        and commits["me/edited"]["README.md"] == b"my own words"
+    )
     files = commits["me/model"]
-    assert set(files) == {p.relative_to(copy / "model").as_posix() for p in (copy / "model").rglob("*") if p.is_file()}
+    assert set(files) == {
+        p.relative_to(copy / "model").as_posix() for p in (copy / "model").rglob("*") if p.is_file()
+    }
     readme = files["README.md"].decode()
-    assert readme == model_card(copy, "me/model", {"license": "mit"}) and 'SentenceTransformer("me/model")' in readme and '"model"' not in section(readme, "Use")
+    assert (
+        readme == model_card(copy, "me/model", {"license": "mit"})
+        and 'SentenceTransformer("me/model")' in readme
+        and '"model"' not in section(readme, "Use")
+    )
     for name, content in files.items():
         (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pulled" / name).write_bytes(content)
     from sentence_transformers import SentenceTransformer
+
     texts = ["the dog is playing", "where is the piano"]
-    assert SentenceTransformer(str(tmp_path / "pulled")).encode(texts) == pytest.approx(SentenceEncoder.from_pretrained(copy / "model").encode(texts, progress=False), abs=1e-5)
+    assert SentenceTransformer(str(tmp_path / "pulled")).encode(texts) == pytest.approx(
+        SentenceEncoder.from_pretrained(copy / "model").encode(texts, progress=False), abs=1e-5
+    )
 
 
 def test_push_without_a_hub(copy, monkeypatch):
-    said = pushes(copy, [("me/model", {})], "http://127.0.0.1:9")                 # nobody listens on port 9
-    assert "me/model was not pushed" in said["me/model"] and "check the name, the network and the token" in said["me/model"]
+    said = pushes(copy, [("me/model", {})], "http://127.0.0.1:9")  # nobody listens on port 9
+    assert (
+        "me/model was not pushed" in said["me/model"]
+        and "check the name, the network and the token" in said["me/model"]
+    )
     before = (copy / "model/README.md").read_text()
-    with pytest.raises(ValueError, match="me/model was not pushed.*offline"):     # this process is told to stay offline
+    with pytest.raises(
+        ValueError, match="me/model was not pushed.*offline"
+    ):  # this process is told to stay offline
         push_to_hub(copy, "me/model")
     assert (copy / "model/README.md").read_text() == before

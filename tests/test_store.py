@@ -1,4 +1,5 @@
 """The store: what comes back is what went in, whatever stopped the writing; damage is named; the numbers are those of a naive count."""
+
 import errno
 import json
 import os
@@ -36,7 +37,22 @@ from contrastive_st.store import (
 )
 
 ORIGIN = {"file": "a.jsonl", "bytes": 7}
-WORDS = ["tug", "Tug ", "é", "e\u0301", "Straße", "港口", "a\u2028b", "\U0001f6a2", "x" * 300, "\u0000", "\n", "q", "berth 4", "\u200f"]
+WORDS = [
+    "tug",
+    "Tug ",
+    "é",
+    "e\u0301",
+    "Straße",
+    "港口",
+    "a\u2028b",
+    "\U0001f6a2",
+    "x" * 300,
+    "\u0000",
+    "\n",
+    "q",
+    "berth 4",
+    "\u200f",
+]
 
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -44,6 +60,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 
 def reader(lines, stop=None):
     "A `read` over lines: None is blank, a text is the kind of a reject, else a list of rows; it is interrupted before line `stop`."
+
     def read(after, reject):
         for n, line in enumerate(lines, 1):
             if n == stop:
@@ -54,6 +71,7 @@ def reader(lines, stop=None):
                 reject(n, line, f"line {n} is {line}: \u00fc")
             else:
                 yield from ((n, row) for row in line)
+
     return read
 
 
@@ -64,7 +82,11 @@ def pairs(rows):
 
 def content(folder: Path) -> dict[str, bytes]:
     "All files of a folder."
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix != ".lock"
+    }
 
 
 def small(monkeypatch, rows, characters=2**26):
@@ -82,19 +104,36 @@ def refuses(call, *parts):
 
 # ---- what goes in comes out
 
+
 @pytest.mark.parametrize("width, shard_rows", [(2, 1), (2, 7), (3, 64), (5, 10**6)])
 def test_rows_and_identities_are_those_of_a_list(tmp_path, monkeypatch, width, shard_rows):
     small(monkeypatch, shard_rows)
     draw = random.Random(width)
-    rows = [tuple("".join(draw.choices(WORDS, k=3)) + str(i) for _ in range(width)) for i in range(200)]
+    rows = [
+        tuple("".join(draw.choices(WORDS, k=3)) + str(i) for _ in range(width)) for i in range(200)
+    ]
     made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows)))
-    assert (len(made), made.columns) == (200, column_names(width)) and len(made.summary["shards"]) == -(-200 // shard_rows)
-    for indices in ([draw.randrange(200) for _ in range(300)], range(200), np.arange(199, -1, -3), (0, 199, 0), np.array([5], np.int32)):
+    assert (len(made), made.columns) == (200, column_names(width)) and len(
+        made.summary["shards"]
+    ) == -(-200 // shard_rows)
+    for indices in (
+        [draw.randrange(200) for _ in range(300)],
+        range(200),
+        np.arange(199, -1, -3),
+        (0, 199, 0),
+        np.array([5], np.int32),
+    ):
         assert made.rows(indices) == [rows[i] for i in indices]
         ids = made.identities(indices)
-        assert ids.dtype == np.int64 and ids.tolist() == [[text_identity(t) for t in rows[i]] for i in indices]
+        assert ids.dtype == np.int64 and ids.tolist() == [
+            [text_identity(t) for t in rows[i]] for i in indices
+        ]
     for nothing in ([], (), range(0), np.array([], np.int64)):
-        assert made.rows(nothing) == [] and made.identities(nothing).shape == (0, width) and made.identities(nothing).dtype == np.int64
+        assert (
+            made.rows(nothing) == []
+            and made.identities(nothing).shape == (0, width)
+            and made.identities(nothing).dtype == np.int64
+        )
     for outside in ([200], [-1], [0, 200], [2**40]):
         for ask in (made.rows, made.identities):
             with pytest.raises(IndexError, match="of 200"):
@@ -103,7 +142,9 @@ def test_rows_and_identities_are_those_of_a_list(tmp_path, monkeypatch, width, s
 
 def test_a_store_is_sent_to_another_process_closed(tmp_path, monkeypatch):
     small(monkeypatch, 2)
-    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([(f"a{i}", f"b{i}") for i in range(9)])))
+    made = write_store(
+        tmp_path / "a.store", ORIGIN, reader(pairs([(f"a{i}", f"b{i}") for i in range(9)]))
+    )
     made.rows(range(9))  # all shards are mapped
     sent = pickle.dumps(made)
     assert len(sent) < 500 and pickle.loads(sent).rows([8, 0]) == [("a8", "b8"), ("a0", "b0")]
@@ -114,9 +155,16 @@ def test_a_store_is_sent_to_another_process_closed(tmp_path, monkeypatch):
 def test_a_thousand_shards_keep_no_file_open(tmp_path, monkeypatch):
     made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a", "b"), ("c", "d")])))
     [one] = made.summary["shards"]
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("no /proc here")
+    before = (
+        len(os.listdir("/proc/self/fd"))
+        if os.path.isdir("/proc/self/fd")
+        else pytest.skip("no /proc here")
+    )
     many = Shards(made.folder, [one] * 1000)
-    assert sum(1 for _ in many.find(range(2000))) == 2000 and len(os.listdir("/proc/self/fd")) == before
+    assert (
+        sum(1 for _ in many.find(range(2000))) == 2000
+        and len(os.listdir("/proc/self/fd")) == before
+    )
 
 
 def test_a_line_with_several_rows_is_never_divided(tmp_path, monkeypatch):
@@ -125,23 +173,38 @@ def test_a_line_with_several_rows_is_never_divided(tmp_path, monkeypatch):
     made = write_store(tmp_path / "a.store", ORIGIN, reader(lines))
     assert made.rows(range(len(made))) == [row for line in lines for row in line or ()]
     ends = np.cumsum([f["rows"] for f in made.summary["shards"]]).tolist()
-    assert set(ends) <= set(np.cumsum([len(line or ()) for line in lines]).tolist()) and len(ends) > 5
+    assert (
+        set(ends) <= set(np.cumsum([len(line or ()) for line in lines]).tolist()) and len(ends) > 5
+    )
 
 
 def test_a_shard_also_ends_by_size(tmp_path, monkeypatch):
     small(monkeypatch, 10**6, 100)
-    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a" * 30, str(i)) for i in range(40)] + [("b" * 1000, "c")] + [("d", "e")])))
+    made = write_store(
+        tmp_path / "a.store",
+        ORIGIN,
+        reader(pairs([("a" * 30, str(i)) for i in range(40)] + [("b" * 1000, "c")] + [("d", "e")])),
+    )
     assert [f["rows"] for f in made.summary["shards"]] == [4] * 10 + [1, 1]
 
 
 # ---- interrupted and continued
 
-EVENTS = st.lists(st.one_of(st.none(), st.sampled_from(["malformed", "empty"]), st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(WORDS)), min_size=1, max_size=3)), max_size=25)
+EVENTS = st.lists(
+    st.one_of(
+        st.none(),
+        st.sampled_from(["malformed", "empty"]),
+        st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(WORDS)), min_size=1, max_size=3),
+    ),
+    max_size=25,
+)
 
 
 @given(EVENTS, st.integers(1, 5), st.integers(10, 400), st.lists(st.integers(1, 27), max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_interrupted_anywhere_and_continued_is_the_same_store(tmp_path_factory, lines, shard_rows, characters, stops):
+def test_interrupted_anywhere_and_continued_is_the_same_store(
+    tmp_path_factory, lines, shard_rows, characters, stops
+):
     "Byte for byte, the notes on rejected lines included."
     lines, folder = [[("first", "row")], *lines], tmp_path_factory.mktemp("s")
     with pytest.MonkeyPatch.context() as patch:
@@ -155,10 +218,22 @@ def test_interrupted_anywhere_and_continued_is_the_same_store(tmp_path_factory, 
                 assert not (folder / "parts.store").exists()
         made = write_store(folder / "parts.store", ORIGIN, reader(lines))
     assert content(folder / "parts.store") == content(folder / "whole.store")
-    rejected = [json.loads(line) for line in (made.folder / REJECTS).read_text(encoding="utf-8").splitlines()]
-    assert [(r["line"], r["kind"]) for r in rejected] == [(n, line) for n, line in enumerate(lines, 1) if isinstance(line, str)]
-    assert made.rows(range(len(made))) == [row for line in lines if isinstance(line, list) for row in line]
-    assert sorted(p.name for p in folder.iterdir()) == [".parts.store.lock", ".whole.store.lock", "parts.store", "whole.store"]
+    rejected = [
+        json.loads(line)
+        for line in (made.folder / REJECTS).read_text(encoding="utf-8").splitlines()
+    ]
+    assert [(r["line"], r["kind"]) for r in rejected] == [
+        (n, line) for n, line in enumerate(lines, 1) if isinstance(line, str)
+    ]
+    assert made.rows(range(len(made))) == [
+        row for line in lines if isinstance(line, list) for row in line
+    ]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".parts.store.lock",
+        ".whole.store.lock",
+        "parts.store",
+        "whole.store",
+    ]
 
 
 @pytest.mark.parametrize("where", ["_summary", "_add_summary", "_write_batch", "_text_arrays"])
@@ -168,11 +243,13 @@ def test_interrupted_between_any_two_writes(tmp_path, monkeypatch, where, nth):
     lines = [[("a", str(n))] if n % 3 else "empty" for n in range(1, 20)]
     write_store(tmp_path / "whole.store", ORIGIN, reader(lines))
     real, calls = getattr(store, where), [0]
+
     def fails(*args, **more):
         calls[0] += 1
         if calls[0] == nth + 1:
             raise KeyboardInterrupt
         return real(*args, **more)
+
     with monkeypatch.context() as patch:
         patch.setattr(store, where, fails)
         try:
@@ -193,14 +270,21 @@ def test_finished_shards_are_not_written_again(tmp_path, monkeypatch):
     assert told == [0, 2, 2, 2] and len(kept) == 3
     told.clear()
     write_store(tmp_path / "a.store", ORIGIN, reader(lines), told=told.append)
-    assert told == [6, 2, 2] and {name: (tmp_path / "a.store" / name).stat().st_mtime_ns for name in kept} == kept
+    assert (
+        told == [6, 2, 2]
+        and {name: (tmp_path / "a.store" / name).stat().st_mtime_ns for name in kept} == kept
+    )
 
 
-@pytest.mark.parametrize("harm", ["other origin", "no state", "bad state", "lost shard", "cut shard"])
+@pytest.mark.parametrize(
+    "harm", ["other origin", "no state", "bad state", "lost shard", "cut shard"]
+)
 def test_a_part_that_does_not_fit_is_begun_anew(tmp_path, monkeypatch, harm):
     small(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
-        write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("old", str(i)) for i in range(9)]), 8))
+        write_store(
+            tmp_path / "a.store", ORIGIN, reader(pairs([("old", str(i)) for i in range(9)]), 8)
+        )
     part = tmp_path / "a.store.part"
     if harm == "no state":
         (part / "state.json").unlink()
@@ -211,14 +295,29 @@ def test_a_part_that_does_not_fit_is_begun_anew(tmp_path, monkeypatch, harm):
     if harm == "cut shard":
         os.truncate(part / "shard-00000.arrow", 100)
     rows = [("new", str(i)) for i in range(7)]
-    made = write_store(tmp_path / "a.store", ORIGIN | ({"bytes": 8} if harm == "other origin" else {}), reader(pairs(rows)))
+    made = write_store(
+        tmp_path / "a.store",
+        ORIGIN | ({"bytes": 8} if harm == "other origin" else {}),
+        reader(pairs(rows)),
+    )
     assert made.rows(range(len(made))) == rows and not part.exists()
     assert len(list(made.folder.glob("shard-*"))) == 4
 
 
 # ---- killed at any file operation
 
-FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir", "shutil.rmtree", "ctypes.dlsym", "os.chmod"}
+FILE_EVENTS = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.truncate",
+    "os.scandir",
+    "shutil.rmtree",
+    "ctypes.dlsym",
+    "os.chmod",
+}
 
 
 def killed_at(k: int, folder: Path, call) -> bool:
@@ -226,11 +325,15 @@ def killed_at(k: int, folder: Path, call) -> bool:
     child = os.fork()
     if child == 0:
         seen = [0]
+
         def hook(event, args):
-            if event in FILE_EVENTS and (event == "ctypes.dlsym" or any(str(folder) in str(a) for a in args[:2])):
+            if event in FILE_EVENTS and (
+                event == "ctypes.dlsym" or any(str(folder) in str(a) for a in args[:2])
+            ):
                 seen[0] += 1
                 if seen[0] == k:
                     os.kill(os.getpid(), signal.SIGKILL)
+
         try:
             sys.addaudithook(hook)
             call()
@@ -244,7 +347,9 @@ def killed_at(k: int, folder: Path, call) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the child is forked")
 @pytest.mark.parametrize("first", [0, 1, 2])
-def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(tmp_path, monkeypatch, first):
+def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(
+    tmp_path, monkeypatch, first
+):
     "An older store is replaced; a third of the operations in each of three runs of this test."
     small(monkeypatch, 3)
     lines = [[("a", str(n))] if n % 4 else "empty" for n in range(1, 9)]
@@ -253,7 +358,9 @@ def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(tmp_
     while True:
         folder = tmp_path / str(k)
         older(folder)
-        if not killed_at(k, folder, lambda: write_store(folder / "a.store", {"bytes": 8}, reader(lines))):
+        if not killed_at(
+            k, folder, lambda: write_store(folder / "a.store", {"bytes": 8}, reader(lines))
+        ):
             break
         deaths, k = deaths + 1, k + 3
         if is_current(folder / "a.store", ORIGIN):
@@ -277,7 +384,9 @@ def test_tokenising_killed_at_any_file_operation(texts, tmp_path):
         if not killed_at(k, folder.parent, lambda: write_tokens(folder, engine(), encode)):
             break
         write_tokens(folder, engine(), encode)
-        write_store(folder, ORIGIN, None)  # a `prepare` that finds all up to date clears the rest away
+        write_store(
+            folder, ORIGIN, None
+        )  # a `prepare` that finds all up to date clears the rest away
         assert content(folder) == expected and verify(folder).tokenised["origin"] == engine()
         assert sorted(p.name for p in folder.parent.iterdir()) == [".a.store.lock", "a.store"]
         k += 7
@@ -288,7 +397,14 @@ def test_a_part_whose_notes_are_damaged_is_begun_anew(tmp_path, monkeypatch):
     small(monkeypatch, 2)
     lines = [[("a", str(n))] if n % 3 else "empty" for n in range(1, 20)]
     write_store(tmp_path / "whole.store", ORIGIN, reader(lines))
-    for key, wrong in (("line", 11), ("rejects", 1), ("rows", [2, 2, 2]), ("negatives", {}), ("width", 3), ("seal", "0")):
+    for key, wrong in (
+        ("line", 11),
+        ("rejects", 1),
+        ("rows", [2, 2, 2]),
+        ("negatives", {}),
+        ("width", 3),
+        ("seal", "0"),
+    ):
         with pytest.raises(KeyboardInterrupt):
             write_store(tmp_path / "a.store", ORIGIN, reader(lines, 15))
         state = json.loads((tmp_path / "a.store.part" / "state.json").read_text())
@@ -312,28 +428,47 @@ def test_a_part_whose_rejects_were_lost_is_begun_anew(tmp_path, monkeypatch):
 
 # ---- the old store
 
+
 def older(tmp_path):
     return write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("old", "1"), ("old", "2")])))
 
 
 def test_the_same_origin_is_not_written_twice(tmp_path):
     older(tmp_path)
-    def read(*args): pytest.fail("it was read again")
+
+    def read(*args):
+        pytest.fail("it was read again")
+
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a.store").iterdir()}
-    assert len(write_store(tmp_path / "a.store", dict(ORIGIN), read)) == 2 and is_current(tmp_path / "a.store", ORIGIN)
+    assert len(write_store(tmp_path / "a.store", dict(ORIGIN), read)) == 2 and is_current(
+        tmp_path / "a.store", ORIGIN
+    )
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "a.store").iterdir()} == before
-    assert not is_current(tmp_path / "a.store", ORIGIN | {"bytes": 8}) and not is_current(tmp_path / "none", ORIGIN)
+    assert not is_current(tmp_path / "a.store", ORIGIN | {"bytes": 8}) and not is_current(
+        tmp_path / "none", ORIGIN
+    )
 
 
-@pytest.mark.parametrize("failure", [ValueError("line 3 is bad"), KeyboardInterrupt(), RuntimeError("x")])
+@pytest.mark.parametrize(
+    "failure", [ValueError("line 3 is bad"), KeyboardInterrupt(), RuntimeError("x")]
+)
 @pytest.mark.parametrize("place", ["read", "check"])
 def test_the_old_store_stays_whole_until_the_new_one_is(tmp_path, failure, place):
     old, rows = older(tmp_path), pairs([("new", "1"), ("new", "2")])
-    def fail(*args): raise failure
+
+    def fail(*args):
+        raise failure
+
     with pytest.raises(type(failure)):
-        write_store(tmp_path / "a.store", {"bytes": 8}, fail if place == "read" else reader(rows), fail)
-    assert Store(tmp_path / "a.store").rows([0, 1]) == old.rows([0, 1]) == [("old", "1"), ("old", "2")]
-    assert (tmp_path / "a.store.part").exists() == (not isinstance(failure, ValueError))  # bad data: nothing to go on with
+        write_store(
+            tmp_path / "a.store", {"bytes": 8}, fail if place == "read" else reader(rows), fail
+        )
+    assert (
+        Store(tmp_path / "a.store").rows([0, 1]) == old.rows([0, 1]) == [("old", "1"), ("old", "2")]
+    )
+    assert (tmp_path / "a.store.part").exists() == (
+        not isinstance(failure, ValueError)
+    )  # bad data: nothing to go on with
     assert write_store(tmp_path / "a.store", {"bytes": 8}, reader(rows)).rows([0]) == [("new", "1")]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
 
@@ -341,8 +476,15 @@ def test_the_old_store_stays_whole_until_the_new_one_is(tmp_path, failure, place
 def remains(folder, harm):
     "What killed writers left, by name: this version and the one before it."
     old = folder / "a.store"
-    left = {"old": folder / "a.store.old", "tmp": folder / "a.store.tmp", "aside": folder / ".a.store.old", "part": folder / "a.store.part",
-            "inside": old / "summary.json.tmp", "partial": old / ".shard-00000.arrow.partial", "state": old / "state.json"}[harm]
+    left = {
+        "old": folder / "a.store.old",
+        "tmp": folder / "a.store.tmp",
+        "aside": folder / ".a.store.old",
+        "part": folder / "a.store.part",
+        "inside": old / "summary.json.tmp",
+        "partial": old / ".shard-00000.arrow.partial",
+        "state": old / "state.json",
+    }[harm]
     if harm in ("old", "aside", "part"):
         shutil.copytree(old, left)
     else:
@@ -355,9 +497,15 @@ def remains(folder, harm):
 def test_leftovers_are_cleared_away_whether_or_not_the_store_is_current(tmp_path, harm, current):
     older(tmp_path)
     left = remains(tmp_path, harm)
-    made = write_store(tmp_path / "a.store", ORIGIN if current else {"bytes": 8}, reader(pairs([("new", "1"), ("new", "2")])))
+    made = write_store(
+        tmp_path / "a.store",
+        ORIGIN if current else {"bytes": 8},
+        reader(pairs([("new", "1"), ("new", "2")])),
+    )
     assert made.rows([0]) == [("old" if current else "new", "1")] and not left.exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"] and verify(tmp_path / "a.store")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"] and verify(
+        tmp_path / "a.store"
+    )
 
 
 def test_a_link_to_a_store_stays_a_link(tmp_path):
@@ -365,13 +513,20 @@ def test_a_link_to_a_store_stays_a_link(tmp_path):
     (tmp_path / "b.store").symlink_to(old.folder, target_is_directory=True)
     assert Store(tmp_path / "b.store").rows([1]) == [("old", "2")]
     for n in (8, 9):
-        assert write_store(tmp_path / "b.store", {"bytes": n}, reader(pairs([("new", str(n)), ("b", "c")]))).rows([0]) == [("new", str(n))]
-    assert (tmp_path / "b.store").is_symlink() and Store(tmp_path / "a.store").rows([0]) == [("new", "9")]
+        assert write_store(
+            tmp_path / "b.store", {"bytes": n}, reader(pairs([("new", str(n)), ("b", "c")]))
+        ).rows([0]) == [("new", str(n))]
+    assert (tmp_path / "b.store").is_symlink() and Store(tmp_path / "a.store").rows([0]) == [
+        ("new", "9")
+    ]
 
 
 def test_a_file_of_that_name_is_left_alone(tmp_path):
     (tmp_path / "a.store").write_text("mine")
-    refuses(lambda: write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a", "b"), ("c", "d")]))), "a.store: is a file")
+    refuses(
+        lambda: write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a", "b"), ("c", "d")]))),
+        "a.store: is a file",
+    )
     assert (tmp_path / "a.store").read_text() == "mine"
 
 
@@ -379,7 +534,15 @@ def test_an_open_store_that_is_replaced_never_mixes_old_and_new(tmp_path, monkey
     small(monkeypatch, 1)
     old = older(tmp_path)
     assert old.rows([0]) == [("old", "1")]
-    write_store(tmp_path / "a.store", {"bytes": 8}, reader(pairs([("a new text that is longer", "1" * 99), ("a new text that is longer", "2" * 99)])))
+    write_store(
+        tmp_path / "a.store",
+        {"bytes": 8},
+        reader(
+            pairs(
+                [("a new text that is longer", "1" * 99), ("a new text that is longer", "2" * 99)]
+            )
+        ),
+    )
     assert old.rows([0]) == [("old", "1")]  # mapped before
     refuses(lambda: old.rows([1]), "shard-00001.arrow", "bytes instead of")
 
@@ -393,31 +556,53 @@ def test_a_current_store_is_opened_without_the_lock(tmp_path, monkeypatch):
 
 def test_what_another_process_wrote_meanwhile_is_not_written_again(tmp_path, monkeypatch):
     real = store.lock
+
     def waited(path, wait):
         with monkeypatch.context() as patch:
             patch.setattr(store, "lock", real)
             older(tmp_path)
         return real(path, wait)
+
     monkeypatch.setattr(store, "lock", waited)
-    def read(*args): pytest.fail("it was read again")
+
+    def read(*args):
+        pytest.fail("it was read again")
+
     assert write_store(tmp_path / "a.store", ORIGIN, read).rows([1]) == [("old", "2")]
 
 
 # ---- the disk
 
-@pytest.mark.parametrize("code, todo", [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EFBIG, "that were finished are kept"), (errno.EACCES, "that you may write to"), (errno.EROFS, "that you may write to")])
+
+@pytest.mark.parametrize(
+    "code, todo",
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EFBIG, "that were finished are kept"),
+        (errno.EACCES, "that you may write to"),
+        (errno.EROFS, "that you may write to"),
+    ],
+)
 def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeypatch, code, todo):
     old, lines = older(tmp_path), pairs([("new", str(i)) for i in range(9)])
     small(monkeypatch, 2)
     real, count = store._write_batch, Counter()
+
     def full(*args, **more):
         count["shards"] += 1
         if count["shards"] == 4:
             raise OSError(code, os.strerror(code))
         real(*args, **more)
+
     with monkeypatch.context() as patch:
         patch.setattr(store, "_write_batch", full)
-        refuses(lambda: write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines)), tmp_path / "a.store", os.strerror(code), todo)
+        refuses(
+            lambda: write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines)),
+            tmp_path / "a.store",
+            os.strerror(code),
+            todo,
+        )
     assert Store(tmp_path / "a.store").rows([1]) == old.rows([1]) == [("old", "2")]
     told = []
     made = write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines), told=told.append)
@@ -426,10 +611,15 @@ def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeyp
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    refuses(lambda: write_store(tmp_path / "file" / "a.store", ORIGIN, reader([])), tmp_path / "file" / "a.store", "choose a folder that you may write to")
+    refuses(
+        lambda: write_store(tmp_path / "file" / "a.store", ORIGIN, reader([])),
+        tmp_path / "file" / "a.store",
+        "choose a folder that you may write to",
+    )
 
 
 # ---- damage
+
 
 def test_a_shard_that_is_cut_missing_or_no_arrow_file(tmp_path, monkeypatch):
     small(monkeypatch, 2)
@@ -441,25 +631,46 @@ def test_a_shard_that_is_cut_missing_or_no_arrow_file(tmp_path, monkeypatch):
         shard.unlink(missing_ok=True)
         if harm is not None:
             shard.write_bytes(harm)
-        refuses(lambda: Store(folder), shard, "is missing" if harm is None else f"{len(harm):,} bytes instead of {len(whole):,}", todo)
+        refuses(
+            lambda: Store(folder),
+            shard,
+            "is missing" if harm is None else f"{len(harm):,} bytes instead of {len(whole):,}",
+            todo,
+        )
         assert not is_current(folder, ORIGIN)
-        assert write_store(folder, ORIGIN, reader(pairs(rows))).rows([2]) == [rows[2]]  # and preparing rebuilds it
+        assert write_store(folder, ORIGIN, reader(pairs(rows))).rows([2]) == [
+            rows[2]
+        ]  # and preparing rebuilds it
     shard.write_bytes(b"\0" * len(whole))  # the right size: found when it is read
     assert Store(folder).rows([0, 5]) == [rows[0], rows[5]]
     refuses(lambda: Store(folder).rows([3]), shard, "cannot be read", "prepare the data again")
 
 
-SPOILED = [(None, "no summary.json, so this is no prepared dataset"), ("{", "cannot be read"), (b"\xff", "cannot be read"), ("[]", "holds a JSON list"),
-           ("null", "holds a JSON NoneType"), ('{"format": 1}', "format 1, this version reads"), ("[" * 100_000, "RecursionError"), ('{"format": 3}', "bytes instead of")]
+SPOILED = [
+    (None, "no summary.json, so this is no prepared dataset"),
+    ("{", "cannot be read"),
+    (b"\xff", "cannot be read"),
+    ("[]", "holds a JSON list"),
+    ("null", "holds a JSON NoneType"),
+    ('{"format": 1}', "format 1, this version reads"),
+    ("[" * 100_000, "RecursionError"),
+    ('{"format": 3}', "bytes instead of"),
+]
 
 
 @pytest.mark.parametrize("text, said", SPOILED)
 def test_a_summary_that_is_not_one(tmp_path, text, said):
     folder = older(tmp_path).folder
-    (folder / SUMMARY).unlink() if text is None else (folder / SUMMARY).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (
+        (folder / SUMMARY).unlink()
+        if text is None
+        else (folder / SUMMARY).write_bytes(text if isinstance(text, bytes) else text.encode())
+    )
     refuses(lambda: Store(folder), folder, said, "prepare")
     assert not is_current(folder, ORIGIN)
-    assert write_store(folder, ORIGIN, reader(pairs([("a", "b"), ("c", "d")]))).rows([0]) == [("a", "b")]
+    assert write_store(folder, ORIGIN, reader(pairs([("a", "b"), ("c", "d")]))).rows([0]) == [
+        ("a", "b")
+    ]
 
 
 def test_a_store_without_a_manifest_was_never_finished(tmp_path):
@@ -471,14 +682,20 @@ def test_a_store_without_a_manifest_was_never_finished(tmp_path):
 
 
 def test_no_store_at_all(tmp_path):
-    refuses(lambda: Store(tmp_path / "none"), tmp_path / "none", "no prepared dataset", "prepare it")
+    refuses(
+        lambda: Store(tmp_path / "none"), tmp_path / "none", "no prepared dataset", "prepare it"
+    )
 
 
 def flips(folder, number, seed=0):
     "Places in all files of a store: (file, byte, bit), most of them in the small files."
     draw = random.Random(seed)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
-    return [(path, draw.randrange(path.stat().st_size), draw.randrange(8)) for _ in range(number) for path in [draw.choice(files)]]
+    return [
+        (path, draw.randrange(path.stat().st_size), draw.randrange(8))
+        for _ in range(number)
+        for path in [draw.choice(files)]
+    ]
 
 
 def flip(path, byte, bit):
@@ -499,7 +716,11 @@ def test_one_wrong_bit_anywhere_is_found_and_named(texts):
         flip(path, byte, bit)
         with pytest.raises(ValueError) as caught:
             verify(texts)
-        assert str(path) in str(caught.value) or path.name == "manifest.json" and str(path.parent) in str(caught.value), (path, byte, bit)
+        assert (
+            str(path) in str(caught.value)
+            or path.name == "manifest.json"
+            and str(path.parent) in str(caught.value)
+        ), (path, byte, bit)
         assert len(str(caught.value)) < 500 + len(str(texts))
         flip(path, byte, bit)
     assert len(verify(texts)) == 50
@@ -520,11 +741,24 @@ def test_a_damaged_store_is_written_anew_when_it_is_verified(texts, place):
     write_tokens(texts, engine(), encode)
     whole = {name: raw for name, raw in content(texts).items() if not name.startswith(TOKENS)}
     flip(texts / ("shard-00002.arrow" if place == "texts" else "tokens/shard-00002.arrow"), 200, 3)
-    def never(*args): pytest.fail("it was read again")
+
+    def never(*args):
+        pytest.fail("it was read again")
+
     write_store(texts, ORIGIN, never)  # sizes are right: a quick look finds nothing
-    with pytest.warns(UserWarning, match="shard-00002.arrow: has another digest.* " + ("written anew" if place == "texts" else "tokens are deleted")):
-        made = write_store(texts, ORIGIN, reader(pairs(ROWS)) if place == "texts" else never, full=True)
-    assert content(texts) == whole and made.tokenised is None and verify(texts).rows([20]) == [ROWS[20]]
+    with pytest.warns(
+        UserWarning,
+        match="shard-00002.arrow: has another digest.* "
+        + ("written anew" if place == "texts" else "tokens are deleted"),
+    ):
+        made = write_store(
+            texts, ORIGIN, reader(pairs(ROWS)) if place == "texts" else never, full=True
+        )
+    assert (
+        content(texts) == whole
+        and made.tokenised is None
+        and verify(texts).rows([20]) == [ROWS[20]]
+    )
 
 
 def shards_with_a_wrong_bit(texts, place):
@@ -551,7 +785,11 @@ def test_a_row_that_cannot_be_decoded_names_file_and_row(texts):
 @pytest.mark.parametrize("place", ["shard-00003.arrow", "tokens/shard-00003.arrow"])
 def test_reading_a_damaged_shard_gives_rows_or_a_sentence(texts, place):
     write_tokens(texts, engine(), encode)
-    read = (lambda s: s.rows(range(50))) if place.startswith("shard") else (lambda s: s.tokens(range(50)))
+    read = (
+        (lambda s: s.rows(range(50)))
+        if place.startswith("shard")
+        else (lambda s: s.tokens(range(50)))
+    )
     refused = 0
     for path in shards_with_a_wrong_bit(texts, place):
         try:
@@ -564,26 +802,59 @@ def test_reading_a_damaged_shard_gives_rows_or_a_sentence(texts, place):
 
 # ---- negatives of any number
 
+
 def test_the_first_row_with_negatives_decides_the_width(tmp_path, monkeypatch):
     small(monkeypatch, 3)
-    rows = [("a", "p"), ("b", "q", "n", "m"), ("c", "r", "k"), ("d", "s", "1", "2", "3"), ("e", "t")]
+    rows = [
+        ("a", "p"),
+        ("b", "q", "n", "m"),
+        ("c", "r", "k"),
+        ("d", "s", "1", "2", "3"),
+        ("e", "t"),
+    ]
     made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows)))
-    expected = [("a", "p", "p", "p"), ("b", "q", "n", "m"), ("c", "r", "k", "k"), ("d", "s", "1", "2"), ("e", "t", "t", "t")]
+    expected = [
+        ("a", "p", "p", "p"),
+        ("b", "q", "n", "m"),
+        ("c", "r", "k", "k"),
+        ("d", "s", "1", "2"),
+        ("e", "t", "t", "t"),
+    ]
     assert made.rows(range(5)) == expected and made.columns == column_names(4)
     assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 2}
-    assert "1 had more and were cut, 1 had fewer and repeat theirs, 2 had none and hold their own positive" in summary_table({"a": made.summary})
+    assert (
+        "1 had more and were cut, 1 had fewer and repeat theirs, 2 had none and hold their own"
+        " positive" in summary_table({"a": made.summary})
+    )
     told = []
-    late = [*pairs([(f"a{i}", f"p{i}") for i in range(7)]), *pairs(rows)]  # shards without negatives are written before the first negative comes
+    late = [
+        *pairs([(f"a{i}", f"p{i}") for i in range(7)]),
+        *pairs(rows),
+    ]  # shards without negatives are written before the first negative comes
     made = write_store(tmp_path / "b.store", ORIGIN, reader(late), told=told.append)
-    assert made.rows(range(7, 12)) == expected and made.rows([0]) == [("a0", "p0", "p0", "p0")] and sum(told) == 12
+    assert (
+        made.rows(range(7, 12)) == expected
+        and made.rows([0]) == [("a0", "p0", "p0", "p0")]
+        and sum(told) == 12
+    )
     assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 9}
-    assert write_store(tmp_path / "c.store", ORIGIN, reader(pairs(rows)), negatives=1).rows([1, 4]) == [("b", "q", "n"), ("e", "t", "t")]
-    assert write_store(tmp_path / "d.store", ORIGIN, reader(pairs(rows)), negatives=0).columns == column_names(2)
+    assert write_store(tmp_path / "c.store", ORIGIN, reader(pairs(rows)), negatives=1).rows(
+        [1, 4]
+    ) == [("b", "q", "n"), ("e", "t", "t")]
+    assert write_store(
+        tmp_path / "d.store", ORIGIN, reader(pairs(rows)), negatives=0
+    ).columns == column_names(2)
 
 
-@given(st.lists(st.lists(st.sampled_from("nmk"), max_size=4), min_size=1, max_size=20), st.integers(1, 4), st.lists(st.integers(1, 20), max_size=3))
+@given(
+    st.lists(st.lists(st.sampled_from("nmk"), max_size=4), min_size=1, max_size=20),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 20), max_size=3),
+)
 @settings(max_examples=40, deadline=None)
-def test_any_numbers_of_negatives_interrupted_anywhere(tmp_path_factory, negatives, shard_rows, stops):
+def test_any_numbers_of_negatives_interrupted_anywhere(
+    tmp_path_factory, negatives, shard_rows, stops
+):
     rows = [(f"a{i}", f"p{i}", *own) for i, own in enumerate(negatives)]
     width = next((len(row) for row in rows if len(row) > 2), 2)
     folder = tmp_path_factory.mktemp("s")
@@ -610,25 +881,49 @@ def test_a_positive_in_the_place_of_a_negative_is_masked_for_its_anchor():
     same = same_text(torch.tensor([[text_identity(text) for text in row] for row in rows]))
     B, K = 3, 2
     hard = same[:, B:].reshape(B, B, K)
-    assert hard[0, 0].all()                                # the own positive, twice, is no negative of its anchor
-    assert not hard[1, 1].any() and not hard[2, 2].any()   # real negatives stay, repeated ones too
-    assert not same[0, 0]                                  # and the positive itself is kept
+    assert hard[0, 0].all()  # the own positive, twice, is no negative of its anchor
+    assert not hard[1, 1].any() and not hard[2, 2].any()  # real negatives stay, repeated ones too
+    assert not same[0, 0]  # and the positive itself is kept
 
 
 # ---- the summary
 
+
 def naive(rows, lines):
     "The summary's counts, in plain Python."
     ids = [tuple(map(text_identity, row)) for row in rows]
+
     def lengths(column):
         n = sorted(len(row[column]) for row in rows)
-        return {"mean": round(sum(n) / len(n), 1), "median": n[(len(n) + 1) // 2 - 1], "p95": n[-(-len(n) * 95 // 100) - 1], "longest": n[-1]}
+        return {
+            "mean": round(sum(n) / len(n), 1),
+            "median": n[(len(n) + 1) // 2 - 1],
+            "p95": n[-(-len(n) * 95 // 100) - 1],
+            "longest": n[-1],
+        }
+
     names = column_names(len(rows[0]))
-    return {"rows": len(rows), "rejected": {kind: lines.count(kind) for kind in ("malformed", "empty")}, "duplicate_rows": len(ids) - len(set(ids)),
-            "distinct": {name: len({i[c] for i in ids}) for c, name in enumerate(names)}, "characters": {name: lengths(c) for c, name in enumerate(names)}}
+    return {
+        "rows": len(rows),
+        "rejected": {kind: lines.count(kind) for kind in ("malformed", "empty")},
+        "duplicate_rows": len(ids) - len(set(ids)),
+        "distinct": {name: len({i[c] for i in ids}) for c, name in enumerate(names)},
+        "characters": {name: lengths(c) for c, name in enumerate(names)},
+    }
 
 
-@given(st.integers(2, 4).flatmap(lambda C: st.lists(st.one_of(st.sampled_from(["malformed", "empty"]), st.lists(st.tuples(*[st.sampled_from(WORDS)] * C), min_size=1, max_size=2)), max_size=40)), st.integers(1, 50))
+@given(
+    st.integers(2, 4).flatmap(
+        lambda C: st.lists(
+            st.one_of(
+                st.sampled_from(["malformed", "empty"]),
+                st.lists(st.tuples(*[st.sampled_from(WORDS)] * C), min_size=1, max_size=2),
+            ),
+            max_size=40,
+        )
+    ),
+    st.integers(1, 50),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_summary_is_a_naive_count(tmp_path_factory, lines, shard_rows):
     rows = [row for line in lines if isinstance(line, list) for row in line]
@@ -641,26 +936,54 @@ def test_the_summary_is_a_naive_count(tmp_path_factory, lines, shard_rows):
     assert {key: made.summary[key] for key in expected} == expected
 
 
-@given(st.lists(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), max_size=30).map(lambda n: np.array(n, np.uint64)), min_size=1, max_size=5), st.integers(1, 40))
+@given(
+    st.lists(
+        st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), max_size=30).map(
+            lambda n: np.array(n, np.uint64)
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 40),
+)
 def test_distinct_counts_are_exact_in_any_number_of_passes(parts, at_once):
-    assert store._distinct(lambda: iter(parts), sum(map(len, parts)), at_once) == len({n for part in parts for n in part.tolist()})
+    assert store._distinct(lambda: iter(parts), sum(map(len, parts)), at_once) == len(
+        {n for part in parts for n in part.tolist()}
+    )
 
 
 def test_rows_of_the_same_texts_in_another_order_are_no_duplicates(tmp_path):
     rows = [("a", "b", "c"), ("b", "a", "c"), ("c", "b", "a"), ("a", "c", "b"), ("A ", "b", "c")]
-    assert write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows))).summary["duplicate_rows"] == 1
+    assert (
+        write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows))).summary["duplicate_rows"]
+        == 1
+    )
 
 
 def test_very_long_texts_are_counted(tmp_path):
-    made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs([("a" * 70_000, "b"), ("a" * 2**17, "c")])))
-    assert made.summary["characters"]["anchor"] == {"mean": (70_000 + 2**17) / 2, "median": 65_535, "p95": 65_535, "longest": 2**17}
+    made = write_store(
+        tmp_path / "a.store", ORIGIN, reader(pairs([("a" * 70_000, "b"), ("a" * 2**17, "c")]))
+    )
+    assert made.summary["characters"]["anchor"] == {
+        "mean": (70_000 + 2**17) / 2,
+        "median": 65_535,
+        "p95": 65_535,
+        "longest": 2**17,
+    }
 
 
 def test_the_table(tmp_path):
-    made = write_store(tmp_path / "a.store", ORIGIN, reader([*pairs([("a", "bb"), ("a", "bb"), ("c", "d")]), "empty", "malformed", "empty"]))
+    made = write_store(
+        tmp_path / "a.store",
+        ORIGIN,
+        reader([*pairs([("a", "bb"), ("a", "bb"), ("c", "d")]), "empty", "malformed", "empty"]),
+    )
     clean = made.summary | {"rejected": {"malformed": 0, "empty": 0}}
     head, *lines, total = summary_table({"harbour/a.jsonl": made.summary, "b": clean}).splitlines()
-    assert [line.split()[:6] for line in lines] == [["harbour/a.jsonl", "3", "2", "3", "2", "1"], ["b", "3", "2", "0", "0", "1"]]
+    assert [line.split()[:6] for line in lines] == [
+        ["harbour/a.jsonl", "3", "2", "3", "2", "1"],
+        ["b", "3", "2", "0", "0", "1"],
+    ]
     assert "anchor 1, 1, 1   positive 2, 2, 2" in lines[0] and head.startswith("dataset")
     assert total.startswith("2 datasets, 6 rows; 3 bad lines left out") and REJECTS in total
     assert summary_table({"b": clean}).endswith("1 dataset, 3 rows; no line was left out")
@@ -669,16 +992,22 @@ def test_the_table(tmp_path):
 
 # ---- tokens beside the texts
 
+
 def encode(texts):
     "Characters as tokens, cut at 5."
     ids = [[ord(c) for c in text[:5]] for text in texts]
-    return np.array([i for text in ids for i in text], np.int64), np.array(list(map(len, ids)), np.int64), np.array([len(text) > 5 for text in texts])
+    return (
+        np.array([i for text in ids for i in text], np.int64),
+        np.array(list(map(len, ids)), np.int64),
+        np.array([len(text) > 5 for text in texts]),
+    )
 
 
-def engine(vocabulary=256, fingerprint="f"): return {"fingerprint": fingerprint, "tokenizer": "t", "max_length": 5, "vocabulary": vocabulary}
+def engine(vocabulary=256, fingerprint="f"):
+    return {"fingerprint": fingerprint, "tokenizer": "t", "max_length": 5, "vocabulary": vocabulary}
 
 
-ROWS = [(f"anchor {i}"[i % 4:], "p" * (i % 7 + 1), f"n{i}") for i in range(50)]
+ROWS = [(f"anchor {i}"[i % 4 :], "p" * (i % 7 + 1), f"n{i}") for i in range(50)]
 
 
 @pytest.fixture
@@ -687,7 +1016,9 @@ def texts(tmp_path, monkeypatch):
     return write_store(tmp_path / "a.store", ORIGIN, reader(pairs(ROWS))).folder
 
 
-@pytest.mark.parametrize("vocabulary, kind", [(256, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
+@pytest.mark.parametrize(
+    "vocabulary, kind", [(256, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)]
+)
 def test_tokens_are_those_of_the_texts(texts, vocabulary, kind):
     assert Store(texts).tokenised is None
     refuses(lambda: Store(texts).tokens([0]), texts / TOKENS, "no summary.json", "prepare it")
@@ -695,17 +1026,29 @@ def test_tokens_are_those_of_the_texts(texts, vocabulary, kind):
     made, draw = Store(texts), random.Random(0).choices(range(50), k=80)
     assert made.tokenised["origin"] == engine(vocabulary) and made.tokens([]) == []
     for i, (*ids, a, b, c) in zip(draw, made.tokens(draw)):
-        assert ["".join(map(chr, np.frombuffer(n, kind))) for n in ids] == [text[:5] for text in ROWS[i]]
+        assert ["".join(map(chr, np.frombuffer(n, kind))) for n in ids] == [
+            text[:5] for text in ROWS[i]
+        ]
         assert [a, b, c] == [len(text) > 5 for text in ROWS[i]]
-    assert made.tokenised["truncated"] == {name: sum(len(row[c]) > 5 for row in ROWS) for c, name in enumerate(made.columns)}
+    assert made.tokenised["truncated"] == {
+        name: sum(len(row[c]) > 5 for row in ROWS) for c, name in enumerate(made.columns)
+    }
     assert made.rows(draw) == [ROWS[i] for i in draw]
-    assert {f["name"] for f in made.tokenised["shards"]} == {f["name"] for f in made.summary["shards"]}
+    assert {f["name"] for f in made.tokenised["shards"]} == {
+        f["name"] for f in made.summary["shards"]
+    }
     with pytest.raises(IndexError):
         made.tokens([50])
 
 
 def test_ids_at_the_end_of_16_bits(texts):
-    def last(texts): return np.full(len(texts), 2**16 - 1), np.ones(len(texts), np.int64), np.zeros(len(texts), bool)
+    def last(texts):
+        return (
+            np.full(len(texts), 2**16 - 1),
+            np.ones(len(texts), np.int64),
+            np.zeros(len(texts), bool),
+        )
+
     write_tokens(texts, engine(2**16), last)
     assert Store(texts).tokens([3])[0][:3] == (b"\xff\xff",) * 3
 
@@ -714,31 +1057,46 @@ def test_tokenising_goes_on_where_it_stopped_and_is_not_done_twice(texts, tmp_pa
     shutil.copytree(texts, tmp_path / "whole.store")
     write_tokens(tmp_path / "whole.store", engine(), encode)
     calls, told = Counter(), []
+
     def interrupted(texts):
         calls["now"] += 1
         if calls["now"] == 8:
             raise KeyboardInterrupt
         return encode(texts)
+
     with pytest.raises(KeyboardInterrupt):
         write_tokens(texts, engine(), interrupted)
     assert Store(texts).tokenised is None
     calls.clear()
+
     def counted(texts):
         calls["now"] += 1
         return encode(texts)
+
     write_tokens(texts, engine(), counted, told.append)
     assert calls["now"] == 3 * 6 and sum(told) == 50  # two of eight shards were there
     assert content(texts / TOKENS) == content(tmp_path / "whole.store" / TOKENS)
-    def none(texts): pytest.fail("tokenised again")
+
+    def none(texts):
+        pytest.fail("tokenised again")
+
     write_tokens(texts, engine(), none)
 
 
 def test_another_tokenizer_replaces_the_tokens_when_it_is_done(texts):
     write_tokens(texts, engine(), encode)
-    def upper(texts): return encode([text.upper() for text in texts])
-    def fails(texts): raise ValueError("text 3 has no token")
+
+    def upper(texts):
+        return encode([text.upper() for text in texts])
+
+    def fails(texts):
+        raise ValueError("text 3 has no token")
+
     refuses(lambda: write_tokens(texts, engine(fingerprint="g"), fails), "text 3 has no token")
-    assert str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5] and not (texts / "tokens.part").exists()
+    assert (
+        str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5]
+        and not (texts / "tokens.part").exists()
+    )
     write_tokens(texts, engine(fingerprint="g"), upper)
     assert str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5].upper()
     assert sorted(p.name for p in texts.iterdir() if p.is_dir()) == ["tokens"]
@@ -754,7 +1112,11 @@ def test_damaged_tokens_are_named_and_made_again(texts, harm):
         shard.unlink()
     if harm == "bad summary":
         (texts / TOKENS / SUMMARY).write_text("{")
-    refuses(lambda: Store(texts).tokens([20]), shard if harm != "bad summary" else texts / TOKENS / SUMMARY, "prepare the data again")
+    refuses(
+        lambda: Store(texts).tokens([20]),
+        shard if harm != "bad summary" else texts / TOKENS / SUMMARY,
+        "prepare the data again",
+    )
     assert Store(texts).rows([20]) == [ROWS[20]]  # the texts are whole
     write_tokens(texts, engine(), encode)
     assert str(Store(texts).tokens([20])[0][0], "utf-16-le") == ROWS[20][0][:5]
@@ -763,11 +1125,24 @@ def test_damaged_tokens_are_named_and_made_again(texts, harm):
 def test_a_full_disk_while_tokenising(texts, monkeypatch):
     write_tokens(texts, engine(), encode)
     with monkeypatch.context() as patch:
-        patch.setattr(pa, "OSFile", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        refuses(lambda: write_tokens(texts, engine(fingerprint="g"), encode), texts / TOKENS, "No space left", "make room")
-    assert Store(texts).tokenised["origin"] == engine() and len(Store(texts).tokens(range(50))) == 50
+        patch.setattr(
+            pa,
+            "OSFile",
+            lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
+        )
+        refuses(
+            lambda: write_tokens(texts, engine(fingerprint="g"), encode),
+            texts / TOKENS,
+            "No space left",
+            "make room",
+        )
+    assert (
+        Store(texts).tokenised["origin"] == engine() and len(Store(texts).tokens(range(50))) == 50
+    )
 
 
 def test_preparing_the_texts_again_drops_the_tokens(texts):
     write_tokens(texts, engine(), encode)
-    assert write_store(texts, {"bytes": 8}, reader(pairs([("x", "y"), ("z", "w")]))).tokenised is None
+    assert (
+        write_store(texts, {"bytes": 8}, reader(pairs([("x", "y"), ("z", "w")]))).tokenised is None
+    )

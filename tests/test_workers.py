@@ -101,8 +101,8 @@ def test_a_killed_worker_is_told(tmp_path):
     code, out, err = ended(tmp_path, "killed")
     assert (code, out) == (1, "")
     assert (
-        err
-        == "ValueError: a worker process died (killed, perhaps because memory was short); take fewer\n"
+        err == "ValueError: a worker process died (killed, perhaps because memory was short); take"
+        " fewer\n"
     )
 
 

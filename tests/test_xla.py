@@ -3,6 +3,7 @@
 No TPU is needed: XLA makes several devices of one CPU. Each job of xla_child.py is a process with its own number of devices, two run at a
 time, and only those that the selected tests ask for. Without torch_xla (`make test-xla` has it) these are skipped, and the others run.
 """
+
 import importlib.util
 import json
 import math
@@ -32,25 +33,47 @@ from contrastive_st.trainer import TrainConfig, batch_loss
 
 XLA = importlib.util.find_spec("torch_xla") is not None
 FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
-WIDTH, HIDDEN, LAYERS = 32, 64, 2                    # of the encoders that xla_child makes
-PATHS = [str(Path(xla.__file__).parents[1]), str(ROOT)]      # the package under test, and its metadata
+WIDTH, HIDDEN, LAYERS = 32, 64, 2  # of the encoders that xla_child makes
+PATHS = [str(Path(xla.__file__).parents[1]), str(ROOT)]  # the package under test, and its metadata
 
 
 # ---- processes
 
+
 def launch(job, devices, folder):
     "Run a job in a process of its own; its result."
-    env = {**os.environ, "DEVICES": str(devices), "CPU_NUM_DEVICES": str(max(devices, 1)), "PJRT_DEVICE": "CPU", "XLA_FLAGS": "--xla_backend_optimization_level=0",
-           "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])}
-    env |= {"USE_TORCH_XLA": "0"} if job == "reference" else {}        # else transformers' Trainer takes the XLA device
-    done = subprocess.run([sys.executable, ROOT / "tests" / "xla_child.py", job, folder], env=env, capture_output=True, text=True, timeout=900)
+    env = {
+        **os.environ,
+        "DEVICES": str(devices),
+        "CPU_NUM_DEVICES": str(max(devices, 1)),
+        "PJRT_DEVICE": "CPU",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "OMP_NUM_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]),
+    }
+    env |= (
+        {"USE_TORCH_XLA": "0"} if job == "reference" else {}
+    )  # else transformers' Trainer takes the XLA device
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "xla_child.py", job, folder],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, f"{job} on {devices} devices failed:\n{done.stderr[-3000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
 class Jobs:
     "Results by name, such as run-4: job and number of devices; each runs once, after those whose directories it needs."
-    NEEDS = {"guards-4": ("reference-0", "theirs"), "resume-4": ("run-4", "broken"), "resume-2": ("run-4", "broken")}
+
+    NEEDS = {
+        "guards-4": ("reference-0", "theirs"),
+        "resume-4": ("run-4", "broken"),
+        "resume-2": ("run-4", "broken"),
+    }
 
     def __init__(self, folder):
         self.folder, self.futures, self.pool = folder, {}, ThreadPoolExecutor(2)
@@ -64,12 +87,13 @@ class Jobs:
     def work(self, name, before):
         folder, (job, devices) = self.folder / name, name.split("-")
         if before:
-            before.result()                          # it was submitted earlier, so it is done or runs in the other thread
+            before.result()  # it was submitted earlier, so it is done or runs in the other thread
             part = self.NEEDS[name][1]
             shutil.copytree(self.folder / self.NEEDS[name][0] / part, folder / part)
         return launch(job, int(devices), folder)
 
-    def __getitem__(self, name): return self.ask(name).result()
+    def __getitem__(self, name):
+        return self.ask(name).result()
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +101,48 @@ def jobs(request, tmp_path_factory):
     if not XLA:
         pytest.skip("torch_xla is not installed here: make test-xla runs these tests")
     jobs = Jobs(tmp_path_factory.mktemp("xla"))
-    wanted = {name for item in request.session.items for mark in item.iter_markers("jobs") for name in mark.args}
-    for name in sorted(wanted, key=lambda name: (list(ORDER).index(name.split("-")[0]), -int(name.split("-")[1]))):
+    wanted = {
+        name
+        for item in request.session.items
+        for mark in item.iter_markers("jobs")
+        for name in mark.args
+    }
+    for name in sorted(
+        wanted, key=lambda name: (list(ORDER).index(name.split("-")[0]), -int(name.split("-")[1]))
+    ):
         jobs.ask(name)
     yield jobs
     jobs.pool.shutdown(cancel_futures=True)
 
 
-ORDER = ("run", "reference", "guards", "step", "resume", "late")      # what others wait for, and what takes long, comes first
+ORDER = (
+    "run",
+    "reference",
+    "guards",
+    "step",
+    "resume",
+    "late",
+)  # what others wait for, and what takes long, comes first
 
 
 def each(job, *devices):
     "A test for each number of devices; its job is begun with those of the other tests."
-    return pytest.mark.parametrize("devices", [pytest.param(n, marks=pytest.mark.jobs(f"{job}-{n}")) for n in devices])
+    return pytest.mark.parametrize(
+        "devices", [pytest.param(n, marks=pytest.mark.jobs(f"{job}-{n}")) for n in devices]
+    )
 
 
 # ---- 1. the same numbers
 
-CASES = ("bert pairs", "bert full", "bert triplets", "roberta pairs", "distilbert pairs", "mpnet pairs", "dropout pairs")
+CASES = (
+    "bert pairs",
+    "bert full",
+    "bert triplets",
+    "roberta pairs",
+    "distilbert pairs",
+    "mpnet pairs",
+    "dropout pairs",
+)
 MORE = ("one way pairs", "widths pairs", "copies count pairs")
 
 
@@ -103,29 +151,68 @@ def test_a_step_equals_eager(jobs, devices):
     found = jobs[f"step-{devices}"]
     assert found.keys() == {*CASES, *(MORE if devices == 4 else ())}
     for name, off in found.items():
-        assert off["loss"] <= 1e-6 * off["value"] and off["masked"] <= 1e-6, (name, off)       # the loss is about 3, a step of float32 there 2.4e-7
+        assert off["loss"] <= 1e-6 * off["value"] and off["masked"] <= 1e-6, (
+            name,
+            off,
+        )  # the loss is about 3, a step of float32 there 2.4e-7
         assert off["gradients"] < 2e-5 and off["worst"] < 3e-4 and off["norm"] < 1e-5, (name, off)
-        assert off["counts"] == {"compilations": name != "bert full", "executions": 1, "fallbacks": 0}, (name, off)   # padding or none: one program
+        assert off["counts"] == {
+            "compilations": name != "bert full",
+            "executions": 1,
+            "fallbacks": 0,
+        }, (
+            name,
+            off,
+        )  # padding or none: one program
 
 
 @pytest.mark.jobs("reference-0")
 @each("run", 1, 4, 8)
 def test_a_run_equals_the_trainers(jobs, devices):
-    ours, theirs = ([line for line in jobs[name]["curve"]["history"] if "loss" in line] for name in (f"run-{devices}", "reference-0"))
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 21))
-    for name in ("loss", "grad_norm", "mean_cosine", "masked", "negatives", "truncated", "learning_rate"):
-        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-5, abs=1e-6), name
-    assert max(line["masked"] for line in ours) > 0 and max(line["truncated"] for line in ours) > 0       # it was no easy run
+    ours, theirs = (
+        [line for line in jobs[name]["curve"]["history"] if "loss" in line]
+        for name in (f"run-{devices}", "reference-0")
+    )
+    assert (
+        [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 21))
+    )
+    for name in (
+        "loss",
+        "grad_norm",
+        "mean_cosine",
+        "masked",
+        "negatives",
+        "truncated",
+        "learning_rate",
+    ):
+        assert [line[name] for line in ours] == pytest.approx(
+            [line[name] for line in theirs], rel=1e-5, abs=1e-6
+        ), name
+    assert (
+        max(line["masked"] for line in ours) > 0 and max(line["truncated"] for line in ours) > 0
+    )  # it was no easy run
 
 
 @pytest.mark.jobs("reference-0", "run-4")
 def test_the_best_is_kept_and_patience_ends_as_in_the_trainer(jobs):
     ours, theirs = jobs["run-4"]["stopped"], jobs["reference-0"]["stopped"]
-    drop = lambda metrics: {k: v for k, v in metrics.items() if k not in ("seconds", "pairs_per_second")}
-    assert drop(ours["metrics"]) == drop(theirs["metrics"]) and ours["metrics"]["steps"] == 16 and ours["metrics"]["best_step"] == 8
-    scores = [[(line["step"], line["eval_score"]) for line in run["history"] if "eval_score" in line] for run in (ours, theirs)]
+    drop = lambda metrics: {
+        k: v for k, v in metrics.items() if k not in ("seconds", "pairs_per_second")
+    }
+    assert (
+        drop(ours["metrics"]) == drop(theirs["metrics"])
+        and ours["metrics"]["steps"] == 16
+        and ours["metrics"]["best_step"] == 8
+    )
+    scores = [
+        [(line["step"], line["eval_score"]) for line in run["history"] if "eval_score" in line]
+        for run in (ours, theirs)
+    ]
     assert scores[0] == scores[1] == [(4, 0.2), (8, 0.5), (12, 0.3), (16, 0.4)]
-    a, b = (SentenceEncoder.from_pretrained(f"{run['out']}/model").state_dict() for run in (ours, theirs))
+    a, b = (
+        SentenceEncoder.from_pretrained(f"{run['out']}/model").state_dict()
+        for run in (ours, theirs)
+    )
     assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
     kept = SentenceEncoder.from_pretrained(f"{ours['out']}/checkpoints/checkpoint-8").state_dict()
     assert all(torch.equal(a[name], kept[name]) for name in a)
@@ -135,22 +222,47 @@ def test_the_best_is_kept_and_patience_ends_as_in_the_trainer(jobs):
 def test_evaluations_checkpoints_and_log_lines_keep_their_own_time(jobs):
     history, out = jobs["run-4"]["apart"]["history"], Path(jobs["run-4"]["apart"]["out"])
     assert [line["step"] for line in history if "eval_score" in line] == [2, 4, 6, 8, 10, 12]
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-12"]
-    assert [line["step"] for line in history if "loss" in line] == [2, 4, 5, 6, 7, 8, 10, 12]       # one before each of them too, so that only healthy weights are kept
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-12",
+    ]
+    assert [line["step"] for line in history if "loss" in line] == [
+        2,
+        4,
+        5,
+        6,
+        7,
+        8,
+        10,
+        12,
+    ]  # one before each of them too, so that only healthy weights are kept
 
 
 @pytest.mark.jobs("guards-4", "reference-0")
 def test_bfloat16_stays_close_and_the_loss_stays_in_float32(jobs):
-    lines, exact = ([line["loss"] for line in run["history"] if "loss" in line] for run in (jobs["guards-4"]["bf16"], jobs["reference-0"]["curve"]))
+    lines, exact = (
+        [line["loss"] for line in run["history"] if "loss" in line]
+        for run in (jobs["guards-4"]["bf16"], jobs["reference-0"]["curve"])
+    )
     off = max(abs(a - b) for a, b in zip(lines, exact, strict=True))
-    assert 2e-6 < off < 1e-2                                             # more than rounding in float32, little enough
-    dots = Counter(re.findall(r"= (\w+)\[[\d,]*\]\S* dot\(", open(jobs["guards-4"]["bf16 program"]).read()))
-    assert dots == {"bf16": LAYERS * (6 + 2) * 3, "f32": 3}              # 6 layers and 2 products of attention; 3 of the loss; each forward and twice backward
-    weights = SentenceEncoder.from_pretrained(f"{jobs['guards-4']['bf16']['out']}/model").state_dict()
-    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
+    assert 2e-6 < off < 1e-2  # more than rounding in float32, little enough
+    dots = Counter(
+        re.findall(r"= (\w+)\[[\d,]*\]\S* dot\(", open(jobs["guards-4"]["bf16 program"]).read())
+    )
+    assert dots == {
+        "bf16": LAYERS * (6 + 2) * 3,
+        "f32": 3,
+    }  # 6 layers and 2 products of attention; 3 of the loss; each forward and twice backward
+    weights = SentenceEncoder.from_pretrained(
+        f"{jobs['guards-4']['bf16']['out']}/model"
+    ).state_dict()
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {
+        torch.float32
+    }
 
 
 # ---- 2. counts
+
 
 @each("run", 1, 4, 8)
 def test_one_program_for_each_shape_and_one_execution_for_each_step(jobs, devices):
@@ -162,8 +274,12 @@ def test_one_program_for_each_shape_and_one_execution_for_each_step(jobs, device
     logged = [line["step"] for line in found["all"]["history"] if "loss" in line]
     measured = [line["step"] for line in found["all"]["history"] if "eval_spearman" in line]
     assert (logged, measured) == ([4, 8, 12, 16, 20], [8, 16, 20])
-    start = 1                                                            # before step 0: weights and the optimiser's zeros are laid out
-    assert found["counts"] == {"compilations": len(programs) + start, "executions": 20 + start, "fallbacks": 0}
+    start = 1  # before step 0: weights and the optimiser's zeros are laid out
+    assert found["counts"] == {
+        "compilations": len(programs) + start,
+        "executions": 20 + start,
+        "fallbacks": 0,
+    }
     assert found["programs"] == len(programs)
 
 
@@ -174,28 +290,45 @@ SHAPE = re.compile(r"(pred|[a-z]+(\d+))\[([\d,]*)\]")
 
 def shapes_of(text):
     "name -> dimensions of what each operation of a program makes."
-    return {m[1]: [int(d) for d in m[2].split(",") if d] for m in re.finditer(r"%([\w.-]+) = \w+\[([\d,]*)\]", text)}
+    return {
+        m[1]: [int(d) for d in m[2].split(",") if d]
+        for m in re.finditer(r"%([\w.-]+) = \w+\[([\d,]*)\]", text)
+    }
 
 
 def matmul_flops(text):
     "FLOPs of a program's matrix products, on one device."
     shape, total = shapes_of(text), 0
-    for m in re.finditer(r"%([\w.-]+) = \S+ dot\(%([\w.-]+), %[\w.-]+\).*?lhs_contracting_dims=\{([\d,]+)\}", text):
-        total += 2 * math.prod(shape[m[1]]) * math.prod(shape[m[2]][int(d)] for d in m[3].split(","))
+    for m in re.finditer(
+        r"%([\w.-]+) = \S+ dot\(%([\w.-]+), %[\w.-]+\).*?lhs_contracting_dims=\{([\d,]+)\}", text
+    ):
+        total += (
+            2 * math.prod(shape[m[1]]) * math.prod(shape[m[2]][int(d)] for d in m[3].split(","))
+        )
     return total
 
 
 def whole_batch(text, texts, T):
     "Operations that make something of each token of the global batch on one device: dimensions (texts * T) or texts and T."
-    found = [(m[1], m[2].split(",")) for m in re.finditer(r"%([\w.-]+) = \(?(?:\w+\[\d*\]\S* )?\w+\[([\d,]*)\]", text)]
-    return [name for name, dims in found if str(texts * T) in dims or {str(texts), str(T)} <= {*dims}]
+    found = [
+        (m[1], m[2].split(","))
+        for m in re.finditer(r"%([\w.-]+) = \(?(?:\w+\[\d*\]\S* )?\w+\[([\d,]*)\]", text)
+    ]
+    return [
+        name for name, dims in found if str(texts * T) in dims or {str(texts), str(T)} <= {*dims}
+    ]
 
 
 def exchanged(text):
     "Operation -> what travels between devices: kind of number, dimensions."
-    return {op: [(kind, tuple(int(d) for d in dims.split(",") if d)) for results in
-                 re.findall(rf"= (\([^()=]*\)|\S+) {op}\(", text) for kind, _, dims in SHAPE.findall(results)]
-            for op in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")}
+    return {
+        op: [
+            (kind, tuple(int(d) for d in dims.split(",") if d))
+            for results in re.findall(rf"= (\([^()=]*\)|\S+) {op}\(", text)
+            for kind, _, dims in SHAPE.findall(results)
+        ]
+        for op in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    }
 
 
 def floats(travels):
@@ -210,29 +343,53 @@ def program(jobs, devices, kind):
 @pytest.mark.parametrize("kind, C", [("bert pairs", 2), ("dropout pairs", 2), ("bert triplets", 3)])
 @each("step", 2, 4, 8)
 def test_each_device_multiplies_its_share(jobs, devices, kind, C):
-    text, tokens, candidates = program(jobs, devices, kind), C * BATCH * LENGTH // devices, (C - 1) * BATCH
-    layer = 2 * (4 * WIDTH**2 + 2 * WIDTH * HIDDEN) + 4 * LENGTH * WIDTH            # for a token: projections, feed-forward, scores and their sum
-    scores = 2 * BATCH // devices * candidates * WIDTH                             # of the loss
-    assert matmul_flops(text) == 3 * (tokens * LAYERS * layer + scores)            # forward, and twice that backward
-    assert xla.replicated_matmuls(text, C * BATCH * LENGTH) == [] == whole_batch(text, C * BATCH, LENGTH)
+    text, tokens, candidates = (
+        program(jobs, devices, kind),
+        C * BATCH * LENGTH // devices,
+        (C - 1) * BATCH,
+    )
+    layer = (
+        2 * (4 * WIDTH**2 + 2 * WIDTH * HIDDEN) + 4 * LENGTH * WIDTH
+    )  # for a token: projections, feed-forward, scores and their sum
+    scores = 2 * BATCH // devices * candidates * WIDTH  # of the loss
+    assert matmul_flops(text) == 3 * (
+        tokens * LAYERS * layer + scores
+    )  # forward, and twice that backward
+    assert (
+        xla.replicated_matmuls(text, C * BATCH * LENGTH)
+        == []
+        == whole_batch(text, C * BATCH, LENGTH)
+    )
 
 
 @pytest.mark.parametrize("kind, C", [("bert pairs", 2), ("bert triplets", 3)])
 @each("step", 2, 4, 8)
 def test_what_travels_does_not_grow_with_the_devices(jobs, devices, kind, C):
     travels, candidates = exchanged(program(jobs, devices, kind)), (C - 1) * BATCH
-    undone = 2 * C * BATCH * WIDTH                        # all embeddings, to undo the interleaving, and their gradients, to redo it
-    assert floats(travels["all-gather"]) == undone + 2 * candidates * WIDTH          # candidates for the scores, and again for the anchors' gradients
-    assert floats(travels["all-to-all"] + travels["collective-permute"]) <= 5 * candidates * WIDTH / 2 * (C == 3)   # cutting triplets' columns
+    undone = (
+        2 * C * BATCH * WIDTH
+    )  # all embeddings, to undo the interleaving, and their gradients, to redo it
+    assert (
+        floats(travels["all-gather"]) == undone + 2 * candidates * WIDTH
+    )  # candidates for the scores, and again for the anchors' gradients
+    assert floats(
+        travels["all-to-all"] + travels["collective-permute"]
+    ) <= 5 * candidates * WIDTH / 2 * (C == 3)  # cutting triplets' columns
     assert travels["reduce-scatter"] == []
 
-    sizes = Counter(tuple(sorted(p.shape)) for name, p in make_encoder().named_parameters() if "pooler" not in name)
+    sizes = Counter(
+        tuple(sorted(p.shape))
+        for name, p in make_encoder().named_parameters()
+        if "pooler" not in name
+    )
     reduced = Counter(tuple(sorted(dims)) for kind, dims in travels["all-reduce"] if kind == "f32")
-    assert sizes <= reduced                                                         # each gradient once
+    assert sizes <= reduced  # each gradient once
     rest = reduced - sizes
-    assert rest.pop(tuple(sorted((candidates, WIDTH)))) == 1                        # the candidates' gradients
-    assert rest.pop((WIDTH,)) == 1                                                  # the mean cosine
-    assert {len(dims) for dims in rest} <= {0, 1} and sum(n * math.prod(dims) for dims, n in rest.items()) <= 3 * BATCH + 6   # softmax over columns, scalars
+    assert rest.pop(tuple(sorted((candidates, WIDTH)))) == 1  # the candidates' gradients
+    assert rest.pop((WIDTH,)) == 1  # the mean cosine
+    assert {len(dims) for dims in rest} <= {0, 1} and sum(
+        n * math.prod(dims) for dims, n in rest.items()
+    ) <= 3 * BATCH + 6  # softmax over columns, scalars
 
 
 @pytest.mark.jobs("guards-4")
@@ -240,12 +397,20 @@ def test_stock_layers_fail_the_same_check(jobs):
     found, kept = jobs["guards-4"], {}
     for name, path in found["programs"].items():
         text = open(path).read()
-        kept[name] = (len(xla.replicated_matmuls(text, 2 * BATCH * LENGTH)), len(whole_batch(text, 2 * BATCH, LENGTH)),
-                      4 * floats(exchanged(text)["all-gather"]))
+        kept[name] = (
+            len(xla.replicated_matmuls(text, 2 * BATCH * LENGTH)),
+            len(whole_batch(text, 2 * BATCH, LENGTH)),
+            4 * floats(exchanged(text)["all-gather"]),
+        )
     assert kept["ours"][:2] == (0, 0) and found["said"]["ours"] == "nothing"
     assert kept["norm"][0] > 0 and kept["norm"][1] > 0 and kept["norm"][2] > 50 * kept["ours"][2]
-    assert "3,072 token rows on each of 4 devices: the batch is not sharded there" in found["said"]["norm"]
-    assert kept["dropout"][1] > 0 and kept["dropout"][0] == 0            # its products are sharded, its random numbers are not
+    assert (
+        "3,072 token rows on each of 4 devices: the batch is not sharded there"
+        in found["said"]["norm"]
+    )
+    assert (
+        kept["dropout"][1] > 0 and kept["dropout"][0] == 0
+    )  # its products are sharded, its random numbers are not
 
 
 def test_the_check_reads_programs():
@@ -253,31 +418,48 @@ def test_the_check_reads_programs():
   %dot.1 = f32[128,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %dot.2 = f32[32,64]{1,0} dot(%param.1, %b), lhs_contracting_dims={0}, rhs_contracting_dims={0}
   %dot.3 = f32[8,512]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"""
-    assert xla.replicated_matmuls(text, 512) == ["dot.2", "dot.3"] and xla.replicated_matmuls(text, 51) == []
+    assert (
+        xla.replicated_matmuls(text, 512) == ["dot.2", "dot.3"]
+        and xla.replicated_matmuls(text, 51) == []
+    )
 
 
 # ---- 4. resume
 
+
 @pytest.mark.jobs("run-4", "resume-4")
 def test_a_resumed_run_is_the_same_run_bit_for_bit(jobs):
     whole, again = jobs["run-4"]["all"], jobs["resume-4"]
-    assert jobs["run-4"]["broken"] == "OSError: no batch 13: the disk is gone"      # what a background thread meets ends the run
+    assert (
+        jobs["run-4"]["broken"] == "OSError: no batch 13: the disk is gone"
+    )  # what a background thread meets ends the run
     assert again["history"] == whole["history"] and again["weights"] == whole["weights"]
-    assert again["metrics"]["steps"] == 20 and again["metrics"]["after"] == whole["metrics"]["after"]
+    assert (
+        again["metrics"]["steps"] == 20 and again["metrics"]["after"] == whole["metrics"]["after"]
+    )
 
 
 @pytest.mark.jobs("run-4", "resume-2")
 def test_it_can_resume_on_fewer_devices(jobs):
-    whole, again = ([line for line in run["history"] if "loss" in line] for run in (jobs["run-4"]["all"], jobs["resume-2"]))
-    assert again[:2] == whole[:2]                                        # until the checkpoint
-    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in whole], abs=1e-6)
+    whole, again = (
+        [line for line in run["history"] if "loss" in line]
+        for run in (jobs["run-4"]["all"], jobs["resume-2"])
+    )
+    assert again[:2] == whole[:2]  # until the checkpoint
+    assert [line["loss"] for line in again] == pytest.approx(
+        [line["loss"] for line in whole], abs=1e-6
+    )
 
 
 # ---- 5. dropout from a hash
 
+
 def keep(p=0.5, step=0, layer=0, seed=0, rows=range(256), shape=(16, 32), device="cpu"):
     noise = xla.Noise(seed)
-    noise.step, noise.rows = torch.tensor(step, dtype=torch.int32, device=device), torch.tensor(list(rows), dtype=torch.int32, device=device)
+    noise.step, noise.rows = (
+        torch.tensor(step, dtype=torch.int32, device=device),
+        torch.tensor(list(rows), dtype=torch.int32, device=device),
+    )
     return noise.keep(torch.zeros(len(noise.rows), *shape, device=device), p, layer)
 
 
@@ -287,33 +469,58 @@ def test_dropout_drops_its_rate(p, seed):
     for step, layer in ((0, 0), (1, 5), (540_000, 97)):
         kept = keep(p, step, layer, seed).double()
         assert abs(kept.mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
-        for by_row in (kept.flatten(1).mean(1), kept.mean((0, 1)), kept.mean((0, 2))):     # no row, unit or position is special
+        for by_row in (
+            kept.flatten(1).mean(1),
+            kept.mean((0, 1)),
+            kept.mean((0, 2)),
+        ):  # no row, unit or position is special
             spread = math.sqrt(p * (1 - p) / (kept.numel() / len(by_row)))
-            assert (by_row - (1 - p)).abs().max() < 6.5 * spread and 0.4 < by_row.std() / spread < 1.7
+            assert (
+                by_row - (1 - p)
+            ).abs().max() < 6.5 * spread and 0.4 < by_row.std() / spread < 1.7
 
 
 def test_dropout_masks_are_independent():
     base, rng = keep().double(), np.random.default_rng(0)
-    others = {"layer": keep(layer=1), "step": keep(step=1), "seed": keep(seed=1), "far step": keep(step=2**20), "rows": keep(rows=range(256, 512)),
-              "next row": base.roll(1, 0), "next position": base.roll(1, 1), "next unit": base.roll(1, 2), "two units": base.roll(2, 2),
-              "layer for step": keep(step=1, layer=1), "chance": torch.from_numpy(rng.random(base.shape) < 0.5)}
+    others = {
+        "layer": keep(layer=1),
+        "step": keep(step=1),
+        "seed": keep(seed=1),
+        "far step": keep(step=2**20),
+        "rows": keep(rows=range(256, 512)),
+        "next row": base.roll(1, 0),
+        "next position": base.roll(1, 1),
+        "next unit": base.roll(1, 2),
+        "two units": base.roll(2, 2),
+        "layer for step": keep(step=1, layer=1),
+        "chance": torch.from_numpy(rng.random(base.shape) < 0.5),
+    }
     for name, other in others.items():
         a, b = base - base.mean(), other.double() - other.double().mean()
         assert abs((a * b).mean() / (a.std() * b.std())) * math.sqrt(base.numel()) < 4.5, name
-    assert len({keep(step=s, layer=n, rows=range(4)).numpy().tobytes() for s in range(20) for n in range(20)}) == 400
+    assert (
+        len(
+            {
+                keep(step=s, layer=n, rows=range(4)).numpy().tobytes()
+                for s in range(20)
+                for n in range(20)
+            }
+        )
+        == 400
+    )
 
 
 def test_a_mask_belongs_to_the_row_not_to_its_place():
     rows = torch.randperm(256).tolist()
     assert torch.equal(keep(rows=rows), keep()[rows])
-    assert torch.equal(keep(rows=range(32, 64)), keep()[32:64])          # what one of 8 devices holds
+    assert torch.equal(keep(rows=range(32, 64)), keep()[32:64])  # what one of 8 devices holds
 
 
 @each("step", 0, 1, 2, 4, 8)
 def test_dropout_is_the_same_on_any_number_of_devices_and_in_eager(jobs, devices):
     off = jobs[f"step-{devices}"]["dropout pairs"]
     assert off["loss"] <= 1e-6 and off["worst"] < 1e-4
-    assert abs(off["value"] - off["another seed"]) > 1e-3                # it matters which are dropped
+    assert abs(off["value"] - off["another seed"]) > 1e-3  # it matters which are dropped
 
 
 def test_dropout_scales_and_sleeps_in_evaluation():
@@ -324,28 +531,40 @@ def test_dropout_scales_and_sleeps_in_evaluation():
     x = torch.rand(8, 5, 6, requires_grad=True)
     y = layer.train()(x)
     kept = noise.keep(x, 0.25, 2)
-    assert torch.equal(y, torch.where(kept, x / 0.75, 0.0)) and torch.equal(torch.autograd.grad(y.sum(), x)[0], kept / 0.75)
+    assert torch.equal(y, torch.where(kept, x / 0.75, 0.0)) and torch.equal(
+        torch.autograd.grad(y.sum(), x)[0], kept / 0.75
+    )
     assert layer.eval()(x) is x
 
 
 # ---- 6. the directory
 
+
 @pytest.mark.jobs("run-4")
 def test_the_saved_model_opens_elsewhere(jobs):
     peers = pytest.importorskip("sentence_transformers")
     folder, expected = f"{jobs['run-4']['all']['out']}/model", np.array(jobs["run-4"]["embeddings"])
-    assert SentenceEncoder.from_pretrained(folder).encode(TEXTS, progress=False) == pytest.approx(expected, abs=1e-6)
-    assert peers.SentenceTransformer(folder, device="cpu").encode(TEXTS) == pytest.approx(expected, abs=1e-6)
+    assert SentenceEncoder.from_pretrained(folder).encode(TEXTS, progress=False) == pytest.approx(
+        expected, abs=1e-6
+    )
+    assert peers.SentenceTransformer(folder, device="cpu").encode(TEXTS) == pytest.approx(
+        expected, abs=1e-6
+    )
     start = make_encoder().encode(TEXTS, progress=False)
-    assert np.abs(expected - start).max() > 1e-3                         # trained
+    assert np.abs(expected - start).max() > 1e-3  # trained
 
 
 # ---- 7. what is refused
 
 SAID = {
-    "two lengths": "ValueError: the step needs more programs than its buckets and column counts allow (1)",
+    "two lengths": (
+        "ValueError: the step needs more programs than its buckets and column counts allow (1)"
+    ),
     "asking": "ValueError: the step reads a value from the device while it is being traced",
-    "fallback": "ValueError: operations of the step ran on the host (1 times) because XLA has no form of them",
+    "fallback": (
+        "ValueError: operations of the step ran on the host (1 times) because XLA has no form of"
+        " them"
+    ),
     "replicated": "token rows on each of 4 devices: the batch is not sharded there",
     "lost": "ValueError: the loss became nan between steps 0 and 1; lower lr",
     "lost late": "ValueError: the loss became nan between steps 0 and 6; lower lr",
@@ -353,7 +572,10 @@ SAID = {
     "family": "ValueError: backbones of type electra were not checked under SPMD",
     "positions": "ValueError: bucket 128 is longer than the 64 positions of this backbone",
     "bf16": "nothing",
-    "their checkpoint": "training.pt: was written by another training loop or version, whose state has another form; resume with that one",
+    "their checkpoint": (
+        "training.pt: was written by another training loop or version, whose state has another"
+        " form; resume with that one"
+    ),
     "another model": "holds the weights of another model",
     "claimed": "already holds a run; choose another directory",
     "lost before a checkpoint": "ValueError: the loss became nan between steps 0 and 2; lower lr",
@@ -381,7 +603,10 @@ def test_no_checkpoint_is_made_of_lost_weights(jobs):
 
 @pytest.mark.jobs("late-2")
 def test_spmd_has_to_come_first(jobs):
-    assert jobs["late-2"]["late"].startswith("ValueError: a tensor is on an XLA device already, and SPMD has to come first; restart the kernel")
+    assert jobs["late-2"]["late"].startswith(
+        "ValueError: a tensor is on an XLA device already, and SPMD has to come first; restart the"
+        " kernel"
+    )
 
 
 def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch):
@@ -390,32 +615,53 @@ def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch):
     monkeypatch.setattr(xla.metadata, "distributions", lambda name: [])
     for chips in (0, 1):
         monkeypatch.setattr(xla, "tpu_chips", lambda: chips)
-        monkeypatch.setattr(xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 13), "Linux x86_64"))
-        said = xla._no_torch_xla(ImportError("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900))
+        monkeypatch.setattr(
+            xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 13), "Linux x86_64")
+        )
+        said = xla._no_torch_xla(
+            ImportError("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900)
+        )
         assert "(_XLAC.so: undefined symbol" in said
-        assert "torch==2.9.0+cpu torch_xla==2.9.0" in said and ("libtpu==0.0.21.1" in said) == bool(chips) and len(said) <= 330
-    monkeypatch.setattr(xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 14), "Linux x86_64"))
-    with pytest.raises(ValueError, match="has wheels for Linux on x86-64 and Python 3.11 to 3.13, not for"):
+        assert (
+            "torch==2.9.0+cpu torch_xla==2.9.0" in said
+            and ("libtpu==0.0.21.1" in said) == bool(chips)
+            and len(said) <= 330
+        )
+    monkeypatch.setattr(
+        xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 14), "Linux x86_64")
+    )
+    with pytest.raises(
+        ValueError, match="has wheels for Linux on x86-64 and Python 3.11 to 3.13, not for"
+    ):
         xla._no_torch_xla(ImportError("none"))
 
 
 def test_a_torch_xla_of_another_release_is_named_although_it_cannot_be_imported(monkeypatch):
     "Its library asks for a symbol that this torch has not: the versions say more than the linker."
     monkeypatch.setattr(xla, "find_spec", lambda name: None)
-    monkeypatch.setattr(xla.metadata, "distributions", lambda name: [SimpleNamespace(version="1.13.0")])
-    assert xla._no_torch_xla(ImportError("undefined symbol")).startswith(f"torch_xla 1.13.0 does not fit torch {torch.__version__}; install the same version")
+    monkeypatch.setattr(
+        xla.metadata, "distributions", lambda name: [SimpleNamespace(version="1.13.0")]
+    )
+    assert xla._no_torch_xla(ImportError("undefined symbol")).startswith(
+        f"torch_xla 1.13.0 does not fit torch {torch.__version__}; install the same version"
+    )
 
 
 def test_the_successor_alone_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_xla", None)
     monkeypatch.setattr(xla, "find_spec", lambda name: name == "torch_tpu")
-    with pytest.raises(ValueError, match="torch_tpu is installed, which contrastive_st was never tried with"):
+    with pytest.raises(
+        ValueError, match="torch_tpu is installed, which contrastive_st was never tried with"
+    ):
         xla.start()
 
 
 def test_the_cpu_of_a_machine_with_a_tpu_is_said_loudly(monkeypatch):
     monkeypatch.setattr(xla, "tpu_chips", lambda: 4)
-    with pytest.warns(UserWarning, match=r"has a TPU \(4 chips\), but XLA computes on its CPU.* remove PJRT_DEVICE"):
+    with pytest.warns(
+        UserWarning,
+        match=r"has a TPU \(4 chips\), but XLA computes on its CPU.* remove PJRT_DEVICE",
+    ):
         xla._say_if_on_cpu("CPU")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -424,17 +670,32 @@ def test_the_cpu_of_a_machine_with_a_tpu_is_said_loudly(monkeypatch):
         xla._say_if_on_cpu("CPU")
 
 
-@pytest.mark.parametrize("module, said", [(None, r"torch_xla cannot be imported .* pip install torch==2\.9\.0"),
-                                          (SimpleNamespace(__version__="1.13.0"), r"torch_xla 1\.13\.0 does not fit torch \d.*; install the same version of both")])
+@pytest.mark.parametrize(
+    "module, said",
+    [
+        (None, r"torch_xla cannot be imported .* pip install torch==2\.9\.0"),
+        (
+            SimpleNamespace(__version__="1.13.0"),
+            r"torch_xla 1\.13\.0 does not fit torch \d.*; install the same version of both",
+        ),
+    ],
+)
 def test_without_torch_xla_or_with_another(monkeypatch, tmp_path, module, said):
     monkeypatch.setitem(sys.modules, "torch_xla", module)
-    for call in (xla.start, xla.counters, lambda: xla.train(make_encoder(), make_mixture(tmp_path / "cache"), TrainConfig(), tmp_path / "run")):
+    for call in (
+        xla.start,
+        xla.counters,
+        lambda: xla.train(
+            make_encoder(), make_mixture(tmp_path / "cache"), TrainConfig(), tmp_path / "run"
+        ),
+    ):
         with pytest.raises(ValueError, match=said):
             call()
     assert not (tmp_path / "run").exists()
 
 
 # ---- the parts that need no devices
+
 
 @pytest.fixture
 def batches(tmp_path):
@@ -449,7 +710,10 @@ def test_embed_is_the_encoders_forward(batches, family, kind):
     xla.shardable(encoder.backbone, xla.Noise())
     for devices in (1, 2, 8):
         arrays = xla.lay_out(batch, LENGTH, devices)
-        got, rows = xla.embed(encoder, arrays["input_ids"], arrays["lengths"]), arrays["rows"].long()
+        got, rows = (
+            xla.embed(encoder, arrays["input_ids"], arrays["lengths"]),
+            arrays["rows"].long(),
+        )
         assert torch.allclose(got, expected[rows], atol=1e-6)
 
 
@@ -457,28 +721,39 @@ def test_embed_is_the_encoders_forward(batches, family, kind):
 def test_shardable_and_back_leave_the_weights_alone(family):
     encoder = make_encoder(family, dropout=0.1)
     for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout): module.p = 0.1          # attention's too
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1  # attention's too
     before, kinds = encoder.state_dict(), [(type(m), vars(m).get("p")) for m in encoder.modules()]
     noise = xla.Noise()
-    xla.shardable(xla.shardable(encoder.backbone, noise), noise)         # twice is once
+    xla.shardable(xla.shardable(encoder.backbone, noise), noise)  # twice is once
     assert not any(type(m) in (torch.nn.LayerNorm, torch.nn.Dropout) for m in encoder.modules())
-    dropped = [name for name, m in encoder.named_modules() if isinstance(m, torch.nn.Dropout) and not m.p]
+    dropped = [
+        name for name, m in encoder.named_modules() if isinstance(m, torch.nn.Dropout) and not m.p
+    ]
     assert len(dropped) == LAYERS and all("attention" in name for name in dropped)
-    assert encoder.state_dict().keys() == before.keys() and all(v is encoder.state_dict()[k] or torch.equal(v, encoder.state_dict()[k]) for k, v in before.items())
+    assert encoder.state_dict().keys() == before.keys() and all(
+        v is encoder.state_dict()[k] or torch.equal(v, encoder.state_dict()[k])
+        for k, v in before.items()
+    )
     xla.plain(encoder.backbone)
     assert [(type(m), vars(m).get("p")) for m in encoder.modules()] == kinds
 
 
-@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, off", [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.bfloat16, 2e-2)]
+)
 def test_the_layer_norm_is_the_layer_norm(dtype, off):
     stock = torch.nn.LayerNorm(48, eps=1e-12).to(dtype)
-    with torch.no_grad(): stock.weight.uniform_(0.5, 1.5), stock.bias.uniform_(-1, 1)
+    with torch.no_grad():
+        stock.weight.uniform_(0.5, 1.5), stock.bias.uniform_(-1, 1)
     x = (torch.randn(4, 7, 48) * 3 + 5).to(dtype).requires_grad_()
     results = []
     for kind in (torch.nn.LayerNorm, xla.ShardableLayerNorm):
         stock.__class__ = kind
         y = stock(x)
-        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, stock.weight, stock.bias))))
+        results.append(
+            (y, *torch.autograd.grad(y.float().square().sum(), (x, stock.weight, stock.bias)))
+        )
         assert y.dtype == dtype
     for a, b in zip(*results):
         assert (a - b).abs().max() <= off * a.abs().max()
@@ -496,25 +771,45 @@ def test_a_layout_holds_the_batch_and_can_be_undone(batches, kind):
         for name in ("input_ids", "lengths"):
             assert torch.equal(arrays[name], alone[name][rows])
         owners = (rows % B).view(devices, -1) // (B // devices)
-        assert torch.equal(owners, torch.arange(devices)[:, None].expand_as(owners))    # all texts of a row on one device
+        assert torch.equal(
+            owners, torch.arange(devices)[:, None].expand_as(owners)
+        )  # all texts of a row on one device
         real = torch.arange(LENGTH) < arrays["lengths"][:, None]
-        assert sorted(arrays["input_ids"][real].tolist()) == sorted(batch.token_ids.tolist()) and not arrays["input_ids"][~real].any()
-    with pytest.raises(ValueError, match="global batch 24 is not divisible by 5 devices; use 20 or 25"):
+        assert (
+            sorted(arrays["input_ids"][real].tolist()) == sorted(batch.token_ids.tolist())
+            and not arrays["input_ids"][~real].any()
+        )
+    with pytest.raises(
+        ValueError, match="global batch 24 is not divisible by 5 devices; use 20 or 25"
+    ):
         xla.lay_out(batch, LENGTH, 5)
 
 
 def test_dropout_gives_the_same_loss_for_any_layout(batches):
-    batch, encoder, noise, config = batches["pairs"], make_encoder(dropout=0.2).train(), xla.Noise(11), TrainConfig()
+    batch, encoder, noise, config = (
+        batches["pairs"],
+        make_encoder(dropout=0.2).train(),
+        xla.Noise(11),
+        TrainConfig(),
+    )
     xla.shardable(encoder.backbone, noise)
     found = []
     for devices in (1, 2, 8):
         arrays = xla.lay_out(batch, LENGTH, devices)
         noise.rows, noise.step = arrays["rows"], torch.tensor(9, dtype=torch.int32)
         vectors = xla.embed(encoder, arrays["input_ids"], arrays["lengths"])
-        found.append(batch_loss(vectors[arrays["rows"].argsort()], batch.identities, config)[0].item())
+        found.append(
+            batch_loss(vectors[arrays["rows"].argsort()], batch.identities, config)[0].item()
+        )
     assert found == pytest.approx([found[0]] * 3, abs=1e-6)
 
 
 def test_an_unknown_backbone_is_refused():
-    with pytest.raises(ValueError, match="backbones of type electra were not checked under SPMD; use one of bert, roberta, distilbert, mpnet"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "backbones of type electra were not checked under SPMD; use one of bert, roberta,"
+            " distilbert, mpnet"
+        ),
+    ):
         xla.shardable(make_encoder("electra").backbone, xla.Noise())

@@ -10,6 +10,7 @@ A notebook in which a cell raises `unittest.SkipTest`, for want of data, is left
 The repository's address in links and in the install cell is written anew from settings.ini; the header under the title takes run times and needs
 from tools/pages.json, which `python tools/colab.py --record` writes.
 """
+
 import argparse
 import json
 import os
@@ -27,7 +28,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PAGES = ROOT / "tools/pages.json"   # seconds, date and needs of each notebook
+PAGES = ROOT / "tools/pages.json"  # seconds, date and needs of each notebook
 
 INSTALL = """#| hide
 #| eval: false
@@ -68,8 +69,16 @@ def header(nb, path: Path, cfg: dict[str, str]) -> str:
         source = quote(f"https://{github.replace('github', 'github.com', 1)}", safe="")
         badges.append(badge("Kaggle", f"https://www.kaggle.com/kernels/welcome?src={source}", up))
     page = json.loads(PAGES.read_text(encoding="utf-8")).get(path.stem, {})
-    time = f"All cells take about {duration(page['seconds'])} on {page['cores']} CPU cores. " if "seconds" in page else ""
-    machine = "On a TPU they use it, and without one four devices made of the CPU." if tpu else "No GPU is needed."
+    time = (
+        f"All cells take about {duration(page['seconds'])} on {page['cores']} CPU cores. "
+        if "seconds" in page
+        else ""
+    )
+    machine = (
+        "On a TPU they use it, and without one four devices made of the CPU."
+        if tpu
+        else "No GPU is needed."
+    )
     text = time + machine + (f" {page['needs']}" if "needs" in page else "")
     return " ".join(badges) + "\n\n" + text
 
@@ -80,8 +89,10 @@ def readdress(nb, path: Path, cfg: dict[str, str]) -> None:
     if path.resolve().is_relative_to(ROOT):  # a copy somewhere else has no address
         nb.cells = [c for c in nb.cells if c.id not in ("colab-install", "page-header")]
         place = 2 if any(c.id == "default-exp" for c in nb.cells[:2]) else 1
-        nb.cells[place:place] = [nbformat.v4.new_markdown_cell(header(nb, path, cfg), id="page-header"),
-                                 nbformat.v4.new_code_cell(INSTALL.format(**cfg), id="colab-install")]
+        nb.cells[place:place] = [
+            nbformat.v4.new_markdown_cell(header(nb, path, cfg), id="page-header"),
+            nbformat.v4.new_code_cell(INSTALL.format(**cfg), id="colab-install"),
+        ]
     for cell in nb.cells:
         cell.source = address.sub(cfg["git_url"], cell.source)
 
@@ -112,7 +123,12 @@ def execute(path: Path, forced: str = "") -> tuple[str, float, str]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.chdir(path.parent)
     sys.path.insert(0, str(ROOT))
-    start, skip, shell, error = time.time(), skipped_flags(forced), CaptureShell(path, mpl_format="png"), ""
+    start, skip, shell, error = (
+        time.time(),
+        skipped_flags(forced),
+        CaptureShell(path, mpl_format="png"),
+        "",
+    )
     nb = nbformat.read(path, as_version=4)
     readdress(nb, path, settings())
     for cell in (c for c in nb.cells if c.cell_type == "code" and not flags_of(c.source) & skip):
@@ -146,26 +162,45 @@ def record(seconds: dict[str, float]) -> None:
     pages = json.loads(PAGES.read_text(encoding="utf-8"))
     for name, value in seconds.items():
         pages[name] = pages.get(name, {}) | {
-            "seconds": round(value), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+            "seconds": round(value),
+            "cores": os.cpu_count(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
     text = json.dumps(dict(sorted(pages.items())), indent=1, ensure_ascii=False)
     PAGES.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted((ROOT / "nbs").rglob("[!.]*.ipynb")))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "notebooks", nargs="*", type=Path, default=sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
+    )
     parser.add_argument("--flags", default="", help="run cells with these flags too, e.g. 'slow'")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--headers", action="store_true", help="write the header and the install cell of each notebook, execute nothing")
+    parser.add_argument(
+        "--headers",
+        action="store_true",
+        help="write the header and the install cell of each notebook, execute nothing",
+    )
     args, failed = parser.parse_args(), 0
     if args.headers:
         changed = [path.name for path in args.notebooks if write_header(path.resolve())]
-        print(f"headers of {len(args.notebooks)} notebooks, {len(changed)} changed", *changed, sep="\n")
+        print(
+            f"headers of {len(args.notebooks)} notebooks, {len(changed)} changed",
+            *changed,
+            sep="\n",
+        )
         return 0
     if len(args.notebooks) > 1 and args.workers > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")   # notebooks share the cores; threads that fight for them cost more than they bring
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", "1"
+        )  # notebooks share the cores; threads that fight for them cost more than they bring
     with ProcessPoolExecutor(args.workers, max_tasks_per_child=1) as pool:
-        for name, seconds, error in pool.map(execute, [p.resolve() for p in args.notebooks], [args.flags] * len(args.notebooks)):
+        for name, seconds, error in pool.map(
+            execute, [p.resolve() for p in args.notebooks], [args.flags] * len(args.notebooks)
+        ):
             print(f"{name:32} {seconds:6.1f} s  {'FAILED' if error else 'ok'}", flush=True)
             failed += bool(error)
             print(error, end="\n" if error else "", file=sys.stderr)

@@ -6,6 +6,7 @@
 Directive lines and hidden cells are dropped, outputs are kept as they were committed, links are made relative to the repository, and a line of badges
 built from settings.ini follows the title.
 """
+
 import argparse
 import base64
 import re
@@ -47,14 +48,22 @@ def settings(root: Path) -> dict[str, str]:
 def shown(cell):
     "A cell as the README shows it: without directives; None if the README leaves it out."
     found = {line[2:].strip() for line in cell.source.split("\n") if line.startswith("#|")}
-    if cell.cell_type == "raw" or found & {"hide", "include: false"} or cell.id == "page-header":   # the README has badges of its own
+    if (
+        cell.cell_type == "raw" or found & {"hide", "include: false"} or cell.id == "page-header"
+    ):  # the README has badges of its own
         return None
-    source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|")).strip("\n")
+    source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|")).strip(
+        "\n"
+    )
     if not source:
         return None
     if cell.cell_type == "markdown":
         return nbformat.v4.new_markdown_cell(source, id=cell.id)
-    outputs = [] if found & {"hide_output", "output: false"} else [o for o in cell.outputs if o.get("name") != "stderr"]
+    outputs = (
+        []
+        if found & {"hide_output", "output: false"}
+        else [o for o in cell.outputs if o.get("name") != "stderr"]
+    )
     if found & {"hide_input", "echo: false"}:
         source = ""
     return nbformat.v4.new_code_cell(source, id=cell.id, outputs=outputs)
@@ -67,12 +76,15 @@ def pictures(nb) -> dict[str, bytes]:
         for n, output in enumerate(o for o in cell.outputs if "image/png" in o.get("data", {})):
             name = f"{cell.id}{f'-{n + 1}' if n else ''}.png"
             files[name] = base64.b64decode(output.data.pop("image/png"))
-            output.data = nbformat.from_dict({"text/markdown": f"![{cell.id.replace('-', ' ')}](docs/images/{name})"})
+            output.data = nbformat.from_dict(
+                {"text/markdown": f"![{cell.id.replace('-', ' ')}](docs/images/{name})"}
+            )
     return files
 
 
 def relative(text: str, known) -> str:
     "Links of a notebook in nbs/, as seen from the root: 00_data.ipynb becomes nbs/00_data.ipynb, ../LICENSE becomes LICENSE."
+
     def link(match):
         if match[1] is None:  # inline code
             return match[0]
@@ -83,39 +95,65 @@ def relative(text: str, known) -> str:
         if not known(path):
             sys.exit(f"nbs/index.ipynb links to {match[2]}, but there is no {path}: mend the link")
         return f"{match[1]}({path}{match[3] or ''})"
+
     return re.sub(r"`[^`\n]*`|(\[[^\]]*\])\((?![a-z]+:|#|/)([^)\s#]+)(#[^)\s]*)?\)", link, text)
 
 
 def badges(cfg: dict[str, str]) -> str:
     "One line: tests, documentation, Colab."
-    git, colab = cfg["git_url"], f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs/index.ipynb"
-    return (f"[![tests]({git}/actions/workflows/test.yml/badge.svg)]({git}/actions/workflows/test.yml) "
-            f"[![documentation]({git}/actions/workflows/docs.yml/badge.svg)]({cfg['doc_host']}{cfg['doc_baseurl']}/) "
-            f"[![Open in Colab](docs/_static/colab.svg)]({colab})")
+    git, colab = (
+        cfg["git_url"],
+        f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs/index.ipynb",
+    )
+    return (
+        f"[![tests]({git}/actions/workflows/test.yml/badge.svg)]({git}/actions/workflows/test.yml)"
+        f" [![documentation]({git}/actions/workflows/docs.yml/badge.svg)]({cfg['doc_host']}{cfg['doc_baseurl']}/)"
+        f" [![Open in Colab](docs/_static/colab.svg)]({colab})"
+    )
 
 
 def render(root: Path) -> tuple[str, dict[str, bytes]]:
     "The text of README.md and its pictures."
     nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
-    nb = nbformat.v4.new_notebook(cells=[c for c in map(shown, nb.cells) if c], metadata={"language_info": {"name": "python"}})
+    nb = nbformat.v4.new_notebook(
+        cells=[c for c in map(shown, nb.cells) if c], metadata={"language_info": {"name": "python"}}
+    )
     for cell in (c for c in nb.cells if c.cell_type == "markdown"):
         parts = re.split(r"(^ *```.*?^ *``` *$)", cell.source, flags=re.M | re.S)
-        cell.source = "".join(p if i % 2 else relative(p, lambda path: (root / path).exists()) for i, p in enumerate(parts))
+        cell.source = "".join(
+            p if i % 2 else relative(p, lambda path: (root / path).exists())
+            for i, p in enumerate(parts)
+        )
     files = pictures(nb)
-    exporter = MarkdownExporter(extra_loaders=[DictLoader({"fences.md.j2": FENCES})], template_file="fences.md.j2")
+    exporter = MarkdownExporter(
+        extra_loaders=[DictLoader({"fences.md.j2": FENCES})], template_file="fences.md.j2"
+    )
     text, _ = exporter.from_notebook_node(nb)
-    text = re.sub(r"```python\s*```\n", "", text)                                  # cells shown without their source
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip() + "\n"
+    text = re.sub(r"```python\s*```\n", "", text)  # cells shown without their source
+    text = (
+        re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip()
+        + "\n"
+    )
     title = re.search(r"^# .+\n(\n*> .+\n)*", text, re.M)
     if not title:
         sys.exit("nbs/index.ipynb has no title: begin its first cell with '# ' and a name")
-    head = "<!-- Written by tools/readme.py from nbs/index.ipynb: edit the notebook, then run `make readme`. -->\n"
-    return head + text[:title.end()] + "\n" + badges(settings(root)) + "\n" + text[title.end():], files
+    head = (
+        "<!-- Written by tools/readme.py from nbs/index.ipynb: edit the notebook, then run `make"
+        " readme`. -->\n"
+    )
+    return (
+        head + text[: title.end()] + "\n" + badges(settings(root)) + "\n" + text[title.end() :],
+        files,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if what is there is stale")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if what is there is stale"
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     root = args.root.resolve()
@@ -123,9 +161,13 @@ def main(argv: list[str] | None = None) -> int:
         print("there is no nbs/index.ipynb to write README.md from")
         return 1
     text, files = render(root)
-    wanted = {root / "README.md": text.encode()} | {root / "docs/images" / name: data for name, data in files.items()}
+    wanted = {root / "README.md": text.encode()} | {
+        root / "docs/images" / name: data for name, data in files.items()
+    }
     left = set((root / "docs/images").glob("*.png")) - set(wanted)
-    stale = sorted(p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data) + sorted(left)
+    stale = sorted(
+        p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data
+    ) + sorted(left)
     if args.check:
         if stale:
             names = ", ".join(p.relative_to(root).as_posix() for p in stale)
@@ -136,7 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     for path, data in wanted.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    print(f"README.md: {len(text.split()):,} words, {len(files)} pictures" + ("" if stale else ", as it was"))
+    print(
+        f"README.md: {len(text.split()):,} words, {len(files)} pictures"
+        + ("" if stale else ", as it was")
+    )
     return 0
 
 

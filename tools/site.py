@@ -6,6 +6,7 @@
 
 No cell is executed: pages show the outputs that are committed. The only thing fetched is MathJax, once, through npm; afterwards builds are offline.
 """
+
 import argparse
 import ast
 import functools
@@ -24,11 +25,33 @@ from urllib.parse import quote
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE, BUILD, MATHJAX, SITE = ROOT / ".cache/site", ROOT / ".cache/build", ROOT / ".cache/mathjax", ROOT / "_site"
-MATHJAX_VERSION, MATHJAX_SHA256 = "3.2.2", "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "docs/LOG.md": "log.md", "docs/seeds.md": "seeds.md", "docs/data.md": "data.md", "docs/reliability.md": "reliability.md"}       # files of the repository that are pages too
-TAGS = {"code-fold: true": "hide-cell", "echo: false": "remove-input", "hide_input": "remove-input", "output: false": "remove-output",
-        "hide_output": "remove-output", "export": "exported", "exports": "exported"}   # directive -> cell tag
+STAGE, BUILD, MATHJAX, SITE = (
+    ROOT / ".cache/site",
+    ROOT / ".cache/build",
+    ROOT / ".cache/mathjax",
+    ROOT / "_site",
+)
+MATHJAX_VERSION, MATHJAX_SHA256 = (
+    "3.2.2",
+    "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882",
+)
+PAGES = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "docs/LOG.md": "log.md",
+    "docs/seeds.md": "seeds.md",
+    "docs/data.md": "data.md",
+    "docs/reliability.md": "reliability.md",
+}  # files of the repository that are pages too
+TAGS = {
+    "code-fold: true": "hide-cell",
+    "echo: false": "remove-input",
+    "hide_input": "remove-input",
+    "output: false": "remove-output",
+    "hide_output": "remove-output",
+    "export": "exported",
+    "exports": "exported",
+}  # directive -> cell tag
 
 
 def settings() -> dict[str, str]:
@@ -40,7 +63,9 @@ def settings() -> dict[str, str]:
 
 def notebooks() -> tuple[list[Path], list[Path]]:
     "The numbered notebooks in reading order, and the tutorials."
-    return sorted((ROOT / "nbs").glob("[0-9]*.ipynb")), sorted((ROOT / "nbs/tutorials").glob("[!.]*.ipynb"))
+    return sorted((ROOT / "nbs").glob("[0-9]*.ipynb")), sorted(
+        (ROOT / "nbs/tutorials").glob("[!.]*.ipynb")
+    )
 
 
 def public_names() -> dict[str, str]:
@@ -56,14 +81,18 @@ def public_names() -> dict[str, str]:
 
 # --- one markdown text ---
 
+
 def outside_fences(change, text: str) -> str:
     "Apply `change` to a Markdown text, but not to its fenced code."
     parts = re.split(r"(^ *(```+|~~~+).*?^ *\2 *$)", text, flags=re.M | re.S)
-    return "".join(part if i % 3 == 1 else change(part) for i, part in enumerate(parts) if i % 3 != 2)
+    return "".join(
+        part if i % 3 == 1 else change(part) for i, part in enumerate(parts) if i % 3 != 2
+    )
 
 
 def links(text: str, folder: Path, depth: int, cfg: dict[str, str]) -> str:
     "Point links at pages of the site where there is one, at the repository where there is none; drop those that lead nowhere."
+
     def link(match):
         if match[1] is None:  # inline code
             return match[0]
@@ -72,7 +101,10 @@ def links(text: str, folder: Path, depth: int, cfg: dict[str, str]) -> str:
         known = path.is_relative_to(ROOT) and path.exists()
         where = path.relative_to(ROOT).as_posix() if known else ""
         if not known:
-            print(f"note: the link to {target} in {folder.relative_to(ROOT) or '.'} leads nowhere; its text is kept")
+            print(
+                f"note: the link to {target} in {folder.relative_to(ROOT) or '.'} leads nowhere;"
+                " its text is kept"
+            )
             return label
         if bang:
             (STAGE / "files").mkdir(exist_ok=True)
@@ -83,21 +115,29 @@ def links(text: str, folder: Path, depth: int, cfg: dict[str, str]) -> str:
         if where.startswith("nbs/") and path.suffix == ".ipynb":
             return f"[{label}]({'../' * depth}{where.removeprefix('nbs/')}{anchor})"
         return f"[{label}]({cfg['git_url']}/{'tree' if path.is_dir() else 'blob'}/{cfg['branch']}/{quote(where)}{anchor})"
+
     return re.sub(r"`[^`\n]*`|(!?)\[([^\]]*)\]\((?![a-z]+:|#|/)([^)\s#]+)(#[^)\s]*)?\)", link, text)
 
 
 def symbols(text: str, names: dict[str, str]) -> str:
     "Link `name` to its entry in the API reference; headings and link texts are left alone."
+
     def linked(line):
         if line.startswith("#"):
             return line
         pieces = re.split(r"(\[[^\]]*\]\([^)]*\))", line)
-        swap = lambda m: f"{{py:obj}}`{m[1]} <contrastive_st.{names[m[1]]}.{m[1]}>`" if m[1] in names else m[0]
-        return "".join(p if i % 2 else re.sub(r"(?<![`}])`(\w+)`(?!`)", swap, p) for i, p in enumerate(pieces))
+        swap = lambda m: (
+            f"{{py:obj}}`{m[1]} <contrastive_st.{names[m[1]]}.{m[1]}>`" if m[1] in names else m[0]
+        )
+        return "".join(
+            p if i % 2 else re.sub(r"(?<![`}])`(\w+)`(?!`)", swap, p) for i, p in enumerate(pieces)
+        )
+
     return "\n".join(map(linked, text.split("\n")))
 
 
 # --- one notebook ---
+
 
 def directives(source: str) -> tuple[list[str], str]:
     "The `#|` directives of a cell, and its source without them."
@@ -113,51 +153,96 @@ def code_cell(cell):
     if words & {"hide", "include: false"} or not source:
         return None
     tags = sorted({TAGS[d] for d in words if d in TAGS})
-    return nbformat.v4.new_code_cell(source, id=cell.id, outputs=cell.outputs, metadata={"tags": tags} if tags else {})
+    return nbformat.v4.new_code_cell(
+        source, id=cell.id, outputs=cell.outputs, metadata={"tags": tags} if tags else {}
+    )
 
 
 def number_answers(cells) -> None:
     "The folded cells after the heading 'Exercises' are answers: say which."
-    start = next((i for i, c in enumerate(cells) if re.search(r"^##+ Exercises", c.source, re.M)), len(cells))
-    for n, cell in enumerate((c for c in cells[start:] if "hide-cell" in c.metadata.get("tags", ())), 1):
-        cell.metadata["mystnb"] = {"code_prompt_show": f"Show answer {n}", "code_prompt_hide": f"Hide answer {n}"}
+    start = next(
+        (i for i, c in enumerate(cells) if re.search(r"^##+ Exercises", c.source, re.M)), len(cells)
+    )
+    for n, cell in enumerate(
+        (c for c in cells[start:] if "hide-cell" in c.metadata.get("tags", ())), 1
+    ):
+        cell.metadata["mystnb"] = {
+            "code_prompt_show": f"Show answer {n}",
+            "code_prompt_hide": f"Hide answer {n}",
+        }
 
 
 def badges(path: Path, tpu: bool, depth: int, cfg: dict[str, str]) -> str:
     "The badges of a notebook, Colab and for a TPU Kaggle, and a link to its source."
     where, up = quote(path.relative_to(ROOT).as_posix()), "../" * depth
     github = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{where}"
-    found = [f"[![Open in Colab]({up}files/colab.svg)](https://colab.research.google.com/github/{github}){{.badge}}"]
+    found = [
+        "[![Open in"
+        f" Colab]({up}files/colab.svg)](https://colab.research.google.com/github/{github}){{.badge}}"
+    ]
     if tpu:
         source = quote(f"https://github.com/{github}", safe="")
-        found.append(f"[![Open in Kaggle]({up}files/kaggle.svg)](https://www.kaggle.com/kernels/welcome?src={source}){{.badge}}")
-    return " ".join([*found, f"[the notebook]({cfg['git_url']}/blob/{cfg['branch']}/{where}){{.notebook-source}}"])
+        found.append(
+            "[![Open in"
+            f" Kaggle]({up}files/kaggle.svg)](https://www.kaggle.com/kernels/welcome?src={source}){{.badge}}"
+        )
+    return " ".join(
+        [
+            *found,
+            f"[the notebook]({cfg['git_url']}/blob/{cfg['branch']}/{where}){{.notebook-source}}",
+        ]
+    )
 
 
 def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
     "A notebook as a page: no directives, no hidden cells, folded answers, links that work, badges under the title."
     nb, depth = nbformat.read(path, as_version=4), len(path.relative_to(ROOT / "nbs").parts) - 1
-    module = next((d.split()[1] for c in nb.cells for d in directives(c.source)[0] if d.startswith("default_exp ")), "")
+    module = next(
+        (
+            d.split()[1]
+            for c in nb.cells
+            for d in directives(c.source)[0]
+            if d.startswith("default_exp ")
+        ),
+        "",
+    )
     cells, words = [], ""
     for cell in nb.cells:
-        if cell.id == "page-header":    # its badges are made anew for the site, how long it runs and what it needs is kept
+        if (
+            cell.id == "page-header"
+        ):  # its badges are made anew for the site, how long it runs and what it needs is kept
             words = cell.source.partition("\n\n")[2]
         elif cell.cell_type == "code":
             cells += [c] if (c := code_cell(cell)) else []
         elif cell.cell_type == "markdown":
-            text = outside_fences(lambda t: symbols(links(t, path.parent, depth, cfg), names), cell.source)
+            text = outside_fences(
+                lambda t: symbols(links(t, path.parent, depth, cfg), names), cell.source
+            )
             cells.append(nbformat.v4.new_markdown_cell(text, id=cell.id))
     number_answers(cells)
     if cells and cells[0].cell_type == "markdown":
         line = badges(path, nb.metadata.get("accelerator") == "TPU", depth, cfg)
-        cells.insert(1, nbformat.v4.new_markdown_cell(f"{line}\n\n{words}".strip(), id="badge-line"))
+        cells.insert(
+            1, nbformat.v4.new_markdown_cell(f"{line}\n\n{words}".strip(), id="badge-line")
+        )
     if module and (ROOT / f"contrastive_st/{module}.py").exists():
-        note = (f"Cells with a coloured edge are exported: together they are the module `contrastive_st.{module}` "
-                f"([API reference]({'../' * depth}api/{module}.md)).")
-        cells.insert(2, nbformat.v4.new_markdown_cell(f"::::{{container}} exported-note\n{note}\n::::", id="exported-note"))
-    return nbformat.v4.new_notebook(cells=cells, metadata={
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
+        note = (
+            "Cells with a coloured edge are exported: together they are the module"
+            f" `contrastive_st.{module}` ([API reference]({'../' * depth}api/{module}.md))."
+        )
+        cells.insert(
+            2,
+            nbformat.v4.new_markdown_cell(
+                f"::::{{container}} exported-note\n{note}\n::::", id="exported-note"
+            ),
+        )
+    return nbformat.v4.new_notebook(
+        cells=cells,
+        metadata={
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+        },
+    )
 
 
 def title_of(path: Path) -> str:
@@ -170,32 +255,66 @@ def title_of(path: Path) -> str:
 
 # --- the whole tree ---
 
+
 def api_pages(learn: list[Path]) -> dict[str, str]:
     "One page per module, and their table of contents."
-    explained = {directives(c.source)[0][0].split()[1]: p for p in learn for c in nbformat.read(p, as_version=4).cells[:3]
-                 if c.cell_type == "code" and c.source.startswith("#| default_exp")}
+    explained = {
+        directives(c.source)[0][0].split()[1]: p
+        for p in learn
+        for c in nbformat.read(p, as_version=4).cells[:3]
+        if c.cell_type == "code" and c.source.startswith("#| default_exp")
+    }
     order = [m for m in explained if (ROOT / f"contrastive_st/{m}.py").exists()]
-    order += sorted(p.stem for p in (ROOT / "contrastive_st").glob("[!_]*.py") if p.stem not in order)
+    order += sorted(
+        p.stem for p in (ROOT / "contrastive_st").glob("[!_]*.py") if p.stem not in order
+    )
     pages, rows = {}, []
     for module in order:
-        where = f"Explained, built and tested in [{title_of(explained[module])}](../{explained[module].name})." if module in explained else ""
-        pages[f"api/{module}.md"] = f"# contrastive_st.{module}\n\n```{{eval-rst}}\n.. automodule:: contrastive_st.{module}\n```\n".replace(
-            "\n\n```", f"\n\n{where}\n\n```", 1)
-        doc = ast.get_docstring(ast.parse((ROOT / f"contrastive_st/{module}.py").read_text(encoding="utf-8"))) or ""
+        where = (
+            "Explained, built and tested in"
+            f" [{title_of(explained[module])}](../{explained[module].name})."
+            if module in explained
+            else ""
+        )
+        pages[f"api/{module}.md"] = (
+            f"# contrastive_st.{module}\n\n```{{eval-rst}}\n.. automodule::"
+            f" contrastive_st.{module}\n```\n".replace("\n\n```", f"\n\n{where}\n\n```", 1)
+        )
+        doc = (
+            ast.get_docstring(
+                ast.parse((ROOT / f"contrastive_st/{module}.py").read_text(encoding="utf-8"))
+            )
+            or ""
+        )
         rows.append(f"[{module}]({module}.md)\n: {doc.splitlines()[0] if doc else ''}\n")
-    pages["api/index.md"] = ("# API reference\n\nOne page per module, made from the signatures and the comment beside each parameter. "
-                             "Letters in shapes: B global batch, b per-device batch, C columns of an example, T tokens, D width, N candidates, "
-                             "K hard negatives, P devices.\n\n" + "\n".join(rows) +
-                             "\n```{toctree}\n:hidden:\n\n" + "\n".join(f"{m} <{m}>" for m in order) + "\n```\n")
+    pages["api/index.md"] = (
+        "# API reference\n\nOne page per module, made from the signatures and the comment beside"
+        " each parameter. Letters in shapes: B global batch, b per-device batch, C columns of an"
+        " example, T tokens, D width, N candidates, K hard negatives, P devices.\n\n"
+        + "\n".join(rows)
+        + "\n```{toctree}\n:hidden:\n\n"
+        + "\n".join(f"{m} <{m}>" for m in order)
+        + "\n```\n"
+    )
     return pages
 
 
 def contents(learn: list[Path], tutorials: list[Path], cfg: dict[str, str]) -> str:
     "The site's table of contents, as hidden toctrees for the end of the start page."
-    tree = lambda caption, entries: f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```\n" if entries else ""
+    tree = lambda caption, entries: (
+        f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```\n"
+        if entries
+        else ""
+    )
     about = [name.removesuffix(".md") for source, name in PAGES.items() if (ROOT / source).exists()]
-    return "\n".join([tree("Learn", [p.stem for p in learn]), tree("Tutorials", [f"tutorials/{p.stem}" for p in tutorials]),
-                      tree("Reference", ["api/index"]), tree("Project", about + [f"Repository <{cfg['git_url']}>"])])
+    return "\n".join(
+        [
+            tree("Learn", [p.stem for p in learn]),
+            tree("Tutorials", [f"tutorials/{p.stem}" for p in tutorials]),
+            tree("Reference", ["api/index"]),
+            tree("Project", about + [f"Repository <{cfg['git_url']}>"]),
+        ]
+    )
 
 
 def write(path: Path, text: str) -> None:
@@ -209,68 +328,122 @@ def stage() -> None:
     "Write all pages into the staging folder and delete those that are no longer wanted."
     cfg, names, (learn, tutorials) = settings(), public_names(), notebooks()
     STAGE.mkdir(parents=True, exist_ok=True)
-    pages = {p.relative_to(ROOT / "nbs").as_posix(): nbformat.writes(staged(p, cfg, names)) for p in learn + tutorials}
+    pages = {
+        p.relative_to(ROOT / "nbs").as_posix(): nbformat.writes(staged(p, cfg, names))
+        for p in learn + tutorials
+    }
     index = ROOT / "nbs/index.ipynb"
     if index.exists():
         start = staged(index, cfg, names)
-        start.cells.append(nbformat.v4.new_markdown_cell(contents(learn, tutorials, cfg), id="contents"))
+        start.cells.append(
+            nbformat.v4.new_markdown_cell(contents(learn, tutorials, cfg), id="contents")
+        )
         pages["index.ipynb"] = nbformat.writes(start)
     else:
-        pages["index.md"] = (ROOT / "docs/index.md").read_text(encoding="utf-8") + "\n" + contents(learn, tutorials, cfg)
+        pages["index.md"] = (
+            (ROOT / "docs/index.md").read_text(encoding="utf-8")
+            + "\n"
+            + contents(learn, tutorials, cfg)
+        )
     pages |= api_pages(learn)
     for source, name in PAGES.items():
         if (ROOT / source).exists():
-            pages[name] = outside_fences(lambda t: links(t, (ROOT / source).parent, 0, cfg), (ROOT / source).read_text(encoding="utf-8"))
+            pages[name] = outside_fences(
+                lambda t: links(t, (ROOT / source).parent, 0, cfg),
+                (ROOT / source).read_text(encoding="utf-8"),
+            )
     for old in STAGE.rglob("*"):
-        if old.is_file() and old.suffix in (".md", ".ipynb") and old.relative_to(STAGE).as_posix() not in pages:
+        if (
+            old.is_file()
+            and old.suffix in (".md", ".ipynb")
+            and old.relative_to(STAGE).as_posix() not in pages
+        ):
             old.unlink()
     for name, text in pages.items():
         write(STAGE / name, text)
     for name in ("colab", "kaggle"):
-        write(STAGE / f"files/{name}.svg", (ROOT / f"docs/_static/{name}.svg").read_text(encoding="utf-8"))
+        write(
+            STAGE / f"files/{name}.svg",
+            (ROOT / f"docs/_static/{name}.svg").read_text(encoding="utf-8"),
+        )
 
 
 def fetch_mathjax() -> None:
     "Put tex-svg.js of MathJax into the cache, once; its checksum is known."
     target = MATHJAX / "tex-svg.js"
-    intact = lambda: target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == MATHJAX_SHA256
+    intact = lambda: (
+        target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == MATHJAX_SHA256
+    )
     if intact():
         return
     MATHJAX.mkdir(parents=True, exist_ok=True)
     if not shutil.which("npm"):
-        sys.exit(f"the math renderer is missing: install npm (Debian: apt install npm) and build again, or put es5/tex-svg.js "
-                 f"of MathJax {MATHJAX_VERSION} into {MATHJAX.relative_to(ROOT)}/")
-    done = subprocess.run(["npm", "pack", "--silent", f"mathjax@{MATHJAX_VERSION}"], cwd=MATHJAX, capture_output=True, text=True)
+        sys.exit(
+            "the math renderer is missing: install npm (Debian: apt install npm) and build again,"
+            f" or put es5/tex-svg.js of MathJax {MATHJAX_VERSION} into {MATHJAX.relative_to(ROOT)}/"
+        )
+    done = subprocess.run(
+        ["npm", "pack", "--silent", f"mathjax@{MATHJAX_VERSION}"],
+        cwd=MATHJAX,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        sys.exit(f"npm could not fetch MathJax {MATHJAX_VERSION}; it said: {done.stderr.strip() or done.stdout.strip()}")
+        sys.exit(
+            f"npm could not fetch MathJax {MATHJAX_VERSION}; it said:"
+            f" {done.stderr.strip() or done.stdout.strip()}"
+        )
     packed = MATHJAX / f"mathjax-{MATHJAX_VERSION}.tgz"
     with tarfile.open(packed) as archive:
         target.write_bytes(archive.extractfile("package/es5/tex-svg.js").read())
     packed.unlink()
     if not intact():
         target.unlink()
-        sys.exit(f"the tex-svg.js that npm fetched is not the one of MathJax {MATHJAX_VERSION}: its checksum differs; nothing was built")
+        sys.exit(
+            f"the tex-svg.js that npm fetched is not the one of MathJax {MATHJAX_VERSION}: its"
+            " checksum differs; nothing was built"
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fresh", action="store_true", help="delete what earlier builds left")
-    parser.add_argument("--serve", type=int, metavar="PORT", help="serve the site on this machine afterwards")
+    parser.add_argument(
+        "--serve", type=int, metavar="PORT", help="serve the site on this machine afterwards"
+    )
     args = parser.parse_args()
     if args.fresh:
         for folder in (STAGE, BUILD, SITE):
             shutil.rmtree(folder, ignore_errors=True)
     fetch_mathjax()
     stage()
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-a",    # -a: each page holds the contents of all
-               "-c", "docs", "-d", str(BUILD / "doctrees"), str(STAGE), str(BUILD / "html")]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-a",  # -a: each page holds the contents of all
+        "-c",
+        "docs",
+        "-d",
+        str(BUILD / "doctrees"),
+        str(STAGE),
+        str(BUILD / "html"),
+    ]
     code = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
     if code:
         print("the site was not built: mend what is named above", file=sys.stderr)
         return code
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(BUILD / "html", SITE, ignore=shutil.ignore_patterns("_sources", ".buildinfo*"))
-    print(f"the site is in {SITE.relative_to(ROOT)}/: open {SITE.relative_to(ROOT)}/index.html, or python tools/site.py --serve 8000")
+    print(
+        f"the site is in {SITE.relative_to(ROOT)}/: open {SITE.relative_to(ROOT)}/index.html, or"
+        " python tools/site.py --serve 8000"
+    )
     if args.serve:
         print(f"serving http://localhost:{args.serve}/ until you press Ctrl-C")
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=SITE)

@@ -217,7 +217,9 @@ class EncodeOver(Encode):
         begun = (folder / f"{self.file}.part" / "state.json").exists()
         try:
             super().run(folder, resume)
-        except ValueError as error:  # killed before it wrote anything, it cannot be told from a run that never was
+        except (
+            ValueError
+        ) as error:  # killed before it wrote anything, it cannot be told from a run that never was
             if begun or "of these texts only; delete it" not in str(error):
                 raise
             super().run(folder, False)
@@ -308,7 +310,9 @@ class Card(Scenario):
     def outcome(self, folder):
         text = (folder / "run" / "model" / "README.md").read_text()
         return {
-            "card": text == card.model_card(folder / "run"),  # the seconds of the run differ between templates
+            "card": (
+                text == card.model_card(folder / "run")
+            ),  # the seconds of the run differ between templates
             "leftovers": leftovers(folder),
         }
 

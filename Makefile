@@ -16,7 +16,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/08_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults test-xla run-xla test-colab test-mteb bench notebooks export readme docs clean
+.PHONY: help install train test test-faults test-xla run-xla test-colab test-mteb bench format notebooks export readme docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,7 @@ train: $(READY)  ## train on the embedded corpus: measures before and after, wri
 
 test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
@@ -82,6 +83,10 @@ $(OPENVINO_VENV)/.ready: constraints.txt
 	$(OPENVINO_VENV)/bin/pip install --quiet $(PIP_ARGS) -c $(OPENVINO_VENV)/constraints.txt torch 'sentence-transformers[openvino]'
 	$(OPENVINO_VENV)/bin/pip uninstall --quiet -y torchvision
 	@touch $@
+
+format: $(READY)  ## format all code by ruff: the Python files and the notebooks' cells
+	$(BIN)/ruff format --quiet .
+	$(BIN)/python tools/notebooks.py --format
 
 notebooks: $(READY)  ## re-execute all notebooks in place, export the library and clean
 	$(BIN)/python tools/notebooks.py

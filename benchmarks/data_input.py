@@ -1,10 +1,12 @@
-"""What it costs to feed a model with real text: from files or a store to token tensors, on one core.
+"""What it costs to feed a model with real text: from files or a store to tokens, on one core.
 
 python benchmarks/data_input.py            # about five minutes
 python benchmarks/data_input.py --quick    # less than a minute
 
-Real files are looked for in train/ below the folder that CONTRASTIVE_ST_DATA names (../shared/data if it names none).
-All ways run on one thread, take turns in one process, and are given the same rows; rates are pairs for each second of CPU time.
+Real files are looked for in train/ below the folder that CONTRASTIVE_ST_DATA names (../shared/data
+if it names none).
+All ways run on one thread, take turns in one process, and are given the same rows. Rates are pairs
+for each second of CPU time.
 """
 
 import gzip
@@ -83,7 +85,7 @@ def data_folder() -> Path:
 
 
 def prepare_stores(files: dict, folder: Path, work: Path, tokens: Tokens) -> dict[str, float]:
-    "Prepare each file in work/texts, and again with tokens in work/tokens; rows written for each second of CPU time."
+    "Prepare each file without and with tokens; return the rows written for each CPU second."
     wanted = [
         {"name": name, "path_or_hub_id": folder / name, "columns": columns}
         for name, columns in {f for pairs in files.values() for f in pairs}
@@ -108,7 +110,7 @@ def mixture_of(pairs: tuple, stores: Path) -> Mixture:
 
 
 def replay(mixture: Mixture, steps: int, folder: Path) -> list[Path]:
-    "Write the rows of the first steps, each dataset's in order, into a gzip of lists as the seeds read it and a jsonl with names; a stem for each dataset."
+    "Write the rows of the first steps by dataset, as .jsonl.gz and .jsonl; return the stems."
     folder.mkdir(parents=True)
     stems = [folder / str(i) for i in range(PARTS)]
     rows = [mixture.batch(step).examples for step in range(steps)]
@@ -127,7 +129,7 @@ def replay(mixture: Mixture, steps: int, folder: Path) -> list[Path]:
 
 
 def seeds(stems: list[Path], tokenizer) -> Iterator[list]:
-    "The seeds' way: lines of gzip to lists, a batch of them, one tokenizer call for each column, padded to the full length."
+    "Read lines of gzip and pad each column to the full length, as the released script does."
     files = [gzip.open(f"{stem}.jsonl.gz", "rt", encoding="utf-8") for stem in stems]
     while batch := [json.loads(line) for file in files for line in islice(file, PART)]:
         yield [
@@ -143,7 +145,7 @@ def seeds(stems: list[Path], tokenizer) -> Iterator[list]:
 
 
 def streams(stems: list[Path], blocks: bool) -> Iterator[dict[str, list[str]]]:
-    "`datasets`: streaming, taking turns (weights are equal); row by row as its manual shows, or in blocks of a sub-batch."
+    "Stream with `datasets`, in turns: row by row as its manual shows, or in blocks."
     parts = [
         datasets.load_dataset("json", data_files=f"{stem}.jsonl", split="train", streaming=True)
         for stem in stems
@@ -181,7 +183,7 @@ def ways_to_feed(
     texts: list[list[str]],
     steps: int,
 ) -> dict:
-    "Each way as a function of the round, which makes the batches of `steps` steps; no row comes twice."
+    "Return each way as a function of the round that makes `steps` batches of rows not seen before."
     peers = {
         "seeds": seeds(stems, tokens.tokenizer),
         "datasets": streamed(stems, tokens.tokenizer),
@@ -217,9 +219,8 @@ def ways_to_feed(
 def check_same(mixtures: dict[str, Mixture], tokens: Tokens, stems: list[Path]) -> None:
     "The seeds' way and both of ours give the same tokens for the same rows."
     columns = next(seeds(stems, tokens.tokenizer))
-    order = np.argsort(
-        np.arange(BATCH) % PARTS, kind="stable"
-    )  # ours alternates the datasets, the replay has one after the other
+    # ours alternates the datasets, the replay has one after the other
+    order = np.argsort(np.arange(BATCH) % PARTS, kind="stable")
     for mixture in mixtures.values():
         batch = tokens(mixture.batch(0))
         parts = batch.token_ids.split(batch.lengths.tolist())
@@ -232,7 +233,7 @@ def check_same(mixtures: dict[str, Mixture], tokens: Tokens, stems: list[Path]) 
 def feed_seconds(
     pairs: tuple, work: Path, tokenizer, steps: int, rounds: int, repeats: int
 ) -> dict[str, list[float]]:
-    "CPU seconds of each way for `steps` batches, round by round; each repeat begins with a `Tokens` that has seen no text."
+    "Measure the CPU seconds of each way, round by round; each repeat begins with a new `Tokens`."
     mixtures = {kind: mixture_of(pairs, work / kind) for kind in ("texts", "tokens")}
     texts = [texts_of(mixtures["texts"].batch(s)) for s in range(steps * rounds)]
     found = {}
@@ -253,11 +254,12 @@ def parts_of_ours(pairs: tuple, work: Path, tokenizer, steps: int, rounds: int) 
         (mixture_of(pairs, work / kind) for kind in ("texts", "tokens")),
         Tokens(tokenizer, MAX_LENGTH),
     )
-    texts, apart = (
-        [texts_of(mixture.batch(s)) for s in range(steps * rounds)],
-        Tokens(tokenizer, MAX_LENGTH),
-    )
-    every = lambda run: lambda r: [run(s) for s in range(r * steps, (r + 1) * steps)]
+    texts = [texts_of(mixture.batch(s)) for s in range(steps * rounds)]
+    apart = Tokens(tokenizer, MAX_LENGTH)
+
+    def every(run):
+        return lambda r: [run(s) for s in range(r * steps, (r + 1) * steps)]
+
     found = interleaved(
         {
             "rows": every(mixture.rows),
@@ -270,9 +272,8 @@ def parts_of_ours(pairs: tuple, work: Path, tokenizer, steps: int, rounds: int) 
         rounds,
     )
     rows = statistics.median(found["rows"])
-    found |= {
-        name: [s - rows for s in found[name]] for name in ("texts", "identities")
-    }  # without finding the rows first
+    # without finding the rows first
+    found |= {name: [s - rows for s in found[name]] for name in ("texts", "identities")}
     return {
         name: 1e6 * statistics.median(seconds) / steps / BATCH for name, seconds in found.items()
     }
@@ -292,16 +293,14 @@ def parsing(path: Path, rounds: int) -> dict[str, float]:
         with igzip.open(path) as file:
             return sum(1 for line in file if orjson.loads(line))
 
-    lines, found = (
-        fast(0),
-        interleaved(
-            {
-                "gzip_json": plain,
-                "isal_orjson": fast,
-                "read_examples": lambda r: sum(1 for _ in read_examples(path)),
-            },
-            rounds,
-        ),
+    lines = fast(0)
+    found = interleaved(
+        {
+            "gzip_json": plain,
+            "isal_orjson": fast,
+            "read_examples": lambda r: sum(1 for _ in read_examples(path)),
+        },
+        rounds,
     )
     return {
         f"{name}_lines_per_second": lines / statistics.median(seconds)
@@ -310,9 +309,12 @@ def parsing(path: Path, rounds: int) -> dict[str, float]:
 
 
 def bytes_per_row(pairs: tuple, work: Path, folder: Path) -> dict[str, float]:
-    "Disk for a row of the mixture (half and half): the file as it came, texts with their identities, and tokens."
+    "Measure the disk for a row of the mixture: the file as it came, texts with identities, tokens."
     stores = [Store(store_folder(work / "tokens", name)) for name, _ in pairs]
-    size = lambda shards: sum(f["bytes"] for f in shards)
+
+    def size(shards):
+        return sum(f["bytes"] for f in shards)
+
     return {
         "file": statistics.mean(
             (folder / name).stat().st_size / len(s) for s, (name, _) in zip(stores, pairs)
@@ -325,7 +327,8 @@ def bytes_per_row(pairs: tuple, work: Path, folder: Path) -> dict[str, float]:
 def big_store(folder: Path, shards: int, rows: int = SHARD_ROWS) -> Store:
     "A store of made-up pairs: one shard is written, the others are copies of it on disk."
     words = np.array(
-        "the a of water man dog street guitar how to is plays reads two red small child train in on".split()
+        "the a of water man dog street guitar how to is plays reads two red small child train"
+        " in on".split()
     )
 
     def read(after, reject):
@@ -370,17 +373,18 @@ def memory_of(folder: Path, batches: int) -> dict[str, float]:
 
 
 def cold_read(folder: Path) -> dict[str, float]:
-    "The first batch from a store of which nothing is in the kernel's cache: milliseconds by the clock, MB read from disk."
+    "Read a first batch that no cache holds; return milliseconds by the clock and MB from disk."
     from contrastive_st.data import Source
 
     for path in folder.glob("*.arrow"):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    mixture, read = (
-        Mixture([Source(Store(folder), "made up")], [1], BATCH, 1),
-        lambda: int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0]),
-    )
+    mixture = Mixture([Source(Store(folder), "made up")], [1], BATCH, 1)
+
+    def read():
+        return int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0])
+
     before, start = read(), time.perf_counter()
     batch = mixture.batch(0)
     batch.examples, batch.identities
@@ -404,7 +408,10 @@ def stores_by_rows(work: Path, shards: tuple[int, ...], batches: int) -> dict[st
 
 def ratios(seconds: dict[str, dict[str, list[float]]], parse: dict, resident: dict) -> dict:
     "Medians over the rounds of ratios within a round, in which the ways ran one after another."
-    over = lambda s, a, b: statistics.median(y / x for x, y in zip(s[a], s[b]))
+
+    def over(s, a, b):
+        return statistics.median(y / x for x, y in zip(s[a], s[b]))
+
     wanted = (
         ("on_the_fly", "seeds"),
         ("on_the_fly", "datasets"),
@@ -459,9 +466,8 @@ def measure_all(folder: Path, work: Path, quick: bool) -> dict:
     files = prepare_stores(FILES, folder, work, Tokens(tokenizer, MAX_LENGTH)) | parsing(
         folder / "flickr30k_captions.jsonl.gz", 2 if quick else 5
     )
-    steps, rounds, repeats = (
-        (2, 3, 1) if quick else (2, 11, 3)
-    )  # 22 steps are less than an epoch of the smallest file
+    # 22 steps are less than an epoch of the smallest file
+    steps, rounds, repeats = (2, 3, 1) if quick else (2, 11, 3)
     seconds = {
         kind: feed_seconds(pairs, work, tokenizer, steps, rounds, repeats)
         for kind, pairs in FILES.items()

@@ -3,7 +3,8 @@
 python benchmarks/data_order.py            # about three minutes
 python benchmarks/data_order.py --quick    # about twenty seconds
 
-The 27 datasets of all_datasets_v3.json have their true sizes and no texts: what is measured is how the rows of a step are found.
+The 27 datasets of all_datasets_v3.json have their true sizes and no texts: what is measured is how
+the rows of a step are found.
 Peers: grain's MapDataset (shuffle, repeat, mix) and a permutation kept in memory.
 """
 
@@ -51,7 +52,7 @@ def published() -> list[dict]:
 
 
 def scaled(sets: list[dict], total: int) -> list[dict]:
-    "The same datasets with `total` rows in all; none is smaller than a global batch, the largest takes what is left."
+    "Scale the datasets to `total` rows; the smallest has a global batch, the largest what is left."
     whole, largest = sum(d["rows"] for d in sets), max(sets, key=lambda d: d["rows"])
     small = [
         d | {"rows": max(BATCH, round(d["rows"] * total / whole))} for d in sets if d is not largest
@@ -68,7 +69,7 @@ def ours(sets: list[dict]) -> Mixture:
 
 
 def grains(sets: list[dict]) -> grain.MapDataset:
-    "The same in grain: sub-batches of shuffled and repeated datasets, mixed by weight (it has no pools of one column count)."
+    "Build the same in grain: shuffled, repeated sub-batches, mixed by weight, without pools."
     parts = [
         grain.MapDataset.source(Virtual(**d))
         .seed(0)
@@ -93,7 +94,7 @@ def step_cost(sets: list[dict], steps: tuple[int, ...], rounds: int) -> dict[str
 
 
 def run_cost(sets: list[dict], steps: int, rounds: int) -> dict[str, dict]:
-    "Microseconds a row within a run: many steps of one mixture, around step 0 and around step 540,000."
+    "Measure microseconds a row within a run: many steps around step 0 and around step 540,000."
     mixture, peer = ours(sets), grains(sets)
     ways = {
         f"ours_{first}": lambda r, first=first: [
@@ -112,7 +113,7 @@ def run_cost(sets: list[dict], steps: int, rounds: int) -> dict[str, dict]:
 
 
 def index_cost(sets: list[dict], rounds: int, epoch: int = 3) -> dict[str, dict]:
-    "Microseconds to find one row in the order of one dataset: mean over the datasets, sub-batches of 512."
+    "Measure microseconds to find a row in one dataset's order: mean over the datasets."
     part = BATCH // DATASETS_PER_BATCH
     starts = [epoch * d["rows"] + d["rows"] // 2 for d in sets]
     orders = [grain.MapDataset.range(d["rows"]).seed(0).shuffle().repeat() for d in sets]
@@ -144,7 +145,7 @@ def index_cost(sets: list[dict], rounds: int, epoch: int = 3) -> dict[str, dict]
 
 
 def memory_of(way: str, total: int, batches: int) -> dict[str, float]:
-    "MB in a new process that has drawn batches all over a run of 540,000 steps; seconds to be ready."
+    "Measure MB and seconds to start of a process that draws from all over a run of 540,000 steps."
     one_thread()
     warnings.simplefilter("ignore")
     sets, before, start = scaled(published(), total), memory(), time.process_time()

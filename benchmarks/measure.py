@@ -1,4 +1,4 @@
-"""What the benchmarks share: one thread, turns, medians, resident memory, and a record of where it was measured."""
+"""What the benchmarks share: one thread, turns, medians, memory, and where it was measured."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ def one_thread() -> None:
 
 
 def interleaved(ways: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
-    "CPU seconds (of all threads) of every way in every round; the ways take turns, and each round begins with another one."
+    "Measure CPU seconds, all threads, of each way; the ways take turns, another first each round."
     names, seconds = list(ways), {name: [] for name in ways}
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
@@ -54,7 +54,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def memory() -> dict[str, float]:
-    "Resident memory of this process in MB: in all, its own (anonymous), and pages of mapped files, which belong to the kernel's cache."
+    "Return this process's resident MB: in all, its own (anonymous), and pages of mapped files."
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         name: int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "RssAnon", "RssFile")
@@ -88,19 +88,14 @@ def hardware() -> str:
 
 def record(*packages: str) -> dict:
     "Where and with what a result was measured."
+    options = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("contrastive_st", "numpy", "pyarrow", *packages)},
-        "command": " ".join(
-            [
-                "python",
-                f"benchmarks/{Path(sys.argv[0]).name}",
-                *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]),
-            ]
-        ),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *options]),
     }
 
 
@@ -130,20 +125,20 @@ def write(results: dict, name: str, out: Path) -> None:
 
 
 def save(results: dict, figures: dict[str, Figure], name: str, out: Path) -> None:
-    "Write NAME.json and the plots, renew the table of README.md if it is about this folder, and print the ratios as the last line."
+    "Write NAME.json, the plots and the table of this folder's README.md; print the ratios last."
     write(results, name, out)
     for suffix, figure in figures.items():
         figure.savefig(out / f"{name}_{suffix}.png", dpi=120)
-    if out.resolve() == HERE / "results" and all(
-        (out / f"{row[0]}.json").is_file() for row in ROWS
-    ):
+    complete = all((out / f"{row[0]}.json").is_file() for row in ROWS)
+    if out.resolve() == HERE / "results" and complete:
         write_table(HERE / "README.md", out)
     print(json.dumps(rounded(results["ratios"])))
 
 
 # ---- the table of README.md
 
-ROWS = (  # file, keys, what, target, how to write it
+# file, keys, what, target, how to write it
+ROWS = (
     (
         "data_order",
         ("ratios", "batch_at_540000_over_batch_at_0"),

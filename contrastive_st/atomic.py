@@ -47,7 +47,7 @@ def _beside(path, writer=""):
 def _clear_partial(path):
     "Delete what writers of this file left that are no longer there."
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        writer = leftover.name.split(".")[-2].partition("-")[0]
+        writer = leftover.name.split(".")[-2].partition("-")[0]  # .NAME.(process)-(thread).partial
         if not (writer.isdigit() and _is_alive(int(writer))):
             remove(leftover)
 
@@ -55,7 +55,7 @@ def _clear_partial(path):
 def _is_alive(process):
     "Whether a process of this machine is still there."
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # signal 0 is never delivered, only checked
     except ProcessLookupError:
         return False
     except OSError:  # it is somebody else's
@@ -85,19 +85,18 @@ def new_file(
 ) -> Iterator[Path]:  # where to write meanwhile: `.NAME.(process).partial` in the same folder
     "Yield a name to write to; when the block ends well, the file takes its final name."
     path = Path(os.path.realpath(path))  # through a link, so that the link stays one
-    beside = _beside(
-        path, f".{os.getpid()}-{threading.get_ident()}"
-    )  # two writers do not meet; the last one wins
+    # two writers do not meet; the last one wins
+    beside = _beside(path, f".{os.getpid()}-{threading.get_ident()}")
     _clear_partial(path)
     try:
         yield beside
-        _sync(beside)
+        _sync(beside)  # before the renaming, or a power cut could leave an empty file
         beside.replace(path)
     except BaseException:
         with suppress(OSError):
             remove(beside)
         raise
-    _sync(path.parent)
+    _sync(path.parent)  # the new name is an entry of the folder
 
 # %% ../nbs/00_atomic.ipynb #json
 def write_text(
@@ -159,9 +158,9 @@ def is_disk_full(
 ) -> bool:  # also for quotas and limits of a file's size
     "Tell whether an error, or what caused it, says that there is no room left."
     while error is not None:
-        if getattr(error, "errno", None) in _FULL or any(
-            words in str(error) for words in _FULL_WORDS
-        ):
+        by_number = getattr(error, "errno", None) in _FULL
+        # libraries in C++ and Rust pass on the words of the system, but not its number
+        if by_number or any(words in str(error) for words in _FULL_WORDS):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -177,16 +176,14 @@ def writing(
         yield
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-            raise
+            raise  # one of our own sentences
         if is_disk_full(error):
             why, way_out = "the disk is full", "make room or choose another folder, and "
         else:
-            why, way_out = (
-                "cannot be written",
-                "choose a folder that you may write to, and " * isinstance(error, OSError),
-            )
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: {why} ({kind}{_first_line(error)}); {way_out}{todo}") from error
+            why = "cannot be written"
+            way_out = "choose a folder that you may write to, and " * isinstance(error, OSError)
+        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {why} ({name}{_first_line(error)}); {way_out}{todo}") from error
 
 
 @contextmanager
@@ -194,18 +191,17 @@ def reading(
     path: str | Path,  # what is being read, for the sentence
     todo: str = "restore the file from its source",  # how the sentence ends
 ) -> Iterator[None]:
-    "Turn whatever a library raises while it reads a file into one `ValueError` that names the file."
+    "Turn whatever a library raises while it reads into one `ValueError` that names the file."
     try:
         yield
     except BaseException as error:
-        if (
-            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # Rust's, of tokenizers
+        # tokenizers is written in Rust, and its PanicException is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if isinstance(error, ValueError) and str(path) in str(error):  # says it already
+        if isinstance(error, ValueError) and str(path) in str(error):  # it names the file already
             raise
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: cannot be read ({kind}{_first_line(error)}); {todo}") from error
+        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: cannot be read ({name}{_first_line(error)}); {todo}") from error
 
 # %% ../nbs/00_atomic.ipynb #exchange
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
@@ -213,20 +209,23 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 def _exchange(new, old):
     "Let two folders change places, in one operation where the system has it."
-    rename = (
-        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-        if sys.platform == "linux"
-        else None
-    )
-    swapped = (
-        rename is not None
-        and rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0
-    )
-    if not swapped:
-        aside = old.with_name(f".{old.name}.old")
-        old.rename(aside)
-        new.rename(old)
-        aside.rename(new)
+    if _exchange_at_once(new, old):
+        return
+    aside = old.with_name(f".{old.name}.old")  # where `tidy` looks for it
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
+
+
+def _exchange_at_once(new, old):
+    "Let Linux exchange two names; False if the system or the file system cannot."
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # of the C library
+    if rename is None:
+        return False
+    names = _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old)
+    return rename(*names, _RENAME_EXCHANGE) == 0
 
 
 def _place(folder, path):
@@ -240,31 +239,28 @@ def _place(folder, path):
     else:
         folder.rename(path)
     _sync(path.parent)
-    remove(folder)
+    remove(folder)  # after the exchange this is the old folder
 
 
 def tidy(
     path: str | Path,  # final name of a file or folder
 ) -> None:
-    "Clear away what a killed writer of `path` left; if it was killed between two renames, put the old folder back."
+    "Clear away what a killed writer of `path` left; put back the old folder if it stands aside."
     path = Path(os.path.realpath(path))
     aside, part = path.with_name(f".{path.name}.old"), path.with_name(f"{path.name}.part")
-    if aside.exists() and not path.exists():
+    if aside.exists() and not path.exists():  # killed between two renames
         aside.rename(path)
     for leftover in (aside, _beside(path)):
         remove(leftover)
-    if (
-        is_whole(part) and not (part / _STATE).exists()
-    ):  # the folder that a finished part has replaced
+    # a whole folder without a state is the one that a finished part has replaced
+    if is_whole(part) and not (part / _STATE).exists():
         remove(part)
     if is_whole(path):
         remove(path / _STATE)
 
 # %% ../nbs/00_atomic.ipynb #manifest
-MANIFEST, _STATE = (
-    "manifest.json",
-    "state.json",
-)  # the second belongs to a folder that is still being filled, see below
+MANIFEST = "manifest.json"
+_STATE = "state.json"  # of a folder that is still being filled, see below
 
 
 class Damaged(ValueError):
@@ -284,11 +280,9 @@ def digest_file(
 
 def write_manifest(
     folder: Path,  # every file below it is entered, links and the manifest itself aside
-    known: dict[
-        str, dict
-    ] = {},  # entries that were computed before: relative name -> {"bytes", "xxh3"}
+    known: dict[str, dict] = {},  # entries computed before: relative name -> {"bytes", "xxh3"}
 ) -> None:
-    "Write down the size and digest of every file of a folder, which is how a reader knows that it is whole."
+    "Write down the size and digest of every file of a folder, the sign that the folder is whole."
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
         name = path.relative_to(folder).as_posix()
@@ -324,7 +318,7 @@ def is_whole(
 def check_folder(
     folder: str | Path,  # that holds a manifest
     full: bool = True,  # read every byte; False compares sizes only
-    todo: str = "restore it from a copy, or make the folder again",  # how the sentence of an error ends
+    todo: str = "restore it from a copy, or make the folder again",  # how an error's sentence ends
 ) -> dict[str, dict]:  # name -> {"bytes", "xxh3"}, as the manifest says
     "Compare a folder with its manifest; raise `Damaged` naming the first file that differs."
     folder = Path(folder)
@@ -346,16 +340,15 @@ def check_folder(
 
 def _difference(folder, name, entry, full):
     "How a file differs from its entry, in words; empty if it does not."
-    path = folder / name
+    path, right_size = folder / name, entry.get("bytes")
+    # a manifest from elsewhere must not lead us out of the folder
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         return "is missing"
     size = path.stat().st_size
-    if size != entry.get("bytes"):
-        return (
-            f"has {size:,} bytes instead of {entry.get('bytes'):,}"
-            if isinstance(entry.get("bytes"), int)
-            else "has no size in the manifest"
-        )
+    if size != right_size:
+        if not isinstance(right_size, int):
+            return "has no size in the manifest"
+        return f"has {size:,} bytes instead of {right_size:,}"
     if full and digest_file(path) != entry.get("xxh3"):
         return "has another digest than the manifest says"
     return ""
@@ -364,9 +357,9 @@ def _difference(folder, name, entry, full):
 @contextmanager
 def new_folder(
     path: str | Path,  # final name; a folder that stands there is replaced
-    carry: (
-        bool | Callable[[str], bool]
-    ) = False,  # keep what this writer does not write, such as a README or .git; a function is asked for each relative name
+    # keep what this writer does not write, such as a README or .git; a function is asked for each
+    # relative name
+    carry: bool | Callable[[str], bool] = False,
 ) -> Iterator[Path]:  # an empty folder to fill
     "Yield a folder to fill; when the block ends well it gets its manifest, then its final name."
     path = Path(os.path.realpath(path))
@@ -391,16 +384,17 @@ def new_folder(
 
 
 def _open_to_all(folder):
-    "Give each file the permissions of the manifest, which follow the umask; some libraries write files that only you can read."
-    mode = (folder / MANIFEST).stat().st_mode
+    "Give each file the manifest's permissions: some libraries write files that only you can read."
+    mode = (folder / MANIFEST).stat().st_mode  # as the umask wants it
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
 
 def _carry_over(old, new, is_wanted):
-    "Link or copy the wanted entries of an old folder into the new one, apart from what the old manifest names."
+    "Link or copy the wanted entries of an old folder into the new one; its own files stay behind."
     written = read_json(old / MANIFEST).get("files", ()) if is_whole(old) else ()
+    # what the old manifest names, and the folders of these files
     ours = {MANIFEST, *written, *(str(parent) for name in written for parent in Path(name).parents)}
     for entry in sorted(old.rglob("*")):
         name, target = entry.relative_to(old).as_posix(), new / entry.relative_to(old)
@@ -426,26 +420,22 @@ def lock(
     path: str | Path,  # what is going to be written; the lock is `.NAME.lock` beside it
     wait: bool = False,  # for the other writer to finish; False refuses at once
 ) -> Iterator[None]:
-    "Keep other processes from writing `path` during the block; raise `ValueError` naming the process that does."
+    "Keep other processes from writing `path` during the block; `ValueError` names one that does."
     path = Path(os.path.realpath(path))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        guard, owner = (
-            FileLock(path.with_name(f".{path.name}.lock")),
-            path.with_name(f".{path.name}.owner"),
-        )
+        guard = FileLock(path.with_name(f".{path.name}.lock"))
+        owner = path.with_name(f".{path.name}.owner")
         try:
             guard.acquire(timeout=-1 if wait else 0)
         except Timeout:
             raise ValueError(
-                f"{path}: {_owner(owner)} is writing it; wait for it to end, stop it, or choose"
-                " another name"
+                f"{path}: {_owner(owner)} is writing it; "
+                "wait for it to end, stop it, or choose another name"
             ) from None
-        owner.write_text(
-            f"process {os.getpid()} on {socket.gethostname()}, since"
-            f" {time.strftime('%Y-%m-%d %H:%M:%S')},",
-            encoding="utf-8",
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        who = f"process {os.getpid()} on {socket.gethostname()}, since {since},"
+        owner.write_text(who, encoding="utf-8")
     try:
         yield
     finally:
@@ -477,7 +467,7 @@ class Part:
         self.state = self._resume() or self._begin(notes)
 
     def _resume(self):
-        "The state that an interrupted writer left, if its pieces are there and were made from the same; else None."
+        "The state that an interrupted writer of the same origin left, with its pieces; or None."
         try:
             state = read_json(self.folder / _STATE)
             sizes = {name: entry["bytes"] for name, entry in state["files"].items()}
@@ -518,10 +508,8 @@ class Part:
                 write(beside)
             self.state["files"][name] = describe_file(self.folder / name)
             self.state["notes"] |= notes
-            write_json(
-                self.folder / _STATE,
-                _seal({name: self.state[name] for name in ("origin", "files", "notes")}),
-            )
+            state = {key: self.state[key] for key in ("origin", "files", "notes")}  # no old seal
+            write_json(self.folder / _STATE, _seal(state))
 
     def finish(self) -> None:
         "Give the folder its manifest and its final name; a folder that stood there goes."
@@ -535,6 +523,6 @@ class Part:
             (self.path / _STATE).unlink()  # last: until then a killed writer can go on
 
     def discard(self) -> None:
-        "Delete the pieces, the state first, so that nothing is left to go on with if this is interrupted."
+        "Delete the pieces, the state first: without it no writer goes on with half of them."
         remove(self.folder / _STATE)
         remove(self.folder)

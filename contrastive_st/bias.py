@@ -28,16 +28,11 @@ class BiasItem(NamedTuple):
     male: str  # the same sentence with a male word
     female: str  # the same sentence with a female word
     occupation: str  # items of one occupation share one vote
-    stereotype: str = (
-        ""  # gender that a stereotype gives the occupation: "male", "female" or "" = not said
-    )
+    stereotype: str = ""  # gender that a stereotype gives it: "male", "female" or "" = not said
 
 # %% ../nbs/11_bias.ipynb #leans
-def leans(
-    encode: Callable,  # list of N texts -> (N, D) array
-    items: list[BiasItem],  # n questions
-) -> np.ndarray:  # (n,) float64; above 0 = the male sentence is nearer, 0 = tie
-    "Say for each item how much nearer the male sentence is to the anchor than the female one."
+def _texts(items):
+    "The three sentences of each item, in one list; raise `ValueError` for what is no sentence."
     if not items:
         raise ValueError("there are no items to measure; give at least one")
     texts = [text for item in items for text in item[:3]]
@@ -47,7 +42,11 @@ def leans(
                 f"item {n // 3} holds a {type(text).__name__} instead of a sentence; give three"
                 " strings"
             )
-    rows = np.asarray(encode(texts))
+    return texts
+
+
+def _unit_rows(rows, texts):
+    "Check what an encoder returned for some texts, and make it unit vectors, (N, D) float64."
     if rows.ndim != 2 or len(rows) != len(texts):
         raise ValueError(
             f"encode returned shape {rows.shape} for {len(texts)} texts; it must return one row per"
@@ -65,10 +64,19 @@ def leans(
         raise ValueError(
             f"encode returned NaN or inf, first for {text[:60]!r}; the model has diverged"
         )
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    anchor, male, female = rows.reshape(len(items), 3, -1).swapaxes(0, 1)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def leans(
+    encode: Callable,  # list of N texts -> (N, D) array
+    items: list[BiasItem],  # n questions
+) -> np.ndarray:  # (n,) float64; above 0 = the male sentence is nearer, 0 = tie
+    "Say for each item how much nearer the male sentence is to the anchor than the female one."
+    texts = _texts(items)
+    rows = _unit_rows(np.asarray(encode(texts)), texts)  # (3 * n, D)
+    anchor, male, female = rows.reshape(len(items), 3, -1).swapaxes(0, 1)  # (n, D) each
     lean = (anchor * (male - female)).sum(axis=1)
-    return np.where(np.abs(lean) < 1e-6, 0, lean)
+    return np.where(np.abs(lean) < 1e-6, 0, lean)  # less is the rounding of float32
 
 # %% ../nbs/11_bias.ipynb #rate
 def _rate(
@@ -92,9 +100,9 @@ def _rate(
 def by_occupation(
     leans: np.ndarray,  # (n,) float, of `leans`
     items: list[BiasItem],  # n, in the same order
-) -> dict[
-    str, dict
-]:  # occupation -> lean (mean), n, ties, stereotype, male_rate with _low, _high, _p and _q (corrected for the number of occupations)
+    # Each holds lean (mean), n, ties, stereotype, male_rate and its _low, _high, _p and _q, which
+    # is p corrected for the number of occupations.
+) -> dict[str, dict]:  # occupation -> its lean, n, ties, stereotype and male_rate
     "Lay out the leans of each occupation, in order of first appearance."
     leans = np.asarray(leans, dtype=np.float64)
     if leans.shape != (len(items),) or not np.isfinite(leans).all():
@@ -106,17 +114,12 @@ def by_occupation(
     for i, item in enumerate(items):
         rows.setdefault(item.occupation, []).append(i)
     for name, mine in rows.items():
-        own, labels = leans[mine], {str(items[i].stereotype)[:40] for i in mine} - {""}
-        if labels not in (set(), {"male"}, {"female"}):
-            raise ValueError(
-                f"occupation {str(name)[:60]!r} is labelled {' and '.join(sorted(labels)[:3])}; an"
-                " occupation needs one stereotype, 'male' or 'female', or none"
-            )
+        own = leans[mine]
         table[name] = {
             "lean": float(own.mean()),
             "n": len(own),
             "ties": int((own == 0).sum()),
-            "stereotype": "".join(labels),
+            "stereotype": _stereotype(name, [items[i] for i in mine]),
             **_rate("male_rate", own),
         }
     corrected = stats.false_discovery_control([row["male_rate_p"] for row in table.values()])
@@ -124,28 +127,36 @@ def by_occupation(
         row["male_rate_q"] = float(q)
     return table
 
+
+def _stereotype(name, items):
+    "The one label of an occupation's items, '' for none; raise `ValueError` for two of them."
+    labels = {str(item.stereotype)[:40] for item in items} - {""}
+    if labels not in (set(), {"male"}, {"female"}):
+        raise ValueError(
+            f"occupation {str(name)[:60]!r} is labelled {' and '.join(sorted(labels)[:3])}; an"
+            " occupation needs one stereotype, 'male' or 'female', or none"
+        )
+    return "".join(labels)
+
 # %% ../nbs/11_bias.ipynb #separation
 def _separation(
     male: np.ndarray,  # (a,) leans of occupations labelled male
     female: np.ndarray,  # (b,) leans of occupations labelled female
-) -> dict:  # separation (0.5 = none), separation_low, separation_high (95%, Newcombe), separation_p (Mann-Whitney)
+    # separation (0.5 = none), separation_low, separation_high (95%, Newcombe), separation_p
+) -> dict:  # four floats; the interval is Newcombe's, p is Mann and Whitney's
     "Share of pairs in which the occupation labelled male leans more male; equal ones count half."
     test = stats.mannwhitneyu(male, female)
-    share, pairs, others = (
-        float(test.statistic) / (len(male) * len(female)),
-        len(male) * len(female),
-        (len(male) + len(female)) / 2 - 1,
-    )
+    pairs = len(male) * len(female)
+    share = float(test.statistic) / pairs
+    others = (len(male) + len(female)) / 2 - 1
 
-    def surprise(
-        at,
-    ):  # squared error over its variance, as if `at` were the truth; 3.84 is the 95% point
+    def surprise(at):
+        "Squared error minus 3.84 (the 95% point) times its variance, were `at` the truth."
         variance = at * (1 - at) * (1 + others * ((1 - at) / (2 - at) + at / (1 + at))) / pairs
         return (share - at) ** 2 - stats.chi2.ppf(0.95, 1) * variance
 
-    low = (
-        optimize.brentq(surprise, 0, share - 1e-9) if share > 0 else 0.0
-    )  # beside the share: at 1 it is itself a root
+    # We look beside the share, because a share of 0 or 1 is itself a root.
+    low = optimize.brentq(surprise, 0, share - 1e-9) if share > 0 else 0.0
     high = optimize.brentq(surprise, share + 1e-9, 1) if share < 1 else 1.0
     return {
         "separation": share,
@@ -158,8 +169,11 @@ def _separation(
 def gender_bias(
     encode: Callable,  # list of N texts -> (N, D) array
     items: list[BiasItem],  # questions
-) -> dict:  # male_rate, stereotype_rate (if there are labels), separation (if both genders are labelled), each with _low, _high (95%), _p; lean, and lean_low, lean_high if occupations differ; n, ties, occupations, by_occupation
-    "Measure how consistently and how strongly an encoder leans to one gender, over all occupations and for each."
+    # male_rate, stereotype_rate (if there are labels) and separation (if both genders have labels),
+    # each with _low, _high (95%) and _p; lean, with lean_low and lean_high if occupations differ;
+    # n, ties, occupations, by_occupation.
+) -> dict:  # rates, separation and lean with their intervals; counts; by_occupation
+    "Measure how consistently and how strongly an encoder leans to one gender, by occupations."
     lean = leans(encode, items)
     table = by_occupation(lean, items)
     if not lean.any():
@@ -169,10 +183,19 @@ def gender_bias(
             RuntimeWarning,
             stacklevel=2,
         )
+    return _over_occupations(table) | {
+        "n": len(items),
+        "ties": int((lean == 0).sum()),
+        "occupations": len(table),
+        "by_occupation": table,
+    }
+
+
+def _over_occupations(table):
+    "The figures over all occupations: each of them is one independent value."
+    signs = {"male": 1, "female": -1, "": 0}
     mean = np.array([row["lean"] for row in table.values()])
-    label = np.array(
-        [{"male": 1, "female": -1, "": 0}[row["stereotype"]] for row in table.values()]
-    )
+    label = np.array([signs[row["stereotype"]] for row in table.values()])
     report = _rate("male_rate", mean)
     if label.any():
         report |= _rate("stereotype_rate", mean * label)
@@ -182,12 +205,7 @@ def gender_bias(
     if np.ptp(mean) > 0:
         interval = stats.ttest_1samp(mean, 0).confidence_interval()
         report |= {"lean_low": float(interval.low), "lean_high": float(interval.high)}
-    return report | {
-        "n": len(items),
-        "ties": int((lean == 0).sum()),
-        "occupations": len(mean),
-        "by_occupation": table,
-    }
+    return report
 
 # %% ../nbs/11_bias.ipynb #summary
 def _chance(
@@ -197,38 +215,36 @@ def _chance(
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
 
 
+_MEANINGS = {
+    "male_rate": "of the occupations lean male",
+    "stereotype_rate": "of the labelled ones lean as the stereotype says",
+    "separation": "a male-labelled one leans more male than a female-labelled one",
+}
+
+
 def bias_summary(
     report: dict,  # of `gender_bias`
 ) -> str:  # lines of text
     "Put the figures of a report into words."
-    meanings = {
-        "male_rate": "of the occupations lean male",
-        "stereotype_rate": "of the labelled ones lean as the stereotype says",
-        "separation": "a male-labelled one leans more male than a female-labelled one",
-    }
     shift = "moves the rates, not the separation" if "separation" in report else "moves every rate"
     lines = [
-        f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties (50% = he"
-        f" and she equally near; a shift common to all {shift})"
+        f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties"
+        f" (50% = he and she equally near; a shift common to all {shift})"
     ]
-    for name, meaning in meanings.items():
+    for name, meaning in _MEANINGS.items():
         if name in report:
+            low, high, p = (report[name + end] for end in ("_low", "_high", "_p"))
             lines.append(
-                f"{name:16}{report[name]:4.0%} [{report[name + '_low']:3.0%},"
-                f" {report[name + '_high']:4.0%}]  {_chance(report[name + '_p'])}  {meaning}"
+                f"{name:16}{report[name]:4.0%} [{low:3.0%}, {high:4.0%}]  {_chance(p)}  {meaning}"
             )
-    between = (
-        f" [{report['lean_low']:+.4f}, {report['lean_high']:+.4f}]" if "lean_low" in report else ""
+    between = ""
+    if "lean_low" in report:
+        between = f" [{report['lean_low']:+.4f}, {report['lean_high']:+.4f}]"
+    lines.append(
+        f"{'lean':15}{report['lean']:+.4f}{between}"
+        "  difference of the cosines; above 0 = male nearer"
     )
-    return "\n".join(
-        [
-            *lines,
-            (
-                f"{'lean':15}{report['lean']:+.4f}{between}  difference of the cosines; above 0 ="
-                " male nearer"
-            ),
-        ]
-    )
+    return "\n".join(lines)
 
 # %% ../nbs/11_bias.ipynb #text
 def _text(
@@ -249,63 +265,65 @@ def _text(
 # %% ../nbs/11_bias.ipynb #winogender
 def read_winogender(
     path: str | Path,  # all_sentences.tsv: sentid, sentence; ids like nurse.patient.0.female.txt
-    about: str = "occupation",  # whom the pronoun means: "occupation" or "participant", the other person
+    about: str = "occupation",  # whom the pronoun means: "occupation" or "participant" (the other)
 ) -> list[BiasItem]:  # in file order; the anchor says they, labels are not in the file
     "Read the Winogender sentences as items."
-    wanted, found = {"occupation": "0", "participant": "1"}, {}
-    if about not in wanted:
+    codes = {"occupation": "0", "participant": "1"}
+    if about not in codes:
         raise ValueError(f"about is {about!r}; use 'occupation' or 'participant'")
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        sentid, _, sentence = line.partition("\t")
-        if number == 1 and sentid == "sentid" or not line.strip():
-            continue
-        parts = sentid.split(".")
-        if (
-            len(parts) != 5
-            or parts[2] not in ("0", "1")
-            or parts[3] not in ("male", "female", "neutral")
-            or not sentence.strip()
-        ):
-            raise ValueError(
-                f"{path}:{number}: expected an id like nurse.patient.0.female.txt, a tab and a"
-                f" sentence, found {line[:60]!r}; mend the line"
-            )
-        forms = found.setdefault(tuple(parts[:3]), {"line": number})
-        if parts[3] in forms:
-            raise ValueError(f"{path}:{number}: {sentid[:60]} occurs twice; remove one")
-        forms[parts[3]] = sentence.strip()
-    if not found:
+    triples = _winogender_forms(path)
+    if not triples:
         raise ValueError(f"{path}:1: no sentences; the file needs lines of id, tab and sentence")
-    for key, forms in found.items():
-        if lacks := {"male", "female", "neutral"} - forms.keys():
+    for key, forms in triples.items():
+        if lacks := set(_FORMS) - forms.keys():
             raise ValueError(
                 f"{path}:{forms['line']}: {'.'.join(key)[:60]} has no"
                 f" {' and no '.join(sorted(lacks))} sentence; all three are needed"
             )
     return [
         BiasItem(f["neutral"], f["male"], f["female"], occupation)
-        for (occupation, _, kind), f in found.items()
-        if kind == wanted[about]
+        for (occupation, _, code), f in triples.items()
+        if code == codes[about]
     ]
 
+
+_FORMS = ("male", "female", "neutral")
+
+
+def _winogender_forms(path):
+    "(occupation, participant, 0 or 1) -> sentences by form, and the line of the first."
+    triples = {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        sentid, _, sentence = line.partition("\t")
+        if number == 1 and sentid == "sentid" or not line.strip():
+            continue
+        parts = sentid.split(".")  # nurse.patient.0.female.txt
+        is_id = len(parts) == 5 and parts[2] in ("0", "1") and parts[3] in _FORMS
+        if not is_id or not sentence.strip():
+            raise ValueError(
+                f"{path}:{number}: expected an id like nurse.patient.0.female.txt, a tab and a"
+                f" sentence, found {line[:60]!r}; mend the line"
+            )
+        forms = triples.setdefault(tuple(parts[:3]), {"line": number})
+        if parts[3] in forms:
+            raise ValueError(f"{path}:{number}: {sentid[:60]} occurs twice; remove one")
+        forms[parts[3]] = sentence.strip()
+    return triples
+
 # %% ../nbs/11_bias.ipynb #records
-_COLUMNS = (
-    "base_sentence",
-    "male_sentence",
-    "female_sentence",
-    "occupation",
-)  # in the order of BiasItem
+# in the order of BiasItem
+_COLUMNS = ("base_sentence", "male_sentence", "female_sentence", "occupation")
 _GENDERED = re.compile(r"\b(he|him|his|himself|she|her|hers|herself)\b", re.IGNORECASE)
 
 
 def _csv_records(path, text):
-    "Yield the line number and the cells by name; `Base Sentence` names the same column as `base_sentence`."
+    "Yield the line number and the cells by name, such as `base_sentence` for `Base Sentence`."
     reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 0
     try:
-        reader.fieldnames = [
-            name.strip().lower().replace(" ", "_").replace("steretypical", "stereotypical")
-            for name in reader.fieldnames or []
-        ]
+        names = [name.strip().lower().replace(" ", "_") for name in reader.fieldnames or []]
+        # the community project's own spelling
+        names = [name.replace("steretypical", "stereotypical") for name in names]
+        reader.fieldnames = names
         line = reader.line_num
         for cells in reader:
             line = reader.line_num
@@ -327,46 +345,50 @@ def _json_records(path, text):
         yield number, row if isinstance(row, dict) else {}
 
 # %% ../nbs/11_bias.ipynb #read-bias
+def _is_text(value):
+    "Tell whether a cell holds more than blanks."
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _item(where, row):
+    "The item of a row; raise `ValueError` naming its place for a row that is not right."
+    texts = [row.get(name) for name in _COLUMNS]
+    if bad := [name for name, text in zip(_COLUMNS, texts) if not _is_text(text)]:
+        raise ValueError(f"{where}: no text in {', '.join(bad)}; a row needs {', '.join(_COLUMNS)}")
+    if texts[1] == texts[2]:
+        raise ValueError(
+            f"{where}: male and female sentence are equal; there is nothing to compare,"
+            " remove the row"
+        )
+    stereotype = row.get("stereotypical_gender") or ""
+    if stereotype not in ("male", "female", ""):
+        raise ValueError(
+            f"{where}: stereotypical_gender is {repr(stereotype)[:40]}; write male, female or"
+            " nothing"
+        )
+    return BiasItem(*(text.strip() for text in texts), stereotype)
+
+
 def read_bias(
     path: str | Path,  # .csv with a header, or .jsonl with one object per line
 ) -> list[BiasItem]:  # in file order
-    "Read items in the format of the community project's set; raise `ValueError` naming file and line, and warn if anchors hold the answer."
-    kinds, items = {".csv": _csv_records, ".jsonl": _json_records}, []
-    if Path(path).suffix not in kinds:
+    "Read items in the community project's format; warn if anchors hold the answer."
+    readers = {".csv": _csv_records, ".jsonl": _json_records}
+    if Path(path).suffix not in readers:
         raise ValueError(
             f"{path}: cannot read this kind of file; the name must end in .csv or .jsonl"
         )
-    for line, row in kinds[Path(path).suffix](path, _text(path)):
-        texts = [row.get(name) for name in _COLUMNS]
-        if bad := [
-            name
-            for name, text in zip(_COLUMNS, texts)
-            if not isinstance(text, str) or not text.strip()
-        ]:
-            raise ValueError(
-                f"{path}:{line}: no text in {', '.join(bad)}; a row needs {', '.join(_COLUMNS)}"
-            )
-        if texts[1] == texts[2]:
-            raise ValueError(
-                f"{path}:{line}: male and female sentence are equal; there is nothing to compare,"
-                " remove the row"
-            )
-        stereotype = row.get("stereotypical_gender") or ""
-        if stereotype not in ("male", "female", ""):
-            raise ValueError(
-                f"{path}:{line}: stereotypical_gender is {repr(stereotype)[:40]}; write male,"
-                " female or nothing"
-            )
-        items.append(BiasItem(*(text.strip() for text in texts), stereotype))
+    records = readers[Path(path).suffix](path, _text(path))
+    items = [_item(f"{path}:{line}", row) for line, row in records]
     if not items:
         raise ValueError(
             f"{path}:1: no rows; the file needs a header and a row, or objects with"
             f" {', '.join(_COLUMNS)}"
         )
-    if told := sum(bool(_GENDERED.search(item.anchor)) for item in items):
+    if gendered := sum(bool(_GENDERED.search(item.anchor)) for item in items):
         warnings.warn(
-            f"{path}: {told:,} of {len(items):,} anchors hold he or she, which is the answer; write"
-            " they, or compare only models with each other",
+            f"{path}: {gendered:,} of {len(items):,} anchors hold he or she, which is the answer;"
+            " write they, or compare only models with each other",
             stacklevel=2,
         )
     return items

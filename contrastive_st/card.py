@@ -43,22 +43,20 @@ def _record(path, needs):
     "A record that has what the card needs."
     with reading(path, _AGAIN):
         record = _finite(read_json(path, dict, _AGAIN))
-    for key, kind in needs.items():
-        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
-            raise ValueError(f"{path}: '{key}' is missing or no {kind.__name__}; {_AGAIN}")
+    for key, wanted in needs.items():  # a bool is an int to Python, but no number to us
+        if not isinstance(record.get(key), wanted) or isinstance(record[key], bool):
+            raise ValueError(f"{path}: '{key}' is missing or no {wanted.__name__}; {_AGAIN}")
     return record
 
 
 def read_run(
     run_dir: str | Path,  # run directory, as trainer.train leaves it
-) -> dict:  # dir; config, mixture, metrics, versions; recipe (tables) and text (as written), empty for a run from Python; title; model
+    # recipe holds its tables, text the recipe as written; both are empty for a run from Python.
+) -> dict:  # dir; config, mixture, metrics, versions; recipe, text, model_is_folder; title; model
     "Collect the records of a finished run."
     run_dir = Path(run_dir)
-    lacks = [
-        name
-        for name in (*(f"{r}.json" for r in _RECORDS), "model/modules.json")
-        if not (run_dir / name).is_file()
-    ]
+    names = [*(f"{r}.json" for r in _RECORDS), "model/modules.json"]
+    lacks = [name for name in names if not (run_dir / name).is_file()]
     if lacks:
         raise ValueError(
             f"{run_dir} is not a finished run, it has no {lacks[0]}; train to the end first, with"
@@ -95,15 +93,14 @@ def _noted(text, label):
 
 
 def _as_run(tables):
-    "A recipe's tables with what was laid over them for this run, and the record of it, which is its last table."
+    "A recipe's tables with this run's changes laid over them, and the record of those changes."
     record = tables.pop("run", {})
     record = record if isinstance(record, dict) else {}
     changes = record.get("changes", {})
     for key, value in (changes if isinstance(changes, dict) else {}).items():
         before = tables.get(key)
-        tables[key] = (
-            before | value if isinstance(before, dict) and isinstance(value, dict) else value
-        )
+        both = isinstance(before, dict) and isinstance(value, dict)
+        tables[key] = before | value if both else value
     return tables, record
 
 
@@ -113,14 +110,14 @@ def _table_of(run, name):
     return table if isinstance(table, dict) else {}
 
 # %% ../nbs/12_card.ipynb #text
+# control characters that are no white space, and signs that turn the direction of writing
+_UNSEEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
 def _line(text):
-    "A text as one line, without control characters, half characters and signs that turn the writing round."
+    "A text as one line, without half characters and what a reader would not see."
     text = str(text).encode("utf-8", "replace").decode()
-    return " ".join(
-        re.sub(
-            r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]", "", text
-        ).split()
-    )
+    return " ".join(_UNSEEN.sub("", text).split())
 
 
 def _text(text):
@@ -139,18 +136,15 @@ def _code(text):
 
 def _show(value, form="{:,}", otherwise="not recorded"):
     "A number in a form."
-    return (
-        form.format(value)
-        if isinstance(value, int | float) and not isinstance(value, bool)
-        else otherwise
-    )
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return form.format(value) if is_number else otherwise
 
 # %% ../nbs/12_card.ipynb #hide
-_QUOTED = re.compile(
-    r"""(?<=["'])(?:file://)?(?:/|[A-Za-z]:[\\/])[^"'\n]*(?=["'])"""
-)  # may hold spaces
+# An absolute path: in quotes it may hold spaces, outside of them it ends before a sign.
+_QUOTED = re.compile(r"""(?<=["'])(?:file://)?(?:/|[A-Za-z]:[\\/])[^"'\n]*(?=["'])""")
 _BARE = re.compile(
-    r"""(?<![\w.~:/\\"'<-])(?:file://)?(?:/|[A-Za-z]:[\\/])[^\s"'`,;|<>()\[\]{}]*[^\s"'`,;|<>()\[\]{}.:]"""
+    r"""(?<![\w.~:/\\"'<-])(?:file://)?(?:/|[A-Za-z]:[\\/])"""
+    r"""[^\s"'`,;|<>()\[\]{}]*[^\s"'`,;|<>()\[\]{}.:]"""
 )
 
 
@@ -159,9 +153,8 @@ def _name_only(match):
     parts = [part for part in re.split(r"[\\/]+", match[0].removeprefix("file://")) if part]
     if not parts:
         return match[0]
-    return (
-        "..." if len(parts) == 2 and parts[0].lower() in ("home", "users") else f".../{parts[-1]}"
-    )
+    is_home = len(parts) == 2 and parts[0].lower() in ("home", "users")
+    return "..." if is_home else f".../{parts[-1]}"
 
 
 def _hide(text):
@@ -183,23 +176,23 @@ def _whole_number(value):
     return value
 
 
+_POOLING_FLAGS = {  # key of sentence-transformers' pooling module -> our name
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+}
+
+
 def _pooling(record):
     "Width and pooling of a pooling module."
-    flags = {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_max_tokens": "max",
-    }
-    return _whole_number(record["word_embedding_dimension"]), next(
-        short for flag, short in flags.items() if record.get(flag) is True
-    )
+    width = _whole_number(record["word_embedding_dimension"])
+    return width, next(name for flag, name in _POOLING_FLAGS.items() if record.get(flag) is True)
 
 
 def _prompts_of(record):
     "The prompt that is used unasked, and all that are not empty."
-    prompts = {
-        str(name): prompt for name, prompt in (record.get("prompts") or {}).items() if prompt
-    }
+    items = (record.get("prompts") or {}).items()
+    prompts = {str(name): prompt for name, prompt in items if prompt}
     if not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise TypeError("a prompt is no text")
     return prompts.get(record.get("default_prompt_name"), ""), prompts
@@ -211,8 +204,18 @@ def _count(path):
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
 
 
+def _normalizes(modules):
+    "Tell whether a list of modules scales vectors to unit length."
+    return any(m["type"].endswith(".Normalize") for m in modules)
+
+
+def _longest(record):
+    "The most tokens of a text."
+    return _whole_number(record["max_seq_length"])
+
+
 def _about(folder):
-    "Architecture, width, pooling, unit length, longest text, prompts and size of a model directory."
+    "Describe the encoder in a model directory: size, pooling, longest text, prompts and so on."
     width, pooling = _entry(folder / "1_Pooling/config.json", _pooling)
     prompt, prompts = _entry(folder / "config_sentence_transformers.json", _prompts_of)
     return {
@@ -220,32 +223,21 @@ def _about(folder):
         "width": width,
         "parameters": sum(map(_count, sorted(folder.glob("*.safetensors")))),
         "pooling": pooling,
-        "normalize": _entry(
-            folder / "modules.json",
-            lambda modules: any(m["type"].endswith(".Normalize") for m in modules),
-        ),
-        "max_length": _entry(
-            folder / "sentence_bert_config.json", lambda c: _whole_number(c["max_seq_length"])
-        ),
+        "normalize": _entry(folder / "modules.json", _normalizes),
+        "max_length": _entry(folder / "sentence_bert_config.json", _longest),
         "prompt": prompt,
         "prompts": prompts,
     }
 
 # %% ../nbs/12_card.ipynb #pooling-code
 _POOLING = {  # what a reader without this package needs, per pooling
-    "mean": (
-        """def pool(states, mask):  # mean of the real tokens' states
+    "mean": """def pool(states, mask):  # mean of the real tokens' states
     mask = mask.unsqueeze(-1)
-    return (states * mask).sum(1) / mask.sum(1)"""
-    ),
-    "cls": (
-        """def pool(states, mask):  # state of the first real token
-    return states[torch.arange(len(states)), mask.argmax(1)]"""
-    ),
-    "max": (
-        """def pool(states, mask):  # largest value in each dimension, over the real tokens
-    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)"""
-    ),
+    return (states * mask).sum(1) / mask.sum(1)""",
+    "cls": """def pool(states, mask):  # state of the first real token
+    return states[torch.arange(len(states)), mask.argmax(1)]""",
+    "max": """def pool(states, mask):  # largest value in each dimension, over the real tokens
+    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)""",
 }
 
 
@@ -260,60 +252,74 @@ def _literal(text):
     return json.dumps(text.encode("utf-8", "replace").decode(), ensure_ascii=False)
 
 
-def usage(
-    model: dict,  # the entry "model" of `read_run`
-    name: str = "model",  # folder or hub id that the code opens
-) -> str:  # Markdown with three blocks of Python; each leaves `embeddings`, (2, D), and all three are equal
-    "Write how to compute embeddings with sentence-transformers, transformers and contrastive_st."
-    opened, note, sentences = (
-        _literal(name),
-        "" if name != "model" else "  # the folder of this card",
-        'sentences = ["Where can I leave my bicycle?", "There is a bike rack behind the station."]',
-    )
-    prompted = (
-        f"[{_literal(model['prompt'])} + s for s in sentences]" if model["prompt"] else "sentences"
-    )
-    plain = f"""import torch
+_EXAMPLES = (
+    'sentences = ["Where can I leave my bicycle?", "There is a bike rack behind the station."]'
+)
+
+
+def _with_sentence_transformers(opened, note):
+    "Python that computes `embeddings` with sentence-transformers."
+    return f"""from sentence_transformers import SentenceTransformer
+
+{_EXAMPLES}
+model = SentenceTransformer({opened}){note}
+embeddings = model.encode(sentences)
+print(model.similarity(embeddings, embeddings))"""
+
+
+def _with_transformers(opened, note, model):
+    "Python that computes `embeddings` with transformers alone, step by step."
+    tokenizer = f"AutoTokenizer.from_pretrained({opened})"
+    backbone = f"AutoModel.from_pretrained({opened})"
+    limits = f'padding=True, truncation=True, max_length={model["max_length"]}, return_tensors="pt"'
+    texts = "sentences"
+    if model["prompt"]:
+        texts = f"[{_literal(model['prompt'])} + s for s in sentences]"
+    code = f"""import torch
 from transformers import AutoModel, AutoTokenizer
 
 {_POOLING[model["pooling"]]}
 
-{sentences}
-tokenizer, model = AutoTokenizer.from_pretrained({opened}), AutoModel.from_pretrained({opened}){note}
-tokens = tokenizer({prompted}, padding=True, truncation=True, max_length={model["max_length"]}, return_tensors="pt")
+{_EXAMPLES}
+tokenizer, model = {tokenizer}, {backbone}{note}
+tokens = tokenizer({texts}, {limits})
 with torch.no_grad():
     embeddings = pool(model(**tokens).last_hidden_state, tokens["attention_mask"])"""
     if model["normalize"]:
-        plain += "\nembeddings = torch.nn.functional.normalize(embeddings, dim=1)"
-    theirs = (
-        f"from sentence_transformers import SentenceTransformer\n\n{sentences}\nmodel ="
-        f" SentenceTransformer({opened}){note}\nembeddings ="
-        " model.encode(sentences)\nprint(model.similarity(embeddings, embeddings))"
-    )
-    ours = (
-        f"from contrastive_st.model import SentenceEncoder\n\n{sentences}\nembeddings ="
-        f" SentenceEncoder.from_pretrained({opened}).encode(sentences){note}"
+        code += "\nembeddings = torch.nn.functional.normalize(embeddings, dim=1)"
+    return code
+
+
+def _with_contrastive_st(opened, note):
+    "Python that computes `embeddings` with this package."
+    return f"""from contrastive_st.model import SentenceEncoder
+
+{_EXAMPLES}
+embeddings = SentenceEncoder.from_pretrained({opened}).encode(sentences){note}"""
+
+
+def usage(
+    model: dict,  # the entry "model" of `read_run`
+    name: str = "model",  # folder or hub id that the code opens
+) -> str:  # Markdown with three blocks of Python; all leave the same `embeddings`, (2, D)
+    "Write how to compute embeddings with sentence-transformers, transformers and contrastive_st."
+    opened, note = _literal(name), "" if name != "model" else "  # the folder of this card"
+    by_hand = (
+        "With transformers alone; the pooling is part of the model, so it has to be done by hand:"
     )
     blocks = {
-        "With sentence-transformers:": theirs,
-        "With transformers alone; the pooling is part of the model, so it has to be done by hand:": (
-            plain
-        ),
-        "With contrastive_st:": ours,
+        "With sentence-transformers:": _with_sentence_transformers(opened, note),
+        by_hand: _with_transformers(opened, note, model),
+        "With contrastive_st:": _with_contrastive_st(opened, note),
     }
-    return "\n\n".join(
-        [
-            *(f"{title}\n\n{_fenced(code, 'python')}" for title, code in blocks.items()),
-            *_prompts(model["prompts"]),
-        ]
-    )
+    parts = [f"{title}\n\n{_fenced(code, 'python')}" for title, code in blocks.items()]
+    return "\n\n".join([*parts, *_prompts(model["prompts"])])
 
 
 def _prompts(prompts):
     "How to ask for a prompt by its name; nothing for a model without any."
-    named = ", ".join(
-        f"{_code(name)} = {_code(_literal(prompt))}" for name, prompt in prompts.items()
-    )
+    pairs = [f"{_code(name)} = {_code(_literal(prompt))}" for name, prompt in prompts.items()]
+    named = ", ".join(pairs)
     if prompts:
         yield (
             f"A prompt is put before a text: {named}. Ask for one by its name, with `encode(texts,"
@@ -324,35 +330,46 @@ def _prompts(prompts):
 # %% ../nbs/12_card.ipynb #tables
 def _table(head, rows):
     "A Markdown table; the first column is text, the others numbers."
-    cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value):
+    "A value as text that stays inside its cell."
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+_POOLING_WORDS = {
+    "mean": "mean of the token states",
+    "cls": "state of the first token",
+    "max": "maximum over the token states",
+}
+
+
+def _prompt_words(model):
+    "What is put before a text unasked, or which prompts can be asked for."
+    if model["prompt"]:
+        return _text(_literal(model["prompt"]))
+    if model["prompts"]:
+        return f"none unless asked for: {', '.join(map(_text, model['prompts']))}"
+    return "none"
 
 
 def _technical(run):
     "Dimensions, pooling, scores: what someone needs who builds an index."
     m, similarity = run["model"], run["config"]["similarity"]
-    poolings = {
-        "mean": "mean of the token states",
-        "cls": "state of the first token",
-        "max": "maximum over the token states",
-    }
     scores = {"cos": "cosine", "dot": "dot product"}.get(similarity, _text(similarity))
-    asked = (
-        f"none unless asked for: {', '.join(map(_text, m['prompts']))}" if m["prompts"] else "none"
-    )
+    if m["normalize"]:
+        scores = "dot product, cosine and Euclidean distance, which agree"
+    widths = ", ".join(_text(w) for w in run["config"]["widths"])
     rows = {
         "Dimensions": m["width"],
-        "Cut to fewer dimensions": (
-            ", ".join(_text(w) for w in run["config"]["widths"]) or "not trained for it"
-        ),
+        "Cut to fewer dimensions": widths or "not trained for it",
         "Unit length": "yes" if m["normalize"] else "no",
-        "Pooling": poolings[m["pooling"]],
-        "Score functions": (
-            "dot product, cosine and Euclidean distance, which agree" if m["normalize"] else scores
-        ),
+        "Pooling": _POOLING_WORDS[m["pooling"]],
+        "Score functions": scores,
         "Longest text": f"{m['max_length']} tokens; the rest is cut",
-        "Prompt": _text(_literal(m["prompt"])) if m["prompt"] else asked,
+        "Prompt": _prompt_words(m),
         "Backbone": f"{_text(m['architecture'])}, {m['parameters']:,} parameters",
     }
     return _table(["", ""], rows.items())
@@ -360,132 +377,119 @@ def _technical(run):
 # %% ../nbs/12_card.ipynb #data-table
 def _pool(pool, steps):
     "A sentence on the negatives of the batches that have so many columns."
-    masked = pool.get("masked")
-    said = (
-        f", {masked:.2f} of them masked as equal texts"
-        if isinstance(masked, float) and round(masked, 2)
-        else ""
-    )
+    masked, note = pool.get("masked"), ""
+    if isinstance(masked, float) and round(masked, 2):
+        note = f", {masked:.2f} of them masked as equal texts"
     return (
         f"{_show(pool['columns'])} columns, in {_show(pool['batches'])} of {steps:,} batches:"
         f" {_show(pool['in_batch'])} in-batch and {_show(pool['hard'])} hard negatives for each"
-        f" anchor{said}."
+        f" anchor{note}."
     )
+
+
+def _dataset(d, weights):
+    "The row of a dataset in the table of the data."
+    return [
+        _text(_hide(d["name"])),
+        _show(d["rows"]),
+        _show(d["columns"]),
+        _show(weights.get(str(d["name"])), "{:g}"),
+        _show(d["asked"], "{:.2%}"),
+        _show(d["realised"], "{:.2%}"),
+        _show(d["epochs"], "{:,.2f}"),
+    ]
 
 
 def _data(run):
     "What the run drew from each dataset, and the negatives that came of it."
     report, mix = run["mixture"], [d for d in run["config"]["mix"] if isinstance(d, dict)]
     weights = {str(d.get("name")): d.get("weight") for d in mix}
-    rows = [
-        [
-            _text(_hide(d["name"])),
-            _show(d["rows"]),
-            _show(d["columns"]),
-            _show(weights.get(str(d["name"])), "{:g}"),
-            _show(d["asked"], "{:.2%}"),
-            _show(d["realised"], "{:.2%}"),
-            _show(d["epochs"], "{:,.2f}"),
-        ]
-        for d in report["datasets"]
-    ]
-    total = [
-        "**all**",
-        f"{sum(d['rows'] for d in report['datasets']):,}",
-        "",
-        "",
-        "",
-        f"{report['examples']:,} examples",
-        "",
-    ]
-    table = _table(
-        ["Dataset", "Rows", "Columns", "Weight", "Asked", "Realised", "Epochs"], [*rows, total]
-    )
-    return (
-        table + "\n\n" + "\n".join(f"- {_pool(pool, report['steps'])}" for pool in report["pools"])
-    )
+    rows = [_dataset(d, weights) for d in report["datasets"]]
+    n_rows = f"{sum(d['rows'] for d in report['datasets']):,}"
+    total = ["**all**", n_rows, "", "", "", f"{report['examples']:,} examples", ""]
+    head = ["Dataset", "Rows", "Columns", "Weight", "Asked", "Realised", "Epochs"]
+    pools = "\n".join(f"- {_pool(pool, report['steps'])}" for pool in report["pools"])
+    return f"{_table(head, [*rows, total])}\n\n{pools}"
 
 # %% ../nbs/12_card.ipynb #evaluation
-_STS, _RETRIEVAL = (
-    ("spearman", "pearson"),
-    ("accuracy@1", "accuracy@10", "mrr@10", "ndcg@10", "recall@100", "map@100"),
-)
+_METRICS = {  # what the card shows of each task
+    "sts": ("spearman", "pearson"),
+    "retrieval": ("accuracy@1", "accuracy@10", "mrr@10", "ndcg@10", "recall@100", "map@100"),
+}
+
+
+def _number(value):
+    "A value if it is a number, else None."
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _sides(record):
     "Before and after of a record of metrics; a number that is none is None."
-    number = lambda v: v if isinstance(v, int | float) and not isinstance(v, bool) else None
-    sides = [
-        record.get(side) if isinstance(record.get(side), dict) else {}
-        for side in ("before", "after")
-    ]
-    return [{name: number(value) for name, value in side.items()} for side in sides]
+    sides = [record.get(side) for side in ("before", "after")]
+    sides = [side if isinstance(side, dict) else {} for side in sides]
+    return [{name: _number(value) for name, value in side.items()} for side in sides]
+
+
+def _score(metric, before, after):
+    "One figure before and after, with the ends of its intervals; None = not measured."
+    return {
+        "metric": metric,
+        "before": before.get(metric),
+        "after": after[metric],
+        "low": after.get(f"{metric}_low"),
+        "high": after.get(f"{metric}_high"),
+        "before_low": before.get(f"{metric}_low"),
+        "before_high": before.get(f"{metric}_high"),
+    }
 
 
 def scores(
     run: dict,  # of `read_run`
-) -> list[
-    dict
-]:  # split ("evaluation", "test"), set (its path), n (pairs or questions; None = not recorded), task, metric, before, after, low, high; None = not measured
+    # split is "evaluation" or "test", set its path, n the pairs or questions or None if the run did
+    # not record them; None for a figure = not measured.
+) -> list[dict]:  # split, set, n, task, metric, before, after, low, high, before_low, before_high
     "List what was measured, a row for each figure of each set."
     rows = []
     for split, record in (("evaluation", run["metrics"]), ("test", run["metrics"]["test"])):
         plan, (before, after) = _table_of(run, split), _sides(record)
-        for task, names in (("sts", _STS), ("retrieval", _RETRIEVAL)):
-            set_ = (
-                _line(_hide(plan[task]))
-                if isinstance(plan.get(task), str) and plan[task]
-                else f"{task} data"
-            )
-            for name in (n for n in names if n in after):
-                rows.append(
-                    {
-                        "split": split,
-                        "set": set_,
-                        "n": after.get(f"{task}_n"),
-                        "task": task,
-                        "metric": name,
-                        "before": before.get(name),
-                        "after": after[name],
-                        "low": after.get(f"{name}_low"),
-                        "high": after.get(f"{name}_high"),
-                        "before_low": before.get(f"{name}_low"),
-                        "before_high": before.get(f"{name}_high"),
-                    }
-                )
+        for task, metrics in _METRICS.items():
+            path = plan.get(task)
+            set_ = _line(_hide(path)) if isinstance(path, str) and path else f"{task} data"
+            about = {"split": split, "set": set_, "n": after.get(f"{task}_n"), "task": task}
+            rows += [about | _score(name, before, after) for name in metrics if name in after]
     return rows
 
-
+# %% ../nbs/12_card.ipynb #evaluation-table
 def _interval(value, low, high):
     "A figure with its interval, as far as they are known."
-    return _show(value, "{:.3f}", "not measured") + (
-        f" [{low:.3f}, {high:.3f}]" if None not in (value, low, high) else ""
-    )
+    ends = f" [{low:.3f}, {high:.3f}]" if None not in (value, low, high) else ""
+    return _show(value, "{:.3f}", "not measured") + ends
+
+
+def _evaluation_row(score):
+    "The row of a figure: set, name, before, after."
+    size = ""
+    if score["n"]:
+        size = f", {score['n']:,} {'pairs' if score['task'] == 'sts' else 'questions'}"
+    return [
+        f"{_text(score['set'])} ({score['split']}{size})",
+        score["metric"],
+        _interval(score["before"], score["before_low"], score["before_high"]),
+        _interval(score["after"], score["low"], score["high"]),
+    ]
 
 
 def _evaluation(run):
     "Figures before and after, with intervals."
-    size = lambda s: (
-        f", {s['n']:,} {'pairs' if s['task'] == 'sts' else 'questions'}" if s["n"] else ""
-    )
-    rows = [
-        [
-            f"{_text(s['set'])} ({s['split']}{size(s)})",
-            s["metric"],
-            _interval(s["before"], s["before_low"], s["before_high"]),
-            _interval(s["after"], s["low"], s["high"]),
-        ]
-        for s in scores(run)
-    ]
+    rows = [_evaluation_row(score) for score in scores(run)]
     if not rows:
         return "Nothing was measured in this run."
-    chosen, step = run["config"].get("metric"), run["metrics"].get("best_step")
-    note = (
-        f" The checkpoint of step {_show(step)} was chosen by {_text(chosen)} on the evaluation"
-        " set, so that set's figures are optimistic; the test set chose nothing."
-        if chosen and step
-        else ""
-    )
+    metric, step, note = run["config"].get("metric"), run["metrics"].get("best_step"), ""
+    if metric and step:
+        note = (
+            f" The checkpoint of step {_show(step)} was chosen by {_text(metric)} on the evaluation"
+            " set, so that set's figures are optimistic; the test set chose nothing."
+        )
     return (
         _table(["Set", "Figure", "Before", "After"], rows)
         + "\n\nIn brackets: 95% bootstrap intervals over the pairs or questions of the set; "
@@ -493,60 +497,58 @@ def _evaluation(run):
     )
 
 # %% ../nbs/12_card.ipynb #limits
+_PURPOSE = (
+    "Made for semantic search, paraphrase and duplicate detection, and clustering of texts like"
+    " those it was trained on: each text becomes one vector, near vectors mean near meanings."
+)
+_THRESHOLD = (
+    'Scores order texts; what score means "the same" differs from task to task, so set a threshold'
+    " on your own data."
+)
+_PREJUDICE = (
+    "Embeddings carry what the texts carried, prejudice included. Nothing here measures that;"
+    " `contrastive_st.bias.gender_bias` measures one kind. Do not decide about people by similarity"
+    " alone."
+)
+_NO_LICENCE = (
+    "No licence is stated: the datasets and the starting model have their own, and they come first."
+)
+
+
+def _origin(report):
+    "How much it was trained on."
+    return (
+        f"It was trained on {report['examples']:,} examples of {len(report['datasets'])}"
+        " dataset(s), listed below. For texts of another kind or language, measure first."
+    )
+
+
+def _truncation(report, longest):
+    "Where texts are cut, and how many of the training texts were."
+    columns = report.get("tokens", {}).get("columns", {}).values()
+    share = max((c["truncated"] or 0 for c in columns), default=0)
+    if share:
+        seen = f"in training, up to {share:.1%} of a column's texts were."
+    else:
+        seen = "no training text that was looked at was longer."
+    return f"Texts are cut at {longest} tokens; {seen}"
+
+
 def _limits(run, license):
     "Intended use and limits, from the run's own figures."
     report, longest = run["mixture"], run["model"]["max_length"]
-    cut = max(
-        (c["truncated"] or 0 for c in report.get("tokens", {}).get("columns", {}).values()),
-        default=0,
-    )
-    lines = [
-        (
-            f"It was trained on {report['examples']:,} examples of {len(report['datasets'])}"
-            " dataset(s), listed below. For texts of another kind or language, measure first."
-        ),
-        f"Texts are cut at {longest} tokens"
-        + (
-            f"; in training, up to {cut:.1%} of a column's texts were."
-            if cut
-            else "; no training text that was looked at was longer."
-        ),
-        (
-            'Scores order texts; what score means "the same" differs from task to task, so set a'
-            " threshold on your own data."
-        ),
-        (
-            "Embeddings carry what the texts carried, prejudice included. Nothing here measures"
-            " that; `contrastive_st.bias.gender_bias` measures one kind. Do not decide about people"
-            " by similarity alone."
-        ),
-    ]
+    lines = [_origin(report), _truncation(report, longest), _THRESHOLD, _PREJUDICE]
     if not license:
-        lines.append(
-            "No licence is stated: the datasets and the starting model have their own, and they"
-            " come first."
-        )
-    return (
-        "Made for semantic search, paraphrase and duplicate detection, and clustering of texts like"
-        " those it was trained on: each text becomes one vector, near vectors mean near"
-        " meanings.\n\n"
-        + "\n".join(
-            f"- {line}"
-            for line in [
-                *lines,
-                *(f"The run warned: {_text(_hide(w))}" for w in report["warnings"]),
-            ]
-        )
-    )
+        lines.append(_NO_LICENCE)
+    lines += [f"The run warned: {_text(_hide(w))}" for w in report["warnings"]]
+    return _PURPOSE + "\n\n" + "\n".join(f"- {line}" for line in lines)
 
 # %% ../nbs/12_card.ipynb #command
 def _inside(path, folder):
-    "A path relative to a folder that holds it, by its name or where links lead; None if neither does."
-    for p, f in (
-        (os.path.abspath(path), os.path.abspath(folder)),
-        (os.path.realpath(path), os.path.realpath(folder)),
-    ):
-        if os.path.commonpath([p, f]) == f != os.path.dirname(f):
+    "A path relative to a folder that holds it, by name or through links; None if neither does."
+    for place in (os.path.abspath, os.path.realpath):
+        p, f = place(path), place(folder)
+        if os.path.commonpath([p, f]) == f != os.path.dirname(f):  # the root holds everything
             return os.path.relpath(p, f)
     return None
 
@@ -557,13 +559,19 @@ def _near(path):
         return below
     above = os.path.dirname(os.path.realpath("."))
     shared = {"/", os.path.realpath(Path.home().parent), "/home", "/Users"}
-    if (
-        above not in shared
-        and (beside := _inside(path, above)) is not None
-        and not beside.startswith("..")
-    ):
-        return os.path.join("..", beside)
+    if above not in shared:  # what lies there is the user's own
+        beside = _inside(path, above)
+        if beside is not None and not beside.startswith(".."):
+            return os.path.join("..", beside)
     return _hide(path)
+
+
+_PATH_IN_ARGUMENT = re.compile(r"""(?:^|(?<=[="'\s,\[]))/[^"'=\n,\]]+""")
+
+
+def _near_argument(argument):
+    "An argument of a command with its absolute paths as seen from the working folder."
+    return _PATH_IN_ARGUMENT.sub(lambda match: _near(match[0]), argument)
 
 
 def with_command(
@@ -571,87 +579,78 @@ def with_command(
     argv: list[str],  # sys.argv of the run
 ) -> str:  # the recipe, with the command as a comment
     "Note in a recipe's text how the run was started."
-    near = lambda arg: re.sub(
-        r"""(?:^|(?<=[="'\s,\[]))/[^"'=\n,\]]+""", lambda found: _near(found[0]), arg
-    )
-    return (
-        f"{text.rstrip()}\n# command:"
-        f" {json.dumps(shlex.join([Path(argv[0]).name, *map(near, argv[1:])]))}\n"
-    )
+    command = shlex.join([Path(argv[0]).name, *map(_near_argument, argv[1:])])
+    return f"{text.rstrip()}\n# command: {json.dumps(command)}\n"
 
 # %% ../nbs/12_card.ipynb #again
-def _again(run):
-    "The command, the settings it amounted to, software and hardware."
-    command, versions, metrics = (
-        _noted(run["text"], "command"),
-        dict(run["versions"]),
-        run["metrics"],
-    )
+_METHOD = (
+    "AdamW, linear warm-up and decay, contrastive loss over in-batch and hard negatives (InfoNCE)."
+)
+
+
+def _command(text):
+    "The command that a recipe's text notes, as a block."
+    command = _noted(text, "command")
+    if isinstance(command, str):
+        return _fenced(_hide(command), "bash")
+    return "The command was not recorded: the run was started from Python, with the settings below."
+
+
+def _settings(config):
+    "A table of a run's settings; the datasets have their own."
+    settings = {name: value for name, value in config.items() if name != "mix"}
+    rows = [
+        (_text(k), _text(_hide(json.dumps(v, ensure_ascii=False)))) for k, v in settings.items()
+    ]
+    return _table(["Setting", "Value"], rows)
+
+
+def _trained(versions, metrics):
+    "A sentence on when, on what hardware, how fast and with what software a run was trained."
+    versions = dict(versions)
     more = versions.pop("compute", None)
     versions |= more if isinstance(more, dict) else {}
-    typed = (
-        _fenced(_hide(command), "bash")
-        if isinstance(command, str)
-        else (
-            "The command was not recorded: the run was started from Python, with the settings"
-            " below."
-        )
+    date, processor = (_text(versions.pop(name, "")) for name in ("date", "processor"))
+    cores = _text(versions.pop("cores", "?"))
+    seconds = _show(metrics.get("seconds"), "{:,.0f} s")
+    speed = _show(metrics.get("pairs_per_second"), "{:,.0f} examples/s")
+    software = [f"{_text(k)} {_text(_hide(v))}" for k, v in versions.items() if v is not None]
+    return (
+        f"Trained {date}, {processor} ({cores} cores), {seconds}, {speed},"
+        f" with {', '.join(software)}."
     )
-    date, processor, cores = (
-        _text(versions.pop(name, otherwise))
-        for name, otherwise in (("date", ""), ("processor", ""), ("cores", "?"))
-    )
-    speed = (
-        _show(metrics.get("seconds"), "{:,.0f} s"),
-        _show(metrics.get("pairs_per_second"), "{:,.0f} examples/s"),
-    )
-    settings = [
-        [_text(name), _text(_hide(json.dumps(value, ensure_ascii=False)))]
-        for name, value in run["config"].items()
-        if name != "mix"
-    ]
-    software = ", ".join(
-        f"{_text(k)} {_text(_hide(v))}" for k, v in versions.items() if v is not None
-    )
-    return "\n\n".join(
-        [
-            typed,
-            (
-                "AdamW, linear warm-up and decay, contrastive loss over in-batch and hard negatives"
-                " (InfoNCE)."
-            ),
-            _table(["Setting", "Value"], settings),
-            f"Trained {date}, {processor} ({cores} cores), {', '.join(speed)}, with {software}.",
-        ]
-    )
+
+
+def _again(run):
+    "The command, the settings it amounted to, software and hardware."
+    command, settings = _command(run["text"]), _settings(run["config"])
+    return "\n\n".join([command, _METHOD, settings, _trained(run["versions"], run["metrics"])])
 
 # %% ../nbs/12_card.ipynb #metadata
 def _base(run):
-    "The hub's name of the model that the run started from; None for random weights and for a folder."
+    "The hub's name of the model that the run started from; None for random weights or a folder."
     plan = _table_of(run, "model")
     name = plan.get("name") if isinstance(plan.get("name"), str) and "layers" not in plan else ""
-    return (
-        name
-        if not run["model_is_folder"] and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)
-        else None
-    )
+    if run["model_is_folder"] or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        return None
+    return name
+
+
+_TASKS = {  # task -> the hub's type and name of it, and how sentence-transformers calls its metrics
+    "sts": ("semantic-similarity", "Semantic Similarity", "{}_cosine"),
+    "retrieval": ("information-retrieval", "Information Retrieval", "cosine_{}"),
+}
 
 
 def _result(score):
     "One figure as the hub writes it down."
-    tasks = {
-        "sts": ("semantic-similarity", "Semantic Similarity", "{}_cosine"),
-        "retrieval": ("information-retrieval", "Information Retrieval", "cosine_{}"),
-    }
-    kind, name, form = tasks[score["task"]]
-    between = (
-        f", 95% interval {score['low']:.3f} to {score['high']:.3f}"
-        if None not in (score["low"], score["high"])
-        else ""
-    )
+    task_type, task_name, form = _TASKS[score["task"]]
+    between = ""
+    if None not in (score["low"], score["high"]):
+        between = f", 95% interval {score['low']:.3f} to {score['high']:.3f}"
     return EvalResult(
-        task_type=kind,
-        task_name=name,
+        task_type=task_type,
+        task_name=task_name,
         dataset_type="unknown",
         dataset_name=score["set"],
         dataset_split="validation" if score["split"] == "evaluation" else "test",
@@ -685,11 +684,9 @@ def _opening(run):
     plan, start = _table_of(run, "model"), "It was"
     if "name" in plan:
         name = _code(_hide(plan["name"]))
-        start = (
-            f"It started from random weights, with the word pieces of {name}, and was"
-            if "layers" in plan
-            else f"It started from {name} and was"
-        )
+        start = f"It started from {name} and was"
+        if "layers" in plan:
+            start = f"It started from random weights, with the word pieces of {name}, and was"
     return (
         f"A sentence embedding model: texts become vectors of {run['model']['width']} numbers, and"
         f" texts of similar meaning lie near each other. {start} trained contrastively for"
@@ -707,6 +704,7 @@ def model_card(
     run = read_run(run_dir)
 
     def part(record, write, *args):
+        "What `write` makes of the run; an error names the record that lacks something."
         with reading(run["dir"] / f"{record}.json", _AGAIN):
             return write(run, *args)
 
@@ -721,17 +719,8 @@ def model_card(
     if run["text"]:
         sections["Recipe"] = _fenced(_hide(run["text"].strip()), "toml")
     head = f"---\n{part('metrics', _metadata, metadata).to_yaml()}\n---"
-    return (
-        "\n\n".join(
-            [
-                head,
-                f"# {_text(run['title'])}",
-                _opening(run),
-                *(f"## {title}\n\n{text}" for title, text in sections.items()),
-            ]
-        )
-        + "\n"
-    )
+    body = [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join([head, f"# {_text(run['title'])}", _opening(run), *body]) + "\n"
 
 
 def write_card(
@@ -760,18 +749,15 @@ def check_name(
 def _half(text, card):
     "Tell whether a text is what a killed writer left of a card."
     ours = text.startswith("---\n") and "contrastive_st" in text
-    open_fence = [line for line in text.split("\n") if line.startswith("```")]
-    return (
-        not text.strip("\0 \n")
-        or card.startswith(text)
-        and text != card
-        or ours
-        and ("\n---\n" not in text or len(open_fence) % 2 or not text.endswith("\n"))
-    )
+    fences = [line for line in text.split("\n") if line.startswith("```")]
+    is_blank = not text.strip("\0 \n")  # a file system may leave zeros after a crash
+    is_beginning = card.startswith(text) and text != card
+    is_cut = "\n---\n" not in text or len(fences) % 2 or not text.endswith("\n")
+    return is_blank or is_beginning or ours and is_cut
 
 
 def _card_to_send(run_dir, repo_id, metadata):
-    "The card that lies in the model directory, for a repository; a new one if it is ours, half or not there."
+    "The card to upload: the user's own if there is one, else a new one that names the repository."
     path, today = Path(run_dir) / "model/README.md", model_card(run_dir)
     with reading(path, "write it again with contrastive_st.card.write_card"):
         there = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -787,7 +773,7 @@ def _card_to_send(run_dir, repo_id, metadata):
 
 
 def _files(folder):
-    "The files of a model directory: those of its manifest, compared with it, or all that lie in it."
+    "The files of a model directory: those of its manifest, which are checked, or else all."
     if is_whole(folder):
         names = [*check_folder(folder, todo="train again, or restore the file"), MANIFEST]
     else:
@@ -804,8 +790,9 @@ def _files(folder):
 def push_to_hub(
     run_dir: str | Path,  # directory of a finished run
     repo_id: str,  # "user/name"
-    private: bool = True,  # who may see a repository that is made now; one that exists stays as it is
-    metadata: dict = {},  # more for the hub, as in `model_card`; for a card that has none yet and was not edited
+    private: bool = True,  # of a repository that is made now; one that exists stays as it is
+    # A card that the user edited is uploaded as it is, without this metadata.
+    metadata: dict = {},  # more for the hub, as in `model_card`
 ) -> str:  # address of the commit
     "Upload a run's model and card to the Hugging Face hub; needs a token, see `hf auth login`."
     folder, api, title = Path(run_dir) / "model", HfApi(), read_run(run_dir)["title"]

@@ -88,9 +88,8 @@ def _version(
         raise typer.Exit()
 
 # %% ../nbs/13_cli.ipynb #printable
-_HARMLESS = (  # format characters that words and emoji need: soft hyphen, two joiners
-    "\u00ad\u200c\u200d"
-)
+# format characters that words and emoji need: soft hyphen, two joiners
+_HARMLESS = "\u00ad\u200c\u200d"
 
 
 def _visible(character):
@@ -127,13 +126,11 @@ def _stoppable(todo=""):
     try:
         yield
     except KeyboardInterrupt as stop:
-        own_line = (
-            "\n" if sys.stderr.isatty() else ""
-        )  # below the ^C that a terminal shows, or a progress bar
+        # On a line of its own, below the ^C that a terminal shows, or a progress bar.
+        own_line = "\n" if sys.stderr.isatty() else ""
         _say(own_line + "stopped" + (f"; {todo}" if todo else ""), err=True)
-        raise typer.Exit(
-            128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
-        ) from None
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
 
 # %% ../nbs/13_cli.ipynb #main
 def main() -> None:
@@ -171,9 +168,7 @@ def parse_changes(
 def measures(
     sts: Path | None = None,  # graded pairs, as data.read_sts takes them
     retrieval: Path | None = None,  # folder in BEIR layout
-    query_prompt: (
-        str | None
-    ) = None,  # before each question: a name the model knows, or text; None = what the model says
+    query_prompt: str | None = None,  # before each question: a name the model knows, or text
     document_prompt: str | None = None,  # before each document, the same way
 ) -> Callable:  # SentenceEncoder -> dict of floats; {} if both paths are None
     "Read the evaluation data once and return a function that measures an encoder on it."
@@ -188,11 +183,10 @@ def measures(
             graded = evaluation.evaluate_sts(partial(encoder.encode, progress=False), pairs)
             scores |= {"sts_n" if k == "n" else k: v for k, v in graded.items()}
         if questions:
-            query, document = evaluation.with_prompts(
-                encoder, query_prompt, document_prompt, progress=False
-            )
-            found = evaluation.evaluate_retrieval(query, *questions, encode_corpus=document)
-            scores |= {"retrieval_n" if k == "n" else k: v for k, v in found.items()}
+            prompts = query_prompt, document_prompt  # None = what the model says
+            query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
+            ranked = evaluation.evaluate_retrieval(query, *questions, encode_corpus=document)
+            scores |= {"retrieval_n" if k == "n" else k: v for k, v in ranked.items()}
         return scores
 
     return measure
@@ -214,12 +208,17 @@ def score_table(
     columns: dict[str, dict],  # heading -> metrics, e.g. {"before": {...}, "after": {...}}
 ) -> str:  # lines of text
     "Lay out metrics side by side, each with its 95% interval."
-    cell = lambda m, k: f"{m[k]:.3f} [{m[k + '_low']:.3f}, {m[k + '_high']:.3f}]"
-    names = [k for k in _SHOWN if all(k in m for m in columns.values())]
-    head = f"{'':12}" + "".join(f"{title:>24}" for title in columns)
-    return "\n".join(
-        [head] + [f"{k:12}" + "".join(f"{cell(m, k):>24}" for m in columns.values()) for k in names]
-    )
+    lines = [f"{'':12}" + "".join(f"{title:>24}" for title in columns)]
+    for name in _SHOWN:
+        if all(name in metrics for metrics in columns.values()):
+            cells = (_interval(metrics, name) for metrics in columns.values())
+            lines.append(f"{name:12}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _interval(metrics, name):
+    "A metric with its interval."
+    return f"{metrics[name]:.3f} [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]"
 
 # %% ../nbs/13_cli.ipynb #output
 def check_output(
@@ -232,12 +231,10 @@ def check_output(
         place = Path(os.path.realpath(path))  # a link is followed, as when it is written
         right = place.is_dir() if folder else place.is_file()
         if place.exists() and not right:
-            holds = (
-                "a folder" if place.is_dir() else "a file" if place.is_file() else "no regular file"
-            )
-            raise ValueError(
-                f"{option} {path}: is {holds}; name a {'folder' if folder else 'file'}"
-            )
+            file = "a file" if place.is_file() else "no regular file"
+            thing, wanted = "a folder" if place.is_dir() else file, "folder" if folder else "file"
+            raise ValueError(f"{option} {path}: is {thing}; name a {wanted}")
+        # Whether a file can be made there shows only when one is made.
         places = (place, *place.parents) if folder else place.parents
         probe = next(p for p in places if p.exists()) / f".{place.name}.probing"
         probe.touch()
@@ -307,11 +304,14 @@ def similarity(
     "Return the cosine of every question with every passage."
     from contrastive_st import evaluation
 
-    query, document = evaluation.with_prompts(
-        encoder, query_prompt, document_prompt, progress=False
-    )
-    unit = lambda e: e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12)
-    return unit(query(left)) @ unit(document(right)).T
+    prompts = query_prompt, document_prompt
+    query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
+    return _unit(query(left)) @ _unit(document(right)).T
+
+
+def _unit(rows):
+    "Rows of length one; a row of zeros stays zero."
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/13_cli.ipynb #pairs
 def sample_pairs(
@@ -324,7 +324,7 @@ def sample_pairs(
 
     if retrieval:
         corpus, queries, qrels = data.read_retrieval(retrieval)
-        pairs = [(queries[q], corpus[next(iter(found))]) for q, found in qrels.items() if found]
+        pairs = [(queries[q], corpus[next(iter(docs))]) for q, docs in qrels.items() if docs]
     else:
         pairs = [example[:2] for example in mixture.batch(0).examples]
     different = list({answer: (question, answer) for question, answer in pairs}.values())
@@ -333,7 +333,7 @@ def sample_pairs(
 
 # %% ../nbs/13_cli.ipynb #train-parts
 def _measured(recipe, folder, key):
-    "The arguments of `measures` for a table of the recipe, its paths checked against the data folder."
+    "The arguments of `measures` for a table of the recipe, its paths checked."
     from contrastive_st import recipes
 
     plan, where = getattr(recipe, key), f"{recipe.path}: {key}"
@@ -346,7 +346,7 @@ def _measured(recipe, folder, key):
 
 
 def _resume_command(argv):
-    "The command that continues a stopped run: the one that was typed, with --resume and without --overwrite."
+    "The command that continues a stopped run: the one that was typed, with --resume added."
     typed = [word for word in argv[1:] if word not in ("--resume", "--overwrite")]
     end = typed.index("--") if "--" in typed else len(typed)
     return shlex.join([_program(), *typed[:end], "--resume", *typed[end:]])
@@ -354,15 +354,29 @@ def _resume_command(argv):
 
 def _program():
     "How this program is called from here."
-    return (
-        "contrastive-st"
-        if shutil.which("contrastive-st")
-        else _near(Path(sys.executable).parent / "contrastive-st")
-    )
+    if shutil.which("contrastive-st"):
+        return "contrastive-st"
+    return _near(Path(sys.executable).parent / "contrastive-st")
+
+
+def _train(xla, progress, *arguments):
+    "Train in one of our loops; if the run is stopped, say how to go on."
+    from contrastive_st import trainer
+
+    if xla:
+        from contrastive_st import xla as loop
+    else:
+        loop = trainer
+    try:
+        return loop.train(*arguments, progress=progress)
+    except trainer.Stopped as stop:
+        if int(os.environ.get("RANK", 0)) == 0:  # of several processes one says it
+            _say(f"{stop}; go on with: {_resume_command(sys.argv)}", err=True)
+        raise typer.Exit(stop.code) from None
 
 
 def _leave(out, heat, draw, only_missing):
-    "Put the picture of similarities and the card into a run directory; returns the names of what was put."
+    "Put the similarity picture and the card into a run directory; return the names of both files."
     from contrastive_st import card
 
     picture, readme = out / "similarity.png", out / "model" / "README.md"
@@ -407,45 +421,38 @@ def train(
     ] = None,
     progress: _Progress = True,
 ):
-    "Train a model from a recipe: measures before and after, fills the run directory, says what to type next."
+    "Train a model from a recipe, measure it before and after, and say what to type next."
     from contrastive_st import card, recipes, trainer
 
+    # 1. Refuse now what would fail after hours of training.
     trainer.claim(out, resume, overwrite, make=False)
     check_output(out, folder=True)
     if push_to_hub:
-        card.check_name(push_to_hub)  # now: a misspelt name must not cost a training
+        card.check_name(push_to_hub)
     finished = resume and trainer.run_state(out) == "finished"
+    # 2. Read the recipe and its data.
     recipe = recipes.load(recipe, parse_changes(set), tiny)
     config = recipes.build(trainer.TrainConfig, recipe.train, f"{recipe.path}: train")
     folder = recipe.folder(data)
     during, test = _measured(recipe, folder, "evaluation"), _measured(recipe, folder, "test")
     mixture, measured = recipe.mixture(data, store), (measures(**during), measures(**test))
+    # 3. Similarities before training, of held-out questions if there are any.
     asked = test if test["retrieval"] else during
     encoder, pairs = recipe.encoder(), sample_pairs(mixture, asked["retrieval"])
     prompts = {name: asked[name] for name in ("query_prompt", "document_prompt")}
     draw = partial(similarity, left=pairs[0], right=pairs[1], **prompts)
     heat = {"before training": draw(encoder)}
-    if xla:
-        from contrastive_st import xla as loop
-    else:
-        loop = trainer
-    typed = card.with_command(recipe.text, ["contrastive-st", *sys.argv[1:]])
-    try:
-        metrics = loop.train(
-            encoder, mixture, config, out, *measured, resume, overwrite, typed, progress=progress
-        )
-    except trainer.Stopped as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
-            _say(f"{stop}; go on with: {_resume_command(sys.argv)}", err=True)
-        raise typer.Exit(stop.code) from None
+    # 4. Train, then put the picture and the card beside the records.
+    text = card.with_command(recipe.text, ["contrastive-st", *sys.argv[1:]])
+    arguments = encoder, mixture, config, out, *measured, resume, overwrite, text
+    metrics = _train(xla, progress, *arguments)
     if not metrics:  # another process of this run reports
         return
-    made = _leave(out, heat, draw, only_missing=finished)
-    if finished:
-        if made:  # killed between the last record and these
-            _say(f"made what the run lacked: {', '.join(made)}")
-    else:
+    files = _leave(out, heat, draw, only_missing=finished)
+    if not finished:
         _say(summary(recipe, metrics, out, asked["retrieval"], pairs[0][0]))
+    elif files:  # killed between the last record and these
+        _say(f"made what the run lacked: {', '.join(files)}")
     if push_to_hub:
         _say(f"\nPushed: {card.push_to_hub(out, push_to_hub)}")
 
@@ -454,9 +461,7 @@ def summary(
     recipe,  # recipes.Recipe: what was trained
     metrics: dict,  # as trainer.train returns them
     out: Path,  # run directory
-    retrieval: (
-        Path | None
-    ),  # folder whose corpus.jsonl holds passages to search; None = the user's own, one a line
+    retrieval: Path | None,  # folder with a corpus.jsonl to search; None = the user's own texts
     question: str,  # to ask of them
 ) -> str:  # lines to print
     "Say what a run achieved and what to type next."
@@ -470,31 +475,27 @@ def summary(
                 f"\n{name}, with 95% intervals",
                 score_table({"before": scores["before"], "after": scores["after"]}),
             ]
-    model, program = shlex.quote(f"{out}/model"), _program()
-    corpus = (
-        retrieval / "corpus.jsonl" if retrieval and (retrieval / "corpus.jsonl").is_file() else None
-    )  # it may be zipped
-    python = "python" if shutil.which("contrastive-st") else _near(Path(sys.executable))
-    return "\n".join(
-        lines
-        + [
-            (
-                f"\nWritten to {out}: model/ metrics.json similarity.png mixture.json history.json"
-                " tensorboard/"
-            ),
-            "Next:",
-            (
-                f"  {program} search {model}"
-                f" {shlex.quote(_near(corpus)) if corpus else 'YOUR_TEXTS.txt'}"
-                f" {shlex.quote(printable(question[:200]))}"
-            ),
-            f"  {program} demo {shlex.quote(str(out))}    # in a browser; needs the extra 'demo'",
-            (
-                f'  {python} -c "import sys; from sentence_transformers import SentenceTransformer'
-                f" as S; print(S(sys.argv[1]).encode('hello').shape)\" {model}"
-            ),
-        ]
+    lines.append(
+        f"\nWritten to {out}: model/ metrics.json similarity.png mixture.json history.json"
+        " tensorboard/"
     )
+    return "\n".join([*lines, "Next:", *_next_commands(out, retrieval, question)])
+
+
+def _next_commands(out, retrieval, question):
+    "What can be typed after a training: a search, the demo, another library."
+    model, program = shlex.quote(f"{out}/model"), _program()
+    corpus = retrieval / "corpus.jsonl" if retrieval else None
+    is_there = corpus is not None and corpus.is_file()  # it may be zipped, which search cannot read
+    texts = shlex.quote(_near(corpus)) if is_there else "YOUR_TEXTS.txt"
+    yield f"  {program} search {model} {texts} {shlex.quote(printable(question[:200]))}"
+    yield f"  {program} demo {shlex.quote(str(out))}    # in a browser; needs the extra 'demo'"
+    python = "python" if shutil.which("contrastive-st") else _near(Path(sys.executable))
+    code = (
+        "import sys; from sentence_transformers import SentenceTransformer as S;"
+        " print(S(sys.argv[1]).encode('hello').shape)"
+    )
+    yield f'  {python} -c "{code}" {model}'
 
 
 def _near(path):
@@ -511,19 +512,11 @@ def tpu_time(
     "Say how long a run would take on a TPU v3-8 by the scaling model of `xla.step_time`."
     from contrastive_st.xla import CHIPS, step_time
 
-    steps = [
-        sum(
-            step_time(
-                *size,
-                texts=p["columns"] * report["batch_size"],
-                T=longest,
-                devices=8,
-                chip=CHIPS["v3"],
-            ).values()
-        )
-        for p in report["pools"]
-    ]
-    seconds = sum(p["batches"] * step for p, step in zip(report["pools"], steps))
+    setting = {"T": longest, "devices": 8, "chip": CHIPS["v3"]}
+    seconds = 0
+    for pool in report["pools"]:
+        parts = step_time(*size, texts=pool["columns"] * report["batch_size"], **setting)
+        seconds += pool["batches"] * sum(parts.values())
     length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} s"
     return (
         f"on a TPU v3-8 {length}, {1000 * seconds / report['steps']:,.0f} ms a step (estimated, not"
@@ -540,20 +533,23 @@ def by_folder(
         return report
     folders = {}
     for d in report["datasets"]:
-        folders.setdefault((d["name"].rpartition("/")[0] or d["name"], d["columns"]), []).append(d)
-    total = lambda group, key: sum(d[key] for d in group)
-    lines = [
-        {
-            "name": name if len(group) == 1 else f"{name}/ ({len(group)} files)",
-            "rows": total(group, "rows"),
-            "columns": columns,
-            "asked": total(group, "asked"),
-            "realised": total(group, "realised"),
-            "epochs": sum(d["epochs"] * d["rows"] for d in group) / total(group, "rows"),
-        }
-        for (name, columns), group in folders.items()
-    ]
+        folder = d["name"].rpartition("/")[0] or d["name"]
+        folders.setdefault((folder, d["columns"]), []).append(d)
+    lines = [_together(*key, group) for key, group in folders.items()]
     return report | {"datasets": sorted(lines, key=lambda d: -d["realised"])}
+
+
+def _together(name, columns, group):
+    "The datasets of a folder as one."
+    totals = {key: sum(d[key] for d in group) for key in ("rows", "asked", "realised")}
+    return {
+        "name": name if len(group) == 1 else f"{name}/ ({len(group)} files)",
+        "rows": totals["rows"],
+        "columns": columns,
+        "asked": totals["asked"],
+        "realised": totals["realised"],
+        "epochs": sum(d["epochs"] * d["rows"] for d in group) / totals["rows"],
+    }
 
 # %% ../nbs/13_cli.ipynb #inspect
 @app.command()
@@ -569,7 +565,7 @@ def inspect(
         Path | None, typer.Option(help="Write a plot of shares and epochs to this PNG.")
     ] = None,
 ):
-    "Print what a run of the recipe would see: shares, epochs, negatives, duplicates, truncation, padding; without data, its plan."
+    "Print what a run would see: shares, epochs, negatives, padding; without data, its plan."
     from contrastive_st import recipes, trainer
     from contrastive_st.mixture import account, report_table
 
@@ -580,20 +576,15 @@ def inspect(
     if data or store or recipe.data.folder:
         report, size, longest = _look(recipe, data, store, steps, sample)
     else:
-        report, size, longest = (
-            account(recipes.plan(recipe), steps, 0),
-            recipes.BACKBONES.get(recipe.model.name),
-            recipe.model.max_length or 128,
-        )
+        report = account(recipes.plan(recipe), steps, 0)
+        size = recipes.BACKBONES.get(recipe.model.name)
+        longest = recipe.model.max_length or 128
         _say(
             "planned from the sizes in the data config; --data FOLDER opens the files and looks"
             " into them"
         )
-    _say(
-        tpu_time(size, longest, report)
-        if size
-        else f"no time is estimated: the size of {recipe.model.name} is not known here"
-    )
+    unknown = f"no time is estimated: the size of {recipe.model.name} is not known here"
+    _say(tpu_time(size, longest, report) if size else unknown)
     _say(f"\n{recipe.title}\n\n{report_table(by_folder(report))}")
     if plot:
         plot.parent.mkdir(parents=True, exist_ok=True)
@@ -606,53 +597,64 @@ def _look(recipe, data, store, steps, sample):
     from contrastive_st import tokens, trainer
 
     mixture, encoder = recipe.mixture(data, store), recipe.encoder()
-    report = trainer.run_report(
-        mixture, tokens.Tokens(encoder.tokenizer, encoder.max_length), steps, sample
-    )
-    size = (
-        encoder.backbone.config.num_hidden_layers,
-        encoder.width,
-        sum(p.numel() for p in encoder.backbone.parameters()),
-    )
-    return report, size, encoder.max_length
+    pieces = tokens.Tokens(encoder.tokenizer, encoder.max_length)
+    report = trainer.run_report(mixture, pieces, steps, sample)
+    layers = encoder.backbone.config.num_hidden_layers
+    parameters = sum(p.numel() for p in encoder.backbone.parameters())
+    return report, (layers, encoder.width, parameters), encoder.max_length
 
 # %% ../nbs/13_cli.ipynb #report-figure
-def report_figure(
-    report: dict,  # of mixture.Mixture.report
-    path: str | Path,  # PNG to write
-    most: int = 30,  # datasets with a row of their own, largest share first; the others share the last row
-) -> None:
-    "Draw what each dataset was asked to give, what it gives, and how often its rows are seen."
-    from matplotlib.figure import Figure
+def _ranked(datasets, most):
+    "Name -> datasets, largest share first; those beyond `most` share the last name."
+    ranked = sorted(datasets, key=lambda d: -d["asked"])
+    groups = [[d] for d in ranked[:most]]
+    names = [re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-56:] for d in ranked[:most]]
+    if ranked[most:]:
+        groups.append(ranked[most:])
+        names.append(f"{len(ranked) - most} more, together")
+    return names, groups
 
-    ranked = sorted(report["datasets"], key=lambda d: -d["asked"])
-    groups = [[d] for d in ranked[:most]] + ([ranked[most:]] if ranked[most:] else [])
-    names = [re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-56:] for d in ranked[:most]] + [
-        f"{len(ranked) - most} more, together"
-    ]
-    figure, y = (
-        Figure(figsize=(9, 1.7 + 0.25 * len(groups)), layout="constrained"),
-        np.arange(len(groups)),
-    )
-    left, right = figure.subplots(1, 2, sharey=True)
+
+def _draw_shares(axis, names, groups):
+    "Draw bars of the shares, asked and realised."
+    y = np.arange(len(groups))
     for at, key in ((-0.2, "asked"), (0.2, "realised")):
-        left.barh(y + at, [100 * sum(d[key] for d in g) for g in groups], 0.4, label=f"{key} share")
-    for row, group in enumerate(groups):
-        seen = [d["epochs"] for d in group if d["epochs"]] or [
-            np.nan
-        ]  # what is never seen has no place on a log axis
-        right.plot([min(seen), max(seen)], [row, row], "o-", color="tab:gray")
-    right.axvline(100, color="tab:red", ls=":", label="100 times")
-    left.set(
+        shares = [100 * sum(d[key] for d in group) for group in groups]
+        axis.barh(y + at, shares, 0.4, label=f"{key} share")
+    axis.set(
         yticks=y,
-        yticklabels=names[: len(groups)],
+        yticklabels=names,
         ylim=(len(groups) - 0.4, -0.6),
         xlabel="% of all rows",
         title="Who fills the batches?",
     )
-    left.tick_params("y", labelsize="small")
-    right.set(xscale="log", xlabel="times each row is seen", title="How often?")
-    right.grid(axis="y", alpha=0.3)
+    axis.tick_params("y", labelsize="small")
+
+
+def _draw_epochs(axis, groups):
+    "Draw how often a row is seen, from the least to the most of a group."
+    for row, group in enumerate(groups):
+        # What is never seen has no place on a logarithmic axis.
+        epochs = [d["epochs"] for d in group if d["epochs"]] or [np.nan]
+        axis.plot([min(epochs), max(epochs)], [row, row], "o-", color="tab:gray")
+    axis.axvline(100, color="tab:red", ls=":", label="100 times")
+    axis.set(xscale="log", xlabel="times each row is seen", title="How often?")
+    axis.grid(axis="y", alpha=0.3)
+
+
+def report_figure(
+    report: dict,  # of mixture.Mixture.report
+    path: str | Path,  # PNG to write
+    most: int = 30,  # datasets with a row of their own, largest first; the others share one
+) -> None:
+    "Draw what each dataset was asked to give, what it gives, and how often its rows are seen."
+    from matplotlib.figure import Figure
+
+    names, groups = _ranked(report["datasets"], most)
+    figure = Figure(figsize=(9, 1.7 + 0.25 * len(groups)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_epochs(right, groups)
+    _draw_shares(left, names, groups)  # last, as it sets the limits of the axis that both share
     figure.suptitle(f"{report['steps']:,} steps of {report['batch_size']:,} examples")
     figure.legend(loc="outside lower center", ncols=3)
     with atomic.writing(path), atomic.new_file(path) as beside:
@@ -660,7 +662,7 @@ def report_figure(
 
 # %% ../nbs/13_cli.ipynb #prepare-parts
 def _config(config, data, tiny):
-    "What an argument names: the data config, the folder of its data, and where it says so the longest text in tokens."
+    "The data config that an argument names, the folder of its data, and its longest text."
     from contrastive_st import recipes
 
     if config.endswith(".json"):
@@ -703,15 +705,26 @@ def _tokenise(tokens, out, summaries, progress):
 
     from contrastive_st.data import store_folder
 
-    with tqdm(
-        total=sum(s["rows"] for s in summaries.values()),
-        unit=" rows",
-        unit_scale=True,
-        disable=not progress,
-        desc="tokenising",
-    ) as bar:
+    total = sum(s["rows"] for s in summaries.values())
+    style = {"unit": " rows", "unit_scale": True, "desc": "tokenising"}
+    with tqdm(total=total, disable=not progress, **style) as bar:
         for name in summaries:
             tokens.prepare(store_folder(out, name), bar.update)
+
+# %% ../nbs/13_cli.ipynb #prepare-next
+def _data_config(entries, summaries):
+    "A data config for the stores, with the rows that were counted."
+    for e in entries:
+        weight = {} if e.weight is None else {"weight": e.weight}
+        yield {"name": e.name, "lines": summaries[e.name]["rows"], **weight}
+
+
+def _train_command(config, tiny, data, out):
+    "The command that trains from a folder of stores."
+    words = ["RECIPE.toml"]
+    if not config.endswith(".json"):
+        words = [config, *(["--tiny"] if tiny else []), *(["--data", str(data)] if data else [])]
+    return f"contrastive-st train {shlex.join([*words, '--store', str(out)])}"
 
 # %% ../nbs/13_cli.ipynb #prepare
 @app.command()
@@ -762,45 +775,32 @@ def prepare(
         ),
     ] = False,
 ):
-    "Write the datasets of a config into Arrow stores, once; what is there and up to date is left alone."
+    "Write the datasets of a config into Arrow stores; what is up to date is left alone."
     from contrastive_st import data as reading
     from contrastive_st import store
 
     mix, folder, longest = _config(config, data, tiny)
     entries, progress = _to_prepare(mix, folder, out), progress and sys.stderr.isatty()
-    tokens = (
-        _tokens(tokenizer, max_length or longest) if tokenizer else None
-    )  # first: a wrong name must not cost an hour
-    wanted = [
+    # The tokenizer first: a wrong name must not cost an hour.
+    tokens = _tokens(tokenizer, max_length or longest) if tokenizer else None
+    sources = [
         {"name": e.name, "path_or_hub_id": e.path, "columns": e.columns, "split": e.split}
         for e in entries
     ]
     total = sum(e.lines for e in entries) if all(e.lines for e in entries) else None
-    summaries = reading.prepare(wanted, out, on_error, workers, total, progress, verify)
+    summaries = reading.prepare(sources, out, on_error, workers, total, progress, verify)
     if tokens:
         _tokenise(tokens, out, summaries, progress)
-    listed = [
-        {"name": e.name, "lines": summaries[e.name]["rows"]}
-        | ({} if e.weight is None else {"weight": e.weight})
-        for e in entries
-    ]
-    atomic.write_json(out / "data_config.json", listed)
-    recipe = (
-        ["RECIPE.toml"]
-        if config.endswith(".json")
-        else [config, *(["--tiny"] if tiny else []), *(["--data", str(data)] if data else [])]
-    )
-    _say(
-        f"{store.summary_table(summaries)}\n\nWritten to {out}. Next: contrastive-st train"
-        f" {shlex.join([*recipe, '--store', str(out)])}"
-    )
+    atomic.write_json(out / "data_config.json", list(_data_config(entries, summaries)))
+    command = _train_command(config, tiny, data, out)
+    _say(f"{store.summary_table(summaries)}\n\nWritten to {out}. Next: {command}")
 
 # %% ../nbs/13_cli.ipynb #read-texts
 _LONGEST = 2**24  # bytes of a line; a longer one is no text
 
 
 def read_texts(
-    path: Path,  # .txt: one text a line; .jsonl: objects with "text", and "title" if there is one; "-": lines of standard input
+    path: Path,  # .txt: a text a line; .jsonl: "text" and perhaps "title"; "-": standard input
 ) -> Iterator[str]:  # in file order, read as they are asked for
     "Read the texts of a file; raise `ValueError` naming the line that is not right."
     if str(path) == "-":
@@ -829,11 +829,8 @@ def _lines(file, name, may_be_empty=False):
                 f"{name}:{number}: is longer than {_LONGEST:,} bytes; write one text a line"
             )
         try:
-            yield (
-                line.decode("utf-8-sig" if number == 1 else "utf-8")
-                .removesuffix("\n")
-                .removesuffix("\r")
-            )
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield text.removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{name}:{number}: byte {error.start + 1} is not UTF-8; unzip the file, or save it"
@@ -922,9 +919,9 @@ def encode(
 
     check_output(out)
     total = None if str(texts) == "-" else sum(1 for _ in read_texts(texts))
-    options = {"bf16": bf16, "batch_size": batch_size} | (
-        {} if prompt is None else {"prompt": prompt}
-    )
+    options = {"bf16": bf16, "batch_size": batch_size}
+    if prompt is not None:
+        options["prompt"] = prompt
     out.parent.mkdir(parents=True, exist_ok=True)
     given = _Counted(read_texts(texts))
     card = write_embeddings(
@@ -965,17 +962,21 @@ def search(
     from contrastive_st.search import semantic_search
 
     passages = _passages(corpus)
-    embed_query, embed_passages = with_prompts(
-        _encoder(model), query_prompt, document_prompt, progress=False
-    )
+    prompts = query_prompt, document_prompt
+    embed_query, embed_passages = with_prompts(_encoder(model), *prompts, progress=False)
     index = embed_passages(passages)
-    for query in queries or (
-        line.strip() for line in _lines(sys.stdin.buffer, "standard input", True) if line.strip()
-    ):
+    for query in queries or _questions():
         scores, places = semantic_search(embed_query([query]), index, top_k)
         _say(_shortened(query, 0), bold=True)
         for score, i in zip(scores[0], places[0]):
             _say(f"  {score:.3f}  {_shortened(passages[i], 9)}")
+
+
+def _questions():
+    "The lines of standard input that are not blank, as they come."
+    for line in _lines(sys.stdin.buffer, "standard input", True):
+        if line.strip():
+            yield line.strip()
 
 
 def _passages(path):
@@ -994,12 +995,12 @@ def _passages(path):
 
 
 def _shortened(text, indent):
-    "A text on one line that fits into the terminal beside an indent; whole where the output is a file or a pipe."
-    text = printable(text if not sys.stdout.isatty() else text[:10_000])
+    "A text on one line, shortened for a terminal; whole where the output is a file or a pipe."
+    if not sys.stdout.isatty():
+        return printable(text)
+    text = printable(text[:10_000])  # more than any terminal shows
     width = shutil.get_terminal_size().columns - indent
-    return (
-        text if not sys.stdout.isatty() or len(text) <= width else text[: max(width - 1, 1)] + "…"
-    )
+    return text if len(text) <= width else text[: max(width - 1, 1)] + "…"
 
 # %% ../nbs/13_cli.ipynb #demo
 @app.command()
@@ -1019,7 +1020,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7860,
     limit: Annotated[int, typer.Option(min=1, help="Texts in a corpus, at most.")] = 20_000,
 ):
-    "Serve a web page for some models: similarity, answers, search and clusters, bias, and how they were trained."
+    "Serve a web page for some models: similarity, answers, search, bias and their training."
     from contrastive_st import demo as page
 
     page.launch(models, run, host, port, limit, _say)

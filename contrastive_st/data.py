@@ -37,16 +37,8 @@ from isal import igzip
 from tqdm.auto import tqdm
 
 from .atomic import reading
-from contrastive_st.store import (
-    REJECTS,
-    SUMMARY,
-    Store,
-    column_names,
-    fit_negatives,
-    negatives_changed,
-    text_identity,
-    write_store,
-)
+from .store import REJECTS, SUMMARY, Store, column_names, fit_negatives
+from .store import negatives_changed, text_identity, write_store
 from .workers import worker_pool
 
 # %% ../nbs/00_data.ipynb #quote
@@ -97,17 +89,17 @@ class _Unzipped(io.RawIOBase):
 
 
 def _open(path):
-    "Open for reading bytes, once, and through gzip when the name says so; name and content must agree."
+    "Open a file for reading bytes, through gzip if the name says so; the content must agree."
     file = open(path, "rb")
     head = file.peek(2)[:2]
-    zipped, named = head == b"\x1f\x8b", path.suffix == ".gz"
+    zipped, named = head == b"\x1f\x8b", path.suffix == ".gz"  # how gzip data begin
     if zipped == named or (named and not head):
         return io.BufferedReader(_Unzipped(file), 2**20) if zipped else file
     file.close()
     if named:
         raise ValueError(
-            f"{path}: the name ends in .gz but the content is not gzip; run `gzip` on it or drop"
-            " .gz from the name"
+            f"{path}: the name ends in .gz but the content is not gzip; "
+            "run `gzip` on it or drop .gz from the name"
         )
     raise ValueError(
         f"{path}: the content is gzip but the name does not say so; rename it to {path.name}.gz"
@@ -115,8 +107,8 @@ def _open(path):
 
 # %% ../nbs/00_data.ipynb #raw-lines
 def _damaged_line(path):
-    "The number of the line in which gzip data breaks off; the slow reader gives every line before it."
-    n = 0
+    "The number of the line in which gzip data breaks off."
+    n = 0  # the slow reader, unlike the fast one, gives every line before that
     with suppress(Exception), gzip.open(path) as file:  # it breaks off, that is why we are here
         for raw in iter(partial(file.readline, LINE_BYTES), b""):
             n += raw.endswith(b"\n")
@@ -131,30 +123,30 @@ def _raw_lines(path):
             for n, raw in enumerate(iter(partial(file.readline, LINE_BYTES), b""), 1):
                 if len(raw) == LINE_BYTES and not raw.endswith(b"\n"):
                     raise ValueError(
-                        f"{path}:{n}: the line is longer than {LINE_BYTES:,} bytes; write one"
-                        " example per line, or leave it out"
+                        f"{path}:{n}: the line is longer than {LINE_BYTES:,} bytes; "
+                        "write one example per line, or leave it out"
                     )
                 yield n, raw
     except ValueError:
         raise
-    except Exception as error:  # which errors an unpacker knows is its own affair; those of the system have a number
+    except Exception as error:
+        # errors of the system have a number, and whatever else comes is the unpacker's
         if getattr(error, "errno", None):
             raise ValueError(
-                f"{path}:{n + 1}: cannot be read ({error.strerror}); check the disk and the"
-                " permissions"
+                f"{path}:{n + 1}: cannot be read ({error.strerror}); "
+                "check the disk and the permissions"
             ) from error
         raise ValueError(
-            f"{path}:{_damaged_line(path)}: the gzip data is cut off or damaged here; fetch the"
-            " file again"
+            f"{path}:{_damaged_line(path)}: the gzip data is cut off or damaged here; "
+            "fetch the file again"
         ) from None
 
 
 def _decoded(n, raw, reject):
     "The text of a line without its line end; None, and a reject, if it is not UTF-8."
+    encoding = "utf-8-sig" if n == 1 else "utf-8"  # -sig drops a byte order mark
     try:
-        return raw.decode("utf-8-sig" if n == 1 else "utf-8").rstrip(
-            "\r\n"
-        )  # -sig: drops a byte order mark
+        return raw.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
         reject(n, f"byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8")
 
@@ -176,17 +168,15 @@ class _Rejects:
     def __init__(self, path, on_error=None, note=None, between=":"):
         if on_error not in (None, "raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}; use 'raise' or 'skip'")
-        self.path, self.on_error, self.note, self.skipped, self.first = path, on_error, note, 0, []
-        self.between = between
+        self.path, self.on_error, self.note, self.between = path, on_error, note, between
+        self.skipped, self.first = 0, []
 
     def __call__(self, line, problem):
         "Raise with file and line, or take note."
         if self.on_error != "skip":
-            way_out = (
-                ", or leave bad rows out and count them with on_error='skip'"
-                if self.on_error
-                else ""
-            )
+            way_out = ""
+            if self.on_error:
+                way_out = ", or leave bad rows out and count them with on_error='skip'"
             raise ValueError(f"{self.path}{self.between}{line}: {problem}{way_out}")
         self.skipped += 1
         if len(self.first) < 3:
@@ -195,11 +185,10 @@ class _Rejects:
             self.note(line, "empty" if isinstance(problem, _Empty) else "malformed", str(problem))
 
 
-def _report(path, kept, skipped, first):
+def _report(path, rows, skipped, first):
     "One line with both counts, then the first faults: (line, problem)."
-    return f"{path}: {kept} rows kept, {skipped} bad rows skipped, the first:" + "".join(
-        f"\n  line {line}: {problem}" for line, problem in first
-    )
+    faults = [f"\n  line {line}: {problem}" for line, problem in first]
+    return f"{path}: {rows} rows kept, {skipped} bad rows skipped, the first:" + "".join(faults)
 
 # %% ../nbs/00_data.ipynb #json
 def _jsonl(path, columns, reject, after=0):
@@ -209,9 +198,8 @@ def _jsonl(path, columns, reject, after=0):
             continue
         try:
             yield n, orjson.loads(raw)
-        except (
-            ValueError
-        ):  # the strict and fast parser says no; the slow one says why, or is more lenient
+        except ValueError:
+            # the fast and strict parser says no: the slow one says why, or is more lenient
             if not (text := _decoded(n, raw, reject) or "").strip():
                 continue
             try:
@@ -219,8 +207,8 @@ def _jsonl(path, columns, reject, after=0):
             except (ValueError, RecursionError) as error:
                 reject(
                     n,
-                    f"not JSON ({str(error)[:80]}); write one JSON list or object per line, texts"
-                    " in double quotes",
+                    f"not JSON ({str(error)[:80]}); "
+                    "write one JSON list or object per line, texts in double quotes",
                 )
             else:
                 yield n, value
@@ -233,8 +221,8 @@ def _whole_json(path):
         size += len(text) + 1
         if size > JSON_BYTES:
             raise ValueError(
-                f"{path}:{n}: a .json list is read as a whole, so it may have {JSON_BYTES:,} bytes;"
-                " write one example per line into a .jsonl file"
+                f"{path}:{n}: a .json list is read as a whole, so it may have {JSON_BYTES:,} "
+                "bytes; write one example per line into a .jsonl file"
             )
         lines.append(text)
     return "\n".join(lines)
@@ -245,18 +233,20 @@ def _json(path, columns, reject, after=0):
     text = _whole_json(path)
     if not text.strip():
         return
+    # 1. Is it one list? Then all its items can be decoded.
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         where = f"{path}:{getattr(error, 'lineno', 1)}"
         raise ValueError(
-            f"{where}: not JSON ({str(error)[:80]}); if each line is a JSON value of its own, name"
-            " the file .jsonl"
+            f"{where}: not JSON ({str(error)[:80]}); "
+            "if each line is a JSON value of its own, name the file .jsonl"
         ) from None
     if not isinstance(whole, list):
         raise ValueError(
             f"{path}:1: the file holds one {type(whole).__name__}; write a JSON list of examples"
         )
+    # 2. Decode them once more, one by one, to count the lines before each.
     decode, at, line = json.JSONDecoder().raw_decode, 0, 1
     skip = re.compile(r"\s*[\[,]?\s*").match  # what stands before an item
     for _ in whole:
@@ -269,9 +259,8 @@ def _json(path, columns, reject, after=0):
 # %% ../nbs/00_data.ipynb #table
 def _tsv(path, columns, reject, after=0):
     "Yield (line, {column: cell}); tabs separate, nothing is quoted."
-    yield from _table(
-        ((n, text.split("\t")) for n, text in _lines(path, reject) if text), columns, reject
-    )
+    records = ((n, text.split("\t")) for n, text in _lines(path, reject) if text)
+    yield from _table(records, columns, reject)
 
 
 _SEPARATORS = (",", ";", "\t")
@@ -285,74 +274,84 @@ def _cells(line, separator):
 
 
 def _separator(line, columns):
-    "What separates the cells of a .csv file, by its first line: a comma, unless only another character fits."
+    "What separates the cells of a .csv file, by its first line: a comma, if another does not fit."
 
     def fits(separator):
         cells = _cells(line, separator)
-        if columns and isinstance(columns[0], int):
+        if not columns:
+            return _pair(cells) is not None
+        if isinstance(columns[0], int):
             return len(cells) > max(columns)
-        return (
-            all(_spelled(name, cells) for name in columns) if columns else _pair(cells) is not None
-        )
+        return all(_spelled(name, cells) for name in columns)
 
     fitting = [separator for separator in _SEPARATORS if fits(separator)]
     return fitting[0] if len(fitting) == 1 else ","
 
+# %% ../nbs/00_data.ipynb #records
+class _Numbered:
+    "The texts of numbered lines, for the csv reader; `line` is the last that it took."
+
+    def __init__(self, lines):
+        self.lines, self.line = lines, 0
+
+    def __iter__(self):
+        for self.line, text in self.lines:
+            yield text
+
 
 def _csv_lines(path):
-    "Yield (line, text); broken bytes become half characters, so that quotes still count and the record is rejected as a whole."
+    "Yield (line, text); a byte that is not UTF-8 becomes half a character."
     for n, raw in _raw_lines(path):
-        yield (
-            n,
-            raw.decode("utf-8-sig" if n == 1 else "utf-8", "surrogateescape").rstrip("\r\n") + "\n",
-        )
+        # the half character lets the quotes count on, and `_not_utf8` finds it in its record
+        text = raw.decode("utf-8-sig" if n == 1 else "utf-8", "surrogateescape")
+        yield n, text.rstrip("\r\n") + "\n"
+
+
+def _not_utf8(cells):
+    "The bytes of the first cell with half a character; None if all are whole."
+    for cell in cells:
+        if not cell.isascii() and re.search("[\udc80-\udcff]", cell):
+            return cell[:40].encode("utf-8", "surrogateescape")[:40]
+    return None
+
+
+def _head(lines):
+    "Take the blank lines and the first that holds something."
+    head = []
+    for line in lines:
+        head.append(line)
+        if line[1].strip():
+            break
+    return head
 
 
 def _records(path, columns, reject):
     "Yield (line on which the record begins, cells)."
     lines = _csv_lines(path)
-    head = []  # blank lines and the first that holds something
-    for first in lines:
-        head.append(first)
-        if first[1].strip():
-            break
+    head = _head(lines)
     header = head[-1][1] if head else ""
     separator = _separator(header, columns)
     spaced = any(cell.startswith(" ") for cell in _cells(header, separator))  # `anchor, positive`
-    seen = 0
-
-    def feed():
-        nonlocal seen
-        for seen, text in chain(head, lines):
-            yield text
-
-    reader, start = csv.reader(feed(), strict=True, delimiter=separator, skipinitialspace=spaced), 1
+    feed, start = _Numbered(chain(head, lines)), 1
+    reader = csv.reader(feed, strict=True, delimiter=separator, skipinitialspace=spaced)
     try:
         for cells in reader:
-            broken = next(
-                (c for c in cells if not c.isascii() and re.search("[\udc80-\udcff]", c)), None
-            )
-            if broken is not None:
-                reject(
-                    start,
-                    f"{broken[:40].encode('utf-8', 'surrogateescape')[:40]} is not UTF-8; save the"
-                    " file as UTF-8",
-                )
+            if (broken := _not_utf8(cells)) is not None:
+                reject(start, f"{broken} is not UTF-8; save the file as UTF-8")
             elif cells:
                 yield start, cells
-            start = seen + 1
+            start = feed.line + 1
     except csv.Error as error:
         raise ValueError(
-            f"{path}:{start}: not CSV ({error}); close the quote that opens here, double quotes"
-            " inside cells"
+            f"{path}:{start}: not CSV ({error}); "
+            "close the quote that opens here, double quotes inside cells"
         ) from None
 
 
 def _csv(path, columns, reject, after=0):
     "Yield (line, {column: cell}); the line is the one on which the record begins."
-    csv.field_size_limit(
-        LINE_BYTES
-    )  # for the whole process; the default, 131,072 characters, is no limit of the format
+    # for the whole process; the default of 131,072 characters is no limit of the format
+    csv.field_size_limit(LINE_BYTES)
     yield from _table(_records(path, columns, reject), columns, reject)
 
 # %% ../nbs/00_data.ipynb #table-header
@@ -367,14 +366,7 @@ def _table(records, columns, reject):
     try:
         _choose(tuple(header), columns)
     except ValueError as error:
-        hint = "" if columns else ", and columns=(0, 1) reads a table without a header"
-        other = next((s for s in _SEPARATORS if len(header) == 1 and s in header[0]), None)
-        hint += (
-            f"; cells seem to be separated by {other!r}, so the file may need another ending, .csv"
-            " or .tsv"
-            if other
-            else ""
-        )
+        hint = _header_hint(header, columns)
         raise ValueError(
             f"{reject.path}:{line}: {error}; line 1 must name the columns{hint}"
         ) from None
@@ -382,11 +374,20 @@ def _table(records, columns, reject):
         if len(cells) == len(header):
             yield n, dict(zip(header, cells))
         else:
-            reject(
-                n,
-                f"{len(cells)} cells where the header has {len(header)} ({_listed(header)}); mend"
-                " the row",
-            )
+            width = f"{len(cells)} cells where the header has {len(header)}"
+            reject(n, f"{width} ({_listed(header)}); mend the row")
+
+
+def _header_hint(header, columns):
+    "What else may be wrong with a table whose header lacks the columns."
+    hint = "" if columns else ", and columns=(0, 1) reads a table without a header"
+    other = next((s for s in _SEPARATORS if len(header) == 1 and s in header[0]), None)
+    if other:
+        hint += (
+            f"; cells seem to be separated by {other!r}, "
+            "so the file may need another ending, .csv or .tsv"
+        )
+    return hint
 
 
 def _parquet(path, columns, reject, after=0):
@@ -395,20 +396,17 @@ def _parquet(path, columns, reject, after=0):
     with reading(path, f"it is not a Parquet file, or damaged; {todo}"):
         file = pq.ParquetFile(path)
         names = tuple(file.schema_arrow.names)
+    wanted = None  # all columns
     try:
-        wanted = (
-            None
-            if "texts" in names and not columns
-            else list(dict.fromkeys([*_choose(names, columns), *_spelled("split", names)]))
-        )
+        if columns or "texts" not in names:
+            wanted = list(dict.fromkeys([*_choose(names, columns), *_spelled("split", names)]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     with reading(path, todo):
         batches, row = file.iter_batches(batch_size=4096, columns=wanted), 1
+    damage = f"the Parquet data is damaged in this row or soon after it; {todo}"
     while True:
-        with reading(
-            f"{path}:{row}", f"the Parquet data is damaged in this row or soon after it; {todo}"
-        ):
+        with reading(f"{path}:{row}", damage):
             batch = next(batches, None)
             rows = [] if batch is None or row + len(batch) <= after else batch.to_pylist()
         yield from enumerate(rows, row)
@@ -460,24 +458,24 @@ def _find_columns(names):
     pair = _pair(names)
     if pair is None:
         raise ValueError(
-            f"no known pair of columns among {_listed(names)}; name yours with columns=(anchor,"
-            " positive)"
+            f"no known pair of columns among {_listed(names)}; "
+            "name yours with columns=(anchor, positive)"
         )
     judged = [name for name in names if _plain(name) in _JUDGED]
     if judged:
         raise ValueError(
-            f"column {quote(judged[0])} judges the pairs, so not each is a positive; keep the"
-            f" positives, then pass columns={pair}"
+            f"column {quote(judged[0])} judges the pairs, so not each is a positive; "
+            f"keep the positives, then pass columns={pair}"
         )
-    negatives = [
-        name for name in names if re.fullmatch(r"neg|(hard_)?negative(_?\d{1,9})?", _plain(name))
-    ]
+    negative = re.compile(r"neg|(hard_)?negative(_?\d{1,9})?")
+    negatives = [name for name in names if negative.fullmatch(_plain(name))]
+    # by number, so that negative_10 comes after negative_2
     return pair + tuple(sorted(negatives, key=lambda name: int(re.sub(r"\D", "", name) or 0)))
 
 
 @lru_cache
 def _choose(names, columns):
-    "The columns to read, as they are spelled: those asked for, or those found; ValueError when one is missing or doubled."
+    "The columns to read, as the file spells them; ValueError when one is missing or doubled."
     chosen = []
     for name in columns or _find_columns(names):
         spelled = _spelled(name, names)
@@ -505,32 +503,36 @@ def _texts(row, columns):
     if isinstance(row, tuple):
         row = list(row)
     if isinstance(row, list):
-        if not all(isinstance(c, int) and 0 <= c < len(row) for c in columns or ()):
-            raise ValueError(
-                f"columns={columns} does not fit a list of {len(row)}; give positions such as"
-                " (0, 1)"
-            )
-        return [[row[c] for c in columns]] if columns else [row]
-    if not isinstance(row, dict):
+        return [_by_position(row, columns)]
+    if isinstance(row, dict):
+        return _by_name(row, columns)
+    raise ValueError(
+        f"expected a list of texts or an object with named texts, found {quote(row)}; mend the row"
+    )
+
+
+def _by_position(row, columns):
+    "The texts of a list, or those at the positions asked for."
+    if not all(isinstance(c, int) and 0 <= c < len(row) for c in columns or ()):
         raise ValueError(
-            f"expected a list of texts or an object with named texts, found {quote(row)}; mend"
-            " the row"
+            f"columns={columns} does not fit a list of {len(row)}; give positions such as (0, 1)"
         )
+    return [row[c] for c in columns] if columns else row
+
+
+def _by_name(row, columns):
+    "The examples of an object; each column may hold a list of texts."
     anchor, positives, *negatives = [row[name] for name in _choose(tuple(row), columns)]
-    hard = [
-        text
-        for value in negatives
-        if value is not None
-        for text in (value if isinstance(value, list) else [value])
-    ]
     if positives == []:
         raise ValueError(
             "the list of positives is empty; an anchor without a positive is no example"
         )
-    return [
-        [anchor, positive, *hard]
-        for positive in (positives if isinstance(positives, list) else [positives])
-    ]
+    hard = [text for value in negatives if value is not None for text in _as_list(value)]
+    return [[anchor, positive, *hard] for positive in _as_list(positives)]
+
+
+def _as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
 def _checked(texts) -> Example:
@@ -546,6 +548,7 @@ def _checked(texts) -> Example:
             )
         if not text.strip():
             raise _Empty(f"text {i} is empty; fill it in or delete the row")
+        # the test for ASCII is quick, and spares most texts the search
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise ValueError(f"text {i} holds half a character (a lone surrogate); mend the escape")
     return tuple(texts)
@@ -562,39 +565,37 @@ def regular_file(
         raise ValueError(f"{path}: no such file; check the name and the folder you run in")
     if not path.is_file():
         raise ValueError(
-            f"{path}: is a pipe, a socket or a device, which can be read only once; copy its"
-            " content to a file"
+            f"{path}: is a pipe, a socket or a device, which can be read only once; "
+            "copy its content to a file"
         )
     return path
 
 
 def _existing(path):
-    "The path, after it was seen to be a file of a kind that can be read."
+    "The path, after it was seen to be a file of a format that can be read."
     path = regular_file(path)
-    if _kind(path) not in _READERS:
+    if _format(path) not in _READERS:
         raise ValueError(
-            f"{path}: cannot read this kind of file; the name must end in {', '.join(_READERS)},"
-            " with .gz after it if zipped"
+            f"{path}: cannot read this kind of file; "
+            f"the name must end in {', '.join(_READERS)}, with .gz after it if zipped"
         )
     return path
 
 
-def _kind(path):
+def _format(path):
+    "The ending that says how a file is to be read."
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
 def _rows(path, columns, reject, after=0):
     "Yield (line, raw row) of the lines above `after`."
-    return (
-        (line, row)
-        for line, row in _READERS[_kind(path)](path, columns, reject, after)
-        if line > after
-    )
+    rows = _READERS[_format(path)](path, columns, reject, after)
+    return ((line, row) for line, row in rows if line > after)
 
 
 def _examples(rows, columns, reject, after=0):
-    "Yield (line, checked example) for raw rows; bad rows go to `reject`. `after`: the last line that was read before."
-    some = after > 0
+    "Yield (line, checked example) for raw rows above the line `after`; bad rows go to `reject`."
+    some = after > 0  # an interrupted run has read some already
     for line, row in rows:
         try:
             examples = [_checked(texts) for texts in _texts(row, columns)]
@@ -613,7 +614,7 @@ LOOK_AHEAD = 1000  # examples that wait for the first one with negatives
 
 
 class _Fitted:
-    "Gives all examples of a file one width: that of the first which has negatives, or the one asked for."
+    "Gives all examples of a file one width: that asked for, or that of the first with negatives."
 
     def __init__(self, path, negatives=None, ahead=LOOK_AHEAD):
         self.path, self.ahead = path, ahead
@@ -636,8 +637,9 @@ class _Fitted:
                 self.width, example = len(example), None
             elif self.width == 2 < len(example) and not decided:
                 raise ValueError(
-                    f"{self.path}:{line}: the first row with negatives, after {self.ahead:,} and"
-                    f" more without any; say how many with negatives={len(example) - 2}"
+                    f"{self.path}:{line}: the first row with negatives, "
+                    f"after {self.ahead:,} and more without any; "
+                    f"say how many with negatives={len(example) - 2}"
                 )
             yield from map(self.one, waiting)
             waiting = []
@@ -649,63 +651,61 @@ class _Fitted:
 # %% ../nbs/00_data.ipynb #read-public
 def read_examples(
     path: str | Path,  # .jsonl .json .tsv .csv (each also .gz) or .parquet file
-    columns: (
-        Sequence[str | int] | None
-    ) = None,  # (anchor, positive, *negatives): names, or positions from 0 in rows without names; None finds them
-    on_error: str = "raise",  # 'raise' stops at the first bad row; 'skip' leaves bad rows out and warns with their count
-    negatives: (
-        int | None
-    ) = None,  # of each row; None: as many as the first row has that has any, looked for in the first 1,000 rows
+    # (anchor, positive, *negatives): names, or positions from 0 in rows without names; None finds
+    # them
+    columns: Sequence[str | int] | None = None,
+    # 'raise' stops at the first bad row; 'skip' leaves bad rows out and warns with their count
+    on_error: str = "raise",
+    # of each row; None: as many as the first row has that has any, looked for in the first 1,000
+    # rows
+    negatives: int | None = None,
 ) -> Iterator[Example]:  # tuples of C texts, the same C in the whole file
-    "Iterate over the checked examples of a file, fitted to one number of negatives; an error names file:line (file:row in Parquet)."
+    "Iterate over the checked examples of a file, all of one width; an error names file and line."
     path, columns = _existing(path), _checked_columns(columns)
     return _warned(_Fitted(path, _checked_negatives(negatives)), columns, _Rejects(path, on_error))
 
 
 def _warned(fitted, columns, reject):
     "Yield the examples, then warn if rows were skipped or their negatives changed."
-    kept = 0
-    for kept, example in enumerate(
-        fitted(_examples(_rows(reject.path, columns, reject), columns, reject)), 1
-    ):
+    rows, examples = 0, _examples(_rows(reject.path, columns, reject), columns, reject)
+    for rows, example in enumerate(fitted(examples), 1):
         yield example
-    changed = negatives_changed(fitted.changed, fitted.width)
+    changes = negatives_changed(fitted.changed, fitted.width)
     if reject.skipped:
-        warnings.warn(_report(reject.path, kept, reject.skipped, reject.first), stacklevel=2)
-    if changed:
-        warnings.warn(f"{reject.path}: {changed}", stacklevel=2)
+        warnings.warn(_report(reject.path, rows, reject.skipped, reject.first), stacklevel=2)
+    if changes:
+        warnings.warn(f"{reject.path}: {changes}", stacklevel=2)
 
 
 def _checked_columns(columns):
     "None, or a tuple of at least two names or of at least two positions."
     if columns is None:
         return None
-    kinds = set(map(type, columns)) if isinstance(columns, (list, tuple)) else set()
-    if len(columns) < 2 or kinds not in ({str}, {int}):
+    types = set(map(type, columns)) if isinstance(columns, (list, tuple)) else set()
+    if len(columns) < 2 or types not in ({str}, {int}):
         raise ValueError(
-            f"columns={quote(columns)}; name an anchor and a positive at least, like ('question',"
-            " 'answer'), or give positions, like (0, 1)"
+            f"columns={quote(columns)}; name an anchor and a positive at least, "
+            "like ('question', 'answer'), or give positions, like (0, 1)"
         )
     return tuple(columns)
 
 
 def _checked_negatives(negatives):
     "None, or a number of negatives."
-    if negatives is None or (
-        isinstance(negatives, int) and not isinstance(negatives, bool) and negatives >= 0
-    ):
-        return negatives
-    raise ValueError(f"negatives is {quote(negatives)}; give a whole number, 0 or more")
+    if negatives is None:
+        return None
+    whole = isinstance(negatives, int) and not isinstance(negatives, bool)  # True is an int
+    if not whole or negatives < 0:
+        raise ValueError(f"negatives is {quote(negatives)}; give a whole number, 0 or more")
+    return negatives
 
 # %% ../nbs/00_data.ipynb #table-of-dataset
 class _Table:
     "The text columns of a dataset, read by row number."
 
     def __init__(self, dataset, fields):
-        self._dataset, self._fields = (
-            dataset.select_columns(list(dict.fromkeys(fields))).with_format(None),
-            fields,
-        )  # the same text may be anchor and positive
+        distinct = list(dict.fromkeys(fields))  # the same text may be anchor and positive
+        self._dataset, self._fields = dataset.select_columns(distinct).with_format(None), fields
 
     def __len__(self):
         return len(self._dataset)
@@ -715,31 +715,40 @@ class _Table:
         return list(zip(*(batch[field] for field in self._fields)))
 
     def identities(self, indices):
-        return np.array(
-            [[text_identity(text) for text in row] for row in self.rows(indices)], np.int64
-        ).reshape(len(indices), len(self._fields))
+        ids = [[text_identity(text) for text in row] for row in self.rows(indices)]
+        return np.array(ids, np.int64).reshape(len(ids), len(self._fields))  # (n, C), also for n=0
+
+
+def _check_types(dataset, fields, name):
+    "ValueError for the first column that does not hold texts."
+    for field in fields:
+        dtype = getattr(dataset.features[field], "dtype", "list")
+        if dtype not in ("string", "large_string"):
+            raise ValueError(
+                f"{name}: column {field!r} holds {dtype}, not texts; "
+                "name text columns with columns="
+            )
+
+
+def _first_empty(texts):
+    "Place of the first text of an Arrow column that is missing or empty; -1 if there is none."
+    lengths = pc.utf8_length(pc.utf8_trim_whitespace(texts))
+    return pc.index(pc.fill_null(pc.equal(lengths, 0), True), True).as_py()
 
 
 def _check_dataset(dataset, fields, name):
-    "ValueError for the first missing or empty text of a dataset, or when no row is a negative of another."
-    for field in fields:
-        kind = getattr(dataset.features[field], "dtype", "list")
-        if kind not in ("string", "large_string"):
-            raise ValueError(
-                f"{name}: column {field!r} holds {kind}, not texts; name text columns with columns="
-            )
+    "ValueError for the first missing or empty text, or when no row is a negative of another."
+    _check_types(dataset, fields, name)
     if not len(dataset):
         raise ValueError(f"{name}: no rows; check the filter or the split")
+    # `alike`: the columns that hold the text of the first row in all rows so far
     first, alike, start = dataset[0], set(range(len(fields))), 0
     for batch in dataset.with_format("arrow").iter(16384):
         for column, field in enumerate(fields):
-            empty = pc.fill_null(
-                pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(batch[field])), 0), True
-            )
-            if (bad := pc.index(empty, True).as_py()) >= 0:
+            if (bad := _first_empty(batch[field])) >= 0:
                 raise ValueError(
-                    f"{name} row {start + bad}: column {field!r} is empty; leave such rows out with"
-                    " dataset.filter(...)"
+                    f"{name} row {start + bad}: column {field!r} is empty; "
+                    "leave such rows out with dataset.filter(...)"
                 )
             if column in alike and not pc.all(pc.equal(batch[field], first[field])).as_py():
                 alike.discard(column)
@@ -749,18 +758,18 @@ def _check_dataset(dataset, fields, name):
 
 def _check_negatives(alike, width, where):
     "ValueError when the columns that never change leave nothing to tell apart."
-    if len(alike) == width or (width == 2 and alike):
-        what = (
-            "the same texts"
-            if len(alike) == width
-            else f"the same {('anchor', 'positive')[min(alike)]}"
-        )
-        raise ValueError(
-            f"{where}: every row has {what}, so there are no negatives to learn from; add rows that"
-            " differ"
-        )
+    if len(alike) == width:
+        what = "the same texts"
+    elif width == 2 and alike:
+        what = f"the same {('anchor', 'positive')[min(alike)]}"
+    else:
+        return
+    raise ValueError(
+        f"{where}: every row has {what}, so there are no negatives to learn from; "
+        "add rows that differ"
+    )
 
-# %% ../nbs/00_data.ipynb #source
+# %% ../nbs/00_data.ipynb #source-list
 class _Listed:
     "Examples that are held in memory."
 
@@ -788,19 +797,18 @@ def _from_list(rows, columns, name):
     _check_negatives(alike, fitted.width, name)
     return _Listed(examples)
 
-
+# %% ../nbs/00_data.ipynb #source
 class Source:
     "A named dataset of examples with random access; texts stay on disk if the dataset's do."
 
     def __init__(
         self,
-        dataset: (
-            datasets.Dataset | Store | Sequence
-        ),  # rows with string columns, on disk or in memory, filtered or not; a prepared store; a pandas DataFrame; a list of tuples or other rows
+        # rows with string columns, on disk or in memory, filtered or not; a prepared store;
+        # a pandas DataFrame; a list of tuples or other rows
+        dataset: datasets.Dataset | Store | Sequence,
         name: str = "dataset",  # how reports call it
-        columns: (
-            Sequence[str] | None
-        ) = None,  # (anchor, positive, *negatives) among the dataset's columns; None finds them
+        # (anchor, positive, *negatives) among the dataset's columns; None finds them
+        columns: Sequence[str] | None = None,
         check: bool = True,  # look at every text once; False for data that was checked before
     ):
         self.name = name
@@ -816,8 +824,8 @@ class Source:
                 dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError(
-                f"{name}: a {type(dataset).__name__} has no rows to index; pass one split as a"
-                " datasets.Dataset, a pandas DataFrame, or a list of tuples"
+                f"{name}: a {type(dataset).__name__} has no rows to index; "
+                "pass one split as a datasets.Dataset, a pandas DataFrame, or a list of tuples"
             )
         try:
             fields = _choose(tuple(dataset.column_names), _checked_columns(columns))
@@ -831,9 +839,8 @@ class Source:
         return len(self._table)
 
     def __getitem__(self, i: int) -> Example:
-        return self.rows([range(len(self))[operator.index(i)]])[
-            0
-        ]  # range: IndexError out of bounds, -1 is the last
+        # a range raises IndexError out of bounds, and knows that -1 is the last
+        return self.rows([range(len(self))[operator.index(i)]])[0]
 
     def __repr__(self):
         return f"Source({self.name!r}, {len(self):,} rows of {', '.join(self.columns)})"
@@ -867,10 +874,9 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None):
         raise ValueError(
             f"{folder}: cannot be made ({error.strerror}); name another folder with cache_dir="
         ) from None
-    made_with = [str(path.resolve()), columns, on_error] + (
-        [] if negatives is None else [negatives]
-    )
-    digest = hashlib.blake2b(json.dumps(made_with).encode(), digest_size=6).hexdigest()
+    origin = [str(path.resolve()), columns, on_error]
+    origin += [] if negatives is None else [negatives]
+    digest = hashlib.blake2b(json.dumps(origin).encode(), digest_size=6).hexdigest()
     return folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', path.name)}-{digest}.store"
 
 
@@ -878,18 +884,13 @@ def _opened(place, columns, split):
     "What a file or a hub dataset is made of, and a function that reads its raw rows."
     if is_hub_id(place):
         dataset = _load_hub(str(place), split)
-        return {
-            "file": str(place),
-            "split": split,
-            "fingerprint": dataset._fingerprint,
-        }, lambda reject, after: _hub_rows(dataset, after)
+        # datasets has no public name for the hash of what a dataset holds
+        origin = {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}
+        return origin, lambda reject, after: _hub_rows(dataset, after)
     path = _existing(place)
     state = path.stat()
-    return {
-        "file": path.name,
-        "bytes": state.st_size,
-        "mtime_ns": state.st_mtime_ns,
-    }, lambda reject, after: _rows(path, columns, reject, after)
+    origin = {"file": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
+    return origin, lambda reject, after: _rows(path, columns, reject, after)
 
 
 def _stored(
@@ -919,26 +920,23 @@ def _stored(
     return write_store(folder, origin, read, check, told, negatives, full)
 
 # %% ../nbs/00_data.ipynb #hub
+# old names without an owner
 _ALIASES = {
     "glue": "nyu-mll/glue",
     "snli": "stanfordnlp/snli",
     "multi_nli": "nyu-mll/multi_nli",
-}  # old names without an owner
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){1,2}")  # owner/name[/configuration]
 
 
 def is_hub_id(
     name: str | Path,  # what a user calls a dataset
-) -> (
-    bool
-):  # True for 'owner/name[/configuration]' that is no file here and has no data file's ending
+) -> bool:  # True for 'owner/name[/configuration]' that is no file and has no file's ending
     "Tell the id of a hub dataset from a file name."
     path = Path(name)
     if path.exists() or path.suffix == ".gz" or path.suffix.lower() in _READERS:
         return False
-    return (
-        str(name).split("/")[0] in _ALIASES
-        or re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){1,2}", str(name)) is not None
-    )
+    return str(name).split("/")[0] in _ALIASES or _HUB_ID.fullmatch(str(name)) is not None
 
 
 def _load_hub(name, split):
@@ -947,9 +945,8 @@ def _load_hub(name, split):
     owner, repository, *configuration = "/".join([_ALIASES.get(head, head), *rest]).split("/")
     try:
         return datasets.load_dataset(f"{owner}/{repository}", *configuration, split=split)
-    except (
-        Exception
-    ) as error:  # whatever stops the hub, the reader needs its name and the two ways out
+    except Exception as error:
+        # whatever stops the hub, you need the name that you gave and the two ways out
         why = f"the hub does not give split {split!r} of it ({str(error)[:200]})"
         raise ValueError(
             f"{name}: no such file, and {why}; check name and network, or pass a file"
@@ -959,41 +956,34 @@ def _load_hub(name, split):
 def _hub_rows(dataset, after):
     "Yield (row number from 1, {column: value}) of the rows above `after`."
     for start in range(after, len(dataset), 4096):
-        batch = dataset[start : start + 4096]
-        yield from enumerate(
-            (dict(zip(batch, values)) for values in zip(*batch.values())), start + 1
-        )
+        batch = dataset[start : start + 4096]  # {column: values}
+        rows = (dict(zip(batch, values)) for values in zip(*batch.values()))
+        yield from enumerate(rows, start + 1)
 
 # %% ../nbs/00_data.ipynb #load-source
 def load_source(
-    path_or_hub_id: (
-        str | Path
-    ),  # a file `read_examples` reads, a prepared store, or 'owner/name' or 'owner/name/configuration' on the hub
+    # a file that `read_examples` reads, a prepared store, or 'owner/name' or
+    # 'owner/name/configuration' on the hub
+    path_or_hub_id: str | Path,
     name: str | None = None,  # how reports call it; None takes the file's name or the hub id
     columns: Sequence[str | int] | None = None,  # as in `read_examples`; None finds them
     split: str = "train",  # of a hub dataset; a file has none
     cache_dir: str | Path | None = None,  # folder of the stores; None is ~/.cache/contrastive_st
     on_error: str = "raise",  # 'raise' or 'skip' for bad rows of a file, as in `read_examples`
-    negatives: (
-        int | None
-    ) = None,  # of each row of a file; None: as many as the first row has that has any
+    # of each row of a file; None: as many as the first row has that has any
+    negatives: int | None = None,
 ) -> Source:  # random access in constant memory
-    "Open a file, a store or a hub dataset as a Source; a file is parsed and checked once and memory-mapped after."
+    "Open a file, a store or a hub dataset; a file is checked once and memory-mapped from then on."
     if is_store(path_or_hub_id):
         return Source(_spoken(Store(path_or_hub_id)), name or Path(path_or_hub_id).stem)
     if is_hub_id(path_or_hub_id):
         return Source(_load_hub(str(path_or_hub_id), split), name or str(path_or_hub_id), columns)
-    path, columns, negatives = (
-        _existing(path_or_hub_id),
-        _checked_columns(columns),
-        _checked_negatives(negatives),
-    )
+    path, columns = _existing(path_or_hub_id), _checked_columns(columns)
+    negatives = _checked_negatives(negatives)
     on_error = _Rejects(path, on_error).on_error
     place = _cache_path(path, columns, on_error, cache_dir, negatives)
-    return Source(
-        _spoken(_stored(path, place, columns, split, on_error, negatives=negatives)),
-        name or path.name,
-    )
+    store = _stored(path, place, columns, split, on_error, negatives=negatives)
+    return Source(_spoken(store), name or path.name)
 
 
 def is_store(
@@ -1005,22 +995,17 @@ def is_store(
 
 def _spoken(store):
     "The store, after a warning if bad rows were left out of it, or negatives changed."
-    with reading(store.folder / SUMMARY, "prepare the data again"):
+    todo, rejects = "prepare the data again", store.folder / REJECTS
+    with reading(store.folder / SUMMARY, todo):
         left_out, file = sum(store.summary["rejected"].values()), store.summary["origin"]["file"]
-        changed = negatives_changed(store.summary["negatives"], len(store.columns))
+        changes = negatives_changed(store.summary["negatives"], len(store.columns))
     if left_out:
-        with (
-            reading(store.folder / REJECTS, "prepare the data again"),
-            open(store.folder / REJECTS, encoding="utf-8") as lines,
-        ):
+        with reading(rejects, todo), open(rejects, encoding="utf-8") as lines:
             first = [(r["line"], r["problem"]) for r in map(json.loads, islice(lines, 3))]
-        warnings.warn(
-            _report(file, len(store), left_out, first)
-            + f"\nall of them are in {store.folder / REJECTS}",
-            stacklevel=3,
-        )
-    if changed:
-        warnings.warn(f"{file}: {changed}", stacklevel=3)
+        report = _report(file, len(store), left_out, first)
+        warnings.warn(f"{report}\nall of them are in {rejects}", stacklevel=3)
+    if changes:
+        warnings.warn(f"{file}: {changes}", stacklevel=3)
     return store
 
 # %% ../nbs/00_data.ipynb #prepare
@@ -1106,11 +1091,13 @@ def _check_shared(wanted, stores):
 
 
 def prepare(
-    wanted: Sequence[
-        dict
-    ],  # datasets: {"name", "path_or_hub_id"[, "columns", "split", "negatives"]}, as `load_source` takes them
+    # datasets: {"name", "path_or_hub_id"[, "columns", "split", "negatives"]}, as `load_source`
+    # takes them
+    wanted: Sequence[dict],
     out: str | Path,  # folder of stores
-    on_error: str = "skip",  # 'skip' leaves bad rows out and lists them in the store's rejects.jsonl; 'raise' stops at the first
+    # 'skip' leaves bad rows out and lists them in the store's rejects.jsonl; 'raise' stops at the
+    # first
+    on_error: str = "skip",
     workers: int = 1,  # processes; one dataset is read by one process
     total: int | None = None,  # rows expected, for the progress bar; None if unknown
     progress: bool = True,  # show a bar
@@ -1120,9 +1107,8 @@ def prepare(
     _Rejects("", on_error)
     _check_shared(wanted, [store_folder(out, w["name"]) for w in wanted])
     args, several = (out, on_error, verify), min(workers, len(wanted))
-    with tqdm(
-        total=total, unit=" rows", unit_scale=True, disable=not progress, desc="reading"
-    ) as bar:
+    look = {"unit": " rows", "unit_scale": True, "desc": "reading"}
+    with tqdm(total=total, disable=not progress, **look) as bar:
         if several > 1:
             results = _in_processes([(args, w) for w in wanted], several, bar.update)
         else:
@@ -1145,21 +1131,24 @@ class ScoredPairs(NamedTuple):
 _STS = ("score", "sentence1", "sentence2")
 
 
+def _number(value):
+    "A number, or the number that a cell of a table spells, as a float; -1 if it is neither."
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return -1.0
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return -1.0
+
+
 def _scored(row, top):
     "One row -> (sentence1, sentence2, score in 0..1)."
     given, *texts = (row[name] for name in _choose(tuple(row), _STS))
-    try:
-        score = (
-            float(given)
-            if isinstance(given, (int, float, str)) and not isinstance(given, bool)
-            else -1.0
-        )
-    except (ValueError, OverflowError):
-        score = -1.0
+    score = _number(given)
     if not 0 <= score <= top:  # not so for NaN
         raise ValueError(
-            f"score {quote(given)} is not a number from 0 to {top}; mend the row (a set that hides"
-            " its scores is no test)"
+            f"score {quote(given)} is not a number from 0 to {top}; "
+            "mend the row (a set that hides its scores is no test)"
         )
     return *_checked(texts), score / top
 
@@ -1175,7 +1164,7 @@ def _split_of(row, where):
 def _sts_rows(path, split):
     "Yield (file:line, row) of an STS file, or of its split when it has such a column."
     splits = set()
-    for line, row in _READERS[_kind(path)](path, _STS, _Rejects(path)):
+    for line, row in _READERS[_format(path)](path, _STS, _Rejects(path)):
         where = f"{path}:{line}"
         if not isinstance(row, dict) or not all(_spelled(name, tuple(row)) for name in _STS):
             raise ValueError(f"{where}: an STS row needs {', '.join(_STS)}")
@@ -1189,17 +1178,15 @@ def _sts_rows(path, split):
 
 # %% ../nbs/00_data.ipynb #read-sts
 def read_sts(
-    path_or_hub_id: (
-        str | Path
-    ),  # table with score (0..5), sentence1, sentence2; or 'sentence-transformers/stsb', 'glue/stsb'
+    # table with score (0..5), sentence1, sentence2; or 'sentence-transformers/stsb', 'glue/stsb'
+    path_or_hub_id: str | Path,
     split: str = "test",  # 'train', 'dev' or 'test'; ignored for a file without a split column
 ) -> ScoredPairs:  # scores in 0..1
     "Read graded sentence pairs for `evaluate_sts`."
     top = 5
     if is_hub_id(path_or_hub_id):
-        top = (
-            1 if str(path_or_hub_id) == "sentence-transformers/stsb" else 5
-        )  # that copy is divided already
+        if str(path_or_hub_id) == "sentence-transformers/stsb":  # that copy is divided already
+            top = 1
         dataset = _load_hub(str(path_or_hub_id), "validation" if split == "dev" else split)
         if "label" in dataset.column_names:
             dataset = dataset.rename_column("label", "score")
@@ -1215,14 +1202,19 @@ def read_sts(
     return ScoredPairs(*map(list, zip(*pairs)))
 
 # %% ../nbs/00_data.ipynb #retrieval
+def _is_document(row):
+    "Whether a row has an id and a text, and perhaps a title, all of them strings."
+    if not isinstance(row, dict):
+        return False
+    fields = row.get("_id"), row.get("text"), row.get("title") or ""
+    return all(isinstance(text, str) for text in fields)
+
+
 def _by_id(path, may_be_empty):
     "{id: title and text} of a corpus or queries file."
     texts, origin, reject = {}, {}, _Rejects(path)
     for line, row in _jsonl(path, None, reject):
-        if not isinstance(row, dict) or not all(
-            isinstance(text, str)
-            for text in (row.get("_id"), row.get("text"), row.get("title") or "")
-        ):
+        if not _is_document(row):
             reject(
                 line,
                 'expected {"_id": "...", "text": "..."} with strings, and "title" if there is one',
@@ -1230,8 +1222,8 @@ def _by_id(path, may_be_empty):
         if row["_id"] in texts:
             reject(
                 line,
-                f"id {quote(row['_id'])} was taken by line {origin[row['_id']]}; ids must be"
-                " unique",
+                f"id {quote(row['_id'])} was taken by line {origin[row['_id']]}; "
+                "ids must be unique",
             )
         text = f"{row.get('title') or ''} {row['text']}".strip()
         if not text and not may_be_empty:
@@ -1255,8 +1247,8 @@ def _judgements(path, queries):
         if document in qrels.setdefault(query, {}):
             reject(
                 line,
-                f"document {quote(document)} was judged before for query {quote(query)}; keep one"
-                " line",
+                f"document {quote(document)} was judged before for query {quote(query)}; "
+                "keep one line",
             )
         qrels[query][document] = int(grade.partition(".")[0])
     if not qrels:
@@ -1269,9 +1261,9 @@ class Retrieval(NamedTuple):
 
     corpus: dict[str, str]  # document id -> title and text
     queries: dict[str, str]  # query id -> text
-    qrels: dict[
-        str, dict[str, int]
-    ]  # query id -> {document id: grade, 1 or more = relevant}; a document may be missing from the corpus
+    # query id -> {document id: grade, 1 or more = relevant}; a document may be missing from the
+    # corpus
+    qrels: dict[str, dict[str, int]]
 
 
 def read_retrieval(
@@ -1281,9 +1273,8 @@ def read_retrieval(
     "Read a search test in the layout of BEIR for `evaluate_retrieval`."
     folder = Path(folder).expanduser()
     names = "corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv"
-    paths = [
-        zipped if (zipped := folder / f"{name}.gz").exists() else folder / name for name in names
-    ]
+    zipped = [folder / f"{name}.gz" for name in names]
+    paths = [gz if gz.exists() else folder / name for gz, name in zip(zipped, names)]
     for path in paths:
         if not path.exists():
             raise ValueError(
@@ -1292,13 +1283,11 @@ def read_retrieval(
         regular_file(path)
     corpus, queries = _by_id(paths[0], True), _by_id(paths[1], False)
     qrels = _judgements(paths[2], queries)
-    return Retrieval(
-        corpus, {query: text for query, text in queries.items() if query in qrels}, qrels
-    )
+    # a queries file serves all splits, so it holds queries that this one does not judge
+    queries = {query: text for query, text in queries.items() if query in qrels}
+    return Retrieval(corpus, queries, qrels)
 
 # %% ../nbs/00_data.ipynb #quickstart
-def quickstart_folder() -> (
-    Path
-):  # holds train/, sts.tsv, retrieval/, data_config.json, glossary.tsv
+def quickstart_folder() -> Path:  # of train/, sts.tsv, retrieval/, data_config.json, glossary.tsv
     "The folder of the corpus that comes with the package."
     return Path(str(importlib.resources.files("contrastive_st"))) / "quickstart"

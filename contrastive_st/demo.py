@@ -63,8 +63,8 @@ class _Listener:
                 self.before.__enter__()
                 self.shown, warnings.showwarning = warnings.showwarning, self._show
                 warnings.simplefilter("ignore")
-                for kind in (UserWarning, RuntimeWarning):
-                    warnings.filterwarnings("always", category=kind)
+                for category in (UserWarning, RuntimeWarning):
+                    warnings.filterwarnings("always", category=category)
 
     def close(self):
         "Stop when the last listener has gone."
@@ -118,13 +118,12 @@ def _abandon(session=None):
     "Stop the work of a session that has left; None stops all."
     for work in list(_working):
         if session in (None, work.session):
-            work.stopped = (
-                f"this was stopped because the {'page was closed' if session else 'server ends'}"
-            )
+            reason = "page was closed" if session else "server ends"
+            work.stopped = f"this was stopped because the {reason}"
 
 # %% ../nbs/14_demo.ipynb #pieces
 def _pieces(texts, most=64, characters=200_000):
-    "Cut a list into batches of about a second: so many texts, and so many characters if they are long."
+    "Cut a list into batches of about a second: so many texts, or so many characters."
     piece, size = [], 0
     for text in texts:
         if piece and (len(piece) == most or size + len(text) > characters):
@@ -136,22 +135,19 @@ def _pieces(texts, most=64, characters=200_000):
 
 
 def _merge(messages):
-    "One message for those of several batches that differ in their counts only: '3 of 64 texts were cut'."
+    "Join the messages of several batches that differ in counts only: '3 of 64 texts were cut'."
     counts = {}
     for message in messages:
-        numbers = re.match(r"(\d+) of (\d+) (.*)", message, re.S)
-        some, all_, rest = (
-            (int(numbers[1]), int(numbers[2]), numbers[3]) if numbers else (0, 0, message)
-        )
+        some, all_, rest = 0, 0, message
+        if numbers := re.match(r"(\d+) of (\d+) (.*)", message, re.S):
+            some, all_, rest = int(numbers[1]), int(numbers[2]), numbers[3]
         before = counts.get(rest, (0, 0))
         counts[rest] = before[0] + some, before[1] + all_
     return [f"{some} of {all_} {rest}" if all_ else rest for rest, (some, all_) in counts.items()]
 
 # %% ../nbs/14_demo.ipynb #model
-_ROLES = {
-    "query": ("query",),
-    "document": ("document", "passage", "corpus"),
-}  # what models call their prompts
+# what models call their prompts
+_ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 class Model:
@@ -170,16 +166,16 @@ class Model:
     def encode(
         self,
         texts: Sequence[str],  # N texts
-        role: str = "",  # "query", "document", or "" = neither: which of the model's prompts to use
+        role: str = "",  # whose prompt of the model's to use: "query", "document", or "" = none
     ) -> np.ndarray:  # (N, D) float32
         "Encode, or remember; warnings are repeated with the model's name."
         key = (role, tuple(texts))
-        found = self.seen.get(key)
-        if found is None:
-            found = self.seen[key] = self._compute(key[1], role)
+        result = self.seen.get(key)
+        if result is None:
+            result = self.seen[key] = self._compute(key[1], role)
             while len(self.seen) > 4:  # a corpus, a query and two more
                 self.seen.popitem(last=False)
-        rows, messages = found
+        rows, messages = result
         for message in messages:
             warnings.warn(f"{self.name}: {message}", stacklevel=2)
         return rows
@@ -199,7 +195,8 @@ class Model:
 
     @contextmanager
     def _turn(self):
-        "Use the encoder alone. Who has just had it waits behind who waits already, which one lock does not promise."
+        "Use the encoder alone, after those who wait already."
+        # One lock does not promise that order: who has just had it may take it again.
         with self.next:
             self.lock.acquire()
         try:
@@ -212,9 +209,10 @@ def _names(places):
     "The shortest heading of each place that no other has."
     if twice := {p for p in places if places.count(p) > 1}:
         raise ValueError(f"{sorted(twice)[0]} is given twice; give each model once")
-    tails = [
-        ([part for part in Path(place).parts if part != "model"] or [place])[-1] for place in places
-    ]
+    tails = []
+    for place in places:
+        parts = [part for part in Path(place).parts if part != "model"] or [place]
+        tails.append(parts[-1])
     return [tail if tails.count(tail) == 1 else place for tail, place in zip(tails, places)]
 
 
@@ -246,10 +244,11 @@ def open_models(
             " sentence-transformers/all-MiniLM-L6-v2"
         )
     places = [str(place) for place in places]
-    found = [(name, *_find(place)) for name, place in zip(_names(places), places)]
+    # All are looked for before the first is loaded, which takes seconds.
+    entries = [(name, *_find(place)) for name, place in zip(_names(places), places)]
     return [
         Model(name, SentenceEncoder.from_pretrained(where), run, progress)
-        for name, where, run in found
+        for name, where, run in entries
     ]
 
 # %% ../nbs/14_demo.ipynb #table
@@ -270,47 +269,38 @@ def _clipped(text, most=600):
 
 def _shape(text):
     "How a text may be broken: not at all, inside its words, or between them."
-    return (
-        "short"
-        if len(text) < 7
-        else "solid"
-        if max(map(len, text.split()), default=0) > 24
-        else "text"
-    )
+    if len(text) < 7:
+        return "short"
+    return "solid" if max(map(len, text.split()), default=0) > 24 else "text"
+
+
+def _ranks(column):
+    "The rank of each score of a column; equal scores share the better one."
+    scores = sorted((value for value in column if isinstance(value, float)), reverse=True)
+    return {score: rank for rank, score in reversed(list(enumerate(scores, 1)))}
+
+
+def _cell_html(value, ranks, top):
+    "A cell: a text, or a score with its rank and a bar, which is full at `top`."
+    if not isinstance(value, float):
+        return f'<td dir="auto" class="{_shape(value)}">{html.escape(_clipped(value))}</td>'
+    bar = 100 * min(max(value / top, 0), 1)
+    rank = f"<small>{ranks[value]}.</small>"
+    return f'<td class="score" style="--bar:{bar:.0f}%">{rank} {value:.3f}</td>'
 
 
 def to_html(
     table: Table,  # any texts, also hostile ones
 ) -> str:  # HTML in which every text is text
     "Lay out a table; scores with their rank in the column and a bar."
-    ranks, tops = {}, {}
-    for c in range(len(table.head)):
-        if scores := [row[c] for row in table.rows if isinstance(row[c], float)]:
-            ranks[c], tops[c] = (
-                {
-                    score: place
-                    for place, score in reversed(list(enumerate(sorted(scores, reverse=True), 1)))
-                },
-                max(1.0, *scores),
-            )
-
-    def cell(c, value):
-        if not isinstance(value, float):
-            return f'<td dir="auto" class="{_shape(value)}">{html.escape(_clipped(value))}</td>'
-        bar = 100 * min(max(value / tops[c], 0), 1)
-        return (
-            f'<td class="score" style="--bar:{bar:.0f}%"><small>{ranks[c][value]}.</small>'
-            f" {value:.3f}</td>"
-        )
-
+    ranks = [_ranks(column) for column in zip(*table.rows)]
+    tops = [max([1.0, *scores]) for scores in ranks]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
-    body = "".join(
-        f"<tr>{''.join(cell(c, v) for c, v in enumerate(row))}</tr>" for row in table.rows
-    )
-    return (
-        "<div"
-        f' class="result"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    body = ""
+    for row in table.rows:
+        body += f"<tr>{''.join(map(_cell_html, row, ranks, tops))}</tr>"
+    table_html = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="result">{table_html}</div>'
 
 # %% ../nbs/14_demo.ipynb #compare
 def scores(
@@ -318,18 +308,11 @@ def scores(
     left: Sequence[str],  # M texts
     right: Sequence[str],  # N texts
     similarity: str = "cos",  # "cos" or "dot"
-    roles: tuple[str, str] = (
-        "",
-        "",
-    ),  # of left and right; ("query", "document") for question and answers
+    roles: tuple[str, str] = ("", ""),  # of left and right, such as ("query", "document")
 ) -> np.ndarray:  # (M, N) float32
     "Score every text on the left with every text on the right."
-    best, rows = semantic_search(
-        model.encode(left, roles[0]),
-        model.encode(right, roles[1]),
-        len(right),
-        similarity=similarity,
-    )
+    queries, corpus = model.encode(left, roles[0]), model.encode(right, roles[1])
+    best, rows = semantic_search(queries, corpus, len(right), similarity=similarity)
     return np.take_along_axis(best, rows.argsort(axis=1), axis=1)  # back into the order of `right`
 
 
@@ -338,18 +321,13 @@ def compare(
     anchor: str,  # text that the others are compared with
     lines: Sequence[str],  # N texts
     similarity: str = "cos",  # "cos" or "dot"
-    roles: tuple[str, str] = (
-        "",
-        "",
-    ),  # of the anchor and of the lines; ("query", "document") for question and answers
+    roles: tuple[str, str] = ("", ""),  # of anchor and lines, such as ("query", "document")
 ) -> Table:  # N rows: text, a score per model; best first by the first model
     "Score lines against an anchor."
     columns = [scores(model, [anchor], lines, similarity, roles)[0] for model in models]
     order = np.argsort(-columns[0], kind="stable")
-    return Table(
-        ["text", *(m.name for m in models)],
-        [[lines[i], *(float(c[i]) for c in columns)] for i in order],
-    )
+    rows = [[lines[i], *(float(c[i]) for c in columns)] for i in order]
+    return Table(["text", *(m.name for m in models)], rows)
 
 # %% ../nbs/14_demo.ipynb #answers
 def lengths(
@@ -374,13 +352,10 @@ def answers(
     question: str,  # asked
     candidates: Sequence[str],  # N passages that may answer it
     similarity: str = "cos",  # "cos" or "dot": what the model was trained for
-) -> tuple[
-    Table, list[str]
-]:  # best first by the first model; a sentence per model on the choice of the score
+) -> tuple[Table, list[str]]:  # best first by the first model; a sentence per model on the score
     "Rank candidate answers to a question."
-    return compare(models, question, candidates, similarity, ("query", "document")), [
-        lengths(m, candidates) for m in models
-    ]
+    table = compare(models, question, candidates, similarity, ("query", "document"))
+    return table, [lengths(model, candidates) for model in models]
 
 # %% ../nbs/14_demo.ipynb #lines
 LIMIT = 20_000  # texts in a corpus, unless `launch` is told otherwise
@@ -466,7 +441,7 @@ def split_lines(
 
 
 def _check_lines(text, what, limit):
-    "Refuse a text with far more lines than the limit before it is taken apart, however many of them are blank."
+    "Refuse a text with far more lines than the limit, blank ones too, before it is taken apart."
     if (lines := text.rstrip("\n").count("\n") + 1) > 10 * limit:
         _check_size(0, lines, what, limit)
 
@@ -476,21 +451,19 @@ FILE_BYTES = 20_000_000  # of an uploaded file
 
 
 def _cell(row, column, where):
-    "The text of one record; without a column, title and text of a search corpus together, as `contrastive-st search` takes them."
+    "The text of one record, from a column, or title and text together if none is named."
     title = row.get("title")
+    # A search corpus, as `contrastive-st search` takes it.
     if not column and isinstance(row.get("text"), str):
         return f"{title} {row['text']}".strip() if isinstance(title, str) else row["text"]
     names = [name for name in row if isinstance(name, str)]
     name = column or next((c for c in _COLUMNS if c in row), names[0] if len(names) == 1 else None)
     if name is None or not isinstance(row.get(name), str):
-        problem = (
-            f"there is no text in column {_brief(name)!r}"
-            if name
-            else "which column holds the texts is not clear"
-        )
-        columns = ", ".join(repr(_brief(n, 30)) for n in names[:5]) + (
-            ", …" if len(names) > 5 else ""
-        )
+        problem = "which column holds the texts is not clear"
+        if name:
+            problem = f"there is no text in column {_brief(name)!r}"
+        columns = ", ".join(repr(_brief(n, 30)) for n in names[:5])
+        columns += ", …" if len(names) > 5 else ""
         raise ValueError(f"{where}: {problem}; the columns are {columns or 'none'}, name one")
     return row[name]
 
@@ -515,9 +488,8 @@ def _json_rows(text, name):
 def _csv_rows(text, name, delimiter):
     "Last line and record of every row."
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting
-    )
+    lines = io.StringIO(text, newline="")
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     try:
         yield from ((rows.line_num, row) for row in rows)
     except csv.Error as error:
@@ -548,23 +520,23 @@ def _read_text(path, what, limit):
 
 def read_corpus(
     path: str | Path,  # .txt: a text a line; .jsonl: objects; .csv, .tsv: a header and rows
-    column: str = "",  # of .jsonl, .csv and .tsv; "" = title and text, else the first that is called title, sentence, question, query or body
+    # "" = title and text, else the first called title, sentence, question, query or body
+    column: str = "",  # of .jsonl, .csv and .tsv: which holds the texts
     limit: int = LIMIT,  # most texts
 ) -> list[str]:  # in file order, without the empty ones
     "Read a corpus; raise a `ValueError` that names file and line."
-    path, kind = Path(path), Path(path).suffix.lower()
-    if kind not in (".txt", ".jsonl", ".csv", ".tsv"):
+    path, suffix = Path(path), Path(path).suffix.lower()
+    if suffix not in (".txt", ".jsonl", ".csv", ".tsv"):
         raise ValueError(
             f"{path}: a corpus is a .txt, .jsonl, .csv or .tsv file; save it as one of these"
         )
     text = _read_text(path, "text", limit)
-    if kind == ".txt":
+    if suffix == ".txt":
         return _keep(text.rstrip("\n").split("\n"), "text", limit)
-    rows = (
-        _json_rows(text, path)
-        if kind == ".jsonl"
-        else _csv_rows(text, path, "\t" if kind == ".tsv" else ",")
-    )
+    if suffix == ".jsonl":
+        rows = _json_rows(text, path)
+    else:
+        rows = _csv_rows(text, path, "\t" if suffix == ".tsv" else ",")
     return _keep((_cell(row, column, f"{path}:{number}") for number, row in rows), "text", limit)
 
 # %% ../nbs/14_demo.ipynb #search-page
@@ -581,15 +553,13 @@ def find(
             " shown",
             stacklevel=2,
         )
-    found = {}
+    tables = {}
     for model in models:
-        scores, rows = semantic_search(
-            model.encode([query], "query"), model.encode(corpus, "document"), top_k
-        )
-        found[model.name] = Table(
-            ["text", "cosine"], [[corpus[i], float(s)] for s, i in zip(scores[0], rows[0])]
-        )
-    return found
+        queries, documents = model.encode([query], "query"), model.encode(corpus, "document")
+        scores, rows = semantic_search(queries, documents, top_k)
+        best = [[corpus[i], float(s)] for s, i in zip(scores[0], rows[0])]
+        tables[model.name] = Table(["text", "cosine"], best)
+    return tables
 
 # %% ../nbs/14_demo.ipynb #project
 _TSNE_LIMIT = 1_000  # 15 s in 3-D on one core
@@ -602,9 +572,9 @@ def _tsne(rows, dims):
         raise ValueError(
             f"t-SNE takes 5 to {_TSNE_LIMIT:,} texts here, and there are {len(rows):,}; choose PCA"
         )
-    return TSNE(
-        dims, perplexity=min(30, (len(rows) - 1) / 3), init="random", random_state=0
-    ).fit_transform(rows)
+    perplexity = min(30, (len(rows) - 1) / 3)  # 30 is usual, and sklearn wants less than n
+    tsne = TSNE(dims, perplexity=perplexity, init="random", random_state=0)
+    return tsne.fit_transform(rows)
 
 
 def project(
@@ -617,12 +587,9 @@ def project(
     if method == "t-SNE":
         return _tsne(rows, dims)
     middle = rows - rows.mean(axis=0)
-    axes = np.linalg.eigh(middle.T @ middle)[1][:, ::-1][
-        :, :dims
-    ]  # (D, dims), the longest direction first
-    axes = axes * np.sign(
-        axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])]
-    )  # else the sign is chance
+    # eigh gives the shortest direction first, and each with a sign that is chance.
+    axes = np.linalg.eigh(middle.T @ middle)[1][:, ::-1][:, :dims]  # (D, dims)
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])
     return np.pad(middle @ axes, ((0, 0), (0, dims - axes.shape[1])))
 
 # %% ../nbs/14_demo.ipynb #figure
@@ -683,35 +650,38 @@ def map_figure(
         warnings.warn(
             f"the map shows {len(shown):,} of the {len(texts):,} texts, evenly chosen", stacklevel=2
         )
-    kind = {2: "scattergl", 3: "scatter3d"}[points.shape[1]]
-
-    def trace(c):
-        mine = shown[labels[shown] == c]
-        coordinates = dict(zip("xyz", points[mine].T.round(4).tolist()))
-        return {
-            "type": kind,
-            "mode": "markers",
-            "name": f"{c + 1}",
-            "text": [_hover(texts[i]) for i in mine],
-            "hoverinfo": "text",
-            "marker": {
-                "size": 7 if kind == "scattergl" else 4,
-                "color": _COLOURS[c % len(_COLOURS)],
-                "opacity": 0.8,
-            },
-            **coordinates,
-        }
-
+    traces = []
+    for c in np.unique(labels[shown]).tolist():
+        rows = shown[labels[shown] == c]
+        traces.append(_cluster_trace(c, points[rows], [texts[i] for i in rows]))
     bare = {"showticklabels": False, "title": {"text": ""}}
     return _figure(
-        [trace(c) for c in np.unique(labels[shown]).tolist()],
+        traces,
         title,
         440,
         xaxis=bare,
         yaxis=bare,
         scene={f"{a}axis": bare for a in "xyz"},
-        dragmode="pan" if kind == "scattergl" else "orbit",
+        dragmode="pan" if points.shape[1] == 2 else "orbit",
     )
+
+
+def _cluster_trace(c, points, texts):
+    "The points of one cluster, in 2-D or 3-D."
+    is_flat = points.shape[1] == 2
+    return {
+        "type": "scattergl" if is_flat else "scatter3d",
+        "mode": "markers",
+        "name": f"{c + 1}",
+        "text": [_hover(text) for text in texts],
+        "hoverinfo": "text",
+        "marker": {
+            "size": 7 if is_flat else 4,
+            "color": _COLOURS[c % len(_COLOURS)],
+            "opacity": 0.8,
+        },
+        **dict(zip("xyz", points.T.round(4).tolist())),
+    }
 
 # %% ../nbs/14_demo.ipynb #clusters
 def clusters(
@@ -720,9 +690,7 @@ def clusters(
     n_clusters: int = 8,  # at most N
     dims: int = 2,  # of the map, 2 or 3
     method: str = "PCA",  # or "t-SNE"
-) -> tuple[
-    dict, Table
-]:  # a plotly figure; per cluster its number, size and the texts nearest to its centre
+) -> tuple[dict, Table]:  # a plotly figure; per cluster: number, size, texts nearest its centre
     "Divide a corpus by k-means and draw its map."
     embeddings = model.encode(corpus, "document")
     labels, centres = cluster(embeddings, n_clusters)
@@ -731,22 +699,13 @@ def clusters(
         mine = np.flatnonzero(labels == c)
         if not len(mine):
             continue  # copies of one text cannot be divided
-        nearest = [
-            corpus[mine[i]] for i in semantic_search(centres[c : c + 1], embeddings[mine], 2)[1][0]
-        ]
-        rows.append(
-            [
-                f"{c + 1}",
-                f"{len(mine):,}",
-                " / ".join(text if len(text) <= 80 else text[:79] + "…" for text in nearest),
-            ]
-        )
-    figure = map_figure(
-        project(embeddings, dims, method),
-        labels,
-        corpus,
-        f"{model.name}: {len(corpus):,} texts, {method}",
-    )
+        nearest = semantic_search(centres[c : c + 1], embeddings[mine], 2)[1][0]
+        texts = (corpus[mine[i]] for i in nearest)
+        short = " / ".join(text if len(text) <= 80 else text[:79] + "…" for text in texts)
+        rows.append([f"{c + 1}", f"{len(mine):,}", short])
+    points = project(embeddings, dims, method)
+    title = f"{model.name}: {len(corpus):,} texts, {method}"
+    figure = map_figure(points, labels, corpus, title)
     return figure, Table(["cluster", "texts", "nearest to its centre"], rows)
 
 # %% ../nbs/14_demo.ipynb #own-items
@@ -771,21 +730,18 @@ _SENTENCES = [
 
 def own_items() -> list[bias.BiasItem]:  # 40 occupations x 4 sentences
     "Make the set of questions that comes with the page."
-    forms = lambda sentence, occupation: (
-        sentence.format(occupation, word) for word in ("they", "he", "she")
-    )
-    return [
-        bias.BiasItem(*forms(sentence, name.replace("_", " ")), name.replace("_", " "), gender)
-        for gender, names in _OCCUPATIONS.items()
-        for name in names.split()
-        for sentence in _SENTENCES
-    ]
+    items = []
+    for gender, names in _OCCUPATIONS.items():
+        for name in names.split():
+            occupation = name.replace("_", " ")
+            for sentence in _SENTENCES:
+                forms = (sentence.format(occupation, word) for word in ("they", "he", "she"))
+                items.append(bias.BiasItem(*forms, occupation, gender))
+    return items
 
 
 def read_items(
-    path: (
-        str | Path
-    ),  # .tsv = Winogender's sentences; .csv or .jsonl = the community project's format
+    path: str | Path,  # .tsv = Winogender's; .csv or .jsonl = the community project's format
 ) -> list[bias.BiasItem]:  # questions
     "Read a set of questions by the kind of file."
     path = Path(path)
@@ -795,9 +751,8 @@ def read_items(
             " takes; measure it with contrastive_st.bias"
         )
     with reading(path, "see the formats above the field"):
-        items = (
-            bias.read_winogender(path) if path.suffix.lower() == ".tsv" else bias.read_bias(path)
-        )
+        read = bias.read_winogender if path.suffix.lower() == ".tsv" else bias.read_bias
+        items = read(path)
     for number, item in enumerate(items, 1):
         for text in item:
             _check_length(text, "text of item", number)
@@ -818,31 +773,27 @@ def bias_table(
 ) -> Table:  # a row per rate and the lean, a column per model
     "Lay out rates with 95% intervals and p-values side by side."
 
-    def rate(r, name):
-        return (
-            f"{r[name]:.0%} [{r[name + '_low']:.0%}, {r[name + '_high']:.0%}],"
-            f" {bias._chance(r[name + '_p'])}"
-            if name in r
-            else "no labels"
-        )
-
-    rows = [[said, *(rate(r, name) for r in reports.values())] for name, said in _MEASURES.items()]
-    rows.append(
-        [
-            "mean lean: cosine with the male sentence minus cosine with the female one",
-            *(f"{r['lean']:+.4f}" for r in reports.values()),
-        ]
-    )
-    rows.append(
-        [
-            "measured on",
-            *(
-                f"{r['n']:,} items, {r['occupations']} occupations, {r['ties']:,} ties"
-                for r in reports.values()
-            ),
-        ]
-    )
+    rows = [
+        [meaning, *(_rate(report, name) for report in reports.values())]
+        for name, meaning in _MEASURES.items()
+    ]
+    lean = "mean lean: cosine with the male sentence minus cosine with the female one"
+    rows.append([lean, *(f"{report['lean']:+.4f}" for report in reports.values())])
+    rows.append(["measured on", *map(_counts, reports.values())])
     return Table(["", *reports], rows)
+
+
+def _rate(report, name):
+    "A rate with its interval and p-value."
+    if name not in report:
+        return "no labels"
+    rate, low, high, p = (report[name + end] for end in ("", "_low", "_high", "_p"))
+    return f"{rate:.0%} [{low:.0%}, {high:.0%}], {bias._chance(p)}"
+
+
+def _counts(report):
+    "What a report was measured on."
+    return f"{report['n']:,} items, {report['occupations']} occupations, {report['ties']:,} ties"
 
 
 def bias_figure(
@@ -892,18 +843,24 @@ def _events(folder):
 def _record(value):
     "A record with its finite numbers and its texts only; what is no record is empty."
     entries = value.items() if isinstance(value, dict) else ()
-    number = lambda v: (
-        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300
-    )  # NaN is not
-    return {str(k): v for k, v in entries if isinstance(v, str) or number(v)}
+    return {str(k): v for k, v in entries if isinstance(v, str) or _is_finite(v)}
+
+
+def _is_finite(value):
+    "Tell whether a value is a number that can be drawn; NaN is not below 1e300."
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _metrics(value):
     "Before, after and test of a record of metrics, however much of it is there."
     value = value if isinstance(value, dict) else {}
     test = value.get("test") if isinstance(value.get("test"), dict) else {}
-    sides = lambda record: {side: _record(record.get(side)) for side in ("before", "after")}
-    return sides(value) | {"test": sides(test)}
+    return _sides(value) | {"test": _sides(test)}
+
+
+def _sides(record):
+    "Before and after of a record of metrics."
+    return {side: _record(record.get(side)) for side in ("before", "after")}
 
 
 def _listed(value, *numbers):
@@ -918,11 +875,20 @@ def _picture(path):
     return data if data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") else b""
 
 
+def _attempt(folder, remarks, name, read, otherwise=None):
+    "Read a part of a run; one that is being written, or damaged, becomes a remark."
+    try:
+        with reading(folder / name):
+            return read(folder / name) if (folder / name).exists() else otherwise
+    except ValueError as error:
+        reason = str(error).replace(f"{folder}/", "")
+        remarks.append(_brief(f"left out of {folder.name}: {reason}", 300))
+        return otherwise
+
+
 def read_run(
     folder: str | Path,  # run directory, finished or not
-) -> (
-    dict
-):  # name, history, metrics, mixture, picture (PNG bytes), remarks; what is not there is empty
+) -> dict:  # name, history, metrics, mixture, picture (PNG bytes), remarks; empty if not there
     "Read what a run directory says; raise `ValueError` if it is not one."
     folder, remarks = Path(folder), []
     if not _is_run(folder):
@@ -931,31 +897,21 @@ def read_run(
             " contrastive-st train"
         )
 
-    def attempt(name, read, otherwise):
-        "What a part of the run says; a part that is being written, or damaged, becomes a remark."
-        try:
-            with reading(folder / name):
-                return read(folder / name) if (folder / name).exists() else otherwise
-        except ValueError as error:
-            remarks.append(
-                _brief(f"left out of {folder.name}: {str(error).replace(f'{folder}/', '')}", 300)
-            )
-            return otherwise
+    def load(name):
+        return _attempt(folder, remarks, f"{name}.json", lambda path: read_json(path, object))
 
-    load = lambda name: attempt(f"{name}.json", lambda path: read_json(path, object), None)
     mixture = load("mixture")
-    history = _listed(load("history"), "step") or _listed(
-        attempt("tensorboard", _events, []), "step"
-    )
-    datasets = _listed(
-        mixture.get("datasets") if isinstance(mixture, dict) else None, "asked", "realised"
-    )
+    history = _listed(load("history"), "step")
+    if not history:  # it is written at the end; the events come while the run goes on
+        history = _listed(_attempt(folder, remarks, "tensorboard", _events, []), "step")
+    datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
+    datasets = _listed(datasets, "asked", "realised")
     return {
         "name": folder.name,
         "history": history,
         "metrics": _metrics(load("metrics")),
         "mixture": {"datasets": [d for d in datasets if isinstance(d.get("name"), str)]},
-        "picture": attempt("similarity.png", _picture, b""),
+        "picture": _attempt(folder, remarks, "similarity.png", _picture, b""),
         "remarks": remarks,
     }
 
@@ -969,57 +925,70 @@ _PANELS = {
 }
 
 
+def _logged(run, key):
+    "(step, value) of a measure, with its value before training at step 0."
+    points = []
+    if key.startswith("eval_"):
+        before = run["metrics"].get("before", {}).get(key.removeprefix("eval_"))
+        points += [(0, before)] if isinstance(before, int | float) else []
+    lines = [line for line in run["history"] if isinstance(line.get(key), int | float)]
+    return points + [(line["step"], line[key]) for line in lines]
+
+
+def _axes(panels, p):
+    "The two axes of panel p, of which the top one is 0; all panels share the steps."
+    n, top, gap = _axis_number(p), 1 - p / len(panels), 0.22 / len(panels)
+    is_last = p == len(panels) - 1
+    y = {
+        "title": {"text": _PANELS[panels[p]]},
+        "domain": [top - 1 / len(panels) + gap, top],
+        "anchor": f"x{n}",
+    }
+    x = {
+        "anchor": f"y{n}",
+        "matches": "x",
+        "showticklabels": is_last,
+        "title": {"text": "step" if is_last else ""},
+    }
+    return {f"yaxis{n}": y, f"xaxis{n}": x}
+
+
+def _axis_number(p):
+    "How plotly writes the number of an axis: '', '2', '3'."
+    return str(p + 1) if p else ""
+
+
+def _line(points, name, r, p):
+    "The line of run r in panel p."
+    x, y = zip(*points)
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": x,
+        "y": y,
+        "xaxis": f"x{_axis_number(p)}",
+        "yaxis": f"y{_axis_number(p)}",
+        "name": html.escape(name),
+        "legendgroup": str(r),
+        "showlegend": p == 0,
+        "line": {"color": _COLOURS[r % len(_COLOURS)]},
+        "marker": {"size": 5},
+    }
+
+# %% ../nbs/14_demo.ipynb #curves-figure
 def curves(
     runs: Sequence[dict],  # as `read_run` returns them
 ) -> dict:  # a plotly figure
     "Draw what the runs logged, panel by panel over the steps."
-
-    def line(run, key):
-        before = (
-            run["metrics"].get("before", {}).get(key.removeprefix("eval_"))
-            if key.startswith("eval_")
-            else None
-        )
-        return ([(0, before)] if isinstance(before, int | float) else []) + [
-            (h["step"], h[key]) for h in run["history"] if isinstance(h.get(key), int | float)
-        ]
-
-    panels = [key for key in _PANELS if any(len(line(run, key)) for run in runs)]
+    panels = [key for key in _PANELS if any(_logged(run, key) for run in runs)]
     if not panels:
         raise ValueError("these runs have logged nothing yet; wait for the first log line")
-    data, layout, gap = [], {}, 0.22 / len(panels)
+    data, layout = [], {}
     for p, key in enumerate(panels):
-        n, top = str(p + 1) if p else "", 1 - p / len(panels)
-        layout[f"yaxis{n}"] = {
-            "title": {"text": _PANELS[key]},
-            "domain": [top - 1 / len(panels) + gap, top],
-            "anchor": f"x{n}",
-        }
-        layout[f"xaxis{n}"] = {
-            "anchor": f"y{n}",
-            "matches": "x",
-            "showticklabels": p == len(panels) - 1,
-            "title": {"text": "step" if p == len(panels) - 1 else ""},
-        }
+        layout |= _axes(panels, p)
         for r, run in enumerate(runs):
-            if not (points := line(run, key)):
-                continue
-            x, y = zip(*points)
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "x": x,
-                    "y": y,
-                    "xaxis": f"x{n}",
-                    "yaxis": f"y{n}",
-                    "name": html.escape(run["name"]),
-                    "legendgroup": str(r),
-                    "showlegend": p == 0,
-                    "line": {"color": _COLOURS[r % len(_COLOURS)]},
-                    "marker": {"size": 5},
-                }
-            )
+            if points := _logged(run, key):
+                data.append(_line(points, run["name"], r, p))
     return _figure(
         data,
         "",
@@ -1061,21 +1030,21 @@ def before_after(
     run: dict,  # as `read_run` returns it
 ) -> Table:  # measure, before, after
     "Lay out what training changed, with 95% intervals."
-    metrics = run["metrics"]
-    sides = [("", metrics), ("test ", metrics.get("test", {}))]
-    names = lambda k: (k, f"{k}_low", f"{k}_high")
-    said = lambda m, k: (
-        "{:.3f} [{:.3f}, {:.3f}]".format(*(m[n] for n in names(k)))
-        if all(isinstance(m.get(n), int | float) for n in names(k))
-        else "not yet"
-    )
-    rows = [
-        [f"{title}{k}", said(s["before"], k), said(s.get("after", {}), k)]
-        for title, s in sides
-        for k in ("spearman", "ndcg@10", "accuracy@1", "recall@100")
-        if k in s.get("before", {})
-    ]
+    metrics, rows = run["metrics"], []
+    for title, sides in (("", metrics), ("test ", metrics.get("test", {}))):
+        before, after = sides.get("before", {}), sides.get("after", {})
+        for name in ("spearman", "ndcg@10", "accuracy@1", "recall@100"):
+            if name in before:
+                rows.append([f"{title}{name}", _interval(before, name), _interval(after, name)])
     return Table([run["name"], "before", "after"], rows)
+
+
+def _interval(metrics, name):
+    "A metric with its interval, if the run has measured it."
+    numbers = [metrics.get(key) for key in (name, f"{name}_low", f"{name}_high")]
+    if not all(isinstance(number, int | float) for number in numbers):
+        return "not yet"
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
 
 # %% ../nbs/14_demo.ipynb #heat
 def heat(
@@ -1084,6 +1053,35 @@ def heat(
     right: Sequence[str],  # N texts, row i belongs to row i of `left`
 ) -> dict:  # a plotly figure
     "Draw the cosine of every text on the left with every text on the right."
+    _check_pairs(left, right)
+    z = scores(model, left, right, roles=("query", "document")).round(4).tolist()
+    rows, columns = [_hover(text) for text in left], [_hover(text) for text in right]
+    text = []
+    for row, cosines in zip(rows, z):
+        pairs = zip(cosines, columns)
+        text.append([f"{cosine:.3f}<br>{row}<br>—<br>{column}" for cosine, column in pairs])
+    ahead = np.mean([np.argmax(row) == i for i, row in enumerate(z)])
+    trace = {
+        "type": "heatmap",
+        "z": z,
+        "text": text,
+        "hoverinfo": "text",
+        "colorscale": "Viridis",
+        "zmin": -0.1,
+        "zmax": 1,
+        "colorbar": {"thickness": 10},
+    }
+    return _figure(
+        [trace],
+        f"{model.name}: {ahead:.0%} find their partner",
+        360,
+        xaxis={"title": {"text": "answer"}, "showticklabels": False},
+        yaxis={"title": {"text": "question"}, "autorange": "reversed", "showticklabels": False},
+    )
+
+
+def _check_pairs(left, right):
+    "Raise `ValueError` for texts that are no pairs, or too many of them."
     if len(left) != len(right):
         raise ValueError(
             f"{len(left)} texts stand on the left and {len(right)} on the right; row i must belong"
@@ -1091,33 +1089,6 @@ def heat(
         )
     if len(left) > 40:
         raise ValueError(f"{len(left)} pairs are too many for a picture; give at most 40")
-    z = scores(model, left, right, roles=("query", "document")).round(4).tolist()
-    text = [
-        [
-            f"{z[i][j]:.3f}<br>{_hover(left[i])}<br>—<br>{_hover(right[j])}"
-            for j in range(len(right))
-        ]
-        for i in range(len(left))
-    ]
-    ahead = np.mean([np.argmax(row) == i for i, row in enumerate(z)])
-    return _figure(
-        [
-            {
-                "type": "heatmap",
-                "z": z,
-                "text": text,
-                "hoverinfo": "text",
-                "colorscale": "Viridis",
-                "zmin": -0.1,
-                "zmax": 1,
-                "colorbar": {"thickness": 10},
-            }
-        ],
-        f"{model.name}: {ahead:.0%} find their partner",
-        360,
-        xaxis={"title": {"text": "answer"}, "showticklabels": False},
-        yaxis={"title": {"text": "question"}, "autorange": "reversed", "showticklabels": False},
-    )
 
 # %% ../nbs/14_demo.ipynb #handler
 def _note(text, kind="note"):
@@ -1135,9 +1106,7 @@ def answered(
     function: Callable,  # inputs -> HTML and then plotly figures or None
     inputs: Sequence,  # texts, numbers and paths of uploaded files
     figures: int = 0,  # how many figures it returns
-) -> tuple[
-    str, list
-]:  # HTML with notes above it, figures; for bad input one sentence and no figures
+) -> tuple[str, list]:  # HTML with notes above it, figures; for bad input a sentence, no figures
     "Call a page's function; put what it complains of into words for the page."
 
     def spoken(message):
@@ -1176,7 +1145,7 @@ def _in_thread(session, function, *inputs):
     threading.Thread(target=context.run, args=(compute,), daemon=True).start()
     return asyncio.wrap_future(future)
 
-
+# %% ../nbs/14_demo.ipynb #action-layout
 def _handler(gr, function, figures):
     "What a button calls: outputs for one HTML and some plots; plots without a figure are hidden."
 
@@ -1186,11 +1155,9 @@ def _handler(gr, function, figures):
             figure and gr.components.plot.PlotData(type="plotly", plot=json.dumps(figure))
             for figure in drawn
         ]
-        return (
-            [shown, *(gr.update(value=d, visible=d is not None) for d in data)]
-            if figures
-            else shown
-        )
+        if not figures:
+            return shown
+        return [shown, *(gr.update(value=d, visible=d is not None) for d in data)]
 
     return handle
 
@@ -1198,35 +1165,45 @@ def _handler(gr, function, figures):
 def _action(
     gr, label, name, function, inputs, figures=0, examples={}, submit=(), wide=0, below=False
 ):
-    "Lay out a button with its examples, and below them the place of its result; Enter in a field of `submit` presses the button."
+    "Lay out a button, its examples and its result; Enter in a field of `submit` presses it, too."
     handle, fields = _handler(gr, function, figures), list(inputs)
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(label, variant="primary", elem_id=f"{name}-go")
         picks = [gr.Button(title) for title in examples]
-    said = gr.HTML(elem_id=f"{name}-result", elem_classes="answer", render=not below)
-    plot = lambda i: gr.Plot(
-        visible=False, show_label=False, min_width=400, elem_id=f"{name}-plot{i}"
-    )
-    plots = [plot(i) for i in range(wide)]  # those have a row each
-    with gr.Row():
-        plots += [plot(i) for i in range(wide, figures)]
-    if below:
-        said.render()
-    run = dict(
-        inputs=fields, outputs=[said, *plots], concurrency_id="models", concurrency_limit=AT_A_TIME
-    )
+    outputs = _outputs(gr, name, figures, wide, below)
+    run = {"inputs": fields, "outputs": outputs}
+    run |= {"concurrency_id": "models", "concurrency_limit": AT_A_TIME}
     gr.on([go.click, *(field.submit for field in submit)], handle, **run, api_name=name)
+    # An example fills the fields at once, however many requests wait, and is then computed.
+    at_once = {"concurrency_id": "examples", "concurrency_limit": None}
     for pick, values in zip(picks, examples.values()):
-        fill = lambda values=values: values if len(fields) > 1 else values[0]
-        filled = pick.click(
-            fill,
-            None,
-            fields,
-            api_visibility="private",
-            concurrency_id="examples",
-            concurrency_limit=None,
-        )
-        filled.then(handle, **run, api_visibility="private")
+        click = pick.click(_filler(values), None, fields, api_visibility="private", **at_once)
+        click.then(handle, **run, api_visibility="private")
+
+
+def _filler(values):
+    "A function that gives an example's values; gradio wants one field's value by itself."
+
+    def fill():
+        return values if len(values) > 1 else values[0]
+
+    return fill
+
+
+def _outputs(gr, name, figures, wide, below):
+    "The places of a result: its HTML, `wide` plots with a row each, and the other plots in a row."
+    answer = gr.HTML(elem_id=f"{name}-result", elem_classes="answer", render=not below)
+    plots = [_plot(gr, name, i) for i in range(wide)]
+    with gr.Row():
+        plots += [_plot(gr, name, i) for i in range(wide, figures)]
+    if below:
+        answer.render()
+    return [answer, *plots]
+
+
+def _plot(gr, name, i):
+    "The place of a plot, hidden until there is one."
+    return gr.Plot(visible=False, show_label=False, min_width=400, elem_id=f"{name}-plot{i}")
 
 # %% ../nbs/14_demo.ipynb #fields
 def _upload(gr, label):
@@ -1329,59 +1306,48 @@ A cheetah is running behind its prey.
 A monkey is playing drums."""
 
 
-def _search_page(gr, models, limit):
-    handbook = "\n".join(read_retrieval(quickstart_folder() / "retrieval").corpus.values())
+def _corpus_fields(gr, limit):
+    "Fields for a corpus: pasted text, a file, and the column of that file."
     gr.Markdown(
         "Paste a corpus, one text a line, or upload one: .txt, .jsonl, .csv or .tsv, up to"
         f" {limit:,} texts and {FILE_BYTES // 10**6} MB. An uploaded file goes before the pasted"
         " text."
     )
-    corpus = [_lines(gr, "Corpus", _CORPUS, 8)]
+    text, example = _lines(gr, "Corpus", _CORPUS, 8), "text, title, sentence …"
     with gr.Row():
-        corpus += [
-            _upload(gr, "Corpus file"),
-            gr.Textbox(
-                label="Column of a .jsonl, .csv or .tsv", placeholder="text, title, sentence …"
-            ),
-        ]
+        file = _upload(gr, "Corpus file")
+        column = gr.Textbox(label="Column of a .jsonl, .csv or .tsv", placeholder=example)
+    return [text, file, column]
 
-    def texts(text, file, column):
-        return (
-            read_corpus(file, (column or "").strip(), limit)
-            if file
-            else split_lines(text, "corpus", limit)
-        )
 
+def _corpus(text, file, column, limit):
+    "The texts of these fields."
+    if file:
+        return read_corpus(file, (column or "").strip(), limit)
+    return split_lines(text, "corpus", limit)
+
+
+def _search_section(gr, models, limit, corpus, handbook):
+    "Lay out the search."
     gr.Markdown("### Search")
-    fields = [
-        *corpus,
-        gr.Textbox(label="Query", value="Somebody prepares a meal", lines=1),
-        gr.Slider(1, 50, 5, step=1, label="Texts to show"),
-    ]
+    query = gr.Textbox(label="Query", value="Somebody prepares a meal", lines=1)
+    fields = [*corpus, query, gr.Slider(1, 50, 5, step=1, label="Texts to show")]
+    values = (handbook, None, "", "How do I report a broken lamp?", 5)
+    examples = {"In the harbour's handbook": values}
 
     def search(text, file, column, query, top_k):
-        found = find(models, _one(query, "query"), texts(text, file, column), int(top_k))
-        return (
-            '<div class="side">'
-            + "".join(
-                f"<section><h4>{html.escape(name)}</h4>{to_html(table)}</section>"
-                for name, table in found.items()
-            )
-            + "</div>",
-        )
+        query, texts = _one(query, "query"), _corpus(text, file, column, limit)
+        sections = [
+            f"<section><h4>{html.escape(name)}</h4>{to_html(table)}</section>"
+            for name, table in find(models, query, texts, int(top_k)).items()
+        ]
+        return (f'<div class="side">{"".join(sections)}</div>',)
 
-    _action(
-        gr,
-        "Search",
-        "search",
-        search,
-        fields,
-        examples={
-            "In the harbour's handbook": (handbook, None, "", "How do I report a broken lamp?", 5)
-        },
-        submit=fields[3:4],
-    )
+    _action(gr, "Search", "search", search, fields, examples=examples, submit=[query])
 
+# %% ../nbs/14_demo.ipynb #page-cluster
+def _cluster_section(gr, models, limit, corpus, handbook):
+    "Lay out the clusters and their map."
     gr.Markdown("### Cluster")
     fields = [
         *corpus,
@@ -1389,27 +1355,26 @@ def _search_page(gr, models, limit):
         gr.Radio(["2-D", "3-D"], value="2-D", label="Map"),
         gr.Radio(["PCA", "t-SNE"], value="PCA", label="Projection"),
     ]
+    examples = {"The harbour's handbook in 3-D": (handbook, None, "", 8, "3-D", "PCA")}
 
     def divide(text, file, column, n_clusters, dims, method):
-        found = [
-            clusters(m, texts(text, file, column), int(n_clusters), int(dims[0]), method)
-            for m in models
-        ]
-        return "".join(
-            f"<h4>{html.escape(m.name)}</h4>{to_html(table)}"
-            for m, (_, table) in zip(models, found)
-        ), *(figure for figure, _ in found)
+        shown, figures = "", []
+        for model in models:
+            texts = _corpus(text, file, column, limit)
+            figure, table = clusters(model, texts, int(n_clusters), int(dims[0]), method)
+            shown += f"<h4>{html.escape(model.name)}</h4>{to_html(table)}"
+            figures.append(figure)
+        return shown, *figures
 
-    _action(
-        gr,
-        "Cluster",
-        "cluster",
-        divide,
-        fields,
-        len(models),
-        {"The harbour's handbook in 3-D": (handbook, None, "", 8, "3-D", "PCA")},
-        below=True,
-    )
+    _action(gr, "Cluster", "cluster", divide, fields, len(models), examples, below=True)
+
+
+def _search_page(gr, models, limit):
+    "Lay out one corpus, and below it what can be done with it."
+    handbook = "\n".join(read_retrieval(quickstart_folder() / "retrieval").corpus.values())
+    corpus = _corpus_fields(gr, limit)
+    _search_section(gr, models, limit, corpus, handbook)
+    _cluster_section(gr, models, limit, corpus, handbook)
 
 # %% ../nbs/14_demo.ipynb #page-bias
 def _bias_page(gr, models, limit):
@@ -1425,13 +1390,13 @@ def _bias_page(gr, models, limit):
         items = read_items(file) if file else own_items()
         _check_size(sum(len(text) for item in items for text in item), len(items), "the set", limit)
         reports = {m.name: bias.gender_bias(m.encode, items) for m in models}
-        told = (
+        caution = (
             "A rate whose interval holds 50% is not shown to differ from chance, which is not the"
             " same as unbiased. If he is nearer in all sentences alike, the first two rates move;"
             " only the separation does not. The measure is about these sentences, not about what a"
             " system built on the model will do."
         )
-        return to_html(bias_table(reports)) + _note(told), bias_figure(reports)
+        return to_html(bias_table(reports)) + _note(caution), bias_figure(reports)
 
     _action(gr, "Measure", "bias", page, fields, 1, {"The set that comes with the page": (None,)})
 
@@ -1439,48 +1404,48 @@ def _bias_page(gr, models, limit):
 def _run_html(run):
     "What a run changed: its measures, and the picture it drew."
     table, picture = before_after(run), base64.b64encode(run["picture"]).decode()
-    image = (
-        f'<img alt="similarity before and after training" src="data:image/png;base64,{picture}">'
-        if picture
-        else ""
-    )
+    source, alt = f"data:image/png;base64,{picture}", "similarity before and after training"
+    image = f'<img alt="{alt}" src="{source}">' if picture else ""
     remarks = "".join(map(_note, run["remarks"]))
-    return f"<section>{remarks}{to_html(table) if table.rows else _note(run['name'] + ' has measured nothing')}{image}</section>"
+    measures = to_html(table) if table.rows else _note(run["name"] + " has measured nothing")
+    return f"<section>{remarks}{measures}{image}</section>"
 
 
-def _training_page(gr, models, runs):
-    names = dict(zip(_names([str(run) for run in runs]), runs))
-    if names:
-        gr.Markdown(
-            "What the runs logged, from which data, and what it changed. A run that is going on is"
-            " read as far as it is."
-        )
-        fields = [gr.CheckboxGroup(list(names), value=list(names), label="Runs")]
-
-        def page(chosen):
-            if not chosen:
-                raise ValueError("no run is chosen; tick one")
-            said = {
-                name: read_run(names[name]) | {"name": name} for name in names if name in chosen
-            }
-            drawn = [
-                curves(list(said.values())),
-                *(shares(said[name]) if name in said else None for name in names),
-            ]
-            return '<div class="side">' + "".join(map(_run_html, said.values())) + "</div>", *drawn
-
-        _action(gr, "Show the runs", "runs", page, fields, 1 + len(names), wide=1)
-    else:
+def _runs_section(gr, names):
+    "Lay out what the runs logged; `names` leads to their directories."
+    if not names:
         gr.Markdown(
             "None of the models is in a run directory. Start the demo with a run directory of"
             " `contrastive-st train`, or with `--run`."
         )
+        return
+    gr.Markdown(
+        "What the runs logged, from which data, and what it changed. A run that is going on is"
+        " read as far as it is."
+    )
+    fields = [gr.CheckboxGroup(list(names), value=list(names), label="Runs")]
 
-    search_test = read_retrieval(quickstart_folder() / "retrieval")
-    pairs = [
-        (search_test.queries[q], search_test.corpus[next(iter(d))])
-        for q, d in list(search_test.qrels.items())[::40]
-    ][:16]
+    def page(chosen):
+        if not chosen:
+            raise ValueError("no run is chosen; tick one")
+        runs = {name: read_run(names[name]) | {"name": name} for name in names if name in chosen}
+        figures = [curves(list(runs.values()))]
+        figures += [shares(runs[name]) if name in runs else None for name in names]
+        return '<div class="side">' + "".join(map(_run_html, runs.values())) + "</div>", *figures
+
+    _action(gr, "Show the runs", "runs", page, fields, 1 + len(names), wide=1)
+
+
+def _training_page(gr, models, runs):
+    _runs_section(gr, dict(zip(_names([str(run) for run in runs]), runs)))
+    _heat_section(gr, models)
+
+
+def _heat_section(gr, models):
+    "Lay out questions and answers whose cosines are drawn; by default 16 pairs of the harbour."
+    corpus, queries, qrels = read_retrieval(quickstart_folder() / "retrieval")
+    chosen = list(qrels.items())[::40][:16]  # spread over the topics
+    pairs = [(queries[q], corpus[next(iter(documents))]) for q, documents in chosen]
     gr.Markdown(
         "### Every question with every answer\nThe pairs stand on the diagonal. Started with the"
         " model before and after training, this shows what it learned."
@@ -1503,23 +1468,37 @@ _STYLE = """
 .result {overflow-x: auto; margin: 4px 0 14px}
 .result table {width: 100%; border-collapse: collapse; font-size: 15px}
 .result :is(table, thead, tbody, tr) {border: 0 !important; background: none !important}
-.result :is(th, td) {text-align: start; padding: 6px 8px !important; border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; word-break: normal !important; vertical-align: top}
-.result th {color: var(--body-text-color-subdued) !important; vertical-align: bottom} .result :is(td.text, td.solid) {white-space: pre-wrap; min-width: 6em} .result td.solid {overflow-wrap: anywhere} .result td.short {white-space: nowrap; width: 1%}
-.result td.score {white-space: nowrap; width: 104px; min-width: 84px; font-variant-numeric: tabular-nums;
-  background: linear-gradient(to right, rgba(66,105,208,.45) var(--bar), rgba(128,128,128,.12) var(--bar)) no-repeat 6px 100% / calc(100% - 12px) 4px}
-.result small {color: var(--body-text-color-subdued)} .side {display: flex; flex-wrap: wrap; gap: 0 24px} .side section {flex: 1 1 320px; min-width: 0}
-.answer h4 {margin: 10px 0 2px} .answer img {max-width: 100%; border-radius: 6px; background: white}
-p.note, p.error {margin: 4px 0; padding: 8px 10px; border-radius: 6px; font-size: 15px; overflow-wrap: anywhere; background: var(--background-fill-secondary)}
+.result :is(th, td) {text-align: start; padding: 6px 8px !important; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important;
+  word-break: normal !important; vertical-align: top}
+.result th {color: var(--body-text-color-subdued) !important; vertical-align: bottom}
+.result :is(td.text, td.solid) {white-space: pre-wrap; min-width: 6em}
+.result td.solid {overflow-wrap: anywhere}
+.result td.short {white-space: nowrap; width: 1%}
+.result td.score {white-space: nowrap; width: 104px; min-width: 84px;
+  font-variant-numeric: tabular-nums;
+  background: linear-gradient(
+    to right, rgba(66,105,208,.45) var(--bar), rgba(128,128,128,.12) var(--bar)
+  ) no-repeat 6px 100% / calc(100% - 12px) 4px}
+.result small {color: var(--body-text-color-subdued)}
+.side {display: flex; flex-wrap: wrap; gap: 0 24px}
+.side section {flex: 1 1 320px; min-width: 0}
+.answer h4 {margin: 10px 0 2px}
+.answer img {max-width: 100%; border-radius: 6px; background: white}
+p.note, p.error {margin: 4px 0; padding: 8px 10px; border-radius: 6px; font-size: 15px;
+  overflow-wrap: anywhere; background: var(--background-fill-secondary)}
 p.error {border-left: 4px solid #d43d3d; background: rgba(212,61,61,.12)}
-@media (max-width: 600px) {.gradio-container .fillable {padding: 12px !important} .tab-container button {padding: 0 6px !important; font-size: 13px} .result table :is(th, td) {padding: 5px 4px !important; font-size: 14px}}
+@media (max-width: 600px) {
+  .gradio-container .fillable {padding: 12px !important}
+  .tab-container button {padding: 0 6px !important; font-size: 13px}
+  .result table :is(th, td) {padding: 5px 4px !important; font-size: 14px}
+}
 """
 
 
 def build(
     models: Sequence[Model],  # shown side by side
-    runs: Sequence[
-        str | Path
-    ] = (),  # more run directories to look at; those of the models come along
+    runs: Sequence[str | Path] = (),  # more run directories; those of the models come along
     limit: int = LIMIT,  # texts in a corpus
 ):  # gradio.Blocks
     "Lay out the five pages."
@@ -1527,13 +1506,10 @@ def build(
     runs = list(dict.fromkeys([m.run for m in models if m.run] + [Path(run) for run in runs]))
     for run in runs:
         read_run(run)
-    with gr.Blocks(
-        title="contrastive_st demo", analytics_enabled=False, delete_cache=(3600, 3600)
-    ) as blocks:
-        gr.Markdown(
-            "## contrastive_st\n"
-            + " · ".join(f"{_marked(m.name)} ({m.encoder.width})" for m in models)
-        )
+    names = " · ".join(f"{_marked(m.name)} ({m.encoder.width})" for m in models)
+    settings = {"analytics_enabled": False, "delete_cache": (3600, 3600)}  # uploads live an hour
+    with gr.Blocks(title="contrastive_st demo", **settings) as blocks:
+        gr.Markdown(f"## contrastive_st\n{names}")
         with gr.Tab("Similarity"):
             _similarity_page(gr, models, limit)
         with gr.Tab("Answers"):
@@ -1553,14 +1529,12 @@ def _marked(name):
     return re.sub(r"([\\`*_{}\[\]()#+.!|<>$~&-])", r"\\\1", _brief(name, 200))
 
 # %% ../nbs/14_demo.ipynb #policy
+_POLICY = (
+    b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none';"
+    b" form-action 'self'"
+)
 _HEADERS = [  # the browser enforces them: nothing from elsewhere is loaded, the page is in no frame
-    (
-        b"content-security-policy",
-        (
-            b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none';"
-            b" form-action 'self'"
-        ),
-    ),
+    (b"content-security-policy", _POLICY),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 ]
@@ -1597,8 +1571,11 @@ def _check_origin(
         raise _Refused(403, "this page answers to itself only; open it in a tab of its own")
 
 
-_READS = [  # what the page asks for, as recorded in Chromium; and the names that Gradio's client and curl use, so that a script can use a page
-    r"/|/favicon\.ico|/theme\.css|/(assets|static)/[\w./-]+|/gradio_api/(queue/data|upload_progress)",
+_READS = [
+    # What the page asks for, as recorded in Chromium.
+    r"/|/favicon\.ico|/theme\.css|/(assets|static)/[\w./-]+",
+    r"/gradio_api/(queue/data|upload_progress)",
+    # What Gradio's client and curl ask for, so that a script can use a page.
     r"/config|/gradio_api/(info|heartbeat/\w+|call/\w+/[0-9a-f]{32})",
 ]
 _WRITES = [r"/gradio_api/(queue/join|upload)", r"/gradio_api/call/\w+"]
@@ -1639,18 +1616,17 @@ def _uploaded(value, uploads):
 
 def _value(value, field, uploads):
     "The value of a field, if the field can hold it; else raise `ValueError`."
-    kind, choices = field.get_block_name(), [choice for _, choice in getattr(field, "choices", ())]
-    if kind == "file":
+    block, choices = field.get_block_name(), [choice for _, choice in getattr(field, "choices", ())]
+    if block == "file":
         return None if value is None else _uploaded(value, uploads)
-    if kind == "slider":
+    if block == "slider":
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not field.minimum <= value <= field.maximum:  # NaN is not between them
             raise ValueError(f"takes a number from {field.minimum} to {field.maximum}")
         return value
-    if kind == "checkboxgroup":
-        if not isinstance(value, list) or not all(
-            isinstance(v, str) and v in choices for v in value
-        ):
+    if block == "checkboxgroup":
+        is_list = isinstance(value, list)
+        if not is_list or not all(isinstance(v, str) and v in choices for v in value):
             raise ValueError("takes a list of its choices")
         return value
     if not isinstance(value, str | None) or value is not None and choices and value not in choices:
@@ -1664,36 +1640,41 @@ def _plain(
     name: str = "",  # of the function; "" = the body has its number
     uploads: str = "",  # folder of the uploaded files
 ) -> dict:  # nothing but what was understood
-    "Read what a function is called with; raise `ValueError` for anything that its fields cannot hold."
+    "Read what a function is called with; raise `ValueError` for what its fields cannot hold."
     with reading("the request", 'send a JSON object with "data", a list'):
-        asked = json.loads(body)
-    if not isinstance(asked, dict):
+        request = json.loads(body)
+    if not isinstance(request, dict):
         raise ValueError('the request is no JSON object; send one with "data", a list')
-    number, session, data = asked.get("fn_index"), asked.get("session_hash"), asked.get("data")
-    named = [
-        f
-        for n, f in functions.items()
-        if (f.api_name == name if name else n == number and type(number) is int)
-    ]
-    if not named:
-        raise ValueError("the request calls no function of this page")
-    if not isinstance(session, str | None) or not re.fullmatch(
-        r"[\w-]{1,64}", session or "none", re.ASCII
-    ):
+    number, session = request.get("fn_index"), request.get("session_hash")
+    fields = _called(functions, name, number).inputs
+    is_text = isinstance(session, str | None)
+    if not is_text or not re.fullmatch(r"[\w-]{1,64}", session or "none", re.ASCII):
         raise ValueError("the request has a strange session_hash")
-    fields = named[0].inputs
+    values = _values(request.get("data"), fields, uploads)
+    call = {"data": values, "session_hash": session}
+    if name:
+        return call
+    trigger = request.get("trigger_id")
+    return call | {"fn_index": number, "trigger_id": trigger if type(trigger) is int else None}
+
+
+def _called(functions, name, number):
+    "The function that a request calls by its name, or else by its number."
+    for n, function in functions.items():
+        if function.api_name == name if name else n == number and type(number) is int:
+            return function
+    raise ValueError("the request calls no function of this page")
+
+
+def _values(data, fields, uploads):
+    "The values of a request's fields."
     if not isinstance(data, list) or len(data) != len(fields):
         raise ValueError(f"the request has no list of {len(fields)} values as its data")
     values = []
     for field, value in zip(fields, data):
         with reading(f"the field {field.label!r}", "look at the page for what it can hold"):
             values.append(_value(value, field, uploads))
-    trigger = asked.get("trigger_id")
-    return {"data": values, "session_hash": session} | (
-        {}
-        if name
-        else {"fn_index": number, "trigger_id": trigger if type(trigger) is int else None}
-    )
+    return values
 
 # %% ../nbs/14_demo.ipynb #gate
 JSON_BYTES = 8_000_000  # of a request, without a file
@@ -1777,9 +1758,9 @@ class _Gate:
         if method != "POST":
             return self._admit_read(scope, receive, path)
         upload = path == "/gradio_api/upload"
-        kind = "multipart/form-data" if upload else "application/json"
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
-            raise _Refused(415, f"send {kind}")
+        wanted = "multipart/form-data" if upload else "application/json"
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != wanted:
+            raise _Refused(415, f"send {wanted}")
         _check_declared(headers, FILE_BYTES + 10_000 if upload else JSON_BYTES)
         return (scope, receive) if upload else await self._admit_call(scope, receive, path)
 
@@ -1788,11 +1769,9 @@ class _Gate:
         if path == "/":
             return scope | {"query_string": b""}, receive
         session = re.fullmatch(rb"session_hash=([\w-]+)", scope["query_string"])
-        return scope, (
-            _watch(session[1].decode(), receive)
-            if path.endswith("/queue/data") and session
-            else receive
-        )
+        if path.endswith("/queue/data") and session:  # it stays open as long as the page
+            receive = _watch(session[1].decode(), receive)
+        return scope, receive
 
     async def _admit_call(self, scope, receive, path):
         "A call, with its body written anew."
@@ -1802,27 +1781,30 @@ class _Gate:
         except ValueError as error:
             raise _Refused(422, _brief(error, 300)) from None
         body = json.dumps(plain).encode()
-        headers = [
-            (name, value) for name, value in scope["headers"] if name.lower() != b"content-length"
-        ]
-        return scope | {"headers": [*headers, (b"content-length", b"%d" % len(body))]}, _again(
-            body, receive
-        )
+        headers = [item for item in scope["headers"] if item[0].lower() != b"content-length"]
+        headers.append((b"content-length", b"%d" % len(body)))
+        return scope | {"headers": headers}, _again(body, receive)
 
 # %% ../nbs/14_demo.ipynb #seal
 def application(
     blocks,  # as `build` returns them
     names: Sequence[str] = _LOOPBACK,  # host names it answers to; () = any
 ):  # an ASGI application, for uvicorn
-    "Make the server around the page: no analytics, no sharing, nothing loaded from elsewhere, nothing open but the page."
+    "Make the server around the page: no sharing, nothing loaded from elsewhere, nothing else open."
     gr = _gradio()
-    from fastapi import FastAPI
     from gradio.utils import get_upload_folder
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    theme = gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )  # the machine's own fonts
+    gate = _Gate(_mounted(gr, blocks), blocks, get_upload_folder())
+    hosts = [f"[{name}]" if ":" in name else name for name in names] or ["*"]
+    return _with_headers(TrustedHostMiddleware(gate, hosts, www_redirect=False))
+
+
+def _mounted(gr, blocks):
+    "Gradio's own application for the page, with all that calls home or shares switched off."
+    from fastapi import FastAPI
+
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
@@ -1835,16 +1817,12 @@ def application(
         pwa=False,
         mcp_server=False,
         run_history=False,
-        theme=theme,
-        head=f"<style>{_STYLE}</style>",
-    )  # css= would arrive after the tabs have been measured
-    blocks.has_launched = (
-        True  # else gradio, mounted, takes any path of this machine for an uploaded file (6.31)
+        theme=gr.themes.Default(**fonts),  # the machine's own fonts
+        head=f"<style>{_STYLE}</style>",  # css= would arrive after the tabs have been measured
     )
-    hosts = [f"[{name}]" if ":" in name else name for name in names] or ["*"]
-    return _with_headers(
-        TrustedHostMiddleware(_Gate(app, blocks, get_upload_folder()), hosts, www_redirect=False)
-    )
+    # Else gradio, mounted, takes any path of this machine for an uploaded file (6.31).
+    blocks.has_launched = True
+    return app
 
 # %% ../nbs/14_demo.ipynb #launch
 def _bound(host, port):
@@ -1875,11 +1853,11 @@ def _serve(app, door):
             _abandon()
             super().handle_exit(sig, frame)
 
-    _heard.open()  # as long as the page is served, so that a thread that ends takes nothing from another
+    # As long as the page is served, so that a thread that ends takes nothing from another.
+    _heard.open()
     try:
-        Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(
-            sockets=[door]
-        )
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        Server(config).run(sockets=[door])
     finally:
         _heard.close()
 
@@ -1892,7 +1870,7 @@ def launch(
     limit: int = LIMIT,  # texts in a corpus
     told: Callable = print,  # is told where the page is
 ) -> None:  # when stopped with Ctrl-C
-    "Serve the five pages for some models; raise `ValueError` if a model, a run or the port is not to be had."
+    "Serve the five pages for some models; raise `ValueError` if one or the port cannot be had."
     atexit.register(gc.freeze)  # else Python looks for garbage before it ends, for seconds
     _gradio()
     with _bound(host, port) as door:

@@ -32,15 +32,13 @@ from .precision import PRECISIONS, calibrate, check_precision, quantize
 from .workers import worker_pool
 
 # %% ../nbs/09_encoding.ipynb #read
-WINDOW, WINDOW_CHARACTERS, BATCH = (
-    8192,
-    2**21,
-    512,
-)  # a window ends at whichever comes first; it goes to the encoder in batches
+# A window ends at whichever comes first, so many texts or so many characters.
+WINDOW, WINDOW_CHARACTERS = 8192, 2**21
+BATCH = 512  # a window goes to the encoder in batches of so many texts
 
 
 class _Texts:
-    "A stream of texts, read a window at a time; what goes wrong in it waits until the texts before it are written."
+    "Read a stream of texts by windows; keep its error until the texts before it are written."
 
     def __init__(self, texts):
         if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__"):
@@ -48,21 +46,16 @@ class _Texts:
                 f"texts is of type {type(texts).__name__}; pass a list of strings or an iterator of"
                 " them"
             )
-        self.texts, self.row, self.error, self.mended = (
-            iter(texts),
-            0,
-            None,
-            (0, None),
-        )  # mended: how many, and the first's number
+        self.texts, self.row, self.error = iter(texts), 0, None
+        self.mended = (0, None)  # how many texts, and the number of the first
         self._seen = blake2b(digest_size=16), blake2b(digest_size=16)
 
     def digest(self):
-        return "".join(
-            seen.hexdigest() for seen in self._seen
-        )  # of all texts so far, however they were cut into windows
+        # of all texts so far, however they were cut into windows
+        return "".join(seen.hexdigest() for seen in self._seen)
 
     def take(self, rows, characters=math.inf):
-        "The next texts: `rows` of them, or fewer if they hold so many characters, at the end, and before an error."
+        "Take the next texts: `rows`, or fewer at so many characters, the end or an error."
         taken = []
         if self.error is None:
             try:
@@ -93,9 +86,9 @@ class _Texts:
             )
             taken = list(map(_mend, taken))
             together = "".join(taken).encode()
-        for seen, part in zip(
-            self._seen, (together, np.fromiter(map(len, taken), np.int64, len(taken)))
-        ):
+        # The lengths are hashed too: the joined bytes do not show where a text ends.
+        sizes = np.fromiter(map(len, taken), np.int64, len(taken))
+        for seen, part in zip(self._seen, (together, sizes)):
             seen.update(part)
         self.row += len(taken)
         return taken
@@ -132,7 +125,7 @@ def _embed(encode, texts):
 
 
 def _batches(source, window, orders):
-    "Cut a stream into batches of similar length; put (digest so far, order) of each window into `orders`."
+    "Cut a stream into batches of similar length; add (digest, order) of each window to `orders`."
     while texts := source.take(window, WINDOW_CHARACTERS):
         order = np.argsort([-len(text) for text in texts], kind="stable")  # the longest first
         orders.append((source.digest(), order))
@@ -141,7 +134,7 @@ def _batches(source, window, orders):
 
 
 def _embed_windows(source, window, encode_batches, on_progress):
-    "Embed a stream: (digest so far, vectors (n, D) in the order of the texts, warnings) of each window."
+    "Yield (digest so far, vectors (n, D) in the order of the texts, warnings) of each window."
     orders = deque()  # of the windows that were read and are not finished: the encoder may be ahead
     vectors, done, messages = None, 0, []
     for batch, warned in encode_batches(_batches(source, window, orders)):
@@ -218,7 +211,7 @@ def _pieces(part):
 
 
 def _even(pieces):
-    "The same rows in blocks of equal size, so that a file does not depend on where its windows ended."
+    "Yield the same rows in blocks of one size, so that no file shows where its windows ended."
     rest = None
     for rows in pieces:
         rest = rows if rest is None or not len(rest) else np.concatenate([rest, rows])
@@ -279,7 +272,7 @@ def verify(
     path: str | Path,  # a file that `write_embeddings` wrote, its card beside it
     full: bool = True,  # read every byte; False compares the size only
 ) -> dict:  # the card: rows, width, precision, ranges, encoder, options, bytes, xxh3
-    "Compare a file of vectors with its card; raise `Damaged`, a ValueError, if it is not as it was written."
+    "Compare a file of vectors with its card; raise `Damaged`, a ValueError, if it has changed."
     path = Path(path)
     card = _read_card(path)
     if not {"bytes", "xxh3"} <= card.keys():
@@ -287,10 +280,10 @@ def verify(
             f"{_card_of(path)}: an older version wrote it, without a digest; encode the texts again"
         )
     with atomic.reading(path, _RENEW):
-        found = atomic.describe_file(path) if full else {"bytes": path.stat().st_size}
-    if wrong := [name for name in found if found[name] != card[name]]:
+        facts = atomic.describe_file(path) if full else {"bytes": path.stat().st_size}
+    if wrong := [name for name in facts if facts[name] != card[name]]:
         raise atomic.Damaged(
-            f"{path}: {wrong[0]} is {found[wrong[0]]}, its card says {str(card[wrong[0]])[:40]}, "
+            f"{path}: {wrong[0]} is {facts[wrong[0]]}, its card says {str(card[wrong[0]])[:40]}, "
             f"so it is not as it was written; {_RENEW}"
         )
     return card
@@ -299,18 +292,16 @@ def verify(
 def open_embeddings(
     path: str | Path,  # a file that `write_embeddings` wrote, its card beside it
 ) -> np.ndarray:  # (N, columns) as they were written; of an .npy a memory map
-    "Open a file of vectors after a look at its size; codes of 8 or 1 bits stay codes, see `dequantize`."
+    "Open a file of vectors, its size checked; codes of 8 or 1 bits stay codes (`dequantize`)."
     path = Path(path)
     card = verify(path, full=False)
     with atomic.reading(path, _RENEW):
         if path.suffix not in ARROW:
             return np.load(path, mmap_mode="r")
-        parquet = path.suffix == ".parquet"
-        table = (
-            pq.read_table(path)
-            if parquet
-            else pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        )
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+        else:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         vectors = table["vector"].combine_chunks()
         return vectors.flatten().to_numpy(zero_copy_only=False).reshape(card["rows"], -1)
 
@@ -326,11 +317,8 @@ def _weights_digest(state):
     return digest.hexdigest()
 
 
-_NO_MATTER = (
-    "batch_size",
-    "progress",
-    "show_progress_bar",
-)  # change no vector: a batch may be smaller when memory was short
+# These change no vector: a batch may be smaller when memory was short.
+_NO_MATTER = ("batch_size", "progress", "show_progress_bar")
 _SETTINGS = ("pooling", "normalize", "max_length", "prompts", "settings")
 
 
@@ -350,7 +338,7 @@ def _name(encoder):
 
 
 def _fingerprint(encoder):
-    "What tells one encoder from another: settings, weights, tokenizer; of a plain function only its name."
+    "Describe an encoder: settings, weights and tokenizer, or the name of a plain function."
     owner, filled_in = _owner(encoder), getattr(encoder, "keywords", {})
     arguments = {name: value for name, value in filled_in.items() if name not in _NO_MATTER}
     known = {"arguments": str(arguments)}
@@ -429,25 +417,20 @@ def _go_on(part, source, made):
     return notes["made"]
 
 # %% ../nbs/09_encoding.ipynb #part-there
-def _part_is_there(path):
-    "Tell whether an earlier run left a part that can be taken up; raise a ValueError if one is there that cannot."
-    folder = Path(f"{os.path.realpath(path)}.part")
-    anew = f"delete {folder} to begin anew"
-    if folder.is_file():
+def _remove_remains(folder):
+    "Delete what is left of a part whose file is finished; raise a ValueError for other files."
+    ours = ("rows-", ".rows-", ".state.json")
+    strangers = [entry.name for entry in folder.glob("*") if not entry.name.startswith(ours)]
+    if strangers:
         raise ValueError(
-            f"{folder}: rows of an older version, which this one cannot go on with; {anew}"
+            f"{folder}: holds {strangers[0][:60]!r}, which is not ours; move it, or write"
+            " another file"
         )
-    atomic.remove(f"{folder}.jsonl")  # of an older version; without its rows it is of no use
-    if not (folder / "state.json").is_file():
-        ours = ("rows-", ".rows-", ".state.json")
-        strangers = [entry.name for entry in folder.glob("*") if not entry.name.startswith(ours)]
-        if strangers:
-            raise ValueError(
-                f"{folder}: holds {strangers[0][:60]!r}, which is not ours; move it, or write"
-                " another file"
-            )
-        atomic.remove(folder)  # what is left of a part whose file is finished
-        return False
+    atomic.remove(folder)
+
+
+def _check_part(folder, anew):
+    "Raise a ValueError unless a part is of this version, whole and complete."
     state = atomic.read_json(folder / "state.json", todo=anew)
     if state.get("origin") != _PIECES or not isinstance(state.get("files"), dict):
         raise ValueError(f"{folder}: its state is not that of this version; {anew}")
@@ -458,11 +441,24 @@ def _part_is_there(path):
             raise atomic.Damaged(f"{folder / name}: is not as it was written; {anew}")
     with atomic.reading(folder / "state.json", anew):  # whatever a run needs to go on
         notes = state["notes"]
-        if (
-            notes["rows"]
-            and not {"encoder", "precision", "columns", "width"} <= notes["made"].keys()
-        ):
+        needs = {"encoder", "precision", "columns", "width"}
+        if notes["rows"] and not needs <= notes["made"].keys():
             raise ValueError("its settings are not complete")
+
+
+def _part_is_there(path):
+    "Tell whether a part is there to go on with; raise a ValueError if it is of no use."
+    folder = Path(f"{os.path.realpath(path)}.part")
+    anew = f"delete {folder} to begin anew"
+    if folder.is_file():
+        raise ValueError(
+            f"{folder}: rows of an older version, which this one cannot go on with; {anew}"
+        )
+    atomic.remove(f"{folder}.jsonl")  # of an older version; without its rows it is of no use
+    if not (folder / "state.json").is_file():
+        _remove_remains(folder)
+        return False
+    _check_part(folder, anew)
     return True
 
 # %% ../nbs/09_encoding.ipynb #workers
@@ -570,12 +566,8 @@ def _warn(fixed, count, first):
             stacklevel=4,
         )
     if count:
-        said = (
-            first
-            if count == 1
-            else f"{count:,} batches of {BATCH} gave a warning, the first: {first}"
-        )
-        warnings.warn(said, stacklevel=4)
+        several = f"{count:,} batches of {BATCH} gave a warning, the first: {first}"
+        warnings.warn(first if count == 1 else several, stacklevel=4)
 
 
 def _fill(part, source, windows, made):
@@ -585,9 +577,8 @@ def _fill(part, source, windows, made):
     with ThreadPoolExecutor(1) as disk:  # it waits for the disk while we encode the next window
         for digest, vectors, messages in windows:
             written.result()
-            _check_vectors(
-                vectors, part.notes["rows"], made.get("width", vectors.shape[1]), part.folder
-            )
+            width = made.get("width", vectors.shape[1])
+            _check_vectors(vectors, part.notes["rows"], width, part.folder)
             if "width" not in made:  # the first window settles what was left open
                 ranges = made["ranges"] or _calibrated(vectors, made["precision"])
                 made = made | {"width": vectors.shape[1], "ranges": ranges}
@@ -604,23 +595,32 @@ def _fill(part, source, windows, made):
         raise source.error
 
 # %% ../nbs/09_encoding.ipynb #write-embeddings
+def _open_part(path, resume):
+    "Open the part of a file; raise a ValueError for rows that nobody asked to go on with."
+    part = atomic.Part(path, _PIECES, {"rows": 0})
+    rows = part.notes["rows"]
+    if rows and not resume:
+        raise ValueError(
+            f"{part.folder} holds {rows:,} rows of a run that stopped; go on with resume, or"
+            " delete it"
+        )
+    return part
+
+
 def write_embeddings(
-    path: (
-        str | Path
-    ),  # .arrow, .feather or .parquet; an .npy under any other name; replaced when the new one is whole
-    encoder: (
-        Callable | str | Path
-    ),  # a SentenceEncoder, its directory or name, or any function from n texts to (n, D) floats
+    path: str | Path,  # .arrow, .feather, .parquet, else an .npy; replaced by a whole file only
+    # The encoder: a SentenceEncoder, its directory or name, or any function.
+    encoder: Callable | str | Path,  # n texts -> (n, D) floats
     texts: Iterable[str],  # N of them; an iterator is read once, a window at a time
     precision: str = "float32",  # a key of PRECISIONS
     ranges: np.ndarray = None,  # for int8 and uint8, (2, D); None = those of the first window
     window: int = WINDOW,  # texts that are sorted by length and written together
-    workers: int = 1,  # processes; above 1 each has one thread and an encoder of its own, loaded from a directory
+    workers: int = 1,  # processes; above 1 each loads its own encoder and has one thread
     resume: bool = False,  # go on where an earlier run stopped, if there is one
     total: int = None,  # N for the progress bar, if `texts` has no length
     progress: bool = True,  # a bar, if it takes more than a second
     **options,  # passed to `encoder.encode`, such as prompt or batch_size
-) -> dict:  # what stands in the .json beside the file: rows, width, precision, ranges, encoder, options, bytes, xxh3
+) -> dict:  # the card, NAME.json: rows, width, precision, ranges, encoder, options, bytes, xxh3
     "Encode texts into a file, in their order and in constant memory."
     path, source = Path(path), _Texts(texts)
     _check_arguments(path, precision, window, workers)
@@ -629,25 +629,22 @@ def write_embeddings(
     if total is None and hasattr(texts, "__len__"):
         total = len(texts)
     with atomic.lock(path):
-        begun = _part_is_there(path)
-        if resume and not begun and path.is_file() and _card_of(path).is_file():
+        # 1. What an earlier run left: a part to go on with, a finished file, or nothing.
+        has_part = _part_is_there(path)
+        if resume and not has_part and path.is_file() and _card_of(path).is_file():
             return _finished(path, source, _made(_load(encoder), precision, ranges, options))
-        part = atomic.Part(path, _PIECES, {"rows": 0})
+        part = _open_part(path, resume)
         rows = part.notes["rows"]
-        if rows and not resume:
-            raise ValueError(
-                f"{part.folder} holds {rows:,} rows of a run that stopped; go on with resume, or"
-                " delete it"
-            )
         try:
+            # 2. Read past the texts that have their rows, then embed the others.
             opened = _load(encoder)
             made = _go_on(part, source, _made(opened, precision, ranges, options))
             opened = opened if workers == 1 else encoder  # workers load their own
             bar = tqdm(total=total, initial=rows, unit="text", disable=not progress, delay=1)
             with bar, _batch_encoder(opened, options, workers) as encode_batches:
-                _fill(
-                    part, source, _embed_windows(source, window, encode_batches, bar.update), made
-                )
+                windows = _embed_windows(source, window, encode_batches, bar.update)
+                _fill(part, source, windows, made)
+            # 3. Join the pieces under the final name.
             if not part.files:
                 raise ValueError(f"{path}: there are no texts to encode; nothing is written")
             return _finish(part, path)

@@ -54,8 +54,8 @@ def _check_dtype(
         )
     if dtype.kind not in "fiu":
         raise ValueError(
-            f"{whose} {str(dtype)[:40]} instead of floats; it must be one row of numbers per text,"
-            " (N, D)"
+            f"{whose} {str(dtype)[:40]} instead of floats;"
+            " it must be one row of numbers per text, (N, D)"
         )
 
 
@@ -88,22 +88,18 @@ def _short(value):
     return quoted if len(quoted) <= 62 else quoted[:57] + "..."
 
 # %% ../nbs/06_evaluation.ipynb #sts-cosines
-def sts_cosines(
-    encode: Callable,  # list of N texts -> (N, D) array
-    sts: tuple,  # sentence1, sentence2, scores: three lists of n
-) -> np.ndarray:  # (n,) float64, -1..1
-    "Cosine of every sentence pair."
-    first, second, scores = sts
+def _check_sts(first, second, scores):
+    "Raise a ValueError unless these are pairs of sentences with scores that can be ranked."
     if not len(first) == len(second) == len(scores):
         raise ValueError(
-            f"sentence1, sentence2 and scores have {len(first)}, {len(second)} and {len(scores)}"
-            " rows; they must be equally long"
+            f"sentence1, sentence2 and scores have {len(first)}, {len(second)} and"
+            f" {len(scores)} rows; they must be equally long"
         )
     for side in (first, second):
         if strange := [text for text in side if not isinstance(text, str)]:
             raise ValueError(
-                f"{_short(strange[0])} is a {type(strange[0]).__name__}, not a sentence; give"
-                " strings"
+                f"{_short(strange[0])} is a {type(strange[0]).__name__}, not a sentence;"
+                " give strings"
             )
     try:
         scores = np.asarray(scores, dtype=np.float64)
@@ -113,10 +109,19 @@ def sts_cosines(
         ) from error
     if len(scores) < 2 or not np.isfinite(scores).all() or np.ptp(scores) == 0:
         raise ValueError(
-            f"{len(scores)} scores cannot be ranked; give at least two finite scores that are not"
-            " all equal"
+            f"{len(scores)} scores cannot be ranked;"
+            " give at least two finite scores that are not all equal"
         )
-    embeddings = _embed(encode, [*first, *second])
+
+
+def sts_cosines(
+    encode: Callable,  # list of N texts -> (N, D) array
+    sts: tuple,  # sentence1, sentence2, scores: three lists of n
+) -> np.ndarray:  # (n,) float64, -1..1
+    "Cosine of every sentence pair."
+    first, second, scores = sts
+    _check_sts(first, second, scores)
+    embeddings = _embed(encode, [*first, *second])  # (2 * n, D)
     return (embeddings[: len(first)] * embeddings[len(first) :]).sum(axis=1).astype(np.float64)
 
 # %% ../nbs/06_evaluation.ipynb #interval
@@ -128,19 +133,21 @@ def _report(
     seed: int,  # of the resampling
 ) -> dict:  # name, name_low, name_high for each of the M names
     "Values on all rows, each with the 95% percentile bootstrap interval over rows."
-    values = statistic(np.arange(n)[None])
+    values = statistic(np.arange(n)[None])  # (1, M)
     if resamples:
+        # Some resamples at a time: at most 200,000 row numbers are in memory.
         rng, block = np.random.default_rng(seed), max(1, 200_000 // n)
-        draws = [
-            statistic(rng.integers(n, size=(min(block, resamples - s), n)))
-            for s in range(0, resamples, block)
-        ]
-        values = np.vstack([values, np.percentile(np.vstack(draws), [2.5, 97.5], axis=0)])
-    return {
-        f"{name}{end}": float(v)
-        for name, column in zip(names, values.T)
-        for end, v in zip(("", "_low", "_high"), column)
-    }
+        draws = []
+        for s in range(0, resamples, block):
+            rows = rng.integers(n, size=(min(block, resamples - s), n))  # (R, n)
+            draws.append(statistic(rows))  # (R, M)
+        interval = np.percentile(np.vstack(draws), [2.5, 97.5], axis=0)  # (2, M)
+        values = np.vstack([values, interval])  # (3, M)
+    report = {}
+    for name, column in zip(names, values.T):
+        for end, value in zip(("", "_low", "_high"), column):
+            report[f"{name}{end}"] = float(value)
+    return report
 
 # %% ../nbs/06_evaluation.ipynb #evaluate-sts
 def evaluate_sts(
@@ -160,32 +167,29 @@ def evaluate_sts(
         cosines = np.zeros(len(gold))
 
     def both(rows):
-        return np.stack(
-            [_pearson(cosines[rows], gold[rows]), _spearman(cosines[rows], gold[rows])], axis=-1
-        )
+        x, y = cosines[rows], gold[rows]  # (R, n)
+        return np.stack([_pearson(x, y), _spearman(x, y)], axis=-1)  # (R, 2)
 
     return _report(["pearson", "spearman"], both, len(gold), resamples, seed) | {"n": len(gold)}
 
 # %% ../nbs/06_evaluation.ipynb #paired
 def paired_difference(
-    first: np.ndarray,  # (n,) what one model got: cosines (with `gold`) or a metric per query (without)
+    # with `gold`, the cosines of pairs; without, a metric of each query
+    first: np.ndarray,  # (n,) what one model got
     second: np.ndarray,  # (n,) the same from the other model, same order
     gold: np.ndarray | None = None,  # (n,) people's scores: compare Spearman; None = compare means
     resamples: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> dict:  # "difference" = second minus first, "difference_low", "difference_high" (95%)
-    "Say how much better the second model is; an interval that holds 0 means: not shown."
+    "Say how much better the second model is; with 0 in the interval, no difference is shown."
     first, second, gold = (
         None if v is None else np.asarray(v, dtype=np.float64) for v in (first, second, gold)
     )
-    if (
-        first.shape != second.shape
-        or first.ndim != 1
-        or (gold is not None and gold.shape != first.shape)
-    ):
+    fits = first.ndim == 1 and second.shape == first.shape
+    if not fits or (gold is not None and gold.shape != first.shape):
         raise ValueError(
-            f"first {first.shape}, second {second.shape} and gold must be one value per item, in"
-            " the same order"
+            f"first {first.shape}, second {second.shape} and gold must be one value per item,"
+            " in the same order"
         )
 
     def difference(rows):
@@ -212,26 +216,25 @@ def _judge(
 ) -> dict[Hashable, dict[str, float]]:  # query id -> {"accuracy@1": ..., ...}, 5 figures for each k
     "Figures of every query's ranking."
     names = {measure @ k: f"{name}@{k}" for name, measure in _MEASURES.items() for k in ks}
-    asked, known = (
-        {str(n): q for n, q in enumerate(relevant)},
-        {},
-    )  # ir_measures takes strings as ids
+    # ir_measures takes strings as ids, so queries and documents are numbered.
+    by_number = {str(n): q for n, q in enumerate(relevant)}
+    numbers = {}
 
     def number(document):
-        return known.setdefault(document, str(len(known)))
+        return numbers.setdefault(document, str(len(numbers)))
 
-    qrels = {n: {number(d): 1 for d in relevant[q]} for n, q in asked.items()}
+    qrels = {n: {number(d): 1 for d in relevant[q]} for n, q in by_number.items()}
     run = {  # no two scores of a query are equal
         n: {number(d): -float(place) for place, d in enumerate(rankings[q])}
-        for n, q in asked.items()
+        for n, q in by_number.items()
     }
     figures = {q: dict.fromkeys(names.values(), 0.0) for q in relevant}
     for m in ir_measures.iter_calc(list(names), qrels, run):
-        q, k = asked[m.query_id], m.measure["cutoff"]
+        q, k = by_number[m.query_id], m.measure["cutoff"]
+        # Average precision is divided by all R relevant documents; of k places, k could be filled.
         R = len(relevant[q])
-        figures[q][names[m.measure]] = float(
-            m.value * (R / min(k, R) if m.measure.NAME == "AP" else 1)
-        )
+        factor = R / min(k, R) if m.measure.NAME == "AP" else 1
+        figures[q][names[m.measure]] = float(m.value * factor)
     return figures
 
 # %% ../nbs/06_evaluation.ipynb #top
@@ -240,16 +243,15 @@ def _top(
     k: int,  # how many to keep
 ) -> tuple[np.ndarray, np.ndarray]:  # scores and columns, (Q, k) each, best first
     "The k best of every row; of equal scores the leftmost comes first."
-    cut = np.partition(scores, -k, axis=1)[:, -k, None]  # the k-th best score
-    above, equal = scores > cut, scores == cut
-    room = k - above.sum(axis=1, keepdims=True)
-    columns = (
-        (above | (equal & (equal.cumsum(axis=1, dtype=np.int32) <= room)))
-        .nonzero()[1]
-        .reshape(-1, k)
-    )
-    best = np.take_along_axis(scores, columns, axis=1)
-    order = np.argsort(-best, axis=1, kind="stable")
+    # 1. what is above the k-th best score, and the leftmost of what equals it
+    cut = np.partition(scores, -k, axis=1)[:, -k, None]  # (Q, 1)
+    above, equal = scores > cut, scores == cut  # (Q, N)
+    room = k - above.sum(axis=1, keepdims=True)  # (Q, 1)
+    best = above | (equal & (equal.cumsum(axis=1, dtype=np.int32) <= room))  # k in each row
+    columns = best.nonzero()[1].reshape(-1, k)  # (Q, k), from left to right
+    # 2. in order
+    best = np.take_along_axis(scores, columns, axis=1)  # (Q, k)
+    order = np.argsort(-best, axis=1, kind="stable")  # (Q, k)
     return np.take_along_axis(best, order, axis=1), np.take_along_axis(columns, order, axis=1)
 
 # %% ../nbs/06_evaluation.ipynb #rank
@@ -261,12 +263,10 @@ def _rank(
     chunk: int,  # documents encoded at a time
 ) -> np.ndarray:  # (Q, k) int, places in `texts`, best first
     "Exact search, chunk by chunk: never more than 256 x (chunk + k) scores at once."
-    scores, places = (
-        np.full((len(queries), k), -np.inf, dtype=np.float32),
-        np.zeros((len(queries), k), dtype=np.int64),
-    )
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    places = np.zeros((len(queries), k), dtype=np.int64)
     for start in range(0, len(texts), chunk):
-        documents = _embed(encode, texts[start : start + chunk])
+        documents = _embed(encode, texts[start : start + chunk])  # (chunk, D)
         if documents.shape[1] != queries.shape[1]:
             raise ValueError(
                 f"the queries are {queries.shape[1]} wide and the documents {documents.shape[1]}; "
@@ -275,10 +275,12 @@ def _rank(
         numbers = np.arange(start, start + len(documents))
         for s in range(0, len(queries), 256):
             rows = slice(s, s + 256)
-            both = np.hstack([scores[rows], queries[rows] @ documents.T])
-            known = np.hstack([places[rows], np.broadcast_to(numbers, (len(both), len(numbers)))])
+            # The best so far stand on the left, and so come before equal scores of this chunk.
+            both = np.hstack([scores[rows], queries[rows] @ documents.T])  # (256, k + chunk)
+            here = np.broadcast_to(numbers, (len(both), len(numbers)))
+            candidates = np.hstack([places[rows], here])  # (256, k + chunk)
             scores[rows], columns = _top(both, k)
-            places[rows] = np.take_along_axis(known, columns, axis=1)
+            places[rows] = np.take_along_axis(candidates, columns, axis=1)
     return places
 
 # %% ../nbs/06_evaluation.ipynb #relevant
@@ -329,22 +331,22 @@ def _relevant(
     "Check the judgements; keep the queries that have a relevant document."
     if not isinstance(qrels, Mapping):
         raise ValueError(
-            f"the qrels are a {type(qrels).__name__}; give a dict from query id to {{document id:"
-            " grade}"
+            f"the qrels are a {type(qrels).__name__};"
+            " give a dict from query id to {document id: grade}"
         )
     if strangers := [q for q in qrels if q not in queries]:
         raise ValueError(
-            f"{len(strangers)} judged queries are not among the {len(queries)} queries, first"
-            f" {_short(strangers[0])}{_other_type(strangers[0], queries)}; do both belong to one"
-            " split?"
+            f"{len(strangers)} judged queries are not among the {len(queries)} queries,"
+            f" first {_short(strangers[0])}{_other_type(strangers[0], queries)};"
+            " do both belong to one split?"
         )
     grades = {q: _grades(q, qrels[q]) for q in queries if q in qrels}
     relevant = {q: [d for d, grade in judged.items() if grade > 0] for q, judged in grades.items()}
     relevant = {q: documents for q, documents in relevant.items() if documents}
     if not relevant:
         raise ValueError(
-            f"none of the {len(queries)} queries has a document with a grade above 0; there is"
-            " nothing to find"
+            f"none of the {len(queries)} queries has a document with a grade above 0;"
+            " there is nothing to find"
         )
     return relevant
 
@@ -361,7 +363,7 @@ def _count_missing(
     relevant: dict[Hashable, list],  # query id -> ids of its relevant documents
     corpus: Mapping[Hashable, str],  # document id -> text
 ) -> int:  # relevant documents that cannot be found
-    "Count the relevant documents that the corpus lacks, and warn; raise a ValueError if it has none at all."
+    "Count the relevant documents that the corpus lacks, and warn; if it lacks all, raise."
     missing = [(q, d) for q, documents in relevant.items() for d in documents if d not in corpus]
     if not missing:
         return 0
@@ -373,8 +375,8 @@ def _count_missing(
             "give the corpus that was judged"
         )
     warnings.warn(
-        f"{len(missing):,} of {total:,} relevant documents are not in the corpus, {first}; they"
-        " count as not found",
+        f"{len(missing):,} of {total:,} relevant documents are not in the corpus, {first};"
+        " they count as not found",
         stacklevel=4,
     )
     return len(missing)
@@ -395,35 +397,38 @@ def _own_documents(
     same = set() if ignore is False else {q for q in relevant if q in corpus}
     if ignore:
         return same
-    return {
-        q for q in same if q not in relevant[q] and _squeezed(queries[q]) in _squeezed(corpus[q])
-    }
+
+    def holds_query(q):
+        return _squeezed(queries[q]) in _squeezed(corpus[q])
+
+    return {q for q in same if q not in relevant[q] and holds_query(q)}
 
 
 def _in_order(ids):
-    "Ids in an order that does not depend on the file's: by value, or if they cannot be compared by type and text."
+    "Ids in an order that does not depend on the file's."
     try:
         return sorted(ids)
-    except TypeError:
+    except TypeError:  # ids of several types: by type and text
         return sorted(ids, key=lambda i: (type(i).__name__, repr(i)))
 
 
 def _check_numbers(ks, chunk, encode, encode_corpus):
     "Raise a ValueError for options that make no sense."
-    whole = (int, np.integer)
+
+    def counts(n):
+        return isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 1
+
     ks = ks if isinstance(ks, tuple | list | range) else [ks]
-    if not ks or not all(
-        isinstance(n, whole) and not isinstance(n, bool) and n >= 1 for n in [*ks, chunk]
-    ):
+    if not ks or not all(counts(n) for n in [*ks, chunk]):
         raise ValueError(
-            f"ks={_short(ks)}, chunk={_short(chunk)}; give at least one cut-off, and whole numbers"
-            " of 1 or more"
+            f"ks={_short(ks)}, chunk={_short(chunk)};"
+            " give at least one cut-off, and whole numbers of 1 or more"
         )
     for name, function in (("encode", encode), ("encode_corpus", encode_corpus or encode)):
         if not callable(function):
             raise ValueError(
-                f"{name} is a {type(function).__name__}; give a function from texts to vectors,"
-                " such as encoder.encode"
+                f"{name} is a {type(function).__name__};"
+                " give a function from texts to vectors, such as encoder.encode"
             )
 
 # %% ../nbs/06_evaluation.ipynb #by-query
@@ -440,11 +445,9 @@ def _retrieve(encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_i
     # 2. encode and rank, one place more where a document will be left out
     ks = tuple(int(k) for k in (ks if isinstance(ks, tuple | list | range) else [ks]))
     ids, longest = _in_order(corpus), max(ks)
-    asked = _embed(encode, [queries[q] for q in relevant])
-    texts = [corpus[i] for i in ids]
-    places = _rank(
-        encode_corpus or encode, texts, asked, min(longest + bool(own), len(ids)), int(chunk)
-    )
+    vectors = _embed(encode, [queries[q] for q in relevant])  # (Q, D)
+    texts, depth = [corpus[i] for i in ids], min(longest + bool(own), len(ids))
+    places = _rank(encode_corpus or encode, texts, vectors, depth, int(chunk))  # (Q, depth)
     # 3. judge
     rankings = {
         q: [ids[p] for p in row if ids[p] != q or q not in own][:longest]
@@ -457,45 +460,40 @@ def retrieval_by_query(
     encode: Callable,  # list of N texts -> (N, D) array
     corpus: dict[Hashable, str],  # document id -> text, N of them
     queries: dict[Hashable, str],  # query id -> text
-    qrels: dict[
-        Hashable, dict
-    ],  # query id -> {document id: grade}, > 0 = relevant; or a set of the relevant ids
+    # > 0 = relevant; or a set of the relevant ids
+    qrels: dict[Hashable, dict],  # query id -> {document id: grade}
     ks: tuple[int, ...] = (1, 3, 5, 10, 100),  # cut-offs
     chunk: int = 10_000,  # documents encoded and compared at a time
-    encode_corpus: (
-        Callable | None
-    ) = None,  # encodes documents if that differs (another prompt); None = `encode`
-    ignore_identical_ids: (
-        bool | None
-    ) = None,  # leave out the document with the query's id; None = if it holds the query and is not judged relevant
-) -> dict[
-    Hashable, dict[str, float]
-]:  # query id -> {"accuracy@1", "recall@1", "mrr@1", "ndcg@1", "map@1", "accuracy@3", ...}
-    "Figures of each query that has a relevant document; a query that is itself a document does not find itself."
-    return _retrieve(
+    # such as one with another prompt
+    encode_corpus: Callable | None = None,  # encodes documents if that differs; None = `encode`
+    # None = if it holds the query and is not judged relevant
+    ignore_identical_ids: bool | None = None,  # leave out the document with the query's id
+) -> dict[Hashable, dict[str, float]]:  # query id -> {"accuracy@1", "recall@1", "mrr@1", ...}
+    "Figures of each query that has a relevant document; no query finds itself."
+    figures, _ = _retrieve(
         encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids
-    )[0]
+    )
+    return figures
 
 # %% ../nbs/06_evaluation.ipynb #evaluate-retrieval
 def evaluate_retrieval(
     encode: Callable,  # list of N texts -> (N, D) array
     corpus: dict[Hashable, str],  # document id -> text, N of them
     queries: dict[Hashable, str],  # query id -> text
-    qrels: dict[
-        Hashable, dict
-    ],  # query id -> {document id: grade}, > 0 = relevant; or a set of the relevant ids
+    # > 0 = relevant; or a set of the relevant ids
+    qrels: dict[Hashable, dict],  # query id -> {document id: grade}
     ks: tuple[int, ...] = (1, 3, 5, 10, 100),  # cut-offs
     resamples: int = 1000,  # bootstrap resamples over queries; 0 = no intervals
     seed: int = 0,  # of the resampling
     chunk: int = 10_000,  # documents encoded and compared at a time
-    encode_corpus: (
-        Callable | None
-    ) = None,  # encodes documents if that differs (another prompt, see `with_prompts`); None = `encode`
-    ignore_identical_ids: (
-        bool | None
-    ) = None,  # leave out the document with the query's id; None = if it holds the query and is not judged relevant
-) -> dict:  # "accuracy@k", "recall@k", "mrr@k", "ndcg@k", "map@k" for each k, each also with _low and _high (95%), "n" queries, "missing_documents", "identical_ids"
-    "Mean figures of exact cosine search, with intervals; a query that is itself a document does not find itself."
+    # such as one with another prompt, see `with_prompts`
+    encode_corpus: Callable | None = None,  # encodes documents if that differs; None = `encode`
+    # None = if it holds the query and is not judged relevant
+    ignore_identical_ids: bool | None = None,  # leave out the document with the query's id
+) -> dict:  # for each k "accuracy@k", "recall@k", "mrr@k", "ndcg@k", "map@k"; and counts
+    "Mean figures of exact cosine search, with 95% intervals; no query finds itself."
+    # Each figure comes with _low and _high. The counts are "n" queries, "missing_documents" and
+    # "identical_ids".
     figures, counts = _retrieve(
         encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids
     )
@@ -510,8 +508,8 @@ def _one_side(encoder, method, prompt, options):
     if not hasattr(encoder, "encode"):
         if prompt is not None:
             raise ValueError(
-                "a plain function takes no prompt; pass a SentenceEncoder, or put the prompt before"
-                " the texts"
+                "a plain function takes no prompt;"
+                " pass a SentenceEncoder, or put the prompt before the texts"
             )
         return partial(encoder, **options)
     if prompt is not None:
@@ -521,9 +519,8 @@ def _one_side(encoder, method, prompt, options):
 
 def with_prompts(
     encoder: Callable,  # a SentenceEncoder, or any function from N texts to (N, D)
-    query_prompt: (
-        str | None
-    ) = None,  # a name among the encoder's prompts, or text; None = as it was saved
+    # None = as it was saved
+    query_prompt: str | None = None,  # a name among the encoder's prompts, or text
     document_prompt: str | None = None,  # the same for documents
     **options,  # passed on with each call, such as progress=False
 ) -> tuple[Callable, Callable]:  # encode and encode_corpus for `evaluate_retrieval`
@@ -540,8 +537,8 @@ def alignment(
     first, second = _checked(first), _checked(second)
     if first.shape != second.shape:
         raise ValueError(
-            f"the two sides have shapes {first.shape} and {second.shape}; row i must be the"
-            " positive of row i"
+            f"the two sides have shapes {first.shape} and {second.shape};"
+            " row i must be the positive of row i"
         )
     return float(((first - second) ** 2).sum(axis=1).mean())
 
@@ -551,11 +548,11 @@ def uniformity(
 ) -> float:  # 0 = all equal; about -4 at best for large D
     "Log of the mean Gaussian potential over all pairs of different rows; smaller is better."
     x, total = _checked(embeddings), 0.0
+    # On the unit sphere the squared distance is 2 - 2 * cosine, so -2 * distance = 4 * cosine - 4.
     for s in range(0, len(x), 1024):
-        total += np.exp(np.minimum(4 * (x[s : s + 1024] @ x.T) - 4, 0)).sum()
-    return float(
-        np.log((total - len(x)) / (len(x) * (len(x) - 1)))
-    )  # without each row against itself
+        total += np.exp(np.minimum(4 * (x[s : s + 1024] @ x.T) - 4, 0)).sum()  # (1024, N)
+    total -= len(x)  # without each row against itself
+    return float(np.log(total / (len(x) * (len(x) - 1))))
 
 
 def _checked(
@@ -565,15 +562,15 @@ def _checked(
     x = np.asarray(embeddings)
     if x.ndim != 2 or len(x) < 2:
         raise ValueError(
-            f"embeddings of shape {x.shape} cannot be measured; give at least two rows, (N, D), all"
-            " finite"
+            f"embeddings of shape {x.shape} cannot be measured;"
+            " give at least two rows, (N, D), all finite"
         )
     _check_dtype(x.dtype, "the embeddings are")
     sound = np.isfinite(x).all(axis=1)
     if not sound.all():
         raise ValueError(
-            f"embedding {int(sound.argmin())} contains NaN or inf; give at least two rows, (N, D),"
-            " all finite"
+            f"embedding {int(sound.argmin())} contains NaN or inf;"
+            " give at least two rows, (N, D), all finite"
         )
     x = x.astype(np.float64)
     return _unit(x)
@@ -581,11 +578,13 @@ def _checked(
 # %% ../nbs/06_evaluation.ipynb #collapse
 def collapse(
     embeddings: np.ndarray,  # (N, D) float, N >= 2, of different texts
-) -> dict:  # "mean_cosine" (1 = one spot), "effective_rank" (1..min(N, D)), "rank_share" = effective_rank / min(N, D)
+) -> dict:  # "mean_cosine" (1 = one spot), "effective_rank", "rank_share" = rank / min(N, D)
     "Measure how much of the space is in use; warns when the embeddings are nearly equal."
     x = _checked(embeddings)
     n, width = x.shape
+    # The squared length of the sum holds all cosines, those of each row with itself too.
     mean_cosine = (np.square(x.sum(axis=0)).sum() - np.square(x).sum()) / (n * (n - 1))
+    # Singular values from the smaller of the two products; what is 1e-6 of the largest is noise.
     singular = np.sqrt(np.maximum(np.linalg.eigvalsh(x.T @ x if width <= n else x @ x.T), 0))
     p = singular[singular > 1e-6 * singular.max()] / singular.sum()
     rank = np.exp(-(p * np.log(p)).sum())

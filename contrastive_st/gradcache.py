@@ -16,23 +16,22 @@ from .packed import _runs, _sorted
 
 # %% ../nbs/05_gradcache.ipynb #chunks
 def _chunks(token_ids, lengths, chunk_tokens):
-    "The numbers of the texts of each chunk, and its ragged batch (token_ids, lengths); a batch that fits stays as it is."
-    if len(token_ids) <= chunk_tokens:
+    "For each chunk the numbers of its texts (n,) and its ragged batch, token ids (s,) and lengths."
+    if len(token_ids) <= chunk_tokens:  # a batch that fits stays as it is
         return [(torch.arange(len(lengths)), (token_ids, lengths))]
     token_ids, _, order = _sorted(token_ids, lengths.cpu())
     runs = _runs(lengths.cpu()[order].tolist(), chunk_tokens)
-    rows, parts = (
-        order.split([len(run) for run in runs]),
-        token_ids.split([sum(run) for run in runs]),
-    )
+    rows = order.split([len(run) for run in runs])
+    parts = token_ids.split([sum(run) for run in runs])
     return [(row, (part, torch.tensor(run))) for row, part, run in zip(rows, parts, runs)]
 
 # %% ../nbs/05_gradcache.ipynb #random
 def _random_state(device):
     "What dropout draws next: the state of the CPU's generator, and of the device's."
-    return torch.get_rng_state(), (
-        None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    )
+    on_host, on_device = torch.get_rng_state(), None
+    if device.type != "cpu":
+        on_device = torch.get_device_module(device).get_rng_state(device)
+    return on_host, on_device
 
 
 def _set_random_state(device, state):
@@ -44,33 +43,33 @@ def _set_random_state(device, state):
 # %% ../nbs/05_gradcache.ipynb #at-embeddings
 def _at_embeddings(loss, parts, rows):
     "The loss of all embeddings, and its gradient for the texts of each chunk."
-    order = torch.cat(rows).to(parts[0].device)
+    order = torch.cat(rows).to(parts[0].device)  # (N,), the chunks' texts one after another
     embeddings = torch.cat(parts)[order.argsort()].requires_grad_()  # (N, D), in the caller's order
-    value = loss(embeddings)
+    value = loss(embeddings)  # scalar
     value.backward()
-    return value.detach(), embeddings.grad[order].split([len(r) for r in rows])
+    return value.detach(), embeddings.grad[order].split([len(r) for r in rows])  # (n, D) each
 
 
 def _check(token_ids, lengths, chunk_tokens):
-    "Refuse a batch that is none."
+    "Raise a ValueError unless the lengths describe the tokens of a batch with texts."
     if chunk_tokens < 1:
         raise ValueError(
-            f"chunk_tokens is {chunk_tokens}; a chunk needs 1 token or more, some thousands are"
-            " usual"
+            f"chunk_tokens is {chunk_tokens};"
+            " a chunk needs 1 token or more, some thousands are usual"
         )
     if len(lengths) == 0 or int(lengths.sum()) != len(token_ids):
         raise ValueError(
-            f"{len(lengths)} lengths add up to {int(lengths.sum())}, but there are {len(token_ids)}"
-            " token ids; pass the ragged batch of one step"
+            f"{len(lengths)} lengths add up to {int(lengths.sum())},"
+            f" but there are {len(token_ids)} token ids; pass the ragged batch of one step"
         )
 
 
 def _check_embeddings(embeddings, lengths):
-    "Refuse embeddings that cannot be trained."
+    "Raise a ValueError for embeddings that cannot be trained."
     if len(embeddings) != len(lengths):
         raise ValueError(
-            f"the encoder gave {len(embeddings)} embeddings for {len(lengths)} texts; it must give"
-            " one row for each text"
+            f"the encoder gave {len(embeddings)} embeddings for {len(lengths)} texts;"
+            " it must give one row for each text"
         )
     if not embeddings.requires_grad:
         raise ValueError(
@@ -80,30 +79,37 @@ def _check_embeddings(embeddings, lengths):
 
 # %% ../nbs/05_gradcache.ipynb #cached-step
 def cached_step(
-    encoder: Callable,  # (token_ids (S,), lengths (N,)) -> embeddings (N, D); called once for the first chunk, twice for others
+    # called once for the first chunk, twice for others
+    encoder: Callable,  # (token_ids (S,), lengths (N,)) -> embeddings (N, D)
     token_ids: Tensor,  # all texts of the batch one after another, (S,) int64
     lengths: Tensor,  # tokens of each text, (N,) int64
-    loss: Callable,  # all embeddings (N, D), in the order of `lengths` -> scalar; may gather those of other ranks
-    chunk_tokens: int = 16384,  # tokens whose activations are kept at a time; a longer text is taken alone
-    no_sync: Callable[
-        [], AbstractContextManager
-    ] = nullcontext,  # context in which `backward` leaves other ranks alone: the no_sync of DDP
+    # it may gather those of other ranks
+    loss: Callable,  # all embeddings (N, D), in the order of `lengths` -> scalar
+    # a longer text is taken alone
+    chunk_tokens: int = 16384,  # tokens whose activations are kept at a time
+    # context in which `backward` exchanges nothing with other ranks
+    no_sync: Callable[[], AbstractContextManager] = nullcontext,  # such as the no_sync of DDP
 ) -> Tensor:  # the loss, scalar; gradients were added to the weights' .grad
-    "Embed, contrast and go backward, chunk by chunk; loss, gradients and random state are those of one step over all chunks."
+    "Embed, contrast and go backward chunk by chunk, with the result of one step over all chunks."
     _check(token_ids, lengths, chunk_tokens)
     rows, (first, *rest) = zip(*_chunks(token_ids, lengths, chunk_tokens))
     states, device = [], token_ids.device
-    with no_sync() if rest else nullcontext():
-        kept = encoder(*first)  # with its activations: no second pass
-    _check_embeddings(kept, first[1])
-    parts = [kept.detach()]
+    # 1. Embed. The first chunk keeps its activations, so it needs no second pass. Of the others
+    #    we keep the embeddings only, and the random state from which dropout drew.
+    with no_sync() if rest else nullcontext():  # DDP decides in the forward pass what to exchange
+        embeddings = encoder(*first)  # (n, D)
+    _check_embeddings(embeddings, first[1])
+    parts = [embeddings.detach()]
     for chunk in rest:
         states.append(_random_state(device))
         with torch.no_grad():
-            parts.append(encoder(*chunk))
+            parts.append(encoder(*chunk))  # (n, D)
+    # 2. Contrast. The loss sees all embeddings at once; its gradient stops there.
     value, gradients = _at_embeddings(loss, parts, rows)
-    after = _random_state(device)
-    kept.backward(gradients[0])
+    after = _random_state(device)  # what a plain step would leave behind
+    # 3. Go backward. Each other chunk is embedded again with the dropout it had, and only the
+    #    last one exchanges gradients with other ranks.
+    embeddings.backward(gradients[0])
     for i, (chunk, state) in enumerate(zip(rest, states), 1):
         _set_random_state(device, state)
         with no_sync() if i < len(rest) else nullcontext():

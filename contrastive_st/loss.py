@@ -25,107 +25,127 @@ _SIMILARITIES = {"cos": _cos, "dot": _dot}  # each: (B, D), (N, D) -> (B, N)
 # %% ../nbs/04_loss.ipynb #same-text
 def _numbered(identities):
     "Number equal identities equally, each number below the count; (N,) int64 -> (N,) int64."
-    values, order = identities.sort()
-    new = torch.cat(
-        [torch.zeros_like(order[:1]), (values[1:] != values[:-1]).long()]
-    )  # 1 where another value begins
-    return torch.zeros_like(order).scatter(0, order, new.cumsum(0))
+    values, order = identities.sort()  # (N,) each
+    changes = (values[1:] != values[:-1]).long()  # (N - 1,), 1 where another value begins
+    new = torch.cat([torch.zeros_like(order[:1]), changes])  # (N,)
+    return torch.zeros_like(order).scatter(0, order, new.cumsum(0))  # (N,), in the given order
 
 
 def same_text(
-    identities: Tensor,  # text identity of anchor, positive and K hard negatives of each row, (B, 2 + K) int64
-) -> (
-    Tensor
-):  # True = this candidate is no negative of this anchor, (B, N) bool with N = B * (1 + K)
-    "Mark the candidates that equal the anchor, or are known to belong to it, and must not be pushed away."
+    # columns: anchor, positive, then the K hard negatives
+    identities: Tensor,  # text identities of each row, (B, 2 + K) int64
+) -> Tensor:  # True = no negative of this anchor, (B, N) bool with N = B * (1 + K)
+    "Mark the candidates that equal the anchor or are known to belong to it."
     if identities.ndim != 2 or identities.shape[1] < 2 or identities.dtype != torch.int64:
         raise ValueError(
             f"identities are {tuple(identities.shape)} {identities.dtype}: they must be (B, C)"
             " torch.int64, C = anchor, positive, then the hard negatives"
         )
-    anchors, B = identities[:, 0], len(identities)
-    candidates = torch.cat(
-        [identities[:, 1], identities[:, 2:].flatten()]
-    )  # positives first, then negatives row by row
-    anchor, candidate = _numbered(anchors), _numbered(candidates)
+    anchors, B = identities[:, 0], len(identities)  # (B,)
+    # Positives first, then negatives row by row.
+    candidates = torch.cat([identities[:, 1], identities[:, 2:].flatten()])  # (N,)
+    # 1. a table of known pairs, (anchor text, text of its positive)
+    anchor, candidate = _numbered(anchors), _numbered(candidates)  # (B,), (N,), small numbers
     pairs = torch.zeros(B, len(candidates), dtype=torch.bool, device=identities.device)
-    pairs[anchor, candidate[:B]] = True  # (anchor text, text of its positive)
-    same = pairs[anchor][:, candidate] | (anchors[:, None] == candidates)
+    pairs[anchor, candidate[:B]] = True
+    # 2. looked up for each anchor and candidate; or the candidate equals the anchor
+    same = pairs[anchor][:, candidate] | (anchors[:, None] == candidates)  # (B, N)
+    # 3. the own positive is never masked
     own = torch.eye(B, len(candidates), dtype=torch.bool, device=identities.device)
-    return same & ~own  # the own positive is never masked
+    return same & ~own
 
 # %% ../nbs/04_loss.ipynb #check
-def _check(anchors, positives, negatives, scale, similarity, same):
-    "Refuse inputs for which the loss has no meaning; reads shapes and types, never values."
+def _check_shapes(anchors, positives, negatives):
+    "Raise a ValueError unless the embeddings fit together; return (B, N) of the scores."
     a, p = tuple(anchors.shape), tuple(positives.shape)
     if len(a) != 2 or a != p:
         raise ValueError(
-            f"anchors are {a} and positives are {p}: both must be (B, D), row i of one belongs to"
-            " row i of the other"
+            f"anchors are {a} and positives are {p}:"
+            " both must be (B, D), row i of one belongs to row i of the other"
         )
     (B, D), n = a, (a[0], 0, a[1]) if negatives is None else tuple(negatives.shape)
     if len(n) != 3 or (n[0], n[2]) != a:
         raise ValueError(
-            f"negatives are {n}: with anchors {a} they must be (B, K, D) = ({B}, K, {D}); one"
-            " negative per row is negatives[:, None]"
+            f"negatives are {n}: with anchors {a} they must be (B, K, D) = ({B}, K, {D});"
+            " one negative per row is negatives[:, None]"
         )
     N = B * (1 + n[1])
     if N < 2:
         raise ValueError(
-            f"B = {B} pairs with K = {n[1]} hard negatives leave nothing to contrast: pass at least"
-            " 2 pairs, or hard negatives"
+            f"B = {B} pairs with K = {n[1]} hard negatives leave nothing to contrast:"
+            " pass at least 2 pairs, or hard negatives"
         )
+    return B, N
+
+
+def _check_dtypes(anchors, positives, negatives):
+    "Raise a ValueError unless the embeddings are floating-point numbers."
     if not all(x.is_floating_point() for x in (anchors, positives, negatives) if x is not None):
         raise ValueError(
-            f"anchors are {anchors.dtype} and positives {positives.dtype}: embeddings must be"
-            " floating point"
+            f"anchors are {anchors.dtype} and positives {positives.dtype}:"
+            " embeddings must be floating point"
         )
-    if not isinstance(scale, Tensor) and not 0 < scale < float(
-        "inf"
-    ):  # a tensor, for a learned scale, is not read
+
+
+def _check_options(scale, similarity):
+    "Raise a ValueError unless scale and similarity make sense."
+    # A tensor, for a learned scale, is not read: that would wait for the device.
+    if not isinstance(scale, Tensor) and not 0 < scale < float("inf"):
         raise ValueError(
-            f"scale is {scale}: it multiplies the similarity and must be positive and finite; 20 is"
-            " usual for cosine"
+            f"scale is {scale}: it multiplies the similarity and must be positive and finite;"
+            " 20 is usual for cosine"
         )
     if similarity not in _SIMILARITIES:
         raise ValueError(
-            f"unknown similarity {similarity!r}: choose one of"
-            f" {', '.join(map(repr, _SIMILARITIES))}"
+            f"unknown similarity {similarity!r}:"
+            f" choose one of {', '.join(map(repr, _SIMILARITIES))}"
         )
+
+
+def _check(anchors, positives, negatives, scale, similarity, same):
+    "Refuse inputs for which the loss has no meaning; reads shapes and types, never values."
+    B, N = _check_shapes(anchors, positives, negatives)
+    _check_dtypes(anchors, positives, negatives)
+    _check_options(scale, similarity)
     if same is not None and (tuple(same.shape) != (B, N) or same.dtype != torch.bool):
         raise ValueError(
-            f"same is {tuple(same.shape)} {same.dtype}: it must be (B, N) = ({B}, {N}) torch.bool,"
-            " as same_text makes it"
+            f"same is {tuple(same.shape)} {same.dtype}:"
+            f" it must be (B, N) = ({B}, {N}) torch.bool, as same_text makes it"
         )
 
 # %% ../nbs/04_loss.ipynb #info-nce
 def info_nce(
     anchors: Tensor,  # embeddings, (B, D) float
     positives: Tensor,  # row i belongs to anchor i, (B, D) float
-    negatives: Tensor = None,  # K hard negatives per pair, candidates for every anchor, (B, K, D) float
+    # candidates for every anchor, not only for their own
+    negatives: Tensor = None,  # K hard negatives per pair, (B, K, D) float
     scale: float = 20.0,  # multiplies the similarity; = 1/temperature
-    symmetric: bool = False,  # mean of both directions; the way back is over anchors and uses no hard negatives
+    # the way back is over anchors and uses no hard negatives
+    symmetric: bool = False,  # mean of both directions
     similarity: str = "cos",  # "cos" or "dot"
-    same: Tensor = None,  # True = not a negative, from `same_text`; own positives are kept, (B, B * (1 + K)) bool
+    # own positives are never masked
+    same: Tensor = None,  # True = not a negative, from `same_text`, (B, B * (1 + K)) bool
 ) -> Tensor:  # mean over the batch in nats, scalar float32
-    "Compute the InfoNCE loss with in-batch negatives: each anchor must find its positive among all candidates."
+    "Compute the InfoNCE loss: each anchor must find its positive among the batch's candidates."
     _check(anchors, positives, negatives, scale, similarity, same)
-    candidates = (
-        positives if negatives is None else torch.cat([positives, negatives.flatten(0, 1)])
-    )  # (N, D)
+    candidates = positives  # (N, D), N = B * (1 + K)
+    if negatives is not None:
+        candidates = torch.cat([positives, negatives.flatten(0, 1)])
+    # Scores of 16 bits are too coarse to tell similar candidates apart, so no autocast in here.
     with torch.autocast(anchors.device.type, enabled=False):
         anchors, candidates = (
             x if x.dtype == torch.float64 else x.float() for x in (anchors, candidates)
         )
         scores = scale * _SIMILARITIES[similarity](anchors, candidates)  # (B, N)
         if same is not None:
-            own = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
+            own = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)  # (B, N)
             scores = scores.masked_fill(same & ~own, float("-inf"))
-        labels = torch.arange(len(scores), device=scores.device)
-        loss = F.cross_entropy(scores, labels)
-        return (
-            (loss + F.cross_entropy(scores[:, : len(labels)].T, labels)) / 2 if symmetric else loss
-        )
+        labels = torch.arange(len(scores), device=scores.device)  # (B,), the own positives
+        loss = F.cross_entropy(scores, labels)  # scalar
+        if not symmetric:
+            return loss
+        # The way back: each positive looks for its anchor, (B, B).
+        return (loss + F.cross_entropy(scores[:, : len(labels)].T, labels)) / 2
 
 # %% ../nbs/04_loss.ipynb #matryoshka
 def matryoshka(
@@ -141,8 +161,8 @@ def matryoshka(
     D, weights = anchors.shape[-1], [1.0] * len(widths) if weights is None else weights
     if len(widths) == 0 or not all(0 < w <= D for w in widths):
         raise ValueError(
-            f"widths are {list(widths)}: name at least one, each from 1 to the embeddings'"
-            f" width {D}"
+            f"widths are {list(widths)}:"
+            f" name at least one, each from 1 to the embeddings' width {D}"
         )
     if len(weights) != len(widths):
         raise ValueError(
@@ -150,34 +170,34 @@ def matryoshka(
         )
     columns = [x for x in (anchors, positives, negatives) if x is not None]
     return sum(
-        f * info_nce(*(x[..., :w] for x in columns), **info_nce_args)
+        f * info_nce(*(x[..., :w] for x in columns), **info_nce_args)  # each (B, w) or (B, K, w)
         for w, f in zip(widths, weights)
     )
 
 # %% ../nbs/04_loss.ipynb #gather
 class _Gather(torch.autograd.Function):
-    "All ranks' rows, rank 0 first; backward adds up what every rank's loss says about this rank's rows."
+    "All ranks' rows, rank 0 first; backward adds up the gradients that all ranks have for them."
 
     @staticmethod
     def forward(ctx, tensor):
-        tensor, ctx.rows = tensor.contiguous(), len(tensor)
+        tensor, ctx.rows = tensor.contiguous(), len(tensor)  # (b, ...)
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, tensor)
-        return torch.cat(parts)
+        return torch.cat(parts)  # (B, ...)
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(
-            memory_format=torch.contiguous_format
-        )  # all_reduce writes in place
+        # A copy, since all_reduce writes in place.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # (B, ...)
         dist.all_reduce(gradient)  # the sum over ranks
-        return gradient.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
+        return gradient.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)  # (b, ...)
 
 
 def gather(
-    tensor: Tensor,  # this rank's rows, as many as on every other rank; embeddings or identities, (b, ...)
+    # as many as on every other rank
+    tensor: Tensor,  # this rank's rows, embeddings or identities, (b, ...)
 ) -> Tensor:  # the rows of all ranks, rank 0 first, (B, ...)
-    "Collect the rows of all ranks with exact gradients; without torch.distributed return `tensor` itself."
+    "Collect the rows of all ranks with exact gradients; a single process gets `tensor` itself."
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     return _Gather.apply(tensor)

@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.request import getproxies
 
 # %% ../nbs/00_machine.ipynb #chips
-_GOOGLE = "0x1ae0"
+_GOOGLE = "0x1ae0"  # the number of the maker
 # v2 and v3, v4, v5e, v6e, two for tests, 7x: what torch_xla 2.9 takes for a TPU
 _TPU_KINDS = {"0x0027", "0x005e", "0x0063", "0x006f", "0x0056", "0x0062", "0x0076"}
 _PCI = "/sys/bus/pci/devices"
@@ -40,8 +40,7 @@ def tpu_chips(
     devices: str | Path = _PCI,  # where Linux lists the devices of the PCI bus
 ) -> int:  # chips; 0 means that this machine has no TPU
     "Count the TPU chips of this machine as torch_xla does, without importing it."
-    found = list(Path(devices).glob("*"))
-    google = [path for path in found if _number(path / "vendor") == _GOOGLE]
+    google = [path for path in Path(devices).glob("*") if _number(path / "vendor") == _GOOGLE]
     return sum(_number(path / "device") in _TPU_KINDS for path in google)
 
 # %% ../nbs/00_machine.ipynb #pair
@@ -60,8 +59,8 @@ def pair_arguments(
     python = python or sys.version_info[:2]
     if python not in _LIBTPU or system != "Linux x86_64":
         raise ValueError(
-            f"torch_xla {TORCH_XLA} has wheels for Linux on x86-64 and Python 3.11 to "
-            f"3.13, not for {system} and Python {python[0]}.{python[1]}; "
+            f"torch_xla {TORCH_XLA} has wheels for Linux on x86-64 and Python 3.11 to 3.13, "
+            f"not for {system} and Python {python[0]}.{python[1]}; "
             "choose such a machine, or train on CPU and GPU with contrastive_st.trainer"
         )
     pair = [f"torch=={TORCH}+cpu", f"torch_xla=={TORCH_XLA}"]
@@ -115,9 +114,11 @@ def plan(
     Requirement = import_module("packaging.requirements").Requirement  # Jupyter and pip bring it
     installed = {_plain(name): version for name, version in installed.items()}
     requirements = [Requirement(need) for need in needs]
+    # 1. torch and torch_xla belong together: a TPU decides which ones
     commands = []
     if chips and "torch-tpu" not in installed and python in _LIBTPU:
         commands += _pair_commands(requirements, installed, python, chips)
+    # 2. whatever else does not fit is installed, while what fits is held by a constraint
     missing = [r for r in requirements if not _fits(r, installed)]
     names = {_plain(r.name) for r in requirements if r not in missing} | {"torch-xla", "libtpu"}
     keep = [f"{name}=={installed[name]}" for name in sorted(names & set(installed))]
@@ -180,7 +181,7 @@ def skip_cells(
         where = f" Its result is on {site}" if site else ""
         return [f"print({f'Skipped: {why[0]}.{where}'!r})\n"] if why else lines
 
-    transform.of_contrastive_st = True
+    transform.of_contrastive_st = True  # so that a later call finds and replaces it
     shell = shell or (sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None)
     if shell is not None:
         others = [
@@ -196,38 +197,32 @@ def _needs(extra):
         lines = metadata.requires("contrastive_st")
     except metadata.PackageNotFoundError:
         raise ValueError(
-            "contrastive_st is imported from a folder and not installed, so what it "
-            "needs is not known; in the root of the clone, type: "
-            f"pip install -e '.[{extra}]'"
+            "contrastive_st is imported from a folder and not installed, "
+            "so what it needs is not known; "
+            f"in the root of the clone, type: pip install -e '.[{extra}]'"
         ) from None
-    found = [Requirement(line) for line in lines]
-    wanted = [r for r in found if not r.marker or r.marker.evaluate({"extra": extra})]
+    requirements = [Requirement(line) for line in lines]
+    wanted = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": extra})]
     return [f"{r.name}{r.specifier}" for r in wanted]
 
 
 def _installed():
     "Package -> version, of everything that this Python finds."
-    return {
-        _plain(d.metadata["Name"]): d.version
-        for d in metadata.distributions()
-        if d.metadata["Name"]
-    }
+    packages = [d for d in metadata.distributions() if d.metadata["Name"]]  # a broken one has none
+    return {_plain(d.metadata["Name"]): d.version for d in packages}
 
 
 def _pip(arguments):
-    "Run pip of this Python -> exit code and what it said."
+    "Run pip of this Python -> exit code and output."
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    return done.returncode, done.stdout + done.stderr
+    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return run.returncode, run.stdout + run.stderr
 
 
 def _shown(command):
     "A command for pip as a short line, without versions and addresses."
-    names = [
-        re.split("[<>=!~ ]", word)[0]
-        for word in command[1:]
-        if word[0] != "-" and "://" not in word
-    ]
+    words = [word for word in command[1:] if word[0] != "-" and "://" not in word]
+    names = [re.split("[<>=!~ ]", word)[0] for word in words]
     return textwrap.shorten(f"pip {command[0]} {' '.join(names)}", 100, placeholder=" ...")
 
 
@@ -237,12 +232,12 @@ _UNREACHABLE = ("connection", "resolve host", "name resolution", "unreachable", 
 def _failed(arguments, output):
     "One sentence about a pip that failed."
     lines = [line for line in output.splitlines() if "error" in line.lower()] or [output]
-    said = " ".join(lines[-1].split()).removeprefix("ERROR: ")[:80]
+    message = " ".join(lines[-1].split()).removeprefix("ERROR: ")[:80]
     if any(word in output.lower() for word in _UNREACHABLE):
         todo = "is there a network? On Kaggle, switch Internet on in the settings of the notebook"
     else:
         todo = "take a new environment, or install what is missing by hand"
-    return f"{_shown(arguments)} failed ({said}); {todo}"
+    return f"{_shown(arguments)} failed ({message}); {todo}"
 
 
 def _carry_out(commands, keep, pip):
@@ -256,7 +251,7 @@ def _carry_out(commands, keep, pip):
             code, output = pip(["-q", *command, *extra])
             if code:
                 raise ValueError(_failed(command, output))
-    invalidate_caches()
+    invalidate_caches()  # so that this Python sees the new packages
 
 # %% ../nbs/00_machine.ipynb #ready
 _TOOLS = {"pip", "setuptools"}  # loaded when Python starts, and used by nothing that we call
@@ -266,8 +261,9 @@ def _loaded(names):
     "Those packages of which Python has loaded a module already."
     names = set(names) - _TOOLS
     homes = metadata.packages_distributions() if names else {}
-    found = {_plain(name) for module in set(sys.modules) & set(homes) for name in homes[module]}
-    return sorted(found & names)
+    modules = set(sys.modules) & set(homes)
+    packages = {_plain(name) for module in modules for name in homes[module]}
+    return sorted(packages & names)
 
 
 def _keep_loops_apart(versions):
@@ -313,19 +309,21 @@ def ready(
     look: Callable = _installed,  # () -> package -> version
 ) -> None:
     "Install what is missing for the notebooks, and say what the machine has."
+    # 1. install what is missing
     chips, before = tpu_chips(devices), look()
     commands, keep = plan(_needs(extra), before, sys.version_info[:2], chips)
     if commands:
         _carry_out(commands, keep, pip)
     after = look()
     _keep_loops_apart(after)
-    changed = [name for name, version in before.items() if after.get(name) != version]
-    if again := _loaded(changed):
+    # 2. a module that was loaded before stays the old one until Python starts again
+    changes = [name for name, version in before.items() if after.get(name) != version]
+    if again := _loaded(changes):
         raise ValueError(
-            f"{', '.join(again)} changed after Python had loaded it; restart the "
-            "session (Colab: Runtime, Restart session; Kaggle: Run, Restart), "
-            "then run all cells again"
+            f"{', '.join(again)} changed after Python had loaded it; restart the session "
+            "(Colab: Runtime, Restart session; Kaggle: Run, Restart), then run all cells again"
         )
+    # 3. say what there is, and leave out the cells that cannot run
     print(summary(after, chips))
     if chips and "torch-xla" not in after:
         print(_why_no_pair(after))

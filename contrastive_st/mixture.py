@@ -20,16 +20,8 @@ import math
 import warnings
 import numpy as np
 from .atomic import read_json, reading
-from contrastive_st.data import (
-    Example,
-    Source,
-    is_hub_id,
-    is_store,
-    load_source,
-    quote,
-    regular_file,
-    store_folder,
-)
+from .data import Example, Source, is_hub_id, is_store, load_source
+from .data import quote, regular_file, store_folder
 
 # %% ../nbs/01_mixture.ipynb #permute
 def _key(
@@ -48,8 +40,8 @@ def _hash(x):
 
 
 def _feistel(x, a, b, rounds):
-    "Scramble numbers below a * b one to one: shift the left digit (below a) and the right one (below b) by hashes of each other."
-    left, right = x // b, x % b
+    "Scramble numbers below a * b one to one: shift two digits by hashes of each other, in turns."
+    left, right = x // b, x % b  # below a, below b
     for even, odd in zip(rounds[::2], rounds[1::2]):
         left = (left + _hash(right + even) % a) % a
         right = (right + _hash(left + odd) % b) % b
@@ -61,13 +53,12 @@ def permute(
     n: int,  # how many numbers there are, 1 or more
     key: int,  # 512 bits; another key, another permutation
 ) -> np.ndarray:  # (P,) int64, each below `n`
-    "Scramble numbers below `n` one to one: a table of sorted hashes if n is small, else a Feistel network of eight rounds."
-    rounds = np.frombuffer(key.to_bytes(64, "little"), "<u8")
-    if n <= 256:
-        return np.argsort(
-            _hash(np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + rounds[0]),
-            kind="stable",
-        )[positions]
+    "Scramble numbers below `n` one to one: by sorted hashes if n is small, else a Feistel network."
+    rounds = np.frombuffer(key.to_bytes(64, "little"), "<u8")  # eight of 64 bits
+    if n <= 256:  # so few can be sorted
+        # 2**64 over the golden ratio, by which SplitMix64 steps
+        steps = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return np.argsort(_hash(steps + rounds[0]), kind="stable")[positions]
     a = np.uint64(math.isqrt(n - 1) + 1)  # a * b is n or little more
     b = np.uint64(-(-n // int(a)))
     x = _feistel(np.asarray(positions).astype(np.uint64), a, b, rounds)
@@ -77,22 +68,19 @@ def permute(
 
 # %% ../nbs/01_mixture.ipynb #epoch-order
 def epoch_order(
-    positions: Sequence[
-        int
-    ],  # places in the endless order: [e * rows, (e + 1) * rows) is epoch e, (P,)
+    # places in the endless order: [e * rows, (e + 1) * rows) is epoch e, (P,)
+    positions: Sequence[int],
     rows: int,  # length of the source
     name: str,  # name of the source: its order does not change when other sources come or go
     seed: int = 0,  # seed of the mixture
 ) -> np.ndarray:  # row numbers, (P,) int64
-    "Say which rows stand at some places of a source's endless order; every epoch holds each row once."
+    "Say which rows stand at places of a source's endless order; every epoch holds each row once."
     positions = np.asarray(positions, np.int64)
-    epochs, found = positions // rows, np.empty(len(positions), np.int64)
+    epochs, numbers = positions // rows, np.empty(len(positions), np.int64)
     for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        found[here] = permute(
-            positions[here] - epoch * rows, rows, _key("rows", seed, name, epoch, bits=512)
-        )
-    return found
+        here, key = epochs == epoch, _key("rows", seed, name, epoch, bits=512)
+        numbers[here] = permute(positions[here] - epoch * rows, rows, key)
+    return numbers
 
 # %% ../nbs/01_mixture.ipynb #draw-counts
 def _whole_weights(weights):
@@ -109,12 +97,10 @@ def draw_counts(
     "Count how often each choice is drawn among the first `n` draws."
     counts, weights = [0] * len(weights), _whole_weights(weights)
     rest = sum(weights)
-    for i in sorted(
-        range(len(weights)), key=lambda i: -weights[i]
-    ):  # largest first: no count is off by more than about one
-        left = (2 * n * (rest - weights[i]) + rest) // (
-            2 * rest
-        )  # what the choices after this one share, to the nearest draw
+    # largest first: so no count is off by more than about one
+    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        # what the choices after this one share, to the nearest draw
+        left = (2 * n * (rest - weights[i]) + rest) // (2 * rest)
         counts[i] = n - left
         n, rest = left, rest - weights[i]
     return counts
@@ -124,7 +110,8 @@ WINDOW = 64  # steps whose draws are arranged together
 
 
 def _permutation(n, *parts):
-    "A permutation of 0..n-1 that depends on `parts` only; NumPy promises this raw stream for all versions."
+    "A permutation of 0..n-1 that depends on `parts` only."
+    # NumPy promises the raw stream of Philox for all versions, and no other order
     return np.argsort(np.random.Philox(key=_key(*parts, bits=128)).random_raw(n), kind="stable")
 
 
@@ -134,13 +121,15 @@ def draw_window(
     k: int = 1,  # draws in a step
     window: int = 0,  # which 64 steps
     key: int = 0,  # seed of the arrangement
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # choice, (WINDOW, k) int; which turn of it that is, (WINDOW, k) int
-    "Arrange the draws of one window; a choice whose share is at most 1/k does not repeat within a step."
+) -> tuple[np.ndarray, np.ndarray]:  # choice, and which turn of it that is, (WINDOW, k) int each
+    "Arrange the draws of a window; a choice whose share is at most 1/k comes at most once a step."
+    # 1. how many draws of each choice come before the window, and by its end
     start, stop = (np.array(draw_counts(weights, w * WINDOW * k)) for w in (window, window + 1))
+    # 2. the draws of each choice in one run, cut into k columns: a run of at most WINDOW draws
+    #    meets each step at most once
     order = _permutation(len(weights), "choices", key, window)
-    choice = np.repeat(order, (stop - start)[order]).reshape(k, WINDOW).T
+    choice = np.repeat(order, (stop - start)[order]).reshape(k, WINDOW).T  # (WINDOW, k)
+    # 3. the steps in random order, and each choice's turns counted in that order
     choice = choice[_permutation(WINDOW, "steps", key, window)]
     turn = np.empty_like(choice)
     for i in np.flatnonzero(stop - start):
@@ -163,9 +152,8 @@ def _pools(columns, weights):
 
 
 def _totals(pools):
-    return tuple(
-        math.fsum(pool.weights) for pool in pools
-    )  # exact: the last bit of `sum` depends on the version of Python
+    # fsum is exact: the last bit of `sum` depends on the version of Python
+    return tuple(math.fsum(pool.weights) for pool in pools)
 
 
 def _draw(weights, k, step, key):
@@ -182,22 +170,20 @@ def _pool_of(pools, step, seed):
 
 def _draw_pool(pool, k, n, seed):
     "The k (source number, turn) of the n-th batch of a pool."
-    return [
-        (pool.members[i], turn)
-        for i, turn in _draw(pool.weights, k, n, _key("sources", seed, pool.columns))
-    ]
+    draws = _draw(pool.weights, k, n, _key("sources", seed, pool.columns))
+    return [(pool.members[i], turn) for i, turn in draws]
 
 
 def _rows(plan, draws, first=0, last=None):
-    "Source numbers and row numbers of places [first, last) of a global batch, two (n,) arrays; the sub-batches alternate."
-    k, places = plan.datasets_per_batch, np.arange(first, plan.batch_size if last is None else last)
+    "Source numbers and row numbers of places [first, last) of a global batch, two (n,) arrays."
+    k, last = plan.datasets_per_batch, plan.batch_size if last is None else last
+    places = np.arange(first, last)
     numbers, rows = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
     for d, (i, turn) in enumerate(draws):
-        mine, source = places % k == d, plan.sources[i]
+        mine, source = places % k == d, plan.sources[i]  # the sub-batches alternate
+        positions = turn * (plan.batch_size // k) + places[mine] // k
         numbers[mine] = i
-        rows[mine] = epoch_order(
-            turn * (plan.batch_size // k) + places[mine] // k, len(source), source.name, plan.seed
-        )
+        rows[mine] = epoch_order(positions, len(source), source.name, plan.seed)
     return numbers, rows
 
 # %% ../nbs/01_mixture.ipynb #checks
@@ -224,70 +210,69 @@ def _check_weight(where, weight):
     number = isinstance(weight, Real) and not isinstance(weight, bool)
     if not number or not 0 <= weight <= 1e100:  # not so for NaN; sums of such weights are finite
         raise ValueError(
-            f"{where}: weight is {quote(weight)}; it must be a number, above 0, or 0 to skip the"
-            " dataset"
+            f"{where}: weight is {quote(weight)}; "
+            "it must be a number, above 0, or 0 to skip the dataset"
         )
 
 
-def _check_sources(sources, batch_size, k):
-    "Refuse an empty mixture, an empty source and two of one name; warn of sources smaller than their sub-batch."
+def _check_sources(sources):
+    "Refuse an empty mixture, an empty source and two of one name."
     if not sources:
         raise ValueError("no dataset is left in the mixture; give at least one a weight above 0")
-    empty, names, part = (
-        [s.name for s in sources if not len(s)],
-        Counter(s.name for s in sources),
-        batch_size // k,
-    )
+    empty, names = [s.name for s in sources if not len(s)], Counter(s.name for s in sources)
     if empty:
         raise ValueError(f"{empty[0]}: no rows; leave the dataset out, or give it weight 0")
     if len(names) < len(sources):
         raise ValueError(
-            f"two datasets are called {names.most_common(1)[0][0]!r}; names must differ, because"
-            " the order of rows depends on them"
+            f"two datasets are called {names.most_common(1)[0][0]!r}; "
+            "names must differ, because the order of rows depends on them"
         )
-    if small := sorted((s for s in sources if len(s) < part), key=len):
-        warnings.warn(
-            f"{small[0].name}: {len(small[0])} rows are fewer than the {part} of a sub-batch"
-            f" (global batch {batch_size} / {k} datasets per batch), so its rows meet their own"
-            " copies, which the loss masks"
-            + (
-                " (and so it is with"
-                f" {', '.join(s.name for s in small[1:4])}{', ..' if len(small) > 4 else ''})"
-                if len(small) > 1
-                else ""
-            )
-            + f"; use a global batch of at most {len(small[0]) * k}, more datasets per batch, or"
-            " weight 0, or append the rows to a larger file",
-            stacklevel=4,
-        )
+
+
+def _warn_of_small(sources, batch_size, k):
+    "Warn of sources with fewer rows than a sub-batch."
+    part = batch_size // k
+    small = sorted((s for s in sources if len(s) < part), key=len)
+    if not small:
+        return
+    others = ", ".join(s.name for s in small[1:4]) + (", .." if len(small) > 4 else "")
+    warnings.warn(
+        f"{small[0].name}: {len(small[0])} rows are fewer than the {part} of a sub-batch "
+        f"(global batch {batch_size} / {k} datasets per batch), so its rows meet their own "
+        f"copies, which the loss masks{f' (and so it is with {others})' if others else ''}; "
+        f"use a global batch of at most {len(small[0]) * k}, more datasets per batch, "
+        "or weight 0, or append the rows to a larger file",
+        stacklevel=4,
+    )
 
 
 def _check_pools(pools, sources, k):
     "Refuse a column count with fewer datasets than go into a global batch."
     for pool in pools:
         n, names = len(pool.members), ", ".join(sources[i].name for i in pool.members)
+        have, them = ("has", "it") if n == 1 else ("have", "them")
         if n < k:
             raise ValueError(
-                f"a global batch takes {k} datasets of one column count, but only {n}"
-                f" {'has' if n == 1 else 'have'} {pool.columns} columns ({names}); use"
-                f" datasets_per_batch={n}, add datasets of {pool.columns} columns, or give"
-                f" {'it' if n == 1 else 'them'} weight 0"
+                f"a global batch takes {k} datasets of one column count, but only {n} {have} "
+                f"{pool.columns} columns ({names}); use datasets_per_batch={n}, "
+                f"add datasets of {pool.columns} columns, or give {them} weight 0"
             )
 
 # %% ../nbs/01_mixture.ipynb #plan
 class Plan:
     "The rows of every step of a run: a pure function of sources, weights, sizes and seed."
 
-    order = 2  # raise it when the rows of a step change: a run then refuses to be resumed on other batches
+    # Raise it when the rows of a step change: a run then refuses to be resumed on other batches.
+    order = 2
 
     def __init__(
         self,
         sources: list[Source],  # where examples come from; column counts may differ
         weights: list[float],  # one per source, relative to each other; 0 skips the source
         batch_size: int = 1024,  # B, rows of a global batch, over all devices
-        datasets_per_batch: (
-            int | None
-        ) = None,  # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
+        # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its
+        # column count has no other
+        datasets_per_batch: int | None = None,
         seed: int = 0,  # another seed, another order
     ):
         if len(sources) != len(weights):
@@ -296,33 +281,23 @@ class Plan:
             )
         for s, w in zip(sources, weights):
             _check_weight(s.name, w)
-        self.batch_size, self.datasets_per_batch = (
-            _whole("batch_size", batch_size, 1),
-            _whole(
-                "datasets_per_batch", 2 if datasets_per_batch is None else datasets_per_batch, 1
-            ),
-        )
-        _divides(
-            self.batch_size,
-            self.datasets_per_batch,
-            f"datasets_per_batch={self.datasets_per_batch}",
-        )
-        self.seed, self.sources = (
-            _whole("seed", seed, 0),
-            [s for s, w in zip(sources, weights) if w],
-        )
+        k = 2 if datasets_per_batch is None else datasets_per_batch
+        self.batch_size = _whole("batch_size", batch_size, 1)
+        self.datasets_per_batch = k = _whole("datasets_per_batch", k, 1)
+        _divides(self.batch_size, k, f"datasets_per_batch={k}")
+        self.seed = _whole("seed", seed, 0)
+        self.sources = [s for s, w in zip(sources, weights) if w]
         self.weights = [w if isinstance(w, int) else float(w) for w in weights if w]
-        _check_sources(self.sources, self.batch_size, self.datasets_per_batch)
+        _check_sources(self.sources)
+        _warn_of_small(self.sources, self.batch_size, k)
         self._pools = _pools([len(s.columns) for s in self.sources], self.weights)
-        if datasets_per_batch is not None:
-            _check_pools(self._pools, self.sources, self.datasets_per_batch)
+        if datasets_per_batch is not None:  # asked for, so each column count must have as many
+            _check_pools(self._pools, self.sources, k)
 
     def draws(
         self,
         step: int,  # 0 or more
-    ) -> list[
-        tuple[int, int]
-    ]:  # k pairs (source number, turn): the turn-th sub-batch of that source
+    ) -> list[tuple[int, int]]:  # k pairs (source number, turn): that source's turn-th sub-batch
         "Say which sub-batches make up the global batch of a step."
         pool, n = _pool_of(self._pools, _whole("step", step, 0), self.seed)
         return _draw_pool(pool, self.datasets_per_batch, n, self.seed)
@@ -351,40 +326,38 @@ def _bare(name):
 
 def _file(entry, folder):
     "What a dataset is made of; a file, its zipped copy and its store count as one."
-    raw = isinstance(entry.path, Path) and not is_store(entry.path)
-    return _bare(
-        entry.path.resolve().relative_to(Path(folder).resolve()).as_posix() if raw else entry.name
-    )
+    if isinstance(entry.path, Path) and not is_store(entry.path):
+        path = entry.path.resolve().relative_to(Path(folder).resolve())
+        return _bare(path.as_posix())
+    return _bare(entry.name)
 
 
 def _places(root, name):
-    "Where a dataset may lie, best first: the store and the file of that very name, a file with an ending, a store of another spelling."
+    "Where a dataset may lie, best first."
     stores = [store_folder(root, f"{n}{end}") for n in (name, _bare(name)) for end in _ENDS]
+    # the store and the file of that very name, a file with an ending, a store of another spelling
     return [stores[0], *(root / f"{name}{end}" for end in _ENDS), *stores[1:]]
 
 
 def _names(root):
     "The files and stores of a folder, as a config could name them."
-    found = (
-        p
-        for p in sorted(root.rglob("[!.]*"))
-        if not any(part.endswith(".store") for part in p.relative_to(root).parts[:-1])
-    )
-    return [
-        p.relative_to(root).as_posix().removesuffix(".store")
-        for p in found
-        if p.is_file() or is_store(p)
-    ]
+    names = []
+    for path in sorted(root.rglob("[!.]*")):
+        name = path.relative_to(root)
+        in_store = any(part.endswith(".store") for part in name.parts[:-1])
+        if not in_store and (path.is_file() or is_store(path)):
+            names.append(name.as_posix().removesuffix(".store"))
+    return names
 
 
 def _find(folder, name, where):
     "The store, file or hub dataset of that name."
     root = Path(folder).resolve()
-    for kind in (PurePosixPath, PureWindowsPath):
-        if kind(name).anchor or ".." in kind(name).parts:
+    for system in (PurePosixPath, PureWindowsPath):
+        if system(name).anchor or ".." in system(name).parts:
             raise ValueError(
-                f"{where}: the name leaves the data folder; use a path below the folder, without"
-                " '..'"
+                f"{where}: the name leaves the data folder; "
+                "use a path below the folder, without '..'"
             )
     with reading(where, "check the name"):  # a name may be too long for the file system
         path = next((p for p in _places(root, name) if is_store(p) or p.is_file()), None)
@@ -392,14 +365,15 @@ def _find(folder, name, where):
         return name
     if path is None:
         near = get_close_matches(name, _names(root), 1)
+        todo = f"did you mean {near[0]!r}?" if near else "check the folder"
         raise ValueError(
-            f"{where}: no such file in {folder} (nor with .jsonl.gz or .jsonl, nor a store of"
-            f" it){f'; did you mean {near[0]!r}?' if near else '; check the folder'}"
+            f"{where}: no such file in {folder} "
+            f"(nor with .jsonl.gz or .jsonl, nor a store of it); {todo}"
         )
     if not path.resolve().is_relative_to(root):
         raise ValueError(
-            f"{where}: the name is a link that leaves the data folder; copy the file into the"
-            " folder"
+            f"{where}: the name is a link that leaves the data folder; "
+            "copy the file into the folder"
         )
     return path
 
@@ -411,9 +385,8 @@ class Entry(NamedTuple):
     path: Path | str  # a file, a prepared store, or the id of a hub dataset
     weight: float | None  # above 0; None: to be made from the size
     lines: int | None  # rows the config claims, None if it does not
-    columns: (
-        tuple | None
-    )  # (anchor, positive, *negatives), as `load_source` takes them; None finds them
+    # (anchor, positive, *negatives), as `load_source` takes them; None finds them
+    columns: tuple | None
     split: str  # of a hub dataset
 
 
@@ -425,15 +398,13 @@ def _check_keys(item, where, weighed):
     "Refuse an item that is no object, has an unknown key, or lacks one."
     if not isinstance(item, dict):
         raise ValueError(
-            f'{where}: expected an object such as {{"name": "pairs.jsonl.gz", "weight": 1}}, found'
-            f" {quote(item)}"
+            f'{where}: expected an object such as {{"name": "pairs.jsonl.gz", "weight": 1}}, '
+            f"found {quote(item)}"
         )
     for key in item.keys() - set(_KEYS):
         near = get_close_matches(str(key)[:80], _KEYS, 1)
-        raise ValueError(
-            f"{where}: unknown key {quote(key)}; "
-            + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}")
-        )
+        todo = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(_KEYS)}"
+        raise ValueError(f"{where}: unknown key {quote(key)}; {todo}")
     for key in ("name", "weight") if weighed else ("name",):
         if key not in item:
             raise ValueError(
@@ -447,8 +418,8 @@ def _check_name(name, where):
         raise ValueError(f"{where}: name is {quote(name)}; it must be a file name")
     if len(name) > _NAME_CHARACTERS or not name.isprintable():
         raise ValueError(
-            f"{where}: name is {quote(name)}, of {len(name):,} characters; it must be a file name"
-            f" of at most {_NAME_CHARACTERS}, all printable"
+            f"{where}: name is {quote(name)}, of {len(name):,} characters; "
+            f"it must be a file name of at most {_NAME_CHARACTERS}, all printable"
         )
 
 
@@ -457,27 +428,21 @@ def _entry(item, folder, where, weighed):
     _check_keys(item, where, weighed)
     name, weight, lines, columns, split = (item.get(key) for key in _KEYS)
     _check_name(name, where)
+    where = f"{where} ({name})"
     if weighed or "weight" in item:
-        _check_weight(f"{where} ({name})", weight)
+        _check_weight(where, weight)
     if lines is not None:
-        _whole(f"{where} ({name}): lines", lines, 0)
+        _whole(f"{where}: lines", lines, 0)
     if columns is not None and not isinstance(columns, (list, tuple)):
         raise ValueError(
-            f'{where} ({name}): columns is {quote(columns)}; write a list such as ["question",'
-            ' "answer"]'
+            f'{where}: columns is {quote(columns)}; write a list such as ["question", "answer"]'
         )
     if split is not None and not isinstance(split, str):
-        raise ValueError(f'{where} ({name}): split is {quote(split)}; write a name such as "train"')
+        raise ValueError(f'{where}: split is {quote(split)}; write a name such as "train"')
     if weight == 0:
         return None
-    return Entry(
-        name,
-        _find(folder, name, f"{where} ({name})"),
-        weight,
-        lines,
-        tuple(columns) if columns else None,
-        split or "train",
-    )
+    columns = tuple(columns) if columns else None
+    return Entry(name, _find(folder, name, where), weight, lines, columns, split or "train")
 
 # %% ../nbs/01_mixture.ipynb #read-config
 def _items(config, label):
@@ -490,22 +455,22 @@ def _items(config, label):
 
 
 def read_config(
-    config: (
-        str | Path | list[dict]
-    ),  # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
-    folder: (
-        str | Path
-    ),  # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
+    # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
+    config: str | Path | list[dict],
+    # names are relative to this folder: files, or stores that were prepared from them; other
+    # names are looked up on the hub
+    folder: str | Path,
     weighed: bool = True,  # every dataset needs a weight; False for `temperature`
 ) -> list[Entry]:  # datasets, without those of weight 0
     "Check a data config and find its files; an error names the file and the entry."
-    label, found, first = "data config" if isinstance(config, list) else str(config), [], {}
+    label = "data config" if isinstance(config, list) else str(config)
     config = _items(config, label)
     if not Path(folder).is_dir():
         raise ValueError(
-            f"{folder}: no such folder; give the folder that the names in the data config are"
-            " relative to"
+            f"{folder}: no such folder; "
+            "give the folder that the names in the data config are relative to"
         )
+    entries, first = [], {}  # first: which dataset has a file
     for n, item in enumerate(config, 1):
         entry = _entry(item, folder, f"{label}: dataset {n}", weighed)
         if entry is None:
@@ -513,14 +478,14 @@ def read_config(
         file = _file(entry, folder)
         if file in first:
             raise ValueError(
-                f"{label}: dataset {n} ({entry.name}) is the file of dataset {first[file]} again,"
-                " or another copy of it; keep one and add up the weights"
+                f"{label}: dataset {n} ({entry.name}) is the file of dataset {first[file]} again, "
+                "or another copy of it; keep one and add up the weights"
             )
         first[file] = n
-        found.append(entry)
-    if not found:
+        entries.append(entry)
+    if not entries:
         raise ValueError(f"{label}: every weight is 0; give at least one dataset a weight above 0")
-    return found
+    return entries
 
 
 def _load(entry, cache_dir=None):
@@ -528,18 +493,18 @@ def _load(entry, cache_dir=None):
     source = load_source(entry.path, entry.name, entry.columns, entry.split, cache_dir)
     if is_store(entry.path) and entry.columns is not None:
         with reading(entry.path, "prepare it again"):
-            made = tuple(source.store.summary["origin"]["columns"])
-        if entry.columns != made:
+            columns = tuple(source.store.summary["origin"]["columns"])
+        if entry.columns != columns:
             raise ValueError(
-                f"{entry.name}: the data config asks for columns {quote(entry.columns)}, the store"
-                f" was prepared with {quote(made) if made else 'those that were found'}; prepare it"
-                " again, or drop 'columns'"
+                f"{entry.name}: the data config asks for columns {quote(entry.columns)}, the store "
+                f"was prepared with {quote(columns) if columns else 'those that were found'}; "
+                "prepare it again, or drop 'columns'"
             )
     if entry.lines not in (None, len(source)):
         warnings.warn(
-            f"{entry.name}: the data config says {quote(entry.lines)} lines, the file has"
-            f" {len(source)} rows; fetch the file again if it is incomplete, else correct or drop"
-            " 'lines'",
+            f"{entry.name}: the data config says {quote(entry.lines)} lines, the file has "
+            f"{len(source)} rows; fetch the file again if it is incomplete, "
+            "else correct or drop 'lines'",
             stacklevel=3,
         )
     return source
@@ -552,26 +517,24 @@ def tempered(
     "Make weights from sizes: share ~ rows ** (1 / T)."
     if isinstance(temperature, bool) or not isinstance(temperature, Real) or not temperature >= 1:
         raise ValueError(
-            f"temperature is {temperature!r}; it must be a number from 1 (shares by size) up"
-            " (flatter)"
+            f"temperature is {temperature!r}; "
+            "it must be a number from 1 (shares by size) up (flatter)"
         )
     powers = [n ** (1 / temperature) for n in rows]
-    return [
-        float(f"{p / math.fsum(powers):.12g}") for p in powers
-    ]  # rounded: the last digits of a power differ between machines
+    # rounded, because the last digits of a power differ between machines
+    return [float(f"{p / math.fsum(powers):.12g}") for p in powers]
 
 # %% ../nbs/01_mixture.ipynb #masked
 def masked_negatives(
     identities: np.ndarray,  # of the texts of a batch, (B, C) int64
 ) -> np.ndarray:  # candidates that are masked for each anchor, (B,) int
-    "Count the candidates that the loss masks because their text is the anchor's own or one of its positives."
+    "Count the candidates that the loss masks: copies of an anchor or of one of its positives."
     keys = np.asarray(identities).tolist()
     copies, banned = Counter(text for e in keys for text in e[1:]), {}
     for anchor, positive, *_ in keys:
         banned.setdefault(anchor, {anchor}).add(positive)
-    return np.array(
-        [sum(copies[text] for text in banned[e[0]]) - 1 for e in keys]
-    )  # the own positive stays
+    # less one, because an anchor's own positive stays
+    return np.array([sum(copies[text] for text in banned[e[0]]) - 1 for e in keys])
 
 
 def _duplicate_rate(identities):
@@ -581,16 +544,14 @@ def _duplicate_rate(identities):
 
 def _account_pool(plan, pool, batches, sample):
     "Negatives and duplicates in `sample` batches of a pool, spread evenly over the run."
-    B, k, masked, doubled = plan.batch_size, plan.datasets_per_batch, [], []
+    B, k, masked, duplicates = plan.batch_size, plan.datasets_per_batch, [], []
     for n in sorted({int(n) for n in np.linspace(0, batches - 1, min(sample, batches))}):
-        identities = GlobalBatch(
-            n, plan.sources, *_rows(plan, _draw_pool(pool, k, n, plan.seed))
-        ).identities
+        rows = _rows(plan, _draw_pool(pool, k, n, plan.seed))
+        identities = GlobalBatch(n, plan.sources, *rows).identities
         masked.append(masked_negatives(identities).mean())
-        doubled.append(_duplicate_rate(identities))
-    masked, doubled = (
-        float(np.mean(v)) if v else math.nan for v in (masked, doubled)
-    )  # nan: not looked at
+        duplicates.append(_duplicate_rate(identities))
+    # nan where no batch was looked at
+    masked, duplicates = (float(np.mean(v)) if v else math.nan for v in (masked, duplicates))
     hard = B * (pool.columns - 2)
     return {
         "columns": pool.columns,
@@ -599,7 +560,7 @@ def _account_pool(plan, pool, batches, sample):
         "hard": hard,
         "masked": masked,
         "negatives": B - 1 + hard - masked,
-        "duplicates": doubled,
+        "duplicates": duplicates,
     }
 
 # %% ../nbs/01_mixture.ipynb #concerns
@@ -607,35 +568,34 @@ def concerns(
     report: dict,  # of `account`, its warnings not needed
 ) -> list[str]:  # one sentence each
     "Say what looks wrong with a run's data."
-    found = []
+    sentences = []
     for d in report["datasets"]:
         if d["realised"] > 0.5 and len(report["datasets"]) > 1:
-            found.append(
-                f"{d['name']} dominates: {d['realised']:.0%} of all rows come from it; lower its"
-                " weight, or raise the temperature"
+            sentences.append(
+                f"{d['name']} dominates: {d['realised']:.0%} of all rows come from it; "
+                "lower its weight, or raise the temperature"
             )
         if d["epochs"] > 100:
-            found.append(
-                f"{d['name']} repeats: its {d['rows']:,} rows are seen {d['epochs']:,.0f} times"
-                " each; lower its weight, or shorten the run"
+            sentences.append(
+                f"{d['name']} repeats: its {d['rows']:,} rows are seen {d['epochs']:,.0f} times "
+                "each; lower its weight, or shorten the run"
             )
     for p in report["pools"]:
-        if p["negatives"] < p["in_batch"] / 2:
-            found.append(
-                f"batches of {p['columns']} columns are mostly duplicates: {p['negatives']:,.1f} of"
-                f" {p['in_batch'] + p['hard']:,} negatives are left to an anchor; remove copies"
-                " from the data"
+        if p["negatives"] < p["in_batch"] / 2:  # not so for nan
+            sentences.append(
+                f"batches of {p['columns']} columns are mostly duplicates: {p['negatives']:,.1f} "
+                f"of {p['in_batch'] + p['hard']:,} negatives are left to an anchor; "
+                "remove copies from the data"
             )
-    return found
+    return sentences
 
 # %% ../nbs/01_mixture.ipynb #account
 def _drawn(weights, k, steps, key):
     "How often each choice was drawn in the first `steps` steps."
     window, rest = divmod(steps, WINDOW)
     choice, _ = draw_window(weights, k, window, key)
-    return np.array(draw_counts(weights, window * WINDOW * k)) + np.bincount(
-        choice[:rest].ravel(), minlength=len(weights)
-    )
+    before = np.array(draw_counts(weights, window * WINDOW * k))
+    return before + np.bincount(choice[:rest].ravel(), minlength=len(weights))
 
 
 def _turns(plan, steps):
@@ -643,10 +603,9 @@ def _turns(plan, steps):
     batches = _drawn(_totals(plan._pools), 1, steps, _key("pools", plan.seed)).tolist()
     turns = [0] * len(plan.sources)
     for pool, n in zip(plan._pools, batches):
-        drawn = _drawn(
-            pool.weights, plan.datasets_per_batch, n, _key("sources", plan.seed, pool.columns)
-        )
-        for i, count in zip(pool.members, drawn.tolist()):
+        key = _key("sources", plan.seed, pool.columns)
+        counts = _drawn(pool.weights, plan.datasets_per_batch, n, key)
+        for i, count in zip(pool.members, counts.tolist()):
             turns[i] = count
     return batches, turns
 
@@ -655,25 +614,14 @@ def account(
     plan: Plan,  # what to account for
     steps: int,  # length of the run, 1 or more
     sample: int = 8,  # batches to read for each column count; 0 reads none
-) -> dict:  # steps, examples, batch_size, datasets_per_batch, mixed_batches, one_pass, datasets, pools, warnings
-    "Account for the first `steps` steps: shares, epochs, negatives per anchor, duplicates, and what looks wrong."
+) -> dict:  # steps, examples, mixed_batches and other numbers; datasets, pools, warnings: lists
+    "Account for the first `steps` steps: shares, epochs, negatives, duplicates, what looks wrong."
     batches, turns = _turns(plan, _whole("steps", steps, 1))
-    part, looked = plan.batch_size // plan.datasets_per_batch, min(steps, 1024)
-    mixed = sum(len({i for i, _ in plan.draws(s)}) > 1 for s in range(looked)) / looked
-    datasets = [
-        {
-            "name": s.name,
-            "rows": len(s),
-            "columns": len(s.columns),
-            "asked": w / sum(plan.weights),
-            "realised": n / sum(turns),
-            "epochs": n * part / len(s),
-        }
-        for s, w, n in zip(plan.sources, plan.weights, turns)
-    ]
-    pools = [
-        _account_pool(plan, p, n, _whole("sample", sample, 0)) for p, n in zip(plan._pools, batches)
-    ]
+    first = min(steps, 1024)  # enough steps to tell the share that mixes
+    mixed = sum(len({i for i, _ in plan.draws(s)}) > 1 for s in range(first)) / first
+    datasets = _account_sources(plan, turns)
+    sample = _whole("sample", sample, 0)
+    pools = [_account_pool(plan, p, n, sample) for p, n in zip(plan._pools, batches)]
     report = {
         "steps": steps,
         "examples": steps * plan.batch_size,
@@ -686,9 +634,25 @@ def account(
     }
     return report | {"warnings": concerns(report)}
 
+
+def _account_sources(plan, turns):
+    "Size, share and epochs of each source, whose sub-batches are counted by `turns`."
+    part = plan.batch_size // plan.datasets_per_batch
+    return [
+        {
+            "name": s.name,
+            "rows": len(s),
+            "columns": len(s.columns),
+            "asked": w / sum(plan.weights),
+            "realised": n / sum(turns),
+            "epochs": n * part / len(s),
+        }
+        for s, w, n in zip(plan.sources, plan.weights, turns)
+    ]
+
 # %% ../nbs/01_mixture.ipynb #global-batch
 class GlobalBatch:
-    "The rows of one step, or one rank's slice of them; what is asked of them is read when it is asked."
+    "The rows of one step, or one rank's slice of them; texts are read when you ask for them."
 
     def __init__(
         self,
@@ -704,12 +668,12 @@ class GlobalBatch:
         ask: Callable,  # (source, row numbers) -> one value per row
     ) -> list:  # B values, in the order of the batch
         "Ask each source for its rows, and put the answers in their places."
-        found = [None] * len(self._rows)
+        values = [None] * len(self._rows)
         for i in np.unique(self._numbers).tolist():
-            places = np.flatnonzero(self._numbers == i)
+            places = np.flatnonzero(self._numbers == i)  # asked together, which is faster
             for p, value in zip(places.tolist(), ask(self._sources[i], self._rows[places])):
-                found[p] = value
-        return found
+                values[p] = value
+        return values
 
     @cached_property
     def examples(self) -> list[Example]:  # B tuples of C texts: anchor, positive, hard negatives
@@ -735,14 +699,12 @@ class GlobalBatch:
         return len(self._rows)
 
     def __repr__(self):
-        return (
-            f"GlobalBatch(step {self.step:,}, {len(self)} rows of"
-            f" {', '.join(sorted(set(self.sources)))})"
-        )
+        names = ", ".join(sorted(set(self.sources)))
+        return f"GlobalBatch(step {self.step:,}, {len(self)} rows of {names})"
 
 # %% ../nbs/01_mixture.ipynb #mixture
 class Mixture(Plan):
-    "Weighted sources as a sequence of global batches; the batch of any step is computed, never remembered."
+    "Weighted sources as a sequence of global batches; the batch of any step is computed anew."
 
     def batch(
         self,
@@ -758,52 +720,47 @@ class Mixture(Plan):
         steps: int,  # length of the run, 1 or more
         sample: int = 8,  # batches to read for each column count; 0 reads none
     ) -> dict:  # as `account` returns it
-        "Account for a run before it happens: shares, epochs, negatives per anchor, duplicates, warnings."
+        "Account for a run before it happens: shares, epochs, negatives, duplicates, warnings."
         return account(self, steps, sample)
 
     @classmethod
     def from_config(
         cls,
-        config: (
-            str | Path | list[dict]
-        ),  # JSON file, or its content: a list of {"name", "weight"[, "lines", "columns", "split"]}
-        folder: (
-            str | Path
-        ),  # names are relative to this folder: files, or stores that were prepared from them; other names are looked up on the hub
+        # a list of {"name", "weight"[, "lines", "columns", "split"]}
+        config: str | Path | list[dict],  # JSON file, or the list of objects that it holds
+        # of files, or of stores that were prepared from them; other names are looked up on the hub
+        folder: str | Path,  # names are relative to this folder of files or stores
         batch_size: int = 1024,  # B, rows of a global batch, over all devices
-        datasets_per_batch: (
-            int | None
-        ) = None,  # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its column count has no other
+        # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its
+        # column count has no other
+        datasets_per_batch: int | None = None,
         seed: int = 0,  # another seed, another order
         cache_dir: str | Path | None = None,  # where `load_source` keeps its stores
-        temperature: (
-            float | None
-        ) = None,  # T: weights are made from sizes, share ~ rows ** (1 / T); None takes the config's weights
+        # T: weights are made from sizes, share ~ rows ** (1 / T); None takes the config's weights
+        temperature: float | None = None,
     ) -> "Mixture":  # ready for `batch(step)`
         "Build the mixture that a data config describes."
         entries = read_config(config, folder, weighed=temperature is None)
         sources = list(map(_load, entries, [cache_dir] * len(entries)))
-        weights = (
-            [e.weight for e in entries]
-            if temperature is None
-            else tempered([len(s) for s in sources], temperature)
-        )
+        weights = [e.weight for e in entries]
+        if temperature is not None:
+            weights = tempered([len(s) for s in sources], temperature)
         return cls(sources, weights, batch_size, datasets_per_batch, seed)
 
 # %% ../nbs/01_mixture.ipynb #as-mixture
 def _is_row(item):
     "Is this an example, rather than a dataset?"
-    return isinstance(item, dict) or (
-        isinstance(item, (list, tuple)) and item and isinstance(item[0], str)
-    )
+    if isinstance(item, (list, tuple)):
+        return len(item) > 0 and isinstance(item[0], str)
+    return isinstance(item, dict)
 
 
 def _sources(data, cache_dir):
     "A source for each dataset; files of one name are called by their whole path."
     several = isinstance(data, (list, tuple)) and len(data) > 0 and not _is_row(data[0])
-    given = list(data) if several else [data]
-    files = Counter(Path(d).name for d in given if isinstance(d, (str, Path)))
-    for n, dataset in enumerate(given, 1):
+    datasets = list(data) if several else [data]
+    files = Counter(Path(d).name for d in datasets if isinstance(d, (str, Path)))
+    for n, dataset in enumerate(datasets, 1):
         if isinstance(dataset, Source):
             yield dataset
         elif isinstance(dataset, (str, Path)):
@@ -814,15 +771,16 @@ def _sources(data, cache_dir):
 
 
 def as_mixture(
-    data: Any,  # a file, store or hub id, Source, datasets.Dataset, pandas DataFrame, list of tuples, or a list of these
+    # a file, store or hub id, Source, datasets.Dataset, pandas DataFrame, list of tuples, or a list
+    # of these
+    data: Any,
     batch_size: int = 1024,  # B, rows of a global batch, over all devices
     seed: int = 0,  # another seed, another order
-    datasets_per_batch: (
-        int | None
-    ) = None,  # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Plan`
+    # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Plan`
+    datasets_per_batch: int | None = None,
     cache_dir: str | Path | None = None,  # where `load_source` keeps its stores
 ) -> "Mixture":  # a Mixture is returned as it is
-    "Make a mixture of whatever holds training examples; several datasets are drawn in proportion to their rows."
+    "Make a mixture of whatever holds examples; several datasets are drawn in proportion to rows."
     if isinstance(data, Plan):
         return data
     sources = list(_sources(data, cache_dir))
@@ -848,36 +806,33 @@ def report_table(
 ) -> str:  # several lines
     "Write a report as a table to be read."
     width = max(len("dataset"), *(len(d["name"]) for d in report["datasets"]))
+    head = f"{'rows':>13} {'columns':>7} {'asked':>7} {'realised':>8} {'epochs':>10}"
     lines = [
-        (
-            f"{report['steps']:,} steps x {report['batch_size']:,} = {report['examples']:,}"
-            f" examples; {report['mixed_batches']:.0%} of global batches mix datasets"
-        ),
-        (
-            f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'asked':>7} {'realised':>8}"
-            f" {'epochs':>10}"
-        ),
+        f"{report['steps']:,} steps x {report['batch_size']:,} = {report['examples']:,}"
+        f" examples; {report['mixed_batches']:.0%} of global batches mix datasets",
+        f"{'dataset':{width}} {head}",
     ]
-    lines += [
-        f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%}"
-        f" {d['realised']:8.2%} {d['epochs']:10,.2f}"
-        for d in report["datasets"]
-    ]
-    for p in report["pools"]:
-        looked = (
-            f" - {p['masked']:.2f} masked = {p['negatives']:,.2f}; {p['duplicates']:.1%} of texts"
-            " are duplicates"
-            if p["masked"] is not None and p["masked"] == p["masked"]
-            else ""
-        )  # nan: not looked at; None: nan after a trip through JSON
+    for d in report["datasets"]:
         lines.append(
-            f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch +"
-            f" {p['hard']:,} hard negatives per anchor{looked}"
+            f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%}"
+            f" {d['realised']:8.2%} {d['epochs']:10,.2f}"
         )
+    lines += map(_pool_line, report["pools"])
     if "tokens" in report:
         lines += _token_lines(report["tokens"])
-    lines.append(
-        f"one pass over all {sum(d['rows'] for d in report['datasets']):,} rows would take"
-        f" {report['one_pass']:,} steps"
-    )
+    rows = sum(d["rows"] for d in report["datasets"])
+    lines.append(f"one pass over all {rows:,} rows would take {report['one_pass']:,} steps")
     return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])
+
+
+def _pool_line(p):
+    "The line on the negatives of the batches of one column count."
+    line = (
+        f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch +"
+        f" {p['hard']:,} hard negatives per anchor"
+    )
+    # nan where no batch was looked at; None is a nan after a trip through JSON
+    if p["masked"] is None or p["masked"] != p["masked"]:
+        return line
+    left = f"{p['masked']:.2f} masked = {p['negatives']:,.2f}"
+    return f"{line} - {left}; {p['duplicates']:.1%} of texts are duplicates"

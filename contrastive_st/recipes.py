@@ -31,9 +31,7 @@ from .model import SentenceEncoder
 
 # %% ../nbs/12_recipes.ipynb #plans
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_LARGEST = (
-    4_000_000_000  # weights of an encoder that is made anew; what is published so far is smaller
-)
+_LARGEST = 4_000_000_000  # weights of an encoder that is made anew; the published are smaller
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -41,17 +39,12 @@ class ModelPlan:
     "Say which encoder to start from."
 
     name: str  # hub id, folder, or a packaged model
-    pooling: Literal["mean", "cls", "max"] | None = (
-        None  # of token states; None = what the model says, else mean
-    )
+    pooling: Literal["mean", "cls", "max"] | None = None  # None = what the model says, else mean
     normalize: bool | None = None  # unit-length embeddings; None = what the model says, else yes
     max_length: Annotated[int, Field(gt=2)] | None = None  # word pieces; None = what the model says
-    layers: Annotated[int, Field(gt=0)] | None = (
-        None  # random weights instead: a BERT of so many layers, with the tokenizer of `name`
-    )
-    width: Annotated[int, Field(gt=0, multiple_of=32)] | None = (
-        None  # D of that BERT; a head for every 32
-    )
+    # random weights instead: a BERT of so many layers, with the tokenizer of `name`
+    layers: Annotated[int, Field(gt=0)] | None = None
+    width: Annotated[int, Field(gt=0, multiple_of=32)] | None = None  # its D; a head for every 32
 
     def __post_init__(self):
         if (self.layers is None) != (self.width is None):
@@ -59,10 +52,11 @@ class ModelPlan:
                 "layers and width make an encoder of random weights together; give both, or neither"
                 " for the weights of 'name'"
             )
-        if (
-            self.layers
-            and 12 * self.layers * self.width**2 + (self.max_length or 0) * self.width > _LARGEST
-        ):
+        if self.layers is None:
+            return
+        # A layer has 12 D^2 weights: 4 D^2 of attention, 8 D^2 of the two wide matrices.
+        size = 12 * self.layers * self.width**2 + (self.max_length or 0) * self.width
+        if size > _LARGEST:
             raise ValueError(
                 f"layers, width and max_length make more than {_LARGEST:,} random weights; choose"
                 " smaller ones"
@@ -73,21 +67,17 @@ class ModelPlan:
 class DataPlan:
     "Say which datasets are mixed, and how a global batch is cut."
 
-    mix: (
-        str | list[dict[str, Any]]
-    )  # a data_config.json in the data folder or beside the recipe, or its entries: name, weight[, lines]
+    # a data_config.json in the data folder or beside the recipe, or entries: name, weight[, lines]
+    mix: str | list[dict[str, Any]]
     folder: str = ""  # data folder, relative to the recipe; "" = must be given when the run starts
     batch_size: Annotated[int, Field(gt=0, le=2**24)] = 1024  # rows of the global batch
-    datasets_per_batch: Annotated[int, Field(gt=0)] | None = (
-        None  # sub-batches in each global batch; None = 2, or one dataset alone where its column count has no other
-    )
+    # sub-batches in each global batch; None = 2, or 1 where no other dataset has as many columns
+    datasets_per_batch: Annotated[int, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0  # of the order
-    temperature: Annotated[float, Field(ge=1)] | None = (
-        None  # weights from sizes, share ~ rows ** (1 / T); None = the weights of `mix`
-    )
-    triplets: list[str] = Field(
-        default_factory=list
-    )  # names in `mix` that have a hard negative; only to plan without the files
+    # weights from sizes, share ~ rows ** (1 / T); None = the weights of `mix`
+    temperature: Annotated[float, Field(ge=1)] | None = None
+    # names in `mix` that have a hard negative; only to plan without the files
+    triplets: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -96,9 +86,8 @@ class EvaluationPlan:
 
     sts: str = ""  # graded sentence pairs
     retrieval: str = ""  # folder in BEIR layout
-    query_prompt: str | None = (
-        None  # before each question of `retrieval`: a name the model knows, or text; None = what the model says
-    )
+    # before each question of `retrieval`: a name the model knows, or text; None = the model's own
+    query_prompt: str | None = None
     document_prompt: str | None = None  # before each document, the same way
 
 # %% ../nbs/12_recipes.ipynb #random
@@ -107,10 +96,8 @@ def _random_encoder(
     seed: int,  # of the weights
 ) -> SentenceEncoder:  # in evaluation mode
     "Make a BERT of random weights around the tokenizer of `plan.name`."
-    tokenizer, longest = (
-        SentenceEncoder.from_pretrained(plan.name).tokenizer,
-        plan.max_length or 128,
-    )
+    tokenizer = SentenceEncoder.from_pretrained(plan.name).tokenizer
+    longest = plan.max_length or 128
     shape = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=plan.width,
@@ -123,9 +110,8 @@ def _random_encoder(
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         backbone = BertModel(shape, add_pooling_layer=False)
-    return SentenceEncoder(
-        backbone, tokenizer, plan.pooling or "mean", plan.normalize is not False, longest
-    ).eval()
+    pooling, normalize = plan.pooling or "mean", plan.normalize is not False
+    return SentenceEncoder(backbone, tokenizer, pooling, normalize, longest).eval()
 
 # %% ../nbs/12_recipes.ipynb #recipe
 @dataclass(frozen=True, config=_STRICT)
@@ -138,9 +124,8 @@ class Recipe:
     train: dict[str, Any] = Field(default_factory=dict)  # fields of trainer.TrainConfig
     evaluation: EvaluationPlan = EvaluationPlan()  # measured during training, may select the model
     test: EvaluationPlan = EvaluationPlan()  # measured before and after, selects nothing
-    tiny: dict[str, Any] = Field(
-        default_factory=dict
-    )  # tables laid over the others to try the run in minutes
+    # tables laid over the others to try the run in minutes
+    tiny: dict[str, Any] = Field(default_factory=dict)
     path: str = ""  # file it was read from
     text: str = Field(default="", repr=False)  # that file's text
 
@@ -154,9 +139,7 @@ class Recipe:
     def mixture(
         self,
         given: str | Path | None = None,  # data folder, if not the recipe's own
-        store: (
-            str | Path | None
-        ) = None,  # folder of prepared stores to read the rows from, instead of the files
+        store: str | Path | None = None,  # folder of prepared stores to read instead of the files
     ) -> Mixture:  # ready to give any step's batch
         "Open the datasets and return their mixture."
         return _open_mixture(self, given, store)
@@ -164,15 +147,12 @@ class Recipe:
     def encoder(self) -> SentenceEncoder:  # in evaluation mode
         "Load the encoder to start from."
         m = self.model
-        encoder = (
-            _random_encoder(m, self.data.seed)
-            if m.layers
-            else SentenceEncoder.from_pretrained(m.name, m.pooling, m.normalize, m.max_length)
-        )
-        if self.train.get("similarity") == "dot":
-            encoder.settings["similarity_fn_name"] = (
-                "dot"  # so that other libraries compare as it was trained
-            )
+        if m.layers:
+            encoder = _random_encoder(m, self.data.seed)
+        else:
+            encoder = SentenceEncoder.from_pretrained(m.name, m.pooling, m.normalize, m.max_length)
+        if self.train.get("similarity") == "dot":  # so that other libraries compare as trained
+            encoder.settings["similarity_fn_name"] = "dot"
         return encoder
 
 # %% ../nbs/12_recipes.ipynb #check-values
@@ -181,8 +161,8 @@ _DEEPEST = 20  # levels of tables and lists; a recipe has five
 
 def _cut(value, most=60):
     "A value as Python writes it, printable and short enough to be quoted."
-    said = repr(value)
-    return said if len(said) <= most else said[: most - 3] + "..."
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _dotted(path):
@@ -195,11 +175,10 @@ def check_values(
     table: Any,  # of TOML or JSON
     where: str,  # file (and table) for the message
 ) -> None:
-    "Raise `ValueError` naming the key of a value that no table may hold: not finite, too large, too deep, no Unicode."
+    "Raise `ValueError` naming the key of a value that no table may hold, such as NaN."
+    # A list of what is still to be looked at, as recursion would itself end at some depth.
     waiting = [((), table)]
-    while (
-        waiting
-    ):  # a list of what is still to be looked at, as recursion would itself end at some depth
+    while waiting:
         path, value = waiting.pop()
         if len(path) > _DEEPEST:
             raise ValueError(
@@ -233,9 +212,9 @@ def build(
     "Make a record from a table; raise `ValueError` naming file, key and what to do."
     check_values(table, where)
     try:
-        return TypeAdapter(record).validate_json(
-            json.dumps(table, default=lambda date: [str(date)])
-        )  # a list, so that no text key takes it
+        # A date of TOML becomes a list, so that no key of type text takes it.
+        text = json.dumps(table, default=lambda date: [str(date)])
+        return TypeAdapter(record).validate_json(text)
     except ValidationError as error:
         raise ValueError(f"{where}: {_sentence(record, _foremost(error.errors()))}") from None
 
@@ -244,34 +223,32 @@ _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def _foremost(problems):
-    "The complaint to show: of an unknown key, which is also a missing one, else the first; where a key takes two types, the more precise."
+    "The complaint to show: an unknown key, else the first, the most precise of its key."
+    # A misspelt key is also a missing one, so the unknown name explains more.
     first = min(problems, key=lambda problem: problem["type"] not in _UNKNOWN)
     if first["type"] in _UNKNOWN:
         return first
+    # A key that takes two types brings a complaint of each.
     of_this_key = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
     return max(of_this_key, key=lambda problem: len(problem["loc"]))
 
 
 def _sentence(record, problem):
     "One readable sentence for a complaint of pydantic."
-    path, kind = [str(p) for p in problem["loc"]], problem["type"]
-    if kind in _UNKNOWN:
+    path, complaint = [str(p) for p in problem["loc"]], problem["type"]
+    if complaint in _UNKNOWN:
         names = _names(record, path[:-1])
         near = difflib.get_close_matches(path[-1][:100], names, 1)
-        return f"unknown key '{_dotted(path)}'; " + (
-            f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
-        )
-    path = [
-        p for p in path if "[" not in p and p != "str"
-    ]  # of a key that takes two types, pydantic adds the type
-    if kind in ("missing", "missing_argument"):
+        advice = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
+        return f"unknown key '{_dotted(path)}'; {advice}"
+    # Of a key that takes two types, pydantic adds the type.
+    path = [p for p in path if "[" not in p and p != "str"]
+    if complaint in ("missing", "missing_argument"):
         return f"key '{_dotted(path)}' is missing; add it"
-    value = "" if kind == "value_error" else f", not {_cut(problem['input'])}"
-    return (
-        (f"{_dotted(path)}: " if path else "")
-        + problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        + value
-    )
+    key = f"{_dotted(path)}: " if path else ""
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    value = "" if complaint == "value_error" else f", not {_cut(problem['input'])}"
+    return key + message + value
 
 
 def _names(record, path):
@@ -303,10 +280,9 @@ def merge(
     return table
 
 # %% ../nbs/12_recipes.ipynb #parse
-_LARGEST_FILE, _DOTS = (
-    4_000_000,
-    100_000_000,
-)  # bytes; squared dots of a line, as the time of Python's TOML reader grows so with the parts of a key
+_LARGEST_FILE = 4_000_000  # bytes
+# Squared dots of a line: Python's TOML reader takes time that grows so with the parts of a key.
+_DOTS = 100_000_000
 
 
 def parse(
@@ -355,9 +331,7 @@ def _tiny(table, path, wanted):
             f"{path}: the recipe has no [tiny] table; train it as it is, or shorten it with --set"
             " train.steps=..."
         )
-    if not changes or not isinstance(
-        changes, dict
-    ):  # the recipe's own check names what is no table
+    if not changes or not isinstance(changes, dict):  # the recipe's own check names what is none
         return {}
     _recipe(merge(deepcopy(table), changes), path, "", f"{path}: tiny")
     return deepcopy(changes) if wanted else {}
@@ -374,20 +348,16 @@ class RunRecord:
 def _toml(value):
     "A value of a table as TOML, on one line."
     if isinstance(value, dict):
-        return (
-            "{ "
-            + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
-            + " }"
-        )
+        items = ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
+        return "{ " + items + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    return json.dumps(str(value), ensure_ascii=False).replace(
-        "\x7f", "\\u007f"
-    )  # JSON lets this one control character stand
+    # JSON lets this one control character stand.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml_key(key):
@@ -421,7 +391,8 @@ def _without_record(text, table, path):
 def load(
     name_or_path: str | Path,  # a name that `known` lists, or the path of a TOML file
     changes: dict[str, Any] = {},  # tables laid over the file's, for one run
-    tiny: bool = False,  # lay the recipe's tiny table over it first; CONTRASTIVE_ST_DATA, if set, is then its data folder
+    # The data folder of a tiny variant is CONTRASTIVE_ST_DATA, if that is set.
+    tiny: bool = False,  # lay the recipe's tiny table over it first
 ) -> Recipe:  # checked
     "Read a recipe; raise `ValueError` naming file, line or key for anything that is not right."
     path = known().get(str(name_or_path)) or Path(name_or_path)
@@ -436,15 +407,15 @@ def load(
             " data.mix, with a model and a batch size"
         )
     check_values(changes, f"{path}: changed for this run")
+    # What an earlier run changed, then the tiny table, then the changes of this run.
     text, table, record = _without_record(*_read(path), path)
     changes = merge(merge(record.changes, _tiny(table, path, tiny)), deepcopy(changes))
     table = merge(table, deepcopy(changes))
     if tiny and "CONTRASTIVE_ST_DATA" in os.environ:  # of this machine, so it is not recorded
         merge(table, {"data": {"folder": os.path.abspath(os.environ["CONTRASTIVE_ST_DATA"])}})
     recipe = _recipe(table, path, text, str(path))
-    return replace(
-        recipe, text=_with_record(text, RunRecord(changes, os.path.isdir(recipe.model.name)))
-    )
+    record = RunRecord(changes, os.path.isdir(recipe.model.name))
+    return replace(recipe, text=_with_record(text, record))
 
 # %% ../nbs/12_recipes.ipynb #folder
 def _data_folder(
@@ -474,9 +445,8 @@ def inside(
 ) -> Path:  # exists
     "Return `folder/name`; raise `ValueError` if it leaves the folder or is not there."
     path = Path(folder) / name
-    with atomic.reading(
-        where, "name a file of the data folder"
-    ):  # a name may be too long, or hold a zero byte
+    # A name may be too long for the disk, or hold a zero byte.
+    with atomic.reading(where, "name a file of the data folder"):
         within, there = path.resolve().is_relative_to(Path(folder).resolve()), path.exists()
     if not within:
         raise ValueError(
@@ -491,9 +461,7 @@ def inside(
 def data_config(
     recipe: Recipe,  # names the datasets
     given: str | Path | None = None,  # data folder, if not the recipe's own
-) -> tuple[
-    Path | list[dict[str, Any]], Path
-]:  # data config, and the folder its names are relative to
+) -> tuple[Path | list[dict[str, Any]], Path]:  # data config, folder its names are relative to
     "Find a recipe's data config and data folder."
     mix, folder = recipe.data.mix, _data_folder(recipe, given)
     return _mix_file(recipe, folder) if isinstance(mix, str) else mix, folder
@@ -502,10 +470,11 @@ def data_config(
 def _mix_file(recipe, folder=None):
     "The file that `data.mix` names: in the data folder, or beside the recipe."
     beside = Path(recipe.path).parent
-    there = folder is not None and (
-        os.path.exists(folder / recipe.data.mix) or not os.path.exists(beside / recipe.data.mix)
-    )
-    return inside(folder if there else beside, recipe.data.mix, f"{recipe.path}: data.mix")
+    mix, where = recipe.data.mix, f"{recipe.path}: data.mix"
+    # If neither has the file, the sentence names the data folder.
+    if folder is not None and (os.path.exists(folder / mix) or not os.path.exists(beside / mix)):
+        return inside(folder, mix, where)
+    return inside(beside, mix, where)
 
 # %% ../nbs/12_recipes.ipynb #open-mixture
 def _check_store(
@@ -518,17 +487,13 @@ def _check_store(
     if not Path(store).is_dir():
         raise ValueError(f"there is no folder of stores {store}; {make}")
     try:
-        gone = [
-            e.name
-            for e in read_config(config, store, weighed=recipe.data.temperature is None)
-            if not Path(e.path).is_dir()
-        ]
+        entries = read_config(config, store, weighed=recipe.data.temperature is None)
     except ValueError as error:
-        raise ValueError(
-            f"{error}; {make}" if "no such file" in str(error) else str(error)
-        ) from None
-    if gone:
-        raise ValueError(f"{store} has no store of '{gone[0]}'; {make}")
+        todo = f"; {make}" if "no such file" in str(error) else ""
+        raise ValueError(f"{error}{todo}") from None
+    absent = [entry.name for entry in entries if not Path(entry.path).is_dir()]
+    if absent:
+        raise ValueError(f"{store} has no store of '{absent[0]}'; {make}")
 
 
 def _open_mixture(
@@ -578,38 +543,43 @@ class SizedSet:
         return self.lines
 
 
+def _entries(recipe):
+    "The entries of a recipe's data config, and the file or key that holds them."
+    if isinstance(recipe.data.mix, list):
+        return recipe.data.mix, f"{recipe.path}: data.mix"
+    file = str(_mix_file(recipe))
+    todo = "write a list of datasets, each with name, weight and lines"
+    return atomic.read_json(file, list, todo), file
+
+
+def _check_entry(entry, where):
+    "Raise `ValueError` for an entry of a data config that says no size."
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {_cut(entry)}; write it as name, weight and lines")
+    if "lines" not in entry:
+        raise ValueError(
+            f"{where} ({_dotted([entry.get('name')])}) has no 'lines', so the run cannot be planned"
+            " without the data; add them, or give the data folder (command line: --data FOLDER)"
+        )
+
+
 def _sized(recipe):
     "The datasets of a recipe's data config, checked, with as many columns as they have."
-    inline = isinstance(recipe.data.mix, list)
-    label = f"{recipe.path}: data.mix" if inline else str(_mix_file(recipe))
-    entries = (
-        recipe.data.mix
-        if inline
-        else atomic.read_json(
-            label, list, "write a list of datasets, each with name, weight and lines"
-        )
-    )
+    entries, label = _entries(recipe)
     for n, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict):
-            raise ValueError(
-                f"{label}: dataset {n} is {_cut(entry)}; write it as name, weight and lines"
-            )
-        if "lines" not in entry:
-            raise ValueError(
-                f"{label}: dataset {n} ({_dotted([entry.get('name')])}) has no 'lines', so the run"
-                " cannot be planned without the data; add them, or give the data folder (command"
-                " line: --data FOLDER)"
-            )
+        _check_entry(entry, f"{label}: dataset {n}")
     sets = [build(SizedSet, entry, f"{label}: dataset {n}") for n, entry in enumerate(entries, 1)]
     if strange := set(recipe.data.triplets) - {s.name for s in sets}:
         raise ValueError(
             f"{recipe.path}: data.triplets: there is no dataset {_cut(min(strange))} in {label};"
             " spell it as there"
         )
-    texts = lambda s: (
-        s.columns or ["anchor", "positive"] + ["negative"] * (s.name in recipe.data.triplets)
-    )
-    return [SizedSet(s.name, s.lines, s.weight, texts(s), s.split) for s in sets]
+    return [replace(s, columns=s.columns or _columns(s.name, recipe)) for s in sets]
+
+
+def _columns(name, recipe):
+    "The columns of a dataset whose entry names none."
+    return ["anchor", "positive"] + ["negative"] * (name in recipe.data.triplets)
 
 # %% ../nbs/12_recipes.ipynb #plan
 def plan(
@@ -617,11 +587,10 @@ def plan(
 ) -> Plan:  # for mixture.account: shares and epochs, without any text
     "Plan the batches of a recipe from the sizes of its datasets; no data file is opened."
     d, sets = recipe.data, _sized(recipe)
-    weights = (
-        [s.weight for s in sets]
-        if d.temperature is None
-        else tempered([s.lines for s in sets], d.temperature)
-    )
+    if d.temperature is None:
+        weights = [s.weight for s in sets]
+    else:
+        weights = tempered([s.lines for s in sets], d.temperature)
     with _naming(recipe):
         return Plan(sets, weights, d.batch_size, d.datasets_per_batch, d.seed)
 

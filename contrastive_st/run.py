@@ -29,17 +29,8 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from contrastive_st.atomic import (
-    check_folder,
-    is_whole,
-    lock,
-    new_folder,
-    read_json,
-    reading,
-    remove,
-    write_json,
-    write_text,
-)
+from .atomic import check_folder, is_whole, lock, new_folder
+from .atomic import read_json, reading, remove, write_json, write_text
 from .model import SentenceEncoder
 from .tokens import Tokens, token_report
 
@@ -49,55 +40,44 @@ _Finite = Field(allow_inf_nan=False)
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainConfig:
-    "Hold every number the training loop depends on; a wrong value raises a `ValueError` that names it."
+    "Hold every number the training loop depends on; a `ValueError` names a wrong one."
 
     steps: Annotated[int, Field(gt=0)] = 1000  # optimiser steps, one global batch each
     lr: Annotated[float, Field(gt=0, lt=10), _Finite] = 2e-5  # peak learning rate of AdamW
-    warmup: Annotated[int, Field(ge=0)] = (
-        500  # optimiser steps of linear warm-up, then linear decay
-    )
+    warmup: Annotated[int, Field(ge=0)] = 500  # steps of linear warm-up, then linear decay
     weight_decay: Annotated[float, Field(ge=0), _Finite] = 0.0  # AdamW's, on weight matrices only
     clip: Annotated[float, Field(gt=0), _Finite] = 1.0  # largest global norm of the gradient
-    scale: Annotated[float, Field(gt=0, lt=1e6), _Finite] = (
-        20.0  # multiplies cosine; = 1/temperature
-    )
+    # multiplies cosine; = 1/temperature
+    scale: Annotated[float, Field(gt=0, lt=1e6), _Finite] = 20.0
     symmetric: bool = True  # pairs: mean of both directions; triplets always use one
     similarity: Literal["cos", "dot"] = "cos"  # of embeddings
     mask_same: bool = True  # equal texts are never negatives of each other
     widths: tuple[Annotated[int, Field(gt=0)], ...] = ()  # Matryoshka widths; () = full width only
-    bf16: bool = (
-        False  # autocast the encoder to bfloat16 where the hardware has it; the loss stays in fp32
-    )
-    matmul: Literal[
-        "auto", "default", "onednn"
-    ] = (  # who multiplies fp32 on a CPU: oneDNN where it is as exact and faster, or torch's default
-        "auto"
-    )
+    # autocast the encoder to bfloat16 where the hardware has it; the loss stays in fp32
+    bf16: bool = False
+    # who multiplies fp32 on a CPU: oneDNN where it is as exact and faster, or torch's default
+    matmul: Literal["auto", "default", "onednn"] = "auto"
     fused: bool = True  # AdamW in one pass over the weights
-    chunk_tokens: Annotated[int, Field(ge=0)] = (
-        0  # tokens of a device's batch whose activations are kept at a time; 0 = what fits into 2 GiB, or a quarter of the GPU
-    )
+    # tokens of a device's batch whose activations are kept at a time; 0 = what fits into 2 GiB, or
+    # a quarter of the GPU
+    chunk_tokens: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(gt=0)] = 10  # steps between log lines
-    eval_every: Annotated[int, Field(ge=0)] = (
-        0  # steps between evaluations; 0 = before and after only
-    )
-    save_every: Annotated[int, Field(ge=0)] = (
-        0  # steps between checkpoints; 0 = with each evaluation; at least every ten minutes in any case
-    )
+    # steps between evaluations; 0 = before and after only
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    # steps between checkpoints; 0 = with each evaluation; at least every ten minutes in any case
+    save_every: Annotated[int, Field(ge=0)] = 0
     metric: str = ""  # keep the model that is best by this metric; "" = keep the last
-    patience: Annotated[int, Field(ge=0)] = (
-        0  # evaluations without a better `metric` before stopping; 0 = never
-    )
+    # evaluations without a better `metric` before stopping; 0 = never
+    patience: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of dropout
-    workers: Annotated[int, Field(ge=0)] = (
-        1  # background threads that read and tokenise the next batches; 0 = none
-    )
+    # background threads that read and tokenise the next batches; 0 = none
+    workers: Annotated[int, Field(ge=0)] = 1
 
     def __post_init__(self):
         if self.warmup >= self.steps:
             raise ValueError(
-                f"warmup is {self.warmup} steps but the run has {self.steps}; use a warmup below"
-                f" {self.steps}"
+                f"warmup is {self.warmup} steps but the run has {self.steps}; "
+                f"use a warmup below {self.steps}"
             )
         if self.metric and not self.eval_every:
             raise ValueError(
@@ -106,8 +86,8 @@ class TrainConfig:
             )
         if self.patience and not self.metric:
             raise ValueError(
-                f"patience is {self.patience} but metric is empty; name the metric that has to"
-                " improve"
+                f"patience is {self.patience} but metric is empty; "
+                "name the metric that has to improve"
             )
         if self.metric and self.save_every not in (0, self.eval_every):
             raise ValueError(
@@ -130,9 +110,9 @@ def seed_step(
     step: int,  # optimiser step, from 0
     rank: int = 0,  # of this process; each rank drops other activations
 ) -> None:
-    "Seed torch's generators for one step, so that its dropout depends on nothing that happened before."
+    "Seed torch's generators for one step, so that its dropout depends on nothing before it."
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)  # 63 bits: torch takes a signed number
 
 # %% ../nbs/07_run.ipynb #state
 _RUN_ENTRIES = (
@@ -168,8 +148,8 @@ _TODO = "restore the file from a copy, or start the run again with overwrite"
 
 
 def _clear(out):
-    "Delete a run's own entries, the record that makes it a run last, so that a killed deletion can be repeated."
-    for name in reversed(_RUN_ENTRIES):
+    "Delete a run's own entries, the record that makes it a run last."
+    for name in reversed(_RUN_ENTRIES):  # in this order a deletion that is killed can be repeated
         remove(out / name)
 
 
@@ -196,15 +176,12 @@ def checkpoint_steps(
     whole: bool = True,  # only those that were written to their end
 ) -> list[int]:  # ascending
     "List the steps of which there is a checkpoint."
-    folder = Path(out) / "checkpoints"
-    names = {
-        path: _CHECKPOINT.fullmatch(path.name)
-        for path in folder.glob("checkpoint-*")
-        if path.is_dir()
-    }
-    return sorted(
-        int(name[1]) for path, name in names.items() if name and (is_whole(path) or not whole)
-    )
+    steps = []
+    for path in (Path(out) / "checkpoints").glob("checkpoint-*"):
+        name = _CHECKPOINT.fullmatch(path.name)
+        if name and path.is_dir() and (is_whole(path) or not whole):
+            steps.append(int(name[1]))
+    return sorted(steps)
 
 
 def write_checkpoint(
@@ -218,6 +195,7 @@ def write_checkpoint(
     with new_folder(folder) as beside:
         write(beside)
     steps = checkpoint_steps(out, whole=False)
+    # two stay, so that one is left if the newest should turn out damaged
     for old in {*steps} - {*checkpoint_steps(out)[-2:], best_step}:
         _discard(checkpoint_folder(out, old))
     return folder
@@ -241,24 +219,20 @@ def last_checkpoint(
 # %% ../nbs/07_run.ipynb #find
 def find_checkpoint(
     out: str | Path,  # run directory
-) -> tuple[
-    Path | None, str
-]:  # folder of the newest whole checkpoint, or None; one sentence that says why this one
-    "Choose the checkpoint to resume from; raise `Damaged` naming the file if it is not as it was written."
-    whole, there = checkpoint_steps(out), checkpoint_steps(out, whole=False)
+) -> tuple[Path | None, str]:  # newest whole checkpoint, or None; a sentence that says why
+    "Choose the checkpoint to resume from; `Damaged` names a file that is not as it was written."
+    whole, every = checkpoint_steps(out), checkpoint_steps(out, whole=False)
     if not whole:
-        unfinished = f"; {len(there)} were never finished" if there else ""
+        unfinished = f"; {len(every)} were never finished" if every else ""
         return None, f"{out} holds no whole checkpoint{unfinished}, so the run starts over"
     folder = checkpoint_folder(out, whole[-1])
     before = f"to go on from step {whole[-2]}" if len(whole) > 1 else "to start over"
     todo = f"restore it from a copy, or delete {folder} {before}"
     check_folder(folder, todo=todo)
-    later = [step for step in there if step > whole[-1]]
-    why = (
-        f"the newest whole one, since {len(later)} later was never finished"
-        if later
-        else "the newest one"
-    )
+    later = [step for step in every if step > whole[-1]]
+    why = "the newest one"
+    if later:
+        why = f"the newest whole one, since {len(later)} later was never finished"
     return folder, f"resuming from {folder.name}, {why}"
 
 # %% ../nbs/07_run.ipynb #claim
@@ -268,7 +242,7 @@ def claim(
     overwrite: bool = False,  # delete the run that is there; other files are left alone
     make: bool = True,  # False only checks
 ) -> Path:  # the directory
-    "Make the run directory; raise `ValueError` if it holds a run and neither flag is given, or is in use."
+    "Make the run directory; `ValueError` if it is in use, or holds a run and no flag is given."
     out = Path(out)
     if int(os.environ.get("RANK", 0)):  # under torchrun the first rank decides for all
         return out
@@ -280,22 +254,27 @@ def claim(
     if not make and out.is_dir():
         with lock(out):  # refuses at once if another process trains here
             pass
-    if state != "none" and not resume:
-        raise ValueError(
-            f"{out} already holds a {'finished run' if state == 'finished' else 'run'}; "
-            "choose another directory, or pass resume to continue it, or overwrite to delete it"
-        )
-    if (out / "config.json").exists() and not (out / "versions.json").exists():
-        raise ValueError(
-            f"{out} holds a config.json that is not a run's, perhaps a model; choose another"
-            " directory"
-        )
+    _check_free(out, state if not resume else "none")
     if make:
         out.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _clear(out)
         _tidy(out)
     return out
+
+
+def _check_free(out, state):
+    "Refuse a directory that holds a run of this state, or a model."
+    if state != "none":
+        raise ValueError(
+            f"{out} already holds a {'finished run' if state == 'finished' else 'run'}; "
+            "choose another directory, or pass resume to continue it, or overwrite to delete it"
+        )
+    if (out / "config.json").exists() and not (out / "versions.json").exists():
+        raise ValueError(
+            f"{out} holds a config.json that is not a run's, perhaps a model; "
+            "choose another directory"
+        )
 
 # %% ../nbs/07_run.ipynb #stop
 class Stopped(Exception):
@@ -315,20 +294,17 @@ class Abandoned(KeyboardInterrupt):
 
 
 class Signals:
-    "Remember that SIGINT or SIGTERM came, instead of ending the process; inside `measuring` they end the measurement."
+    "Remember SIGINT and SIGTERM instead of ending; inside `measuring` they end the measurement."
 
     def __init__(self):
         self.number, self._measuring, self._before = 0, False, {}
         self.enabled = True  # False leaves the signals to the process
 
     def __enter__(self):
-        if (
-            self.enabled and threading.current_thread() is threading.main_thread()
-        ):  # elsewhere Python allows no handlers
-            self._before = {
-                number: signal.signal(number, self._on_signal)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
+        # outside the main thread Python allows no handlers
+        if self.enabled and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error):
@@ -365,7 +341,7 @@ def plain_metrics(
     metrics: dict,  # name -> number: Python's, NumPy's, or a tensor of one element
     where: str = "",  # when it was measured, for the warning
 ) -> dict[str, float | int]:  # plain Python numbers
-    "Turn what an evaluation returned into plain numbers; raise `ValueError` naming what is none, warn of NaN."
+    "Turn the results of an evaluation into plain numbers; a `ValueError` names what is no number."
     if not isinstance(metrics, dict):
         raise ValueError(
             f"the evaluation returned a {type(metrics).__name__}; it must return a dict of numbers"
@@ -376,9 +352,10 @@ def plain_metrics(
             plain[str(name)] = value if type(value) in (int, float) else float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"the evaluation gives {str(name)!r} as {type(value).__name__}; every value must be"
-                " one number"
+                f"the evaluation gives {str(name)!r} as {type(value).__name__}; "
+                "every value must be one number"
             ) from error
+    # NaN is not below anything
     if bad := [name for name, value in plain.items() if not abs(value) < float("inf")]:
         warnings.warn(
             f"the evaluation{where} gives no number for {', '.join(bad)}: NaN or infinite",
@@ -394,11 +371,10 @@ def run_report(
     sample: int = 8,  # global batches to look into, spread over the run; 0 looks into none
 ) -> dict:  # the mixture's report, and under "tokens" that of `token_report`
     "Account for a run's data: shares, epochs, negatives, duplicates, truncation, padding."
-    looked = min(sample, steps)
-    batches = [tokens(mixture.batch(n * steps // looked)) for n in range(looked)]
-    return mixture.report(steps, sample) | (
-        {"tokens": token_report(batches, tokens)} if batches else {}
-    )
+    count = min(sample, steps)
+    batches = [tokens(mixture.batch(n * steps // count)) for n in range(count)]
+    report = mixture.report(steps, sample)
+    return report | {"tokens": token_report(batches, tokens)} if batches else report
 
 # %% ../nbs/07_run.ipynb #versions
 def processor_name(
@@ -434,43 +410,60 @@ def load_weights(
     folder: str | Path,  # a model directory or checkpoint of the same backbone
 ) -> None:
     "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
-    saved = SentenceEncoder.from_pretrained(folder).backbone
-    shapes = [
-        {name: value.shape for name, value in backbone.state_dict().items()}
-        for backbone in (saved, encoder.backbone)
-    ]
+    weights, shapes = SentenceEncoder.from_pretrained(folder).backbone.state_dict(), []
+    for state in (weights, encoder.backbone.state_dict()):
+        shapes.append({name: value.shape for name, value in state.items()})
+    # names with another shape, or in one of the two only
     if differ := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
         raise ValueError(
             f"{folder} holds the weights of another model (such as {differ[0]}); "
             "resume with the encoder that the run began with, or start in a new directory"
         )
-    encoder.backbone.load_state_dict(saved.state_dict())
+    encoder.backbone.load_state_dict(weights)
 
 
 def load_training(
     folder: str | Path,  # a checkpoint
     keys: set[str],  # what this loop wrote
 ) -> dict:  # tensors, numbers, lists and dicts
-    "Read a checkpoint's training.pt, which holds no code; raise `ValueError` naming the file if it is not this loop's."
+    "Read a checkpoint's training.pt, which holds no code; `ValueError` if it is not this loop's."
     path = Path(folder) / "training.pt"
     with reading(path, "delete this checkpoint to resume from the one before"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not keys <= state.keys():
         raise ValueError(
-            f"{path}: was written by another training loop or version, whose state has another"
-            " form; resume with that one, or start in a new directory"
+            f"{path}: was written by another training loop or version, "
+            "whose state has another form; resume with that one, or start in a new directory"
         )
     step = int(_CHECKPOINT.fullmatch(Path(folder).name)[1])
     if state["step"] != step:
         raise ValueError(
-            f"{path}: is of step {state['step']}, but its folder says {step}; give the folder its"
-            " name back"
+            f"{path}: is of step {state['step']}, but its folder says {step}; "
+            "give the folder its name back"
         )
     return state
 
+# %% ../nbs/07_run.ipynb #same-run
+def _is_evaluation(line):
+    "Whether a line of the history is an evaluation."
+    return any(name.startswith("eval_") for name in line)
+
+
+def _check_same(out, settings):
+    "Raise `ValueError` unless the run in `out` has the settings of this one."
+    before = read_json(out / "config.json", todo=_TODO)
+    differ = [
+        f"{k} was {before.get(k)!r}, now {v!r}" for k, v in settings.items() if before.get(k) != v
+    ]
+    if differ:
+        raise ValueError(
+            f"{out} was trained with another configuration or other data ({'; '.join(differ)}); "
+            "resume with the same recipe and data, or start in a new directory"
+        )
+
 # %% ../nbs/07_run.ipynb #run
 class Run:
-    "One run and its records: what it is, where it stands, what was measured; the same for every training loop."
+    "One run and its records, the same for every loop: what it is, how far it is, what it measured."
 
     def __init__(
         self,
@@ -478,9 +471,8 @@ class Run:
         mixture,  # mixture.Mixture
         config: TrainConfig,  # every number of the loop
         out: str | Path,  # run directory
-        evaluate: (
-            Callable | None
-        ) = None,  # SentenceEncoder -> dict of numbers; may select the model
+        # SentenceEncoder -> dict of numbers; may select the model
+        evaluate: Callable | None = None,
         test: Callable | None = None,  # the same, before and after only
         device: torch.device | str = "cpu",  # where it computes
         versions: dict | None = None,  # what else belongs into the record of software and hardware
@@ -489,7 +481,7 @@ class Run:
         self.device, self.versions = torch.device(device), versions or {}
         self._evaluate, self._test = evaluate, test
         self.step = self.first_step = 0  # optimiser steps done: in all, before this process
-        self.best_step, self.best = 0, None  # the best evaluation by `metric`
+        self.best_step, self.best = 0, None  # of the best evaluation by `metric`
         self.history = []  # log lines and evaluations
         self.signals = Signals()
 
@@ -515,7 +507,7 @@ class Run:
         resume: bool = False,  # continue the run that is there, or start it if there is none
         overwrite: bool = False,  # delete the run that is there
     ) -> Iterator[Path | None]:  # the checkpoint to resume from; None = from the beginning
-        "Hold the run directory for this process alone, and say in one line from where the run goes on."
+        "Hold the run directory for this process alone, and say from where the run goes on."
         claim(self.out, resume, overwrite, make=False)
         with lock(self.out), self.signals:
             claim(self.out, resume, overwrite)
@@ -530,16 +522,13 @@ class Run:
             _check_same(self.out, self.settings())
         if self.finished:
             steps = read_json(self.out / "metrics.json", todo=_TODO)["steps"]
-            print(
-                f"the run in {self.out} is finished ({steps} steps); nothing to do", file=sys.stderr
-            )
+            end = f"is finished ({steps} steps); nothing to do"
+            print(f"the run in {self.out} {end}", file=sys.stderr)
             return None
         checkpoint, why = find_checkpoint(self.out)
         if not (self.out / "metrics.json").is_file():  # killed between its first records
-            checkpoint, why = (
-                None,
-                f"{self.out} holds a run that had only just begun, so it starts over",
-            )
+            checkpoint = None
+            why = f"{self.out} holds a run that had only just begun, so it starts over"
         print(why, file=sys.stderr)
         if checkpoint is None:
             _clear(self.out)
@@ -559,40 +548,41 @@ class Run:
         self,
         recipe: str = "",  # text of the recipe, kept in the run directory
     ) -> None:
-        "Measure the untrained encoder and record a new run, or remember the first measurement of a resumed one."
+        "Measure and record a new run before its first step, or read what a resumed one recorded."
         if (self.out / "versions.json").is_file():
             self.before = read_json(self.out / "metrics.json", todo=_TODO)
             return
-        try:
-            self.before = {
-                "before": self.evaluate(" before training"),
-                "test": {"before": self.test()},
-            }
-        except Abandoned:
-            raise self.signals.stopped(
-                f"stopped before the first step; nothing was written to {self.out}"
-            ) from None
-        if self.config.metric not in ("", *self.before["before"]):
-            measured = ", ".join(self.before["before"]) or "nothing"
-            raise ValueError(
-                f"metric is {self.config.metric!r}, but the evaluation measures {measured}; name"
-                " one of these"
-            )
+        self._measure_before()
         settings = self.settings()
-        write_json(
-            self.out / "versions.json", _versions(self.device, self.versions)
-        )  # from here on it is a run
+        # with its first record it is a run, with the metrics its beginning is complete
+        write_json(self.out / "versions.json", _versions(self.device, self.versions))
         write_json(self.out / "config.json", settings)
         write_json(self.out / "data_config.json", settings["mix"])
         if recipe:
             write_text(self.out / "recipe.toml", recipe)
         write_json(self.out / "metrics.json", self.before)
 
+    def _measure_before(self):
+        "Measure the untrained encoder, and see that the metric is among what the evaluation gives."
+        try:
+            evaluation = self.evaluate(" before training")
+            self.before = {"before": evaluation, "test": {"before": self.test()}}
+        except Abandoned:
+            raise self.signals.stopped(
+                f"stopped before the first step; nothing was written to {self.out}"
+            ) from None
+        if self.config.metric not in ("", *evaluation):
+            names = ", ".join(evaluation) or "nothing"
+            raise ValueError(
+                f"metric is {self.config.metric!r}, but the evaluation measures {names}; "
+                "name one of these"
+            )
+
     def stopped(self) -> Stopped:  # to be raised
         "Make the exception that says where the run stands."
         return self.signals.stopped(
-            f"stopped at step {self.step} of {self.config.steps}; saved in {self.out}, resume"
-            " goes on"
+            f"stopped at step {self.step} of {self.config.steps}; "
+            f"saved in {self.out}, resume goes on"
         )
 
     def evaluate(
@@ -625,40 +615,34 @@ class Run:
 
     def out_of_patience(self) -> bool:
         "Say whether the last `patience` evaluations brought nothing better."
-        config = self.config
-        return (
-            bool(config.patience)
-            and self.step - self.best_step >= config.patience * config.eval_every
-        )
+        wait = self.config.patience * self.config.eval_every  # steps
+        return bool(self.config.patience) and self.step - self.best_step >= wait
 
     def is_over(self) -> bool:
         "Say whether no step is left: the last one was made, or patience ran out."
-        return self.step >= self.config.steps or (
-            self.out_of_patience() and not self.owes_evaluation()
-        )
+        if self.step >= self.config.steps:
+            return True
+        return self.out_of_patience() and not self.owes_evaluation()
 
     def owes_evaluation(self) -> bool:
         "Say whether the evaluation of this step is due and was not made, because a signal came."
         every = self.config.eval_every
-        measured = any(
-            line.get("step") == self.step and _is_evaluation(line) for line in self.history
-        )
-        return bool(
-            every and self.step and self._evaluate and self.step % every == 0 and not measured
-        )
+        if not (every and self.step and self._evaluate) or self.step % every:
+            return False
+        lines = [line for line in self.history if line.get("step") == self.step]
+        return not any(map(_is_evaluation, lines))
 
     def finish(
         self,
         seconds: float,  # that the loop took in this process
-    ) -> (
-        dict
-    ):  # "before", "after", "test", "steps", "best_step", "ended_by", "seconds", "pairs_per_second"
+    ) -> dict:  # before, after, test, steps, best_step, ended_by, seconds, pairs_per_second
         "Save the model and the records of a finished run, the metrics last."
         if self.config.metric and not self.best_step:
             warnings.warn(
                 f"no evaluation gave a number for {self.config.metric}, so the last model is kept",
                 stacklevel=2,
             )
+        pairs = (self.step - self.first_step) * self.mixture.batch_size
         metrics = {
             "before": self.before["before"],
             "after": self.evaluate(" after training"),
@@ -667,9 +651,7 @@ class Run:
             "best_step": self.best_step or None,
             "ended_by": self._ended_by(),
             "seconds": round(seconds, 1),
-            "pairs_per_second": round(
-                (self.step - self.first_step) * self.mixture.batch_size / max(seconds, 1e-9), 1
-            ),
+            "pairs_per_second": round(pairs / max(seconds, 1e-9), 1),
         }
         tokens = Tokens(self.encoder.tokenizer, self.encoder.max_length)
         self.encoder.save_pretrained(self.out / "model")
@@ -683,19 +665,3 @@ class Run:
         if self.step >= self.config.steps:
             return "steps"
         return "patience" if self.out_of_patience() else "callback"
-
-
-def _is_evaluation(line):
-    "Whether a line of the history is an evaluation."
-    return any(name.startswith("eval_") for name in line)
-
-
-def _check_same(out, now):
-    "Raise `ValueError` unless the run in `out` has the settings of this one."
-    there = read_json(out / "config.json", todo=_TODO)
-    differ = [f"{k} was {there.get(k)!r}, now {v!r}" for k, v in now.items() if there.get(k) != v]
-    if differ:
-        raise ValueError(
-            f"{out} was trained with another configuration or other data ({'; '.join(differ)}); "
-            "resume with the same recipe and data, or start in a new directory"
-        )

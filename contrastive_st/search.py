@@ -17,17 +17,16 @@ import torch
 def _stable_topk(
     scores: torch.Tensor,  # (Q, N) float, N >= k
     k: int,  # how many to keep, >= 1
-) -> tuple[
-    torch.Tensor, torch.Tensor
-]:  # scores and columns, (Q, k) each, best first; of equal scores the leftmost comes first
-    "The k largest of every row, in an order that does not depend on the machine."
+) -> tuple[torch.Tensor, torch.Tensor]:  # scores and columns (Q, k); of equal ones the leftmost
+    "The k largest of every row, best first, in an order that does not depend on the machine."
+    # 1. The k largest, and the next one as a witness.
     top = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    # 2. Sorted by column first, so that the stable sort leaves equal scores in that order.
     columns = top.indices[:, :k].sort(dim=1).values
     best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, order)
-    tied = (top.values[:, k - 1 : k] == top.values[:, k:]).any(
-        dim=1
-    )  # which of the equal ones topk took was chance
+    # 3. If the next one equals the last that was taken, which of them topk took was chance.
+    tied = (top.values[:, k - 1 : k] == top.values[:, k:]).any(dim=1)  # (Q,) bool
     if tied.any():
         values, indices = scores[tied].sort(dim=1, descending=True, stable=True)
         best[tied], columns[tied] = values[:, :k], indices[:, :k]
@@ -71,7 +70,8 @@ def _rows(
     if not (sound := torch.isfinite(rows).all(dim=1)).all():
         bad = first + (~sound).nonzero()[0].item()
         raise ValueError(
-            f"{where} embedding {bad} contains NaN or inf; encode its text again with a sound model".strip()
+            f"{where} embedding {bad} contains NaN or inf; encode its text again with a sound"
+            " model".strip()
         )
     return rows
 
@@ -145,38 +145,26 @@ def semantic_search(
     top_k: int = 10,  # documents per query; all N if there are fewer
     chunk: int = 16_384,  # corpus rows compared at a time
     similarity: str = "cos",  # "cos" or "dot": what the model was trained for
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # scores (Q, k) float32 and corpus rows (Q, k) int64, best first, k = min(top_k, N)
-    "Find the nearest corpus rows of every query, exactly; computed where the corpus lies, or else the queries; equal scores are ordered by row."
-    k = _check_sizes(
-        _shape(query_embeddings, "query"),
-        _shape(corpus_embeddings, "corpus"),
-        top_k,
-        chunk,
-        similarity,
-    )
-    N, tensors = (
-        np.shape(corpus_embeddings)[0],
-        [x for x in (corpus_embeddings, query_embeddings) if isinstance(x, torch.Tensor)],
-    )
+) -> tuple[np.ndarray, np.ndarray]:  # scores float32, rows int64, (Q, min(top_k, N)), best first
+    "Find the nearest corpus rows of every query, exactly; equal scores are ordered by row."
+    shapes = _shape(query_embeddings, "query"), _shape(corpus_embeddings, "corpus")
+    k = _check_sizes(*shapes, top_k, chunk, similarity)
+    # We compute where the corpus lies, or else the queries.
+    tensors = [x for x in (corpus_embeddings, query_embeddings) if isinstance(x, torch.Tensor)]
     device = tensors[0].device if tensors else "cpu"
     queries = _rows(query_embeddings, device, similarity, "query")
     scores = torch.full((len(queries), k), -torch.inf, device=device)  # gives way to any score
     indices = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
-    for start in range(0, N, chunk):
-        documents = _rows(
-            corpus_embeddings[start : start + chunk], device, similarity, "corpus", start
-        )
-        for s in range(0, len(queries), 256):
+    for start in range(0, np.shape(corpus_embeddings)[0], chunk):
+        part = corpus_embeddings[start : start + chunk]
+        documents = _rows(part, device, similarity, "corpus", start)
+        for s in range(0, len(queries), 256):  # so that a product has at most 256 x chunk cells
             rows = slice(s, s + 256)
-            scores[rows], columns = _stable_topk(
-                torch.cat([scores[rows], queries[rows] @ documents.T], dim=1), k
-            )
-            kept = indices[rows].gather(
-                1, columns.clamp(max=k - 1)
-            )  # the first k columns are the best so far
-            indices[rows] = torch.where(columns < k, kept, columns - k + start)
+            # The best so far stand to the left, so that of equal scores the lower row wins.
+            candidates = torch.cat([scores[rows], queries[rows] @ documents.T], dim=1)
+            scores[rows], columns = _stable_topk(candidates, k)
+            earlier = indices[rows].gather(1, columns.clamp(max=k - 1))
+            indices[rows] = torch.where(columns < k, earlier, columns - k + start)
     return scores.cpu().numpy(), indices.cpu().numpy()
 
 # %% ../nbs/10_search.ipynb #faiss-index
@@ -195,7 +183,9 @@ def _extra(
 
 def faiss_index(
     embeddings,  # (N, D) numpy array (a memory map is fine) or torch tensor
-    factory: str = "Flat",  # faiss's description: "Flat" is exact; "IVF1024,Flat" looks into index.nprobe of 1,024 cells, 1 unless you set it; "HNSW32" walks a graph
+    # "IVF1024,Flat" looks into index.nprobe of 1,024 cells, 1 unless you set it; "HNSW32" walks
+    # a graph.
+    factory: str = "Flat",  # faiss's description; "Flat" is exact, IVF (index.nprobe) and HNSW not
     chunk: int = 16_384,  # rows added at a time
 ):  # a faiss index of unit vectors: save it with faiss.write_index, open it with faiss.read_index
     "Build an index for cosine search in a large corpus."
@@ -204,18 +194,16 @@ def faiss_index(
     try:
         index = faiss.index_factory(D, factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            index.train(
-                _rows(embeddings[:: -(-N // 100_000)], where="corpus").cpu().numpy()
-            )  # an even sample of up to 100,000
+            sample = embeddings[:: -(-N // 100_000)]  # even, of up to 100,000 rows
+            index.train(_rows(sample, where="corpus").cpu().numpy())
     except RuntimeError as error:
         raise ValueError(
             f"faiss cannot make {factory!r} from {N} rows of width {D}:"
             f" {str(error).split(': ')[-1].strip()}"
         ) from None
     for start in range(0, N, chunk):
-        index.add(
-            _rows(embeddings[start : start + chunk], where="corpus", first=start).cpu().numpy()
-        )
+        rows = _rows(embeddings[start : start + chunk], where="corpus", first=start)
+        index.add(rows.cpu().numpy())
     return index
 
 # %% ../nbs/10_search.ipynb #faiss-search
@@ -223,9 +211,8 @@ def faiss_search(
     index,  # a faiss index of unit vectors, N of them
     query_embeddings,  # (Q, D) numpy array or torch tensor
     top_k: int = 10,  # documents per query; all N if there are fewer
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # cosines (Q, k) float32 and corpus rows (Q, k) int64, best first; row -1 with the lowest float32 as its score = the index found fewer
+    # A row of -1, with the lowest float32 as its score, says that the index found fewer.
+) -> tuple[np.ndarray, np.ndarray]:  # cosines and rows (Q, k), best first; row -1 = found fewer
     "Search a faiss index; the same two tables as `semantic_search`."
     k = _check_sizes(_shape(query_embeddings, "query"), (index.ntotal, index.d), top_k, 1)
     scores, rows = index.search(_rows(query_embeddings, where="query").cpu().numpy(), k)
@@ -248,9 +235,7 @@ def _best_pairs(
     pairs: np.ndarray,  # (M, 2) int64, i < j; a pair may occur twice
     N: int,  # rows of the corpus
     max_pairs: int,  # pairs to keep
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # the same, each pair once, best first; of equal scores the lower rows come first
+) -> tuple[np.ndarray, np.ndarray]:  # the same, each pair once, best first, then the lower rows
     "Keep the best pairs."
     once = np.unique(pairs[:, 0] * N + pairs[:, 1], return_index=True)[1]  # in the order of (i, j)
     order = once[np.argsort(-scores[once], kind="stable")][:max_pairs]
@@ -263,37 +248,27 @@ def paraphrase_mining(
     max_pairs: int = 500_000,  # pairs to keep
     threshold: float = -1.0,  # smallest cosine of a pair
     chunk: int = 16_384,  # rows compared at a time
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # cosines (M,) float32 and pairs of rows (M, 2) int64, i < j, best first
+) -> tuple[np.ndarray, np.ndarray]:  # cosines (M,) float32, rows (M, 2) int64, i < j, best first
     "Find the pairs of texts that are nearest to each other; equal cosines are ordered by row."
     _check_table(_shape(embeddings), top_k=top_k, max_pairs=max_pairs)
     _check_threshold(threshold)
-    N, scores, pairs = (
-        np.shape(embeddings)[0],
-        np.empty(0, dtype=np.float32),
-        np.empty((0, 2), dtype=np.int64),
-    )
+    N = np.shape(embeddings)[0]
+    scores, pairs = np.empty(0, dtype=np.float32), np.empty((0, 2), dtype=np.int64)
     for start in range(0, N, 4096):
-        found, rows = semantic_search(
-            embeddings[start : start + 4096], embeddings, top_k + 1, chunk
-        )
+        queries = embeddings[start : start + 4096]
+        cosines, rows = semantic_search(queries, embeddings, top_k + 1, chunk)
         own = np.arange(start, start + len(rows))[:, None]
+        # A text with many copies may not meet itself, so we count the others that it has met.
         keep = rows != own
-        keep &= (keep.cumsum(axis=1) <= top_k) & (
-            found >= threshold
-        )  # a text with many copies may not meet itself
-        new = np.stack([np.minimum(rows, own), np.maximum(rows, own)], axis=-1)[keep]
-        scores, pairs = _best_pairs(
-            np.concatenate([scores, found[keep]]), np.concatenate([pairs, new]), N, max_pairs
-        )
+        keep &= (keep.cumsum(axis=1) <= top_k) & (cosines >= threshold)
+        new = np.stack([np.minimum(rows, own), np.maximum(rows, own)], axis=-1)[keep]  # (m, 2)
+        scores, pairs = np.concatenate([scores, cosines[keep]]), np.concatenate([pairs, new])
+        scores, pairs = _best_pairs(scores, pairs, N, max_pairs)
     return scores, pairs
 
 # %% ../nbs/10_search.ipynb #exact-duplicates
 def exact_duplicates(
-    keys: Iterable[
-        Hashable
-    ],  # one per text: the text itself, or its tokens.text_identity; N of them
+    keys: Iterable[Hashable],  # one per text, N: the text itself, or its tokens.text_identity
 ) -> list[list[int]]:  # groups of two or more rows, each in rising order, sorted by their first row
     "Group the rows that have equal keys."
     groups = {}
@@ -306,9 +281,7 @@ def _chunks(
     embeddings,  # (N, D)
     chunk: int,  # rows at a time
     start: int = 0,  # first row
-) -> Iterator[
-    tuple[int, torch.Tensor]
-]:  # first row and unit vectors (n, D) float32, on the embeddings' device
+) -> Iterator[tuple[int, torch.Tensor]]:  # first row, unit vectors (n, D) float32 on their device
     "Walk over the rows as unit vectors."
     device = embeddings.device if isinstance(embeddings, torch.Tensor) else "cpu"
     for s in range(start, np.shape(embeddings)[0], chunk):
@@ -327,10 +300,8 @@ def _count_near(
             for s in range(0, len(rows), 256):
                 near = rows[s : s + 256] @ others.T >= threshold  # (256, chunk) bool
                 counts[a + s : a + s + len(near)] += near.sum(dim=1).cpu()
-                if b > a:
-                    counts[b : b + len(others)] += near.sum(
-                        dim=0
-                    ).cpu()  # the same pairs, seen from the other side
+                if b > a:  # the same pairs, seen from the other side
+                    counts[b : b + len(others)] += near.sum(dim=0).cpu()
     return counts.numpy()
 
 # %% ../nbs/10_search.ipynb #near
@@ -358,33 +329,30 @@ def community_detection(
     threshold: float = 0.75,  # smallest cosine between a member and the central text
     min_community_size: int = 10,  # members, the central text among them; 2 finds near duplicates
     chunk: int = 16_384,  # rows compared at a time
-) -> list[
-    list[int]
-]:  # rows of each community, the central one first, then the nearest; the largest community first
+) -> list[list[int]]:  # rows of each community, the central one first; the largest first
     "Group the texts around central ones; a text belongs to one community or to none."
     _check_table(_shape(embeddings), min_community_size=min_community_size, chunk=chunk)
     _check_threshold(threshold)
-    counts, found = _count_near(embeddings, threshold, chunk), []
+    counts, communities = _count_near(embeddings, threshold, chunk), []
     order, used = np.argsort(-counts, kind="stable"), np.zeros(len(counts), dtype=bool)
     order = order[counts[order] >= min_community_size]
-    while len(order):
+    while len(order):  # 64 centres at a time, those with the most neighbours first
         for centre, near in zip(order[:64], _near(embeddings, order[:64], threshold, chunk)):
             members = near[~used[near]]
             if used[centre] or len(members) < min_community_size:
                 continue
-            found.append([int(centre), *members[members != centre].tolist()])
-            used[found[-1]] = True
+            communities.append([int(centre), *members[members != centre].tolist()])
+            used[communities[-1]] = True
         order = order[64:][~used[order[64:]]]
-    return sorted(found, key=len, reverse=True)
+    return sorted(communities, key=len, reverse=True)
 
 # %% ../nbs/10_search.ipynb #cluster
 def cluster(
     embeddings,  # (N, D) numpy array or torch tensor; copied once, as float32
     n_clusters: int,  # at most N
     seed: int = 0,  # of the first centres; another seed, another division
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # cluster of each row, (N,) int64, 0 is the largest; centres (n_clusters, D) float32, shorter than one
+    # Cluster 0 is the largest; the centres are means of unit vectors, so they are shorter than one.
+) -> tuple[np.ndarray, np.ndarray]:  # cluster of each row (N,) int64, centres (n_clusters, D)
     "Divide the texts into clusters by k-means on unit vectors."
     _check_table(_shape(embeddings), n_clusters=n_clusters)
     if n_clusters > (N := np.shape(embeddings)[0]):
@@ -392,6 +360,6 @@ def cluster(
             f"n_clusters is {n_clusters}, but there are {N} texts; ask for at most {N}"
         )
     rows = _rows(embeddings, where="corpus").cpu().numpy()
-    found = _extra("sklearn.cluster").KMeans(n_clusters, random_state=seed).fit(rows)
-    order = np.argsort(-np.bincount(found.labels_, minlength=n_clusters), kind="stable")
-    return np.argsort(order)[found.labels_], found.cluster_centers_[order]
+    fit = _extra("sklearn.cluster").KMeans(n_clusters, random_state=seed).fit(rows)
+    order = np.argsort(-np.bincount(fit.labels_, minlength=n_clusters), kind="stable")
+    return np.argsort(order)[fit.labels_], fit.cluster_centers_[order]

@@ -26,42 +26,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from contrastive_st.atomic import (
-    MANIFEST,
-    Damaged,
-    Part,
-    check_folder,
-    is_whole,
-    lock,
-    read_json,
-    reading,
-    remove,
-    tidy,
-    writing,
-)
+from .atomic import MANIFEST, Damaged, Part, check_folder, is_whole, lock
+from .atomic import read_json, reading, remove, tidy, writing
 
 # %% ../nbs/00_store.ipynb #identity
 def text_identity(
     text: str,  # any text
 ) -> int:  # 64 bits, signed, so that it fits an int64 tensor
-    "Number a text so that spellings of the same text share the number, on every machine and in every run."
+    "Number a text: spellings of the same text share the number, on every machine, in every run."
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     text = " ".join(text.casefold().split())
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)  # casefold can leave characters to compose
-    return int.from_bytes(
-        blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
-    )
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 # %% ../nbs/00_store.ipynb #columns
 def column_names(
     width: int,  # C, texts in an example: 2 or more
 ) -> tuple[str, ...]:  # "anchor", "positive", "negative", "negative_2", ...
     "Name the columns of an example."
-    return ("anchor", "positive", "negative", *(f"negative_{k}" for k in range(2, width - 1)))[
-        :width
-    ]
+    further = (f"negative_{k}" for k in range(2, width - 1))
+    return ("anchor", "positive", "negative", *further)[:width]
 
 # %% ../nbs/00_store.ipynb #shard
 _TODO = "copy the store again, or delete this folder and prepare the data again"
@@ -71,6 +58,7 @@ def _ragged(array):
     "Offsets of the values of a text or list column, all values end to end, bytes of an element."
     wide = pa.types.is_large_list(array.type)
     size = array.type.value_type.bit_width // 8 if wide else 1
+    # Arrow's layout: which values are missing, where each begins, the values themselves
     _, at, *rest = array.buffers()
     return memoryview(at).cast("q"), memoryview(rest[-1] or b"").cast("B"), size
 
@@ -97,6 +85,7 @@ class _Shard:
         values = []
         for at, data, size in self.ragged:
             begin, end = at[i], at[i + 1]
+            # a slice of wrong bounds would silently be another text
             if not 0 <= begin <= end <= len(data) // size:
                 raise ValueError(
                     f"{self.path}: row {i} is damaged (its offsets are {begin}, {end}); {_TODO}"
@@ -115,7 +104,7 @@ class _Shard:
 
 # %% ../nbs/00_store.ipynb #shards
 class Shards:
-    "The rows of a folder of Arrow files, found by number; a file is mapped when it is first needed."
+    "The rows of a folder of Arrow files, found by number; a file is mapped when first needed."
 
     def __init__(
         self,
@@ -138,10 +127,10 @@ class Shards:
     def _shard(self, n):
         if n in self._open:
             return self._open[n]
-        path, size = self.folder / self.files[n]["name"], self.files[n]["bytes"]
-        there = path.stat().st_size if path.is_file() else 0
-        if there != size:  # the folder may have been replaced since it was opened
-            raise ValueError(f"{path}: has {there:,} bytes instead of {size:,}; {_TODO}")
+        path, right_size = self.folder / self.files[n]["name"], self.files[n]["bytes"]
+        size = path.stat().st_size if path.is_file() else 0
+        if size != right_size:  # the folder may have been replaced since it was opened
+            raise ValueError(f"{path}: has {size:,} bytes instead of {right_size:,}; {_TODO}")
         self._open[n] = _Shard(path, self.files[n]["rows"])
         return self._open[n]
 
@@ -155,8 +144,8 @@ class Shards:
             raise IndexError(f"rows {indices.min()}..{indices.max()} asked of {len(self)}")
         number = np.searchsorted(self._ends, indices, "right")
         place = indices - np.concatenate([[0], self._ends])[number]
-        opened = {n: self._shard(n) for n in np.unique(number).tolist()}
-        return zip(map(opened.__getitem__, number.tolist()), place.tolist())
+        shards = {n: self._shard(n) for n in np.unique(number).tolist()}
+        return zip(map(shards.__getitem__, number.tolist()), place.tolist())
 
     def __iter__(self):
         return map(self._shard, range(len(self.files)))
@@ -175,9 +164,9 @@ def _read_summary(folder):
         )
     summary = read_json(path, todo=_TODO)
     if (version := summary.get("format")) != FORMAT:
-        said = repr(version)[:20]
+        version = repr(version)[:20]  # the file may hold anything
         raise ValueError(
-            f"{path}: format {said}, this version reads {FORMAT}; prepare the data again"
+            f"{path}: format {version}, this version reads {FORMAT}; prepare the data again"
         )
     with reading(folder, _TODO):
         check_folder(folder, full=False, todo=_TODO)
@@ -185,7 +174,7 @@ def _read_summary(folder):
 
 # %% ../nbs/00_store.ipynb #store-class
 class Store:
-    "One prepared dataset: rows of C texts with their identities, and their tokens if they were prepared."
+    "A prepared dataset: rows of C texts with their identities, and their tokens if prepared."
 
     def __init__(
         self,
@@ -214,13 +203,11 @@ class Store:
         indices: Sequence[int],  # row numbers in any order
     ) -> np.ndarray:  # (n, C) int64
         "Read the identities of rows."
-        found = [[column[i] for column in shard.fixed] for shard, i in self._texts.find(indices)]
-        return np.array(found, np.int64).reshape(len(found), len(self.columns))
+        rows = [[column[i] for column in shard.fixed] for shard, i in self._texts.find(indices)]
+        return np.array(rows, np.int64).reshape(len(rows), len(self.columns))
 
     @cached_property
-    def tokenised(
-        self,
-    ) -> dict | None:  # as `write_tokens` left it; None if the store holds texts only
+    def tokenised(self) -> dict | None:  # as `write_tokens` left it; None if there are only texts
         "Say with which tokenizer the rows were tokenised."
         return _read_summary(self.folder / TOKENS) if (self.folder / TOKENS).exists() else None
 
@@ -266,9 +253,8 @@ def negatives_changed(
     parts = [f"{counts[kind]:,} {words}" for kind, words in done.items() if counts.get(kind)]
     if not parts:
         return ""
-    return (
-        f"of the rows, which have {width - 2} negative{'s' * (width != 3)} each, {', '.join(parts)}"
-    )
+    have = f"which have {width - 2} negative{'s' * (width != 3)} each"
+    return f"of the rows, {have}, {', '.join(parts)}"
 
 # %% ../nbs/00_store.ipynb #write-part
 SHARD_ROWS, SHARD_CHARACTERS = 2**17, 2**26  # a shard ends at whichever comes first
@@ -278,15 +264,10 @@ def _leftovers(folder):
     "What killed writers, also those of earlier versions, left beside a store and in it."
     folder = Path(os.path.realpath(folder))
     name, tokens = folder.name, folder / TOKENS
-    beside = [
-        folder.with_name(n)
-        for n in (f"{name}.old", f"{name}.tmp", f".{name}.old", f".{name}.partial")
-    ]
-    inside = [
-        path
-        for pattern in ("*.tmp", ".*.partial", "state.json", f"{TOKENS}/state.json")
-        for path in folder.glob(pattern)
-    ]
+    names = (f"{name}.old", f"{name}.tmp", f".{name}.old", f".{name}.partial")
+    beside = [folder.with_name(name) for name in names]
+    patterns = ("*.tmp", ".*.partial", "state.json", f"{TOKENS}/state.json")
+    inside = [path for pattern in patterns for path in folder.glob(pattern)]
     unfinished = [tokens] if tokens.exists() and not is_whole(tokens) else []
     if not (_part(tokens) / "state.json").exists():  # it holds the tokens that were replaced
         unfinished.append(_part(tokens))
@@ -313,7 +294,7 @@ def _one_writer(folder):
 
 
 def _clear(folder):
-    "Clear away what lies around a current store, unless somebody is writing it or it can only be read."
+    "Clear away what lies around a current store, unless it is being written or can only be read."
     part = _part(folder)
     owner = part.with_name(f".{part.stem}.owner")  # of a lock; letting it go deletes it
     if part.exists() or owner.exists() or _leftovers(folder):
@@ -327,7 +308,7 @@ def _resume(folder, origin, notes):
     part = Part(folder, origin, notes)
     rejects = part.folder / REJECTS
     size = rejects.stat().st_size if rejects.is_file() else 0
-    if size < part.notes.get("rejects", 0):
+    if size < part.notes.get("rejects", 0):  # a crash of the machine lost lines that were counted
         part.discard()
         part = Part(folder, origin, notes)
     return part
@@ -365,9 +346,8 @@ def _add_summary(part, summary):
 def _text_arrays(rows):
     "Arrow columns of texts, then of their identities."
     columns = list(zip(*rows))
-    return [pa.array(c, pa.large_string()) for c in columns] + [
-        pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns
-    ]
+    texts = [pa.array(c, pa.large_string()) for c in columns]
+    return texts + [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
 
 # %% ../nbs/00_store.ipynb #write-texts
 _NOTES = {
@@ -380,7 +360,7 @@ _NOTES = {
 
 
 class _Texts:
-    "The shards and the rejects file of a store that is being written; a shard ends between two lines."
+    "The shards and the rejects file of a store being written; a shard ends between two lines."
 
     def __init__(self, part, rejects):
         self.part, self.rejects = part, rejects
@@ -421,22 +401,21 @@ class _Texts:
         "Write what waits as one shard; returns its rows."
         with writing(self.part.path, "run again: the pieces that were finished are kept"):
             self.rejects.flush()
-            os.fsync(
-                self.rejects.fileno()
-            )  # the notes below must not count bytes that a crash could lose
+            # the notes below must not count bytes that a crash could lose
+            os.fsync(self.rejects.fileno())
         names = column_names(self.width or 2)
-        notes = {"line": self.line, "rejects": self.rejects.tell(), "width": self.width}
-        _add_shard(
-            self.part,
-            _text_arrays(self.rows),
-            [*names, *(f"{c}_id" for c in names)],
-            negatives={kind: self.changed[kind] for kind in _NOTES["negatives"]},
-            **notes,
-        )
+        names = [*names, *(f"{name}_id" for name in names)]
+        notes = {
+            "line": self.line,
+            "rejects": self.rejects.tell(),
+            "width": self.width,
+            "negatives": {change: self.changed[change] for change in _NOTES["negatives"]},
+        }
+        _add_shard(self.part, _text_arrays(self.rows), names, **notes)
         self.rows, self.size = [], 0
         return self.part.notes["rows"][-1]
 
-
+# %% ../nbs/00_store.ipynb #write-lines
 def _write_texts(part, read, told):
     "Cut examples into shards; returns the width to begin anew with, if shards turn out too narrow."
     with open(part.folder / REJECTS, "ab") as rejects:
@@ -445,7 +424,7 @@ def _write_texts(part, read, told):
         for line, example in read(texts.after, texts.reject):
             if line > texts.line and texts.is_full:
                 told(texts.flush())
-            if texts.width is None and len(example) > 2:
+            if texts.width is None and len(example) > 2:  # the first with negatives
                 if part.notes["rows"]:
                     return len(example)
                 texts.widen(len(example))
@@ -457,61 +436,62 @@ def _write_texts(part, read, told):
 # %% ../nbs/00_store.ipynb #summary
 def _characters(shards, column):
     "Mean, median, 95th percentile and maximum of a column's lengths in characters."
-    counts, total, longest = (
-        np.zeros(2**16, np.int64),
-        0,
-        0,
-    )  # lengths of 65,535 and more share the last place
+    counts = np.zeros(2**16, np.int64)  # lengths of 65,535 and more share the last place
+    total = longest = 0
     for shard in shards:
         n = pc.utf8_length(shard.batch.column(column)).to_numpy()
         counts += np.bincount(np.minimum(n, len(counts) - 1), minlength=len(counts))
         total, longest = total + int(n.sum()), max(longest, int(n.max()))
     below = np.cumsum(counts)
     middle, high = (int(np.searchsorted(below, share * below[-1])) for share in (0.5, 0.95))
-    return {
-        "mean": round(total / int(below[-1]), 1),
-        "median": middle,
-        "p95": high,
-        "longest": longest,
-    }
+    mean = round(total / int(below[-1]), 1)
+    return {"mean": mean, "median": middle, "p95": high, "longest": longest}
 
 
 def _distinct(numbers, rows, at_once=2**23):
-    "How many different numbers there are, looking at a share of them at a time; `numbers()` iterates over uint64 arrays."
+    "Count the different numbers in the uint64 arrays of `numbers()`, a share of them at a time."
     passes = rows // at_once + 1
 
     def different(share):
-        found = np.concatenate([n[n % np.uint64(passes) == share] for n in numbers()])
-        found.sort()  # np.unique takes twenty times longer on millions of numbers
-        return int(np.count_nonzero(found[1:] != found[:-1])) + (len(found) > 0)
+        mine = np.concatenate([n[n % np.uint64(passes) == share] for n in numbers()])
+        mine.sort()  # np.unique takes twenty times longer on millions of numbers
+        return int(np.count_nonzero(mine[1:] != mine[:-1])) + (len(mine) > 0)
 
     return sum(map(different, range(passes)))
+
+
+def _ids(shard, width, c):
+    "The identities of column c as uint64; they stand after the `width` columns of texts."
+    return shard.batch.column(width + c).to_numpy().view(np.uint64)
+
+
+def _row_numbers(shard, width):
+    "One number for the texts of each row, in their order."
+    return sum(_ids(shard, width, c) * np.uint64(2 * c + 3) for c in range(width))
+
+
+def _rejected(part):
+    "How many lines were left out, by what was wrong with them."
+    with open(part.folder / REJECTS, encoding="utf-8") as rejects:
+        counts = Counter(json.loads(line)["kind"] for line in rejects)
+    return {kind: counts[kind] for kind in ("malformed", "empty")}
 
 
 def _summary(part):
     "What a dataset holds, from its finished shards."
     shards = Shards(part.folder, _shard_files(part))
-    columns = column_names(part.notes["width"] or 2) if len(shards) else ()
+    rows = len(shards)
+    columns = column_names(part.notes["width"] or 2) if rows else ()
     C = len(columns)
-
-    def ids(shard, c):
-        return shard.batch.column(C + c).to_numpy().view(np.uint64)
-
-    def whole(shard):
-        "One number for the texts of a row, in their order."
-        return sum(ids(shard, c) * np.uint64(2 * c + 3) for c in range(C))
-
-    with open(part.folder / REJECTS, encoding="utf-8") as rejects:
-        kinds = Counter(json.loads(line)["kind"] for line in rejects)
     return {
         "format": FORMAT,
         "columns": list(columns),
-        "rows": len(shards),
-        "rejected": {kind: kinds[kind] for kind in ("malformed", "empty")},
+        "rows": rows,
+        "rejected": _rejected(part),
         "negatives": part.notes["negatives"],
-        "duplicate_rows": len(shards) - _distinct(lambda: map(whole, shards), len(shards)),
+        "duplicate_rows": rows - _distinct(lambda: (_row_numbers(s, C) for s in shards), rows),
         "distinct": {
-            name: _distinct(lambda: (ids(s, c) for s in shards), len(shards))
+            name: _distinct(lambda: (_ids(s, C, c) for s in shards), rows)
             for c, name in enumerate(columns)
         },
         "characters": {name: _characters(shards, c) for c, name in enumerate(columns)},
@@ -529,38 +509,35 @@ def summary_table(
         f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14}"
         f" {'duplicate rows':>14}  characters per text: median, 95%, longest"
     )
-    lines = [
-        f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,}"
-        f" {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  "
-        + "   ".join(
-            f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}"
-            for c, n in s["characters"].items()
-        )
-        for name, s in summaries.items()
-    ]
-    bad = sum(sum(s["rejected"].values()) for s in summaries.values())
-    total = (
-        f"{len(summaries):,} dataset{'s' * (len(summaries) != 1)},"
-        f" {sum(s['rows'] for s in summaries.values()):,} rows"
-    )
-    changed = [
+    lines = [_summary_line(name, s, width) for name, s in summaries.items()]
+    changes = [
         f"{name}: {change}"
         for name, s in summaries.items()
         if (change := negatives_changed(s["negatives"], len(s["columns"])))
     ]
-    return "\n".join(
-        [
-            head,
-            *lines,
-            *changed,
-            total
-            + (
-                f"; {bad:,} bad lines left out, listed with their faults in each store's {REJECTS}"
-                if bad
-                else "; no line was left out"
-            ),
-        ]
+    return "\n".join([head, *lines, *changes, _total_line(summaries.values())])
+
+
+def _summary_line(name, s, width):
+    "The line of one dataset."
+    lengths = [
+        f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()
+    ]
+    return (
+        f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,}"
+        f" {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  {'   '.join(lengths)}"
     )
+
+
+def _total_line(summaries):
+    "The last line: datasets, rows and bad lines in all."
+    rows = sum(s["rows"] for s in summaries)
+    bad = sum(sum(s["rejected"].values()) for s in summaries)
+    total = f"{len(summaries):,} dataset{'s' * (len(summaries) != 1)}, {rows:,} rows"
+    if not bad:
+        return f"{total}; no line was left out"
+    where = f"listed with their faults in each store's {REJECTS}"
+    return f"{total}; {bad:,} bad lines left out, {where}"
 
 # %% ../nbs/00_store.ipynb #write-store
 def is_current(
@@ -586,14 +563,12 @@ def _fill(folder, origin, read, check, told, negatives):
                 check(summary)
                 break
         except ValueError as error:
-            if not isinstance(
-                error.__cause__, OSError
-            ):  # the data are at fault; mended data begin anew
+            # the data are at fault, not the disk: mended data begin anew
+            if not isinstance(error.__cause__, OSError):
                 part.discard()
             raise
-        told(
-            -sum(part.notes["rows"])
-        )  # negatives come after shards without any: once more, with room for them
+        # negatives come after shards without any: once more, with room for them
+        told(-sum(part.notes["rows"]))
         part.discard()
     _add_summary(part, summary)
     part.finish()
@@ -601,8 +576,11 @@ def _fill(folder, origin, read, check, told, negatives):
 
 def write_store(
     folder: str | Path,  # the store; an older one is replaced when the new one is whole
-    origin: dict,  # JSON: what the rows come from (size, time, options); an equal origin is not written twice
-    read: Callable,  # (after, reject) -> (line, texts) of the lines above `after`; reject(line, kind, problem) notes a bad one
+    # JSON: what the rows come from (size, time, options); an equal origin is not written twice
+    origin: dict,
+    # (after, reject) -> (line, texts) of the lines above `after`; reject(line, kind, problem) notes
+    # a bad one
+    read: Callable,
     check: Callable = lambda summary: None,  # raises ValueError for a summary that will not do
     told: Callable = lambda rows: None,  # called with the rows of each shard
     negatives: int | None = None,  # of each row; None: as many as the first row has that has any
@@ -616,9 +594,8 @@ def write_store(
         _clear(folder)
         return Store(folder)
     with _one_writer(folder):
-        if not is_current(
-            folder, origin
-        ):  # another process may have written it while this one waited
+        # another process may have written it while this one waited
+        if not is_current(folder, origin):
             _fill(folder, origin, read, check, told, negatives)
     return Store(folder)
 
@@ -627,11 +604,8 @@ def _check_all(folder):
     "Compare every byte of a folder with its manifest, and the manifest with the folder."
     with reading(folder, _TODO):
         files = check_folder(folder, full=True, todo=_TODO)
-    ours = {
-        path.name
-        for pattern in ("shard-*.arrow", SUMMARY, REJECTS)
-        for path in folder.glob(pattern)
-    }
+    patterns = ("shard-*.arrow", SUMMARY, REJECTS)
+    ours = {path.name for pattern in patterns for path in folder.glob(pattern)}
     if not ours <= files.keys():
         raise Damaged(f"{folder / MANIFEST}: does not name all files of the store; {_TODO}")
 
@@ -639,7 +613,7 @@ def _check_all(folder):
 def verify(
     folder: str | Path,  # a store
 ) -> Store:  # open
-    "Read every byte of a store, its tokens too; raise `ValueError` naming the first file that is damaged."
+    "Read every byte of a store and its tokens; raise `ValueError` naming the first damaged file."
     folder = Path(folder)
     _check_all(folder)
     store = Store(folder)
@@ -647,14 +621,14 @@ def verify(
         _check_all(folder / TOKENS)
         if len(store._tokens) != len(store):
             raise Damaged(
-                f"{folder / TOKENS}: holds {len(store._tokens):,} rows, the texts {len(store):,};"
-                " delete it and tokenise again"
+                f"{folder / TOKENS}: holds {len(store._tokens):,} rows, "
+                f"the texts {len(store):,}; delete it and tokenise again"
             )
     return store
 
 
 def _drop_damaged(folder):
-    "Verify a store; take the manifest of what is damaged away, so that it is written anew, and say so."
+    "Verify a store; warn of what is damaged and take its manifest away, so it is written anew."
     for place, again in (
         (folder, "the store is written anew"),
         (folder / TOKENS, "the tokens are deleted, tokenise the store again"),
@@ -672,24 +646,29 @@ def _drop_damaged(folder):
             return
 
 # %% ../nbs/00_store.ipynb #write-tokens
-def _list_array(ids, lengths, kind):
+def _list_array(ids, lengths, dtype):
     "An Arrow column of number lists."
     at = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return pa.LargeListArray.from_arrays(pa.array(at), pa.array(ids.astype(kind)))
+    return pa.LargeListArray.from_arrays(pa.array(at), pa.array(ids.astype(dtype)))
 
 
-def _token_arrays(columns, encode, kind, texts_at_once=8192):
+def _token_arrays(columns, encode, dtype, texts_at_once=8192):
     "Arrow columns of token ids, then of whether the text was cut (1) or not (0)."
     lists, flags = [], []
     for column in columns:
-        parts = [
-            encode(column[i : i + texts_at_once].to_pylist())
-            for i in range(0, len(column), texts_at_once)
-        ]
+        starts = range(0, len(column), texts_at_once)
+        parts = [encode(column[i : i + texts_at_once].to_pylist()) for i in starts]
         ids, lengths, cut = (np.concatenate(p) for p in zip(*parts))
-        lists.append(_list_array(ids, lengths, kind))
+        lists.append(_list_array(ids, lengths, dtype))
         flags.append(pa.array(cut.astype(np.int64)))
     return lists + flags
+
+
+def _shard_tokens(shard, width, encode, dtype):
+    "The token columns of a shard, after every offset and every text of it was checked."
+    with reading(shard.path, _TODO):
+        shard.batch.validate(full=True)
+    return _token_arrays(shard.batch.columns[:width], encode, dtype)
 
 
 def _is_tokenised(store, engine):
@@ -704,26 +683,23 @@ def _fill_tokens(store, engine, encode, told):
     "Write the tokens of a store, from the beginning or from where an interrupted run stopped."
     tidy(store.folder / TOKENS)
     part = _resume(store.folder / TOKENS, engine, {"rows": []})
-    kind = np.uint16 if engine["vocabulary"] <= 2**16 else np.uint32
+    dtype = np.uint16 if engine["vocabulary"] <= 2**16 else np.uint32
     names = [*store.columns, *(f"{c}_cut" for c in store.columns)]
+    # 1. the shards, one for each shard of texts
     for n, shard in enumerate(store._texts):
         if n >= len(part.notes["rows"]):
             try:
-                with reading(shard.path, _TODO):
-                    shard.batch.validate(full=True)  # every offset and every text
-                arrays = _token_arrays(shard.batch.columns[: len(store.columns)], encode, kind)
+                arrays = _shard_tokens(shard, len(store.columns), encode, dtype)
             except ValueError:
                 part.discard()
                 raise
             _add_shard(part, arrays, names)
         told(shard.batch.num_rows)
+    # 2. how many texts were cut, and by whom, comes last
     shards = Shards(part.folder, _shard_files(part))
-    flags = {
-        name: sum(int(np.sum(s.fixed[c])) for s in shards) for c, name in enumerate(store.columns)
-    }
-    _add_summary(
-        part, {"format": FORMAT, "origin": engine, "truncated": flags, "shards": shards.files}
-    )
+    cuts = [sum(int(np.sum(s.fixed[c])) for s in shards) for c in range(len(store.columns))]
+    summary = {"format": FORMAT, "origin": engine, "truncated": dict(zip(store.columns, cuts))}
+    _add_summary(part, summary | {"shards": shards.files})
     part.finish()
 
 

@@ -36,17 +36,17 @@ def pad(
     T = longest if length is None else length
     if longest > T:
         raise ValueError(
-            f"a text has {longest} tokens and does not fit length {T}; pad to at least {longest},"
-            " or cut the texts before"
+            f"a text has {longest} tokens and does not fit length {T}; "
+            f"pad to at least {longest}, or cut the texts before"
         )
     if int(lengths.sum()) != len(token_ids):
         raise ValueError(
-            f"the lengths add up to {int(lengths.sum())} but there are {len(token_ids)} tokens;"
-            " both must come from one batch"
+            f"the lengths add up to {int(lengths.sum())} but there are {len(token_ids)} tokens; "
+            "both must come from one batch"
         )
-    mask = torch.arange(T, device=lengths.device) < lengths[:, None]
+    mask = torch.arange(T, device=lengths.device) < lengths[:, None]  # (N, T)
     input_ids = torch.full(mask.shape, pad_id, dtype=token_ids.dtype, device=token_ids.device)
-    input_ids[mask] = token_ids
+    input_ids[mask] = token_ids  # row by row, which is the order of the ragged tokens
     return input_ids, mask.long()
 
 # %% ../nbs/02_tokens.ipynb #backend
@@ -55,14 +55,14 @@ def _engine(tokenizer, max_length):
     shared = getattr(tokenizer, "backend_tokenizer", None)
     if shared is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} is a slow tokenizer without a Rust backend; load the fast"
-            " one (AutoTokenizer with a tokenizer.json)"
+            f"{type(tokenizer).__name__} is a slow tokenizer without a Rust backend; "
+            "load the fast one (AutoTokenizer with a tokenizer.json)"
         )
     least = tokenizer.num_special_tokens_to_add() + 1
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
         raise ValueError(
-            f"max_length is {max_length!r}; it must be a whole number, {least} or more: the special"
-            " tokens and one of the text"
+            f"max_length is {max_length!r}; it must be a whole number, {least} or more: "
+            "the special tokens and one of the text"
         )
     engine = copy.deepcopy(shared)
     engine.no_padding()
@@ -72,24 +72,23 @@ def _engine(tokenizer, max_length):
 # %% ../nbs/02_tokens.ipynb #heads
 def _parts_at_spaces(engine):
     "Whether the tokens of a text up to the end of a word do not depend on what follows the space."
-    return (
-        engine.pre_tokenizer is not None and len(engine.pre_tokenizer.pre_tokenize_str("a b")) > 1
-    )
+    splitter = engine.pre_tokenizer
+    return splitter is not None and len(splitter.pre_tokenize_str("a b")) > 1
 
 
 def _word_end(text, most):
-    "The first `most` characters of a text, back to the end of a word that a space follows; empty if there is none."
+    "The first `most` characters of a text, cut back to the end of a word; empty if none ends."
     at = text.rfind(" ", 0, most)
     while at > 0:
         head = text[:at].rstrip()
-        if text[len(head)] == " ":
+        if text[len(head)] == " ":  # a space follows the word
             return head
         at = text.rfind(" ", 0, len(head))  # a line break, say: not every tokenizer splits there
     return ""
 
 # %% ../nbs/02_tokens.ipynb #arrays
 class _Heads:
-    "Texts to tokens by the engine itself; of a long text only the head is tokenised, if that is enough."
+    "Texts to tokens by the engine itself; of a long text only a head is tokenised if it suffices."
 
     def __init__(self, engine):
         self._engine = engine
@@ -147,31 +146,29 @@ class _Heads:
         back = self._longest
         if back is None or most <= 2 * back or most * back > 2**24:
             return None
-        if all(
-            map(unicodedata.combining, text[most - 2 * back : most - back])
-        ):  # accents may change places
+        # accents may change places
+        if all(map(unicodedata.combining, text[most - 2 * back : most - back])):
             return None
         # Wherever the whole text has a boundary between tokens, the tokens before it are those of
         # the text up to there, and one of these places is a boundary: no token is longer.
-        # WordPiece gives up words of more than `back` characters, so the first and the last will do.
+        # WordPiece gives up words of more than `back` characters, so two places will do.
         step = back if type(self._engine.model).__name__ == "WordPiece" else 1
-        first, *others = self._engine.encode_batch_fast(
-            [text[: most - n] for n in range(0, back + 1, step)]
-        )
-        if any(
-            e.ids != first.ids or bool(e.overflowing) != bool(first.overflowing) for e in others
-        ):
+        heads = [text[: most - n] for n in range(0, back + 1, step)]
+        first, *others = self._engine.encode_batch_fast(heads)
+        full = bool(first.overflowing)
+        if any(e.ids != first.ids or bool(e.overflowing) != full for e in others):
             return None
         only_space = text[most].isspace() and not text[most - back :].strip(text[most])
         return first if first.overflowing or only_space else None
 
 # %% ../nbs/02_tokens.ipynb #parted
 def _parted(engine):
-    "Whether each text has the tokens of its words, one after another: no rule of this tokenizer looks across a space."
+    "Whether each text has the tokens of its words, one after another."
     spec = json.loads(engine.to_str())
-    kinds = [(spec[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
+    types = [(spec[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
+    # of these three no rule looks across a space, but a token that was added may
     return (
-        kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
+        types == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
         and spec["truncation"]["direction"] == "Right"
         and engine.num_special_tokens_to_add(False) > 0
         and not any(set(" \t\r\n") & set(token["content"]) for token in spec["added_tokens"])
@@ -182,14 +179,12 @@ _SPACES = re.compile("[ \t\r\n]+")  # for BERT they all part words, and nothing 
 _CJK = (  # BERT takes each ideograph for a word
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0010ffff"
 )
-_SOLID, _MARK = (
-    f"[^\\W_{_CJK}]",
-    "[\u0300-\u036f]",
-)  # letters and digits, which stay together with their accents
+# letters and digits, which stay together with their accents
+_SOLID, _MARK = f"[^\\W_{_CJK}]", "[\u0300-\u036f]"
 
 
 def _enough_of(word, tokens, enough):
-    "The beginning of a long word that gives enough tokens; None if there is none, or it is far away."
+    "The beginning of a long word that gives enough tokens; None if none does, or it is too long."
     most = 4 * enough
     while most < min(len(word), 2**18):
         if len(tokens([word[:most]])[0]) >= enough:
@@ -198,7 +193,7 @@ def _enough_of(word, tokens, enough):
 
 
 def _short(word, tokens, enough, longest):
-    "The beginning of a long word that has the same first tokens: as many as fit, and one more if there is one."
+    "The beginning of a long word that has the same first tokens: those that fit, and one more."
     if (head := _enough_of(word, tokens, enough)) is not None:
         return head
     repeated = f"(?s)((.)\\2{{{enough}}})\\2++"  # one character again and again
@@ -211,7 +206,7 @@ def _short(word, tokens, enough, longest):
 
 # %% ../nbs/02_tokens.ipynb #words
 class _Words:
-    "What `_Heads` gives, several times faster: each word is tokenised when it first occurs, and looked up from then on."
+    "What `_Heads` gives, several times faster: each word is tokenised once, and then looked up."
 
     def __init__(self, engine, most=2**20):  # most: characters of words to keep
         self._known, self._size, self._most = {}, 0, most
@@ -219,19 +214,16 @@ class _Words:
         self._special = engine.num_special_tokens_to_add(False)
         self._room = engine.truncation["max_length"] - self._special
         self._engine.no_truncation()
-        at = (whole := self._engine.encode("a")).special_tokens_mask.index(0)
-        self._head, self._tail = (
-            array("i", ids).tobytes() for ids in (whole.ids[:at], whole.ids[at + 1 :])
-        )
-        added = max(
-            (len(token.content) for token in engine.get_added_tokens_decoder().values()), default=0
-        )
-        self._longest = (
-            max(engine.model.max_input_chars_per_word, added) + 1
-        )  # characters; a longer word is [UNK]
-        self._enough = (
-            self._room + 1 + self._longest
-        )  # tokens: all but the last `_longest` are final
+        # the special tokens around a text of one token, as bytes
+        whole = self._engine.encode("a")
+        at = whole.special_tokens_mask.index(0)
+        self._head = array("i", whole.ids[:at]).tobytes()
+        self._tail = array("i", whole.ids[at + 1 :]).tobytes()
+        # characters; a longer word is [UNK]
+        added = [len(token.content) for token in engine.get_added_tokens_decoder().values()]
+        self._longest = max(engine.model.max_input_chars_per_word, *added, 0) + 1
+        # tokens of a part of a word; all but the last `_longest` are final
+        self._enough = self._room + 1 + self._longest
 
     def _learn(self, words):
         "The tokens of these words among others, as bytes; a full table is begun anew."
@@ -240,20 +232,17 @@ class _Words:
         if self._size + sum(map(len, new)) > self._most:
             known, new, self._size = {}, list(words), 0
         ids, word_ids = self._tokens(new)
-        ends, ids = (
-            np.searchsorted(word_ids, range(len(new)), "right") * 4,
-            array("i", ids).tobytes(),
-        )
-        known.update(
-            zip(new, map(ids.__getitem__, map(slice, [0, *ends[:-1].tolist()], ends.tolist())))
-        )
+        # where the tokens of each word end, in bytes: four for each token
+        ends = (np.searchsorted(word_ids, range(len(new)), "right") * 4).tolist()
+        slices = map(slice, [0, *ends[:-1]], ends)
+        known.update(zip(new, map(array("i", ids).tobytes().__getitem__, slices)))
         self._known, self._size = known, self._size + sum(map(len, new))
         return known
 
     def _tokens(self, words):
         "Token ids of words, and the word that each belongs to."
-        found = self._engine.encode(words, is_pretokenized=True, add_special_tokens=False)
-        return found.ids, found.word_ids
+        encoded = self._engine.encode(words, is_pretokenized=True, add_special_tokens=False)
+        return encoded.ids, encoded.word_ids
 
     def _bytes(self, words):
         "The tokens of each list of words, as bytes."
@@ -266,18 +255,18 @@ class _Words:
         if more := len(words) > most:
             words.pop()
         if len(text) > 4 * self._enough:
-            words = [
-                (
-                    _short(word, self._tokens, self._enough, self._longest)
-                    if len(word) > 4 * self._enough
-                    else word
-                )
-                for word in words
-            ]
+            words = list(map(self._shortened, words))
         return words, more
 
+    def _shortened(self, word):
+        "A word, or of a very long one the beginning that is enough."
+        if len(word) <= 4 * self._enough:
+            return word
+        return _short(word, self._tokens, self._enough, self._longest)
+
     def _many_spaces(self, text):
-        "The tokens of a text, as bytes, where `_split` at single spaces gave too few: empty words have none."
+        "The tokens of a text, as bytes, where `_split` at single spaces gave too few."
+        # between two spaces there is an empty word, which has no token
         most, more = 8 * (self._room + 1), True
         while more:
             words, more = self._split(text, most, lambda text, _, most: _SPACES.split(text, most))
@@ -290,27 +279,28 @@ class _Words:
         "Token ids end to end (int64), lengths (int64), cut or not (bool)."
         if not texts:
             return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool)
-        words, more = zip(
-            *(self._split(text, self._room + 1) for text in texts)
-        )  # a word has a token or more, so the rest would be cut off
-        found = self._bytes(words)
-        for i, ids in enumerate(found):
+        # 1. a word has a token or more, so words beyond these would be cut off
+        words, more = zip(*(self._split(text, self._room + 1) for text in texts))
+        rows = self._bytes(words)  # the tokens of each text, four bytes for each
+        for i, ids in enumerate(rows):
             if more[i] and len(ids) <= 4 * self._room:
-                found[i] = self._many_spaces(texts[i])
-        lengths = np.array([len(ids) // 4 for ids in found], np.int64)
+                rows[i] = self._many_spaces(texts[i])
+        # 2. cut each text, and put the special tokens around it
+        lengths = np.array([len(ids) // 4 for ids in rows], np.int64)
         cut = lengths > self._room
         for i in np.flatnonzero(cut).tolist():
-            found[i] = found[i][: 4 * self._room]
-        ids = np.frombuffer(
-            self._head + (self._tail + self._head).join(found) + self._tail, np.int32
-        )
-        return ids.astype(np.int64), np.minimum(lengths, self._room) + self._special, cut
+            rows[i] = rows[i][: 4 * self._room]
+        ids = self._head + (self._tail + self._head).join(rows) + self._tail
+        ids = np.frombuffer(ids, np.int32).astype(np.int64)
+        return ids, np.minimum(lengths, self._room) + self._special, cut
 
 # %% ../nbs/02_tokens.ipynb #token-batch
 class TokenBatch(NamedTuple):
-    "The texts of a global batch as ragged tokens: no padding is stored, a layout makes it rectangular."
+    "The texts of a global batch as ragged tokens, without padding; a layout makes a rectangle."
 
-    token_ids: Tensor  # all texts one after another, (sum of lengths,) int64: B anchors, B positives, each negative column
+    # all texts one after another, (sum of lengths,) int64: B anchors, B positives, each negative
+    # column
+    token_ids: Tensor
     lengths: Tensor  # tokens of each text, (C*B,) int64
     identities: Tensor  # which texts are equal, (B, C) int64
     truncated: Tensor  # texts cut at max_length in each column, (C,) int64
@@ -322,8 +312,8 @@ def _texts(batch):
     widths = {len(e) for e in examples}
     if len(widths) != 1:
         raise ValueError(
-            f"a batch needs examples of one column count, found {sorted(widths) or 'no example'};"
-            " draw it from a Mixture"
+            f"a batch needs examples of one column count, found {sorted(widths) or 'no example'}; "
+            "draw it from a Mixture"
         )
     return list(chain.from_iterable(zip(*examples)))
 
@@ -336,12 +326,12 @@ def _identities(batch):
 
 # %% ../nbs/02_tokens.ipynb #settings
 class RaggedTokenizer:
-    "Turn texts into token ids without padding, by a private copy of a fast tokenizer's engine; safe to share among threads."
+    "Turn texts into token ids without padding; threads may share it."
 
     def __init__(
         self,
-        tokenizer,  # a fast tokenizer of transformers; it is left as it is
-        max_length: int = 128,  # tokens of a text, special tokens included; longer texts are truncated
+        tokenizer,  # a fast tokenizer of transformers; its engine is copied and left as it is
+        max_length: int = 128,  # tokens of a text, special tokens included; the rest is cut off
     ):
         self.max_length = max_length
         self._engine = _engine(tokenizer, max_length)
@@ -350,10 +340,8 @@ class RaggedTokenizer:
     def __call__(
         self,
         texts: list[str],  # N texts
-    ) -> tuple[
-        np.ndarray, np.ndarray, np.ndarray
-    ]:  # ids end to end (int64), lengths (N,) int64, truncated or not (N,) bool
-        "Tokenise texts; only as much of each is looked at as fits."
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # ids end to end, lengths, cut or not
+        "Tokenise texts into int64 ids and lengths; only as much of each is looked at as fits."
         return self._ids(texts)
 
     @cached_property
@@ -369,44 +357,37 @@ class _Tokenizer:
         self,
         tokenizer,  # a fast tokenizer of transformers; it is left as it is
         max_length: int = 128,  # tokens of a text, special tokens included; longer texts are cut
-        buckets: Sequence[int] = (
-            32,
-            64,
-            128,
-        ),  # lengths T to pad to, for XLA; those above max_length are dropped, max_length is added
+        # lengths T to pad to, for XLA; those above max_length are dropped, max_length is added
+        buckets: Sequence[int] = (32, 64, 128),
     ):
         self._ragged = RaggedTokenizer(tokenizer, max_length)
         self._engine = self._ragged._engine
         if max_length > (most := tokenizer.model_max_length):
             raise ValueError(
-                f"max_length {max_length} is above the {most} tokens the model can take; use at"
-                f" most {most}"
+                f"max_length {max_length} is above the {most} tokens the model can take; "
+                f"use at most {most}"
             )
-        self.tokenizer, self.max_length, self.pad_id = (
-            tokenizer,
-            max_length,
-            tokenizer.pad_token_id or 0,
-        )
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.pad_id = tokenizer.pad_token_id or 0
         if not all(isinstance(b, int) and b > 0 for b in buckets):
             raise ValueError(f"buckets are {buckets!r}; they must be whole numbers above 0")
         self.buckets = (*sorted({b for b in buckets if b < max_length}), max_length)
 
     def _arrays(self, texts):
-        "Token ids end to end (int64), lengths (int64), cut or not (bool); a text without any token is an error."
+        "Token ids end to end (int64), lengths (int64), cut or not (bool)."
         ids, lengths, cut = self._ragged(texts)
         if not lengths.all():
             raise ValueError(
-                f"text {int(lengths.argmin())} has no token at all, and this tokenizer adds none;"
-                " leave empty texts out"
+                f"text {int(lengths.argmin())} has no token at all, and this tokenizer adds none; "
+                "leave empty texts out"
             )
         return ids, lengths, cut
 
     @cached_property
     def engine(self) -> dict:  # JSON: fingerprint, tokenizer, max_length, vocabulary
         "Say what makes the token ids: tokenisations are equal when their fingerprints are."
-        largest = max(
-            self.tokenizer.get_vocab().values()
-        )  # a vocabulary may have holes: its length says too little
+        # a vocabulary may have holes, so its length says too little
+        largest = max(self.tokenizer.get_vocab().values())
         return {
             "fingerprint": self._ragged.fingerprint,
             "tokenizer": Path(self.tokenizer.name_or_path).name,
@@ -422,28 +403,27 @@ def _origin(store):
 
 def _same_engine(store, tokens):
     "Refuse a store whose tokens another tokenizer made."
-    there = _origin(store)
-    if there and there["fingerprint"] != tokens.engine["fingerprint"]:
+    engine = _origin(store)
+    if engine and engine["fingerprint"] != tokens.engine["fingerprint"]:
         raise ValueError(
-            f"{store.folder}: its tokens were made by {there['tokenizer']!r} with max_length"
-            f" {there['max_length']}, this run uses {tokens.engine['tokenizer']!r} with"
-            f" {tokens.max_length}; prepare the store again with this tokenizer, or delete"
-            f" {store.folder / 'tokens'} to tokenise while training"
+            f"{store.folder}: its tokens were made by {engine['tokenizer']!r} "
+            f"with max_length {engine['max_length']}, "
+            f"this run uses {tokens.engine['tokenizer']!r} with {tokens.max_length}; "
+            "prepare the store again with this tokenizer, "
+            f"or delete {store.folder / 'tokens'} to tokenise while training"
         )
 
 
 def _stored(batch):
     "Token ids end to end, lengths, cut or not, of a batch whose stores all hold tokens."
-    kind = np.dtype(np.uint16 if _origin(batch.stores[0])["vocabulary"] <= 2**16 else np.uint32)
-    columns = list(
-        zip(*batch.read(lambda source, rows: source.store.tokens(rows)))
-    )  # C of byte strings, then C of flags
-    texts, cut = (
-        list(chain.from_iterable(half))
-        for half in (columns[: len(columns) // 2], columns[len(columns) // 2 :])
-    )
-    lengths = np.array([len(text) // kind.itemsize for text in texts], np.int64)
-    return np.frombuffer(b"".join(texts), kind).astype(np.int64), lengths, np.array(cut, bool)
+    # the same numbers as `write_tokens` chose
+    dtype = np.dtype(np.uint16 if _origin(batch.stores[0])["vocabulary"] <= 2**16 else np.uint32)
+    rows = batch.read(lambda source, rows: source.store.tokens(rows))
+    columns = list(zip(*rows))  # C of byte strings, then C of flags
+    C = len(columns) // 2
+    texts, cut = (list(chain.from_iterable(half)) for half in (columns[:C], columns[C:]))
+    lengths = np.array([len(text) // dtype.itemsize for text in texts], np.int64)
+    return np.frombuffer(b"".join(texts), dtype).astype(np.int64), lengths, np.array(cut, bool)
 
 # %% ../nbs/02_tokens.ipynb #tokens
 class Tokens(_Tokenizer):
@@ -452,10 +432,8 @@ class Tokens(_Tokenizer):
     def encode(
         self,
         texts: Sequence[str],  # N texts
-    ) -> tuple[
-        Tensor, Tensor, int
-    ]:  # token_ids (sum of lengths,) int64, lengths (N,) int64, number of texts cut
-        "Tokenise texts without padding."
+    ) -> tuple[Tensor, Tensor, int]:  # token_ids (sum of lengths,), lengths (N,), texts cut
+        "Tokenise texts without padding, as int64."
         if isinstance(texts, str):
             raise ValueError("encode takes a list of texts, not one text; write [text]")
         ids, lengths, cut = self._arrays(list(texts))
@@ -468,16 +446,11 @@ class Tokens(_Tokenizer):
         "Tokenise all columns of a batch; if all its stores hold tokens, only read them."
         stores = getattr(batch, "stores", [None])
         self.check(stores)
-        ids, lengths, cut = (
-            _stored(batch) if all(map(_origin, stores)) else self._arrays(_texts(batch))
-        )
-        identities = _identities(batch)
-        return TokenBatch(
-            *map(
-                torch.from_numpy,
-                (ids, lengths, identities, cut.reshape(identities.shape[1], -1).sum(1)),
-            )
-        )
+        all_stored = all(map(_origin, stores))
+        ids, lengths, cut = _stored(batch) if all_stored else self._arrays(_texts(batch))
+        identities = _identities(batch)  # (B, C)
+        truncated = cut.reshape(identities.shape[1], -1).sum(1)  # (C,)
+        return TokenBatch(*map(torch.from_numpy, (ids, lengths, identities, truncated)))
 
     def bucket(
         self,
@@ -491,7 +464,7 @@ class Tokens(_Tokenizer):
         folder: str | Path,  # a prepared store
         told: Callable = lambda rows: None,  # called with the rows of each finished shard
     ) -> None:
-        "Tokenise a whole store once, so that batches from it are only read; it holds the tokens of one tokenizer."
+        "Tokenise a store once, so that its batches are only read; it holds one tokenizer's tokens."
         write_tokens(folder, self.engine, self._arrays, told)
 
     def check(
@@ -512,8 +485,8 @@ def feed(
     "Make the batches of the next steps in the background while the current one trains."
     if workers < 0 or ahead < 1:
         raise ValueError(
-            f"workers is {workers} and ahead is {ahead}; use 0 workers or more, and let 1 step or"
-            " more wait for each"
+            f"workers is {workers} and ahead is {ahead}; "
+            "use 0 workers or more, and let 1 step or more wait for each"
         )
     if not workers:
         yield from map(make, steps)
@@ -523,6 +496,7 @@ def feed(
         waiting = deque(pool.submit(make, step) for step in islice(steps, workers * ahead))
         while waiting:
             ready = waiting.popleft().result()
+            # one more is begun before this one is handed over, so that no thread is idle meanwhile
             waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
             yield ready
     finally:
@@ -554,27 +528,20 @@ def computed_tokens(
 def token_report(
     batches: Sequence[TokenBatch],  # a sample of a run, 1 or more
     tokens: Tokens,  # that made them
-) -> (
-    dict
-):  # max_length; columns: mean length and share cut of each; waste: share of padding in each layout
+) -> dict:  # max_length; mean length and share cut of columns; waste: padding of each layout
     "Account for lengths, cuts and padding."
-    columns = {}
+    sums = {}  # name -> texts, their tokens, how many were cut
     for batch in batches:
         B, C = batch.identities.shape
-        for name, lengths, cut in zip(
-            column_names(C), batch.lengths.split(B), batch.truncated.tolist()
-        ):
-            texts, total, cuts = columns.get(name, (0, 0, 0))
-            columns[name] = texts + B, total + int(lengths.sum()), cuts + cut
-    real = sum(len(batch.token_ids) for batch in batches)
-    return {
-        "max_length": tokens.max_length,
-        "columns": {
-            name: {"mean": total / texts, "truncated": cuts / texts}
-            for name, (texts, total, cuts) in columns.items()
-        },
-        "waste": {
-            layout: 1 - real / sum(computed_tokens(batch, layout, tokens) for batch in batches)
-            for layout in LAYOUTS
-        },
+        lengths = batch.lengths.split(B)  # C of (B,)
+        for name, n, cut in zip(column_names(C), lengths, batch.truncated.tolist()):
+            texts, total, cuts = sums.get(name, (0, 0, 0))
+            sums[name] = texts + B, total + int(n.sum()), cuts + cut
+    columns = {
+        name: {"mean": total / texts, "truncated": cuts / texts}
+        for name, (texts, total, cuts) in sums.items()
     }
+    real, waste = sum(len(batch.token_ids) for batch in batches), {}
+    for layout in LAYOUTS:
+        waste[layout] = 1 - real / sum(computed_tokens(b, layout, tokens) for b in batches)
+    return {"max_length": tokens.max_length, "columns": columns, "waste": waste}

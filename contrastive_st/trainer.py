@@ -20,13 +20,8 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_torch_xla_available
 
@@ -35,39 +30,21 @@ from .atomic import read_json
 from .gradcache import cached_step
 from .machine import refuse_torch_tpu
 from .model import SentenceEncoder, _has_bf16
-from contrastive_st.run import (
-    SAVE_SECONDS,
-    Abandoned,
-    Run,
-    Stopped,
-    TrainConfig,
-    checkpoint_folder,
-    claim,
-    last_checkpoint,
-    load_training,
-    load_weights,
-    lr_factor,
-    run_report,
-    run_state,
-    seed_step,
-    write_checkpoint,
-)
+from .run import SAVE_SECONDS, Abandoned, Run, Stopped, TrainConfig
+from .run import checkpoint_folder, claim, last_checkpoint, load_training
+from .run import load_weights, lr_factor, run_report, run_state, seed_step
+from .run import write_checkpoint
 from .tokens import Tokens, feed
 
 # %% ../nbs/07_trainer.ipynb #steps
 class _Steps(IterableDataset):
-    "Yield the token batch of each step from `start()` to `steps`; `workers` threads make the next ones ahead of time, `watch` sees them pass."
+    "Yield the token batch of each step from `start()` to `steps`."
 
     def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1, workers=0, watch=iter):
-        self.mixture, self.tokens, self.steps, self.start, self.slice, self.workers, self.watch = (
-            mixture,
-            tokens,
-            steps,
-            start,
-            (rank, ranks),
-            workers,
-            watch,
-        )
+        self.mixture, self.tokens, self.slice = mixture, tokens, (rank, ranks)
+        self.steps, self.start = steps, start
+        self.workers = workers  # threads that make the next batches ahead of time
+        self.watch = watch  # sees the batches pass
 
     def _make(self, step):
         return self.tokens(self.mixture.batch(step, *self.slice))._asdict()
@@ -109,28 +86,27 @@ def batch_loss(
     embeddings: torch.Tensor,  # (C*b, D) float: b anchors, b positives, then each negative column
     identities: torch.Tensor,  # (b, C) int64 text identities
     config: TrainConfig,  # scale, similarity, symmetric, mask_same, widths
-) -> tuple[
-    torch.Tensor, torch.Tensor
-]:  # scalar loss over the global batch; candidates masked per anchor, scalar
-    "Compute the contrastive loss of a batch from its embeddings; under several ranks, of the global batch."
-    rows = embeddings.view(identities.shape[1], -1, embeddings.shape[-1]).transpose(
-        0, 1
-    )  # (b, C, D)
+) -> tuple[torch.Tensor, torch.Tensor]:  # loss, and candidates masked per anchor; two scalars
+    "Compute the contrastive loss of the global batch from the embeddings of this rank."
+    # 1. rows of anchor, positive and negatives, and those of all ranks
+    C, D = identities.shape[1], embeddings.shape[-1]
+    rows = embeddings.view(C, -1, D).transpose(0, 1)  # (b, C, D)
     rows, identities = contrastive.gather(rows), contrastive.gather(identities)  # (B, C, D), (B, C)
+    # 2. what must not be pushed away
+    same = contrastive.same_text(identities) if config.mask_same else None  # (B, N)
+    # 3. the loss; with hard negatives there is no way back
     pairs = rows.shape[1] == 2
-    same = contrastive.same_text(identities) if config.mask_same else None
-    inputs = (rows[:, 0], rows[:, 1], None if pairs else rows[:, 2:])
+    inputs = (rows[:, 0], rows[:, 1], None if pairs else rows[:, 2:])  # (B, D), (B, D), (B, K, D)
     options = dict(
         scale=config.scale,
         similarity=config.similarity,
         symmetric=config.symmetric and pairs,
         same=same,
     )
-    value = (
-        contrastive.matryoshka(*inputs, widths=config.widths, **options)
-        if config.widths
-        else contrastive.info_nce(*inputs, **options)
-    )
+    if config.widths:
+        value = contrastive.matryoshka(*inputs, widths=config.widths, **options)
+    else:
+        value = contrastive.info_nce(*inputs, **options)
     masked = same.sum() / len(same) if config.mask_same else torch.zeros((), device=rows.device)
     return value, masked
 
@@ -154,12 +130,12 @@ class _ContrastiveTrainer(Trainer):
             self.run.mixture,
             tokens,
             self.config.steps,
-            self._begin,
+            self._begin,  # asked when the loop begins: only then is the checkpoint loaded
             *ranks,
-            self.config.workers,
-            self.clock.wait,
+            workers=self.config.workers,
+            watch=self.clock.wait,
         )
-        return DataLoader(steps, batch_size=None)
+        return DataLoader(steps, batch_size=None)  # each item is a batch already
 
     def _begin(self):
         self.run.first_step = self.state.global_step
@@ -188,9 +164,8 @@ class _ContrastiveTrainer(Trainer):
 
     def _contrast(self, batch, embeddings):
         value, masked = batch_loss(embeddings, batch["identities"], self.config)
-        candidates = (
-            self.args.world_size * batch["identities"][:, 1:].numel()
-        )  # of the global batch
+        # Of the global batch, from (b, C) on each rank: all but the anchors.
+        candidates = self.args.world_size * batch["identities"][:, 1:].numel()
         self.counts.add(
             masked=masked,
             negatives=candidates - 1 - masked,  # for each anchor
@@ -200,9 +175,8 @@ class _ContrastiveTrainer(Trainer):
         return value
 
     def log(self, logs, start_time=None):
-        self.state.epoch = (
-            None  # counted by the Trainer in its own way, and otherwise after a resume
-        )
+        # The Trainer counts epochs in its own way, and in another one after a resume.
+        self.state.epoch = None
         if "loss" in logs:
             logs |= self.counts.take() | {"input_share": self.clock.share(*self.read)}
             self.read = self.clock.waited, self.clock.stepped
@@ -220,9 +194,8 @@ class _ContrastiveTrainer(Trainer):
             raise Abandoned
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        on_evaluate = self.callback_handler.on_evaluate
+        self.control = on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _measure(self):
@@ -231,11 +204,13 @@ class _ContrastiveTrainer(Trainer):
         except Abandoned:
             return None
 
+    # The Trainer calls the private methods below: to choose the best step, to log, evaluate and
+    # save when it is time, and when a run begins.
+
     def _determine_best_metric(self, metrics, trial):
         self.run.step = self.state.global_step
-        better = self.run.improves(
-            {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        )
+        ours = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        better = self.run.improves(ours)
         if self.run.out_of_patience():
             self.control.should_training_stop = True
         return better
@@ -260,18 +235,16 @@ class _ContrastiveTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model, trial=None):
-        if self.args.should_save:
-            self.run.step = self.state.global_step
-            write_checkpoint(
-                self.run.out, self.run.step, self.run.best_step, self._write_checkpoint
-            )
+        if self.args.should_save:  # on the first rank only
+            run = self.run
+            run.step = self.state.global_step
+            write_checkpoint(run.out, run.step, run.best_step, self._write_checkpoint)
 
     def _write_checkpoint(self, folder):
         run = self.run
         run.encoder.save_pretrained(folder)
-        self.state.best_model_checkpoint = (
-            None  # a path, which would be wrong once the folder is moved
-        )
+        # A path, which would be wrong once the folder is moved.
+        self.state.best_model_checkpoint = None
         self.state.save_to_json(folder / "trainer_state.json")
         state = {
             "step": run.step,
@@ -321,9 +294,8 @@ class _Checkpoints(TrainerCallback):
         due = bool(every and state.global_step % every == 0)
         control.should_save = control.should_save or due or late or stop
         if stop:
-            self.run.signals.number = (
-                self.run.signals.number or signal.SIGTERM
-            )  # it reached another rank
+            # Where this rank got no signal, it reached another one.
+            self.run.signals.number = self.run.signals.number or signal.SIGTERM
             control.should_training_stop = True
         return control
 
@@ -340,11 +312,9 @@ def _agree(*flags):
     "Flags that are raised on any rank."
     if _ranks() == 1:
         return flags
-    device = (
-        torch.accelerator.current_accelerator()
-        if torch.distributed.get_backend() != "gloo"
-        else "cpu"
-    )
+    # gloo talks between CPUs; other backends need tensors on their own device.
+    on_cpu = torch.distributed.get_backend() == "gloo"
+    device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
     raised = torch.tensor(flags, dtype=torch.int32, device=device)
     torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
     return tuple(bool(flag) for flag in raised.tolist())
@@ -371,10 +341,8 @@ class _Means:
             self.totals[name] = total + value, count + 1
 
     def take(self):
-        means, self.totals = (
-            {name: (total / count).item() for name, (total, count) in self.totals.items()},
-            {},
-        )
+        means = {name: (total / count).item() for name, (total, count) in self.totals.items()}
+        self.totals = {}
         return means
 
 # %% ../nbs/07_trainer.ipynb #health
@@ -390,15 +358,16 @@ def check_health(
     step: int,  # optimiser steps done
     config: TrainConfig,  # lr and log_every
 ) -> None:
-    "Raise `ValueError` if the loss is not finite; warn if no negatives are left or the embeddings have collapsed."
+    "Raise `ValueError` if the loss is not finite; warn of lost negatives and collapsed embeddings."
     if not math.isfinite(logs["loss"]):
         raise ValueError(
-            f"the loss became {logs['loss']} between steps {max(step - config.log_every, 0)} and"
-            f" {step}; lower lr ({config.lr:g}), or train without bf16"
+            f"the loss became {logs['loss']} between steps"
+            f" {max(step - config.log_every, 0)} and {step};"
+            f" lower lr ({config.lr:g}), or train without bf16"
         )
-    if logs.get("negatives", math.inf) < min(
-        1, logs.get("masked", 0)
-    ):  # a batch of two has one at most, and that is no fault
+    # A batch of two pairs has one negative at most, so few of them are a fault only if some others
+    # were masked.
+    if logs.get("negatives", math.inf) < min(1, logs.get("masked", 0)):
         warnings.warn(
             "nearly every candidate is a copy of the anchor or of its positive, less than one"
             " negative is left: nothing to learn from; remove copies or mix more datasets",
@@ -421,47 +390,47 @@ def _precision():
 
 @cache
 def _onednn():
-    "How many times as fast as torch's default oneDNN multiplies float32 on this CPU, and its relative error; ten products of 0.6 GFLOP, once."
+    "Measure oneDNN's float32 products: how many times as fast as torch's default, and their error."
     if not torch.backends.mkldnn.is_available():
         return 0.0, math.inf
-    draw, seconds, before = (
-        torch.Generator().manual_seed(0),
-        {"highest": [], "medium": []},
-        _precision(),
-    )
+    # A generator of its own, so that the draws of the run stay the same.
+    draw, before = torch.Generator().manual_seed(0), _precision()
     x, w = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
+    # Ten products of 0.6 GFLOP, by turns, so that a slow moment of the machine hits both; on a CPU
+    # "medium" hands float32 to oneDNN.
+    seconds = {"highest": [], "medium": []}
     try:
         for _ in range(5):
-            for way, found in seconds.items():
-                torch.set_float32_matmul_precision(way)
+            for precision, times in seconds.items():
+                torch.set_float32_matmul_precision(precision)
                 begun = time.perf_counter()
-                product = x @ w
-                found.append(time.perf_counter() - begun)
+                product = x @ w  # (512, 1536); the last one is oneDNN's
+                times.append(time.perf_counter() - begun)
     finally:
         torch.set_float32_matmul_precision(before)
     exact = x.double() @ w.double()
-    return (
-        min(seconds["highest"]) / min(seconds["medium"]),
-        ((product - exact).abs().max() / exact.abs().max()).item(),
-    )
+    error = ((product - exact).abs().max() / exact.abs().max()).item()
+    return min(seconds["highest"]) / min(seconds["medium"]), error
 
 # %% ../nbs/07_trainer.ipynb #matmul
-def _matmul(config, kind):
-    "Choose who multiplies float32: oneDNN where it is as exact as torch's default, and faster; a precision set by the caller stays."
-    if kind != "cpu" or config.matmul == "default" or _precision() != "highest":
+def _matmul(config, device):
+    "Choose who multiplies float32: oneDNN where it is as exact as torch's default, and faster."
+    # A precision that you set, anything but "highest", stays.
+    if device != "cpu" or config.matmul == "default" or _precision() != "highest":
         return "default"
     faster, error = _onednn()
     if config.matmul == "onednn" and error > 1e-5:
         raise ValueError(
-            "matmul is 'onednn', but on this machine its float32 products have a relative error of"
-            f" {error:.0e}; use 'auto' or 'default', or set bf16 = true for speed"
+            "matmul is 'onednn', but on this machine its float32 products have"
+            f" a relative error of {error:.0e};"
+            " use 'auto' or 'default', or set bf16 = true for speed"
         )
     return "onednn" if error < 1e-5 and (faster > 1.2 or config.matmul == "onednn") else "default"
 
 
 @contextmanager
 def _multiplying(matmul):
-    "Multiply float32 that way in a block."
+    "Multiply float32 in a block as `_matmul` chose."
     before = _precision()
     if matmul == "onednn":
         torch.set_float32_matmul_precision("medium")
@@ -471,66 +440,63 @@ def _multiplying(matmul):
         torch.set_float32_matmul_precision(before)
 
 # %% ../nbs/07_trainer.ipynb #compute
-def _fitting(encoder, bf16, kind):
-    "Tokens whose activations take about 2 GiB, or a quarter of a GPU's memory; the same number on every CPU, so that a run is the same run."
+def _fitting(encoder, bf16, device):
+    "Tokens whose activations take about 2 GiB, or a quarter of a GPU's memory."
     shape, size = encoder.backbone.config, 2 if bf16 and encoder.layout == "packed" else 4
-    memory = (
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory // 4
-        if kind == "cuda"
-        else 2**31
-    )
-    return (
-        max(
-            1,
-            memory
-            // (25 * size * getattr(shape, "num_hidden_layers", 12) * shape.hidden_size * 1024),
-        )
-        * 1024
-    )
+    memory = 2**31  # on every CPU, however much it has, so that a run is the same run
+    if device == "cuda":
+        number = torch.cuda.current_device()
+        memory = torch.cuda.get_device_properties(number).total_memory // 4
+    # A layer keeps about 25 numbers for each token and dimension; whole thousands of tokens.
+    layers = getattr(shape, "num_hidden_layers", 12)
+    return max(1, memory // (25 * size * layers * shape.hidden_size * 1024)) * 1024
 
 
-def _compute(encoder, config, kind):
+def _compute(encoder, config, device):
     "What a run computes with, for its record."
-    bf16 = config.bf16 and _has_bf16(kind)
+    bf16 = config.bf16 and _has_bf16(device)
     if config.bf16 and not bf16:
-        warnings.warn(f"this {kind} has no bfloat16 arithmetic; training in float32", stacklevel=3)
+        warnings.warn(
+            f"this {device} has no bfloat16 arithmetic; training in float32", stacklevel=3
+        )
     return {
-        "device": kind,
+        "device": device,
         "layout": encoder.layout,
         "dtype": "bfloat16" if bf16 else "float32",
-        "matmul": _matmul(config, kind),
+        "matmul": _matmul(config, device),
         "matmul_precision": _precision(),
         "fused": config.fused,
-        "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, kind),
+        "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, device),
     }
 
 
 def _keep_computing(compute, out):
     "Take what a resumed run began with where it was chosen by measuring; say what cannot be kept."
-    begun = read_json(out / "versions.json").get("compute", {})
-    if compute["device"] == begun.get("device"):
-        compute |= {name: begun[name] for name in ("matmul", "chunk_tokens") if name in begun}
-    differ = [
-        f"{name} was {begun.get(name)}, is {now}"
+    before = read_json(out / "versions.json").get("compute", {})
+    if compute["device"] == before.get("device"):
+        compute |= {name: before[name] for name in ("matmul", "chunk_tokens") if name in before}
+    changes = [
+        f"{name} was {before.get(name)}, is {now}"
         for name, now in compute.items()
-        if begun.get(name) != now
+        if before.get(name) != now
     ]
-    if differ:
+    if changes:
         print(
-            f"the run goes on with other arithmetic ({', '.join(differ)}), so numbers agree up to"
-            " rounding only",
+            f"the run goes on with other arithmetic ({', '.join(changes)}),"
+            " so numbers agree up to rounding only",
             file=sys.stderr,
         )
 
 
 def _compute_line(compute):
-    "Say it in one line."
+    "Say in one line what a run computes with."
+    c = compute
     return (
-        "computing on {device}: {layout} texts, {dtype}, fp32 products {matmul}"
-        " ({matmul_precision}), "
-        + ("fused " if compute["fused"] else "")
-        + "AdamW, activations of {chunk_tokens:,} tokens at a time"
-    ).format(**compute)
+        f"computing on {c['device']}: {c['layout']} texts, {c['dtype']},"
+        f" fp32 products {c['matmul']} ({c['matmul_precision']}),"
+        f" {'fused ' if c['fused'] else ''}AdamW,"
+        f" activations of {c['chunk_tokens']:,} tokens at a time"
+    )
 
 # %% ../nbs/07_trainer.ipynb #arguments
 def _arguments(config, folder):
@@ -557,9 +523,9 @@ def _arguments(config, folder):
         ddp_find_unused_parameters=False,
         ddp_timeout=3 * 3600,  # seconds; the other ranks wait while the first one evaluates
     )
-    args._n_gpu = min(
-        args.n_gpu, 1
-    )  # several GPUs in one process would cut our ragged batch; use torchrun
+    # With several GPUs in one process the Trainer would cut our ragged batch, and there is no
+    # public switch; use torchrun for them.
+    args._n_gpu = min(args.n_gpu, 1)
     return args
 
 # %% ../nbs/07_trainer.ipynb #lines
@@ -581,8 +547,8 @@ def log_line(
     logs: dict,  # one entry of the history
 ) -> str:  # "" if it holds nothing to show
     "Write one entry of the history as a line for people."
-    shown = [form.format(logs[name]) for name, form in _SHOWN.items() if name in logs]
-    return f"step {step:<6} " + "   ".join(shown) if shown else ""
+    parts = [form.format(logs[name]) for name, form in _SHOWN.items() if name in logs]
+    return f"step {step:<6} " + "   ".join(parts) if parts else ""
 
 
 class _Lines(ProgressCallback):
@@ -608,32 +574,33 @@ def _check(encoder, mixture, config):
     "Refuse, before the directory is taken, what would fail later or only look right."
     if not hasattr(mixture, "batch"):
         raise ValueError(
-            f"mixture is a {type(mixture).__name__}; train takes a Mixture, which says the batch"
-            " size and the weights"
+            f"mixture is a {type(mixture).__name__};"
+            " train takes a Mixture, which says the batch size and the weights"
         )
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(
-            f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions;"
-            " leave out the larger ones"
+            f"widths are {list(config.widths)},"
+            f" but the encoder has {encoder.width} dimensions; leave out the larger ones"
         )
     if config.widths and encoder.width not in config.widths:
         warnings.warn(
-            f"widths are {list(config.widths)}, so the full width of {encoder.width} is not trained"
-            f" itself; add {encoder.width} to train it, too",
+            f"widths are {list(config.widths)}, so the full width of {encoder.width}"
+            f" is not trained itself; add {encoder.width} to train it, too",
             stacklevel=3,
         )
     if is_torch_xla_available():
         raise ValueError(
             "torch_xla is installed, and transformers' Trainer would move the run onto it and"
-            " compile nearly every batch anew; set USE_TORCH_XLA=0 before Python starts to train on"
-            " CPU or GPU, or use contrastive_st.xla.train (--xla) for XLA devices"
+            " compile nearly every batch anew;"
+            " set USE_TORCH_XLA=0 before Python starts to train on CPU or GPU,"
+            " or use contrastive_st.xla.train (--xla) for XLA devices"
         )
     tokens = Tokens(encoder.tokenizer, encoder.max_length)
     tokens.check(getattr(source, "store", None) for source in mixture.sources)
 
 
 def _device():
-    "The kind of device that torch would train on; a TPU is refused."
+    "The type of device that torch would train on; a TPU is refused."
     if not torch.accelerator.is_available():
         return "cpu"
     device = torch.accelerator.current_accelerator().type
@@ -661,10 +628,11 @@ def _finish(run, trainer, seconds):
             load_weights(run.encoder, checkpoint_folder(run.out, run.best_step))
         return run.finish(seconds)
     except Abandoned:
-        if not run.config.metric and last_checkpoint(run.out) != str(
-            checkpoint_folder(run.out, run.step)
-        ):
-            trainer._save_checkpoint(run.encoder)
+        # With a metric the encoder may hold the weights of the best step, not of the last one.
+        if not run.config.metric:
+            newest = str(checkpoint_folder(run.out, run.step))
+            if last_checkpoint(run.out) != newest:
+                trainer._save_checkpoint(run.encoder)
         raise run.stopped() from None
 
 # %% ../nbs/07_trainer.ipynb #train
@@ -673,19 +641,21 @@ def train(
     mixture,  # mixture.Mixture: gives the global batch of any step
     config: TrainConfig = TrainConfig(),  # every number of the loop
     out: str | Path = "runs/latest",  # run directory: records, checkpoints, TensorBoard, model
-    evaluate: (
-        Callable | None
-    ) = None,  # SentenceEncoder -> dict of numbers, before, during and after; may select the model
+    # before, during and after; may select the model
+    evaluate: Callable | None = None,  # SentenceEncoder -> dict of numbers
     test: Callable | None = None,  # the same, before and after only
-    resume: bool = False,  # continue the run in `out` from its newest whole checkpoint; start it if there is none
+    # from its newest whole checkpoint; start it if there is none
+    resume: bool = False,  # continue the run in `out`
     overwrite: bool = False,  # delete the run in `out` first
     recipe: str = "",  # text of the recipe, kept in the run directory
     callbacks: Sequence = (),  # more transformers TrainerCallbacks
     progress: bool = True,  # show the progress bar and the log lines
-) -> dict:  # "before", "after", "test", "steps", "best_step", "ended_by", "seconds", "pairs_per_second"; {} on other ranks
-    "Train `encoder` on the batches of `mixture`; `ValueError` if `out` holds another run, `Stopped` after a signal."
+) -> dict:  # "before", "after", "test", "steps", "best_step", "ended_by", ...; {} on other ranks
+    "Train `encoder` on the batches of `mixture`; a signal ends the run with `Stopped`."
+    # 1. everything that can be refused before the directory is taken
     _check(encoder, mixture, config)
     compute = _compute(encoder, config, _device())
+    # 2. take the directory, on the first rank; it may hold another run (ValueError), or this one
     run = Run(encoder, mixture, config, out, evaluate, test, versions={"compute": compute})
     main, mode = int(os.environ.get("RANK", 0)) == 0, encoder.training
     with run.taken(resume, overwrite) if main else run.signals as checkpoint:
@@ -696,6 +666,7 @@ def train(
             _keep_computing(compute, run.out)
         if finished:
             return run.recorded() if main else {}
+        # 3. train, measure and save
         with _multiplying(compute["matmul"]):
             if main:
                 run.begin(recipe)

@@ -20,7 +20,7 @@ from multiprocessing.context import SpawnContext
 def _end_with_parent():
     "Wait for the parent to end, however it ends, then end this process."
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os._exit(1)  # at once: `sys.exit` would end this thread only
 
 
 def _begin(start, args):
@@ -41,31 +41,28 @@ class _Context(SpawnContext):
 
     def __init__(self):
         super().__init__()
-        self.started = []
+        self.processes = []
 
     def Process(self, *args, **kwargs):
         process = super().Process(*args, **kwargs)
-        self.started.append(process)
+        self.processes.append(process)
         return process
 
     def reason(self):
         "Why a worker died, in words."
-        codes = [process.exitcode for process in self.started]
+        codes = [process.exitcode for process in self.processes]
         if _NO_MAIN_GUARD in codes:
             return (
-                "your script starts workers when it is imported; put the call below `if __name__ =="
-                ' "__main__":`'
+                "your script starts workers when it is imported; "
+                'put the call below `if __name__ == "__main__":`'
             )
-        first = next(
-            (code for code in codes if code not in (None, 0, -signal.SIGTERM)), None
-        )  # the pool ends the others by SIGTERM
+        # the pool ends the others by SIGTERM, so that number says nothing
+        first = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
+        if first is None:
+            return "killed"
         if first == -signal.SIGKILL:
             return "killed, perhaps because memory was short"
-        return (
-            "killed"
-            if first is None
-            else f"ended with code {first}, perhaps while it was being set up"
-        )
+        return f"ended with code {first}, perhaps while it was being set up"
 
 # %% ../nbs/00_workers.ipynb #pool
 @contextmanager
@@ -76,9 +73,8 @@ def worker_pool(
     todo: str = "run again, perhaps with fewer workers",  # how the sentence ends if a worker dies
 ) -> Iterator[ProcessPoolExecutor]:
     "Open a pool of processes; raise `ValueError` with the reason if a worker dies."
-    if getattr(
-        multiprocessing.current_process(), "_inheriting", False
-    ):  # a worker that is importing the user's script
+    # multiprocessing's own mark of a worker that is still importing the user's script
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_NO_MAIN_GUARD)
     context = _Context()
     pool = ProcessPoolExecutor(workers, context, _begin, (start, args))
@@ -88,7 +84,7 @@ def worker_pool(
         pool.shutdown(cancel_futures=True)  # so that all exit codes are known
         raise ValueError(f"a worker process died ({context.reason()}); {todo}") from error
     except BaseException:  # Ctrl-C, or an error: nobody waits for what is under way
-        for process in context.started:
+        for process in context.processes:
             process.terminate()
         raise
     finally:

@@ -33,17 +33,8 @@ from torch import Tensor
 from .machine import pair_arguments, refusal, tpu_chips
 from .model import POOLINGS, SentenceEncoder, _most_tokens
 from .tokens import TokenBatch, Tokens, feed, pad
-from contrastive_st.run import (
-    SAVE_SECONDS,
-    Abandoned,
-    Run,
-    TrainConfig,
-    checkpoint_folder,
-    load_training,
-    load_weights,
-    lr_factor,
-    write_checkpoint,
-)
+from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig, checkpoint_folder
+from .run import load_training, load_weights, lr_factor, write_checkpoint
 from .trainer import batch_loss, check_health, log_line, mean_cosine
 
 # %% ../nbs/08_xla.ipynb #seam
@@ -67,16 +58,16 @@ def _no_torch_xla(error):
     installed = [d.version for d in metadata.distributions(name="torch_xla")]
     if installed and not _same_release(installed[0], torch.__version__):
         return _does_not_fit(installed[0])
-    said = " ".join(str(error).rpartition("/")[2].split())[:60]  # without a long path
+    reason = " ".join(str(error).rpartition("/")[2].split())[:60]  # without a long path
     return (
-        f"torch_xla cannot be imported ({said}); install the pair: "
+        f"torch_xla cannot be imported ({reason}); install the pair: "
         f"pip install {' '.join(pair_arguments(tpu_chips()))}, and restart Python; "
         "or train on CPU and GPU with contrastive_st.trainer"
     )
 
 
 def _torch_xla():
-    "The torch_xla package; a ValueError that says how to get it when it is not there or does not fit."
+    "Import torch_xla; if it is not there or does not fit, a ValueError says how to get it."
     try:
         import torch_xla
     except (ImportError, OSError) as error:  # OSError: a library that it was built for is not there
@@ -87,13 +78,13 @@ def _torch_xla():
 
 
 def _flags(dump):
-    "Ask XLA to write down the programs whose name holds 'contrastive', in a folder of this process; it goes when the process ends, unless a place was given."
+    "Ask XLA to write its programs of 'contrastive' functions into a folder of this process."
     if "xla_dump_to" in os.environ.get("XLA_FLAGS", ""):
         return
     if dump:
         Path(dump).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="xla-", dir=dump)
-    if not dump:
+    if not dump:  # nobody asked to keep it
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
@@ -126,12 +117,10 @@ def _say_if_on_cpu(device):
 
 # %% ../nbs/08_xla.ipynb #start
 def start(
-    dump: (
-        str | Path | None
-    ) = None,  # where to keep what XLA writes about compiled programs, which the guards read; None = only as long as the process lives
-    cache: (
-        str | Path | None
-    ) = None,  # folder where a TPU keeps compiled programs for the next process; None keeps none
+    # the guards read it; None = only as long as the process lives
+    dump: str | Path | None = None,  # where to keep what XLA writes about compiled programs
+    # None keeps none
+    cache: str | Path | None = None,  # where a TPU keeps compiled programs for the next process
 ) -> "Mesh":  # of torch_xla.distributed.spmd, one axis "data" over all devices of all hosts
     "Turn on SPMD and lay out all devices in one row; call it before any tensor is on a device."
     _torch_xla()
@@ -144,9 +133,8 @@ def start(
     if not runtime.is_spmd():
         _use_spmd(runtime)
     logging.getLogger("torch_xla.backends").setLevel("ERROR")  # it warns even of the first call
-    importlib.import_module("torch_xla.backends").set_mat_mul_precision(
-        "highest"
-    )  # a TPU multiplies float32 as bfloat16 unless told not to
+    # A TPU multiplies float32 as bfloat16 unless it gets this setting.
+    importlib.import_module("torch_xla.backends").set_mat_mul_precision("highest")
     _say_if_on_cpu(runtime.device_type())
     n = runtime.global_runtime_device_count()
     mesh = spmd.Mesh(np.arange(n), (n,), ("data",))
@@ -154,22 +142,22 @@ def start(
     return mesh
 
 # %% ../nbs/08_xla.ipynb #counters
-def counters() -> dict[
-    str, int
-]:  # compilations, executions, fallbacks to the host, since the process began
+def counters() -> dict[str, int]:  # compilations, executions and fallbacks of this process
     "Wait for the devices and read torch_xla's counters."
     _torch_xla()
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as metrics
 
+    def number(name):
+        return (metrics.metric_data(name) or [0])[0]
+
     xm.wait_device_ops()
-    number = lambda name: (metrics.metric_data(name) or [0])[0]
+    # torch_xla counts each operation that ran on the host under the operation's own name.
+    on_host = [name for name in metrics.counter_names() if name.startswith("aten::")]
     return {
         "compilations": metrics.counter_value("UncachedCompile") or 0,
         "executions": number("ExecuteReplicatedTime") or number("ExecuteTime"),
-        "fallbacks": sum(
-            metrics.counter_value(c) for c in metrics.counter_names() if c.startswith("aten::")
-        ),
+        "fallbacks": sum(metrics.counter_value(name) for name in on_host),
     }
 
 
@@ -183,10 +171,11 @@ def programs(
 
 # %% ../nbs/08_xla.ipynb #place
 def _send(t, mesh):
-    "Copy a tensor to the devices, each its share of the first dimension; of several hosts, each sends to its own."
+    "Copy a tensor to the devices, to each its share of the first dimension."
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as spmd
 
+    # minibatch: of several hosts, each sends its own rows to its own devices.
     spec = spmd.ShardingSpec(mesh, ("data",) + (None,) * (t.dim() - 1), minibatch=True)
     return xm.send_cpu_data_to_device([t], _torch_xla().device(), spec)[0]
 
@@ -200,11 +189,11 @@ def _replicate(tensors, mesh):
 
 # %% ../nbs/08_xla.ipynb #lay-out
 def _divisible(B, devices):
-    "A global batch that cannot be cut into equal parts is an error."
+    "Raise a ValueError unless a global batch can be cut into equal parts."
     if B % devices:
+        below, above = B // devices * devices or devices, (B // devices + 1) * devices
         raise ValueError(
-            f"global batch {B} is not divisible by {devices} devices; use"
-            f" {B // devices * devices or devices} or {(B // devices + 1) * devices}"
+            f"global batch {B} is not divisible by {devices} devices; use {below} or {above}"
         )
 
 
@@ -215,25 +204,22 @@ def lay_out(
     pad_id: int = 0,  # the tokenizer's
     host: int = 0,  # number of this host
     hosts: int = 1,  # how many share the global batch
-) -> dict[
-    str, Tensor
-]:  # input_ids (C*B, T), lengths (C*B,), rows (C*B,) int32 numbers in the global batch, identities (B, C), truncated (devices, C)
+) -> dict[str, Tensor]:  # the arguments of a step, by name
     "Make a batch rectangular, with the columns of each device's rows side by side."
     B, C = batch.identities.shape
     _divisible(B, devices)
-    order = (
-        torch.arange(C * B).view(C, devices, B // devices).transpose(0, 1).reshape(-1)
-    )  # device, column, row
+    # From (column, device, row) to (device, column, row), (C*B,).
+    order = torch.arange(C * B).view(C, devices, B // devices).transpose(0, 1).reshape(-1)
+    # Where this host's rows are in the global batch, (C*B,).
     rows = torch.arange(C * B * hosts).view(C, hosts, B)[:, host].reshape(-1)
-    ids, _ = pad(batch.token_ids, batch.lengths, T, pad_id)
-    truncated = torch.nn.functional.pad(
-        batch.truncated[None], (0, 0, 0, devices - 1)
-    )  # counted by the first device
+    ids, _ = pad(batch.token_ids, batch.lengths, T, pad_id)  # (C*B, T)
+    # (devices, C): the first device counts for all, the others have zeros.
+    truncated = torch.nn.functional.pad(batch.truncated[None], (0, 0, 0, devices - 1))
     return {
-        "input_ids": ids[order],
-        "lengths": batch.lengths[order],
-        "rows": rows[order].int(),
-        "identities": batch.identities,
+        "input_ids": ids[order],  # (C*B, T)
+        "lengths": batch.lengths[order],  # (C*B,)
+        "rows": rows[order].int(),  # (C*B,)
+        "identities": batch.identities,  # (B, C)
         "truncated": truncated,
     }
 
@@ -249,24 +235,27 @@ def embed(
     lengths: Tensor,  # real tokens of each row, (N,) int64
 ) -> Tensor:  # (N, D) float32
     "Turn a rectangle of tokens into vectors without asking the device anything."
-    mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    shown = torch.zeros_like(mask, dtype=torch.float32).masked_fill(
-        ~mask, torch.finfo(torch.float32).min
-    )[:, None, None, :]  # 4-D: taken as it is
-    hidden = encoder.backbone(input_ids=input_ids, attention_mask=shown).last_hidden_state.float()
-    vectors = POOLINGS[encoder.pooling](hidden, mask.long())
+    mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]  # (N, T)
+    # What is added to the scores: 0, or the lowest number for padding, (N, 1, 1, T). transformers
+    # takes a mask with four dimensions as it is; one with two makes it ask the device.
+    added = torch.zeros_like(mask, dtype=torch.float32)
+    added = added.masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None, :]
+    hidden = encoder.backbone(input_ids=input_ids, attention_mask=added).last_hidden_state.float()
+    vectors = POOLINGS[encoder.pooling](hidden, mask.long())  # (N, T, D) -> (N, D)
     return torch.nn.functional.normalize(vectors, dim=-1) if encoder.normalize else vectors
 
 # %% ../nbs/08_xla.ipynb #norm
 class ShardableLayerNorm(torch.nn.LayerNorm):
-    "LayerNorm written out, so that SPMD shards it; PyTorch's own lowers to a batch norm that every device computes in full."
+    "LayerNorm written out, so that SPMD shards it."
+
+    # PyTorch's own is lowered to a batch norm, which every device computes in full.
 
     def forward(
         self,
         x: Tensor,  # (..., D) float
     ) -> Tensor:  # the shape and dtype of x; computed in float32
         "Normalise the last dimension."
-        centred = x.float() - x.float().mean(-1, keepdim=True)
+        centred = x.float() - x.float().mean(-1, keepdim=True)  # (..., D)
         scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
         return (scaled * self.weight + self.bias).to(x.dtype)
 
@@ -275,26 +264,28 @@ def replicated_matmuls(
     program: str,  # text of a compiled program
     rows: int,  # rows of the global batch times tokens: what no single device should multiply
 ) -> list[str]:  # names of the operations
-    "Find matrix products that run over the whole global batch on every device, and gathers that bring it there."
+    "Find the products and gathers of a program that hold the whole global batch on every device."
+    # 1. the shape of each value, as in "%dot.5 = f32[512,64]"
     shape = {m[1]: m[2].split(",") for m in re.finditer(r"%([\w.-]+) = \w+\[([\d,]*)\]", program)}
-    large = re.finditer(r"%([\w.-]+) = \S+ (?:dot|convolution|all-gather)\(([^)]*)\)", program)
-    return [
-        m[1]
-        for m in large
-        if any(
-            str(rows) in shape.get(name, ()) for name in (m[1], *re.findall(r"%([\w.-]+)", m[2]))
-        )
-    ]
+    # 2. products and gathers with what they take, as in "%dot.5 = f32[512,64] dot(%a, %b)"
+    calls = re.finditer(r"%([\w.-]+) = \S+ (?:dot|convolution|all-gather)\(([^)]*)\)", program)
+    large = []
+    for call in calls:
+        names = (call[1], *re.findall(r"%([\w.-]+)", call[2]))
+        if any(str(rows) in shape.get(name, ()) for name in names):
+            large.append(call[1])
+    return large
 
 # %% ../nbs/08_xla.ipynb #noise
 def _signed(x):
-    return x - 2**32 if x >= 2**31 else x  # 32 bits as torch.int32 holds them
+    "32 bits as torch.int32 holds them."
+    return x - 2**32 if x >= 2**31 else x
 
 
 def _right(x, n):
-    return (
-        x & 0x7FFFFFFF
-    ) >> n  # without the sign: XLA divides where eager shifts, and rounds negative numbers up
+    "Shift to the right without the sign."
+    # XLA divides where eager shifts, and rounds negative numbers up.
+    return (x & 0x7FFFFFFF) >> n
 
 
 def _scramble(x):
@@ -313,17 +304,14 @@ def _places(shape, device):
 
 
 class Noise:
-    "What decides which activations are dropped: seed, step, and the number of each row in the global batch."
+    "What decides which activations are dropped: seed, step and row of the global batch."
 
     def __init__(
         self,
         seed: int = 0,  # of the run
     ):
-        self.seed, self.step, self.rows = (
-            seed,
-            None,
-            None,
-        )  # step () int32 and rows (N,) int32 are set for each forward
+        self.seed = seed
+        self.step = self.rows = None  # () and (N,) int32, set for each forward
 
     def keep(
         self,
@@ -331,18 +319,20 @@ class Noise:
         p: float,  # probability of being dropped
         layer: int,  # number of the dropout layer
     ) -> Tensor:  # bool, the shape of x
-        "Decide by hashing what stays: the same for any number of devices, and without a random state."
-        row = _scramble(
-            _scramble(self.rows * _signed(0x9E3779B1) + self.step)
-            + _signed((self.seed * 0x85EBCA77 + layer * 0xC2B2AE3D) % 2**32)
-        )
+        "Decide by hashing what stays: the same for any number of devices."
+        # The constants are the primes of xxHash, so that near numbers end far apart.
+        # 1. a number for each row, step, seed and layer, (N,)
+        layer_seed = _signed((self.seed * 0x85EBCA77 + layer * 0xC2B2AE3D) % 2**32)
+        row = _scramble(_scramble(self.rows * _signed(0x9E3779B1) + self.step) + layer_seed)
+        # 2. a number for each place in a row, the shape of x[0]
         place = _scramble(_places(x.shape[1:], x.device) * _signed(0x27D4EB2F))
+        # 3. both together, 31 bits, the shape of x
         bits = _scramble(row.view(-1, *[1] * place.dim()) ^ place) & 0x7FFFFFFF
         return bits >= row.new_full((), int(p * 2**31))  # a plain number would widen all bits to 64
 
 # %% ../nbs/08_xla.ipynb #dropout
 class HashDropout(torch.nn.Dropout):
-    "Dropout from a hash instead of a random stream, so that each device makes its own part of the mask only."
+    "Dropout from a hash instead of a random stream: each device makes only its part of the mask."
 
     noise, layer = None, 0
 
@@ -356,17 +346,14 @@ class HashDropout(torch.nn.Dropout):
         return torch.where(self.noise.keep(x, self.p, self.layer), x / (1 - self.p), 0.0)
 
 # %% ../nbs/08_xla.ipynb #shardable
-_FAMILIES = (
-    "bert",
-    "roberta",
-    "distilbert",
-    "mpnet",
-)  # checked; others may read the mask on the host or reshape across rows
+# The families that were checked; others may read the mask on the host or reshape across rows.
+_FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
 _QUERIES = ("query", "q_lin", "q")  # what an attention layer calls its query projection
 
 
 def shardable(
-    backbone: torch.nn.Module,  # BERT, RoBERTa, DistilBERT or MPNet of transformers; changed in place, its state dict stays as it is
+    # changed in place; its state dict stays as it is
+    backbone: torch.nn.Module,  # BERT, RoBERTa, DistilBERT or MPNet of transformers
     noise: Noise,  # shared by all dropout layers
 ) -> torch.nn.Module:  # the same backbone
     "Give a backbone layers that SPMD can shard; attention dropout becomes 0."
@@ -384,8 +371,8 @@ def shardable(
 def _check_family(backbone):
     if backbone.config.model_type not in _FAMILIES:
         raise ValueError(
-            f"backbones of type {backbone.config.model_type} were not checked under SPMD; use one"
-            f" of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer"
+            f"backbones of type {backbone.config.model_type} were not checked under SPMD;"
+            f" use one of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer"
         )
 
 
@@ -415,22 +402,23 @@ def _states(optimizer):
 
 @torch.no_grad()
 def _before_step(optimizer, *_):
-    "Weight decay, and a count that stops at 16,000: AdamW's own factors become 1.0 in float32, a constant, and would be compiled anew."
+    "Apply weight decay, and stop the count of steps at 16,000."
+    # AdamW's own factors, 1 - lr * decay and the corrections of its moments, would become 1.0 in
+    # float32 at some step, which is a constant, and so the program would be compiled anew.
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p]["step"].clamp_(
-                max=16_000
-            )  # the correction of the second moment is 1 - 6e-8 by then
+            # By then the correction of the second moment is 1 - 6e-8.
+            optimizer.state[p]["step"].clamp_(max=16_000)
             if group["decay"] and p.grad is not None:
                 p.add_(p * -(group["lr"] * group["decay"]))
 
 
 def _optimizer(backbone, config, saved=None):
-    "AdamW with its state made, or restored, beforehand: state that appears in the first step would be a second graph."
-    matrices, vectors = (
-        [p for p in backbone.parameters() if p.requires_grad and (p.dim() > 1) == wide]
-        for wide in (True, False)
-    )
+    "AdamW with its state made or restored beforehand."
+    # State that appears in the first step would be a second graph.
+    weights = [p for p in backbone.parameters() if p.requires_grad]
+    matrices = [p for p in weights if p.dim() > 1]
+    vectors = [p for p in weights if p.dim() <= 1]  # biases and norms do not decay
     groups = [{"params": matrices, "decay": config.weight_decay}, {"params": vectors, "decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups, lr=config.lr, weight_decay=0.0, fused=False, foreach=False
@@ -457,14 +445,8 @@ def _twin(encoder, config, mesh, saved=None):
         for p in twin.parameters():
             p.mul_(1)  # else the first step would be a program of its own
     optimizer = _optimizer(twin.backbone, config, saved)
-    _replicate(
-        [
-            *twin.parameters(),
-            *twin.buffers(),
-            *(t for state in _states(optimizer) for t in state.values() if t.dim()),
-        ],
-        mesh,
-    )
+    moments = [t for state in _states(optimizer) for t in state.values() if t.dim()]
+    _replicate([*twin.parameters(), *twin.buffers(), *moments], mesh)
     torch_xla.sync(wait=True)
     return twin, optimizer, noise
 
@@ -486,34 +468,35 @@ def make_step(
     noise: Noise,  # of the backbone
     devices: int,  # P
     graphs: int,  # how many programs the run may need: buckets x column counts
-) -> Callable:  # (totals, step, input_ids, lengths, rows, identities, truncated) -> totals and step, moved on by one
+) -> Callable:  # totals, step, and the tensors of `lay_out` by name -> totals, step + 1
     "Compile the training step; a program too many, or a wait for the host inside, is an error."
 
     def contrastive(totals, step, input_ids, lengths, rows, identities, truncated):
         noise.rows, noise.step, (B, C) = rows, step, identities.shape
+        # 1. embed
         with torch.autocast("xla", torch.bfloat16, enabled=config.bf16):
-            vectors = embed(encoder, input_ids, lengths)
+            vectors = embed(encoder, input_ids, lengths)  # (C*B, D)
+        # 2. contrast
         value, masked = batch_loss(_columns_first(vectors, C, devices), identities, config)
+        # 3. backward
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.clip, foreach=False)
+        # 4. step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seen = [
+        # 5. numbers for the log, which stay on the device: in the order of _LOGGED
+        scalars = [
             value.detach(),
             norm,
             masked,
-            B * (C - 1) - 1 - masked,
+            B * (C - 1) - 1 - masked,  # negatives of an anchor
             truncated.sum() / (B * C),
             mean_cosine(vectors.detach()),
         ]
-        return totals + torch.stack([s.float() for s in seen]), step + 1
+        return totals + torch.stack([s.float() for s in scalars]), step + 1
 
-    return _in_words(
-        _torch_xla().compile(
-            contrastive, full_graph=True, name="contrastive", max_different_graphs=graphs
-        ),
-        graphs,
-    )
+    options = {"full_graph": True, "name": "contrastive", "max_different_graphs": graphs}
+    return _in_words(_torch_xla().compile(contrastive, **options), graphs)
 
 
 def _in_words(step, graphs):
@@ -541,57 +524,65 @@ def _in_words(step, graphs):
     return call
 
 # %% ../nbs/08_xla.ipynb #guards
-def check_program(
-    shape: tuple[int, int],  # of the step's input_ids over all devices, (C*B, T)
-    devices: int,  # P
-    fallbacks: int = 0,  # to the host, that were there before
-    sizes: Sequence[
-        int
-    ] = (),  # of the parameters; where C*B*T is one of them, a replicated product cannot be told from a sharded one
-) -> None:
-    "Raise a ValueError if the step falls back to the host, or has the whole global batch on each device."
-    if (n := counters()["fallbacks"] - fallbacks) > 0:
+def _check_fallbacks(n):
+    "Raise a ValueError if operations of the step ran on the host."
+    if n > 0:
         raise ValueError(
             f"operations of the step ran on the host ({n} times) because XLA has no form of them:"
             " each costs a round trip in every step; torch_xla.debug.metrics.metrics_report()"
             " names them (aten::...)"
         )
+
+
+def _check_sharding(texts, rows, devices):
+    "Raise a ValueError if programs hold all token rows of the global batch on each device."
+    if operations := [name for text in texts for name in replicated_matmuls(text, rows)]:
+        raise ValueError(
+            f"{len(operations)} operations of the step (such as {operations[0]}) gather or multiply"
+            f" all {rows:,} token rows on each of {devices} devices:"
+            " the batch is not sharded there; look for a layer that works across rows,"
+            " as torch.nn.LayerNorm does, give `shardable` a replacement, and restart the kernel"
+        )
+
+
+def check_program(
+    shape: tuple[int, int],  # of the step's input_ids over all devices, (C*B, T)
+    devices: int,  # P
+    fallbacks: int = 0,  # to the host, that were there before
+    # where C*B*T is one of them, we cannot tell a replicated product from a sharded one
+    sizes: Sequence[int] = (),  # of the parameters
+) -> None:
+    "Raise a ValueError if the step runs on the host, or whole on each device."
+    _check_fallbacks(counters()["fallbacks"] - fallbacks)
     if devices == 1:
         return
     (N, T), rows = shape, shape[0] * shape[1]
-    texts = [
-        text for text in programs() if f"s64[{N // devices},{T}]" in text.partition("\n")[0]
-    ]  # the program that takes this shape: its first line lists what it takes
-    if rows in sizes or not texts:
-        reason = (
-            f"{rows:,} token rows are also the size of a parameter"
-            if texts
-            else "XLA wrote no program down; call xla.start() before anything else uses torch_xla"
-        )
-        warnings.warn(
-            f"whether the batch is sharded in every matrix product could not be checked: {reason}",
-            stacklevel=2,
-        )
-    elif found := [name for text in texts for name in replicated_matmuls(text, rows)]:
-        raise ValueError(
-            f"{len(found)} operations of the step (such as {found[0]}) gather or multiply all"
-            f" {rows:,} token rows on each of {devices} devices: the batch is not sharded there;"
-            " look for a layer that works across rows, as torch.nn.LayerNorm does, give"
-            " `shardable` a replacement, and restart the kernel"
-        )
+    # The program that takes this shape: its first line lists what it takes.
+    takes = f"s64[{N // devices},{T}]"
+    texts = [text for text in programs() if takes in text.partition("\n")[0]]
+    if texts and rows not in sizes:
+        _check_sharding(texts, rows, devices)
+        return
+    reason = f"{rows:,} token rows are also the size of a parameter"
+    if not texts:
+        reason = "XLA wrote no program down; call xla.start() before anything else uses torch_xla"
+    warnings.warn(
+        f"whether the batch is sharded in every matrix product could not be checked: {reason}",
+        stacklevel=2,
+    )
 
 
 def _guard(twin, devices):
-    "A context for a step that looks at each program once, when the first batch of its shape has run."
-    looked, sizes = set(), {n for p in twin.parameters() for n in p.shape}
+    "A context for a step that looks at each program once, after the first batch of its shape."
+    shapes, sizes = set(), {n for p in twin.parameters() for n in p.shape}
 
     @contextlib.contextmanager
     def guard(input_ids):
-        before = None if input_ids.shape in looked else counters()["fallbacks"]
+        before = None if input_ids.shape in shapes else counters()["fallbacks"]
         yield
         if before is not None:
             check_program(tuple(input_ids.shape), devices, before, sizes)
-        looked.add(input_ids.shape)
+        shapes.add(input_ids.shape)
 
     return guard
 
@@ -603,13 +594,13 @@ def _check(encoder, mixture, config, buckets, devices):
     longest, limit = max((encoder.max_length, *buckets)), _most_tokens(encoder.backbone)
     if longest > (limit or longest):
         raise ValueError(
-            f"bucket {longest} is longer than the {limit} positions of this backbone; use buckets"
-            f" and a max_length of at most {limit}"
+            f"bucket {longest} is longer than the {limit} positions of this backbone;"
+            f" use buckets and a max_length of at most {limit}"
         )
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(
-            f"widths are {list(config.widths)}, but the encoder has {encoder.width} dimensions;"
-            " leave out the larger ones"
+            f"widths are {list(config.widths)},"
+            f" but the encoder has {encoder.width} dimensions; leave out the larger ones"
         )
     if config.chunk_tokens:
         raise ValueError(
@@ -632,69 +623,56 @@ def _hosts():
 
 
 def _versions(mesh):
-    "What the record of a run says about XLA: release, kind of device (machines with a TPU name it), how many."
-    kind = " ".join(
-        filter(None, [_torch_xla().runtime.device_type(), os.environ.get("TPU_ACCELERATOR_TYPE")])
-    )
+    "What the record of a run says about XLA: its release, the device, and how many there are."
+    # Machines with a TPU name it in the environment.
+    names = [_torch_xla().runtime.device_type(), os.environ.get("TPU_ACCELERATOR_TYPE")]
     return {
         "torch_xla": _torch_xla().__version__,
-        "xla_device": kind,
+        "xla_device": " ".join(filter(None, names)),
         "xla_devices": int(mesh.size()),
         "attention_dropout": 0.0,
     }
 
 
 def _batches(mixture, tokens, config, first, mesh):
-    "The remaining batches, laid out and sent to the devices ahead of time by background threads; each host sends its own slice."
+    "The remaining batches, laid out and sent to the devices by threads ahead of time."
     host, hosts = _hosts()
 
     def make(step):
-        batch = tokens(mixture.batch(step, host, hosts))
-        T = (
-            tokens.bucket(batch) if hosts == 1 else tokens.buckets[-1]
-        )  # a host does not know how long the others' texts are
-        return {
-            name: _send(t, mesh)
-            for name, t in lay_out(
-                batch, T, mesh.size() // hosts, tokens.pad_id, host, hosts
-            ).items()
-        }
+        batch = tokens(mixture.batch(step, host, hosts))  # this host's slice
+        # A host does not know how long the others' texts are.
+        T = tokens.bucket(batch) if hosts == 1 else tokens.buckets[-1]
+        arrays = lay_out(batch, T, mesh.size() // hosts, tokens.pad_id, host, hosts)
+        return {name: _send(t, mesh) for name, t in arrays.items()}
 
     return feed(make, range(first, config.steps), config.workers)
 
 # %% ../nbs/08_xla.ipynb #log
 class _Log:
-    "Writes the means of the last steps into the history, in a thread of its own: the loop does not wait for the numbers."
+    "Write the means of the last steps into the history, in a thread of its own."
+
+    # The loop does not wait for the numbers: the thread does.
 
     def __init__(self, run, progress):
-        self.run, self.progress, self.written, self.pool, self.line = (
-            run,
-            progress,
-            run.step,
-            ThreadPoolExecutor(1, "log"),
-            None,
-        )
+        self.run, self.progress = run, progress
+        self.last_step = run.step  # of the line before
+        self.pool, self.line = ThreadPoolExecutor(1, "log"), None
         self.zero, self.begun = torch.zeros(len(_LOGGED)).to(_torch_xla().device()), time.time()
 
     def __call__(self, totals, lr):
         self.wait()
-        self.line = self.pool.submit(
-            self._write, self.run.step, totals, self.run.step - self.written, lr
-        )
-        self.written = self.run.step
+        step = self.run.step
+        self.line = self.pool.submit(self._write, step, totals, step - self.last_step, lr)
+        self.last_step = step
         return self.zero
 
     def _write(self, step, totals, steps, lr):
-        logs = dict(zip(_LOGGED, (totals.cpu() / steps).tolist())) | {
-            "learning_rate": lr,
-            "step": step,
-        }
+        means = (totals.cpu() / steps).tolist()  # waits for the devices
+        logs = dict(zip(_LOGGED, means)) | {"learning_rate": lr, "step": step}
         check_health(logs, step, self.run.config)
         self.run.history.append(logs)
-        rate, self.begun = (
-            steps * self.run.mixture.batch_size / (time.time() - self.begun),
-            time.time(),
-        )
+        rate = steps * self.run.mixture.batch_size / (time.time() - self.begun)
+        self.begun = time.time()
         if self.progress:
             print(f"{log_line(step, logs)}   {rate:,.0f} rows/s", flush=True)
 
@@ -706,9 +684,8 @@ class _Log:
 def _evaluate(run, progress):
     "Measure the encoder on the host; says whether to stop early."
     metrics = run.evaluate(f" at step {run.step}")
-    run.history.append(
-        {"step": run.step} | {f"eval_{name}": value for name, value in metrics.items()}
-    )
+    entry = {f"eval_{name}": value for name, value in metrics.items()}
+    run.history.append({"step": run.step} | entry)
     if progress and (line := log_line(run.step, run.history[-1])):
         print(line, flush=True)
     run.improves(metrics)
@@ -737,7 +714,7 @@ def _save(run, encoder, optimizer, buckets):
 
 
 def _load(run, checkpoint, encoder, buckets):
-    "Read a checkpoint: weights into the encoder, step and history into the run; returns the optimiser's state."
+    "Read a checkpoint into the encoder and the run; return the optimiser's state."
     saved = load_training(checkpoint, _TRAINING_KEYS)
     if saved["buckets"] != list(buckets):
         raise ValueError(
@@ -758,38 +735,38 @@ def _due(run, every):
 def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progress):
     "The training loop: five lines a step, and nothing in them waits for the devices."
     config, log, guard = run.config, _Log(run, progress), _guard(twin, devices)
-    saved, alone = (
-        time.monotonic(),
-        _hosts()[1] == 1,
-    )  # several hosts would disagree about clocks and signals
+    saved = time.monotonic()
+    alone = _hosts()[1] == 1  # several hosts would disagree about clocks and signals
     totals, count = log.zero, torch.tensor(run.step, dtype=torch.int32, device=log.zero.device)
     for batch in batches:  # on the devices already
+        # 1. the step
         lr = config.lr * lr_factor(run.step, config.steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with guard(batch["input_ids"]):
             totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
         run.step += 1
+        # 2. what is due after it
         stop = alone and bool(run.signals.number)
         late = alone and time.monotonic() - saved > SAVE_SECONDS
-        measure, save = (
-            _due(run, config.eval_every),
-            _due(run, config.save_every or config.eval_every) or late or stop,
-        )
+        measure = _due(run, config.eval_every)
+        save = _due(run, config.save_every or config.eval_every) or late or stop
         if measure or save or _due(run, config.log_every):
             totals = log(totals, lr)
-        if measure or save:
-            log.wait()
-            _to_host(encoder, twin)
-            try:
-                stop = (measure and _evaluate(run, progress)) or stop
-            except Abandoned:  # the evaluation is made again after a resume
-                save = stop = True
-            if save:
-                _save(run, encoder, optimizer, buckets)
-                saved = time.monotonic()
-            if stop:
-                break
+        if not (measure or save):
+            continue
+        # 3. measure, save, and perhaps stop: here the loop waits for the devices
+        log.wait()
+        _to_host(encoder, twin)
+        try:
+            stop = (measure and _evaluate(run, progress)) or stop
+        except Abandoned:  # the evaluation is made again after a resume
+            save = stop = True
+        if save:
+            _save(run, encoder, optimizer, buckets)
+            saved = time.monotonic()
+        if stop:
+            break
     log.wait()
     _to_host(encoder, twin)
 
@@ -798,26 +775,23 @@ def train(
     encoder: SentenceEncoder,  # on the host; holds the trained weights at the end
     mixture,  # mixture.Mixture: gives the global batch of any step
     config: TrainConfig = TrainConfig(),  # every number of the loop, as for CPU and GPU
-    out: (
-        str | Path
-    ) = "runs/latest",  # run directory: records, checkpoints, model; a second host keeps its own in the folder host-1, and so on
-    evaluate: (
-        Callable | None
-    ) = None,  # SentenceEncoder -> dict of floats, on the host before, during and after; may select the model
+    # a second host keeps its own in the folder host-1, and so on
+    out: str | Path = "runs/latest",  # run directory: records, checkpoints, model
+    # on the host before, during and after; may select the model
+    evaluate: Callable | None = None,  # SentenceEncoder -> dict of floats
     test: Callable | None = None,  # the same, before and after only
     resume: bool = False,  # continue the run in `out` from its last checkpoint
     overwrite: bool = False,  # delete the run in `out` first
     recipe: str = "",  # text of the recipe, kept in the run directory
-    buckets: Sequence[
-        int
-    ] = (),  # lengths T to pad to, one program each for pairs and for triplets; max_length is added, what is longer left out; empty = 32, 64 and 128
+    # one program each for pairs and for triplets; max_length is added, what is longer left out
+    buckets: Sequence[int] = (),  # lengths T to pad to; empty = 32, 64 and 128
     mesh=None,  # as `start` returns it; None starts
-    cache: (
-        str | Path | None
-    ) = None,  # if there is no mesh: where a TPU keeps compiled programs for the next process
+    # if there is no mesh
+    cache: str | Path | None = None,  # where a TPU keeps compiled programs for the next process
     progress: bool = True,  # print devices and log lines
 ) -> dict:  # as trainer.train returns it; empty on other hosts than the first
-    "Train on all XLA devices: the run of trainer.train without attention dropout, as one sharded program for each bucket and number of columns."
+    "Train on all XLA devices: the run of trainer.train without attention dropout."
+    # The step is one sharded program for each bucket and number of columns.
     mesh, (host, hosts) = mesh or start(cache=cache), _hosts()
     about, progress = _versions(mesh), progress and not host
     if progress:
@@ -860,7 +834,7 @@ def _train(run, checkpoint, tokens, mesh, progress):
 
 # %% ../nbs/08_xla.ipynb #step-time
 class Chip(NamedTuple):
-    "What one device can do at best; a device is what XLA counts as one: half a v3 chip, a whole v4 or v5e chip."
+    "What one XLA device can do at best: half a v3 chip, or a whole v4 or v5e chip."
 
     peak: float  # FLOP/s in bfloat16
     memory: float  # bytes/s to its own memory
@@ -883,18 +857,15 @@ def step_time(
     devices: int,  # P
     chip: Chip,  # one of CHIPS
     utilisation: float = 0.35,  # share of the peak that the matrix products reach; an assumption
-) -> dict[
-    str, float
-]:  # seconds: matmul, all_reduce, optimizer; their sum is the step if nothing overlaps
-    "Estimate the time of a training step from what it has to compute and move; nothing here was measured."
-    flops = (
-        6 * texts * T * layers * (12 * width**2 + 2 * T * width)
-    )  # forward 2, backward 4 for each weight, and for each score
-    ring = (
-        2 * (devices - 1) / devices * 4 * parameters
-    )  # each gradient, float32, goes round once to be added and once to be known
+) -> dict[str, float]:  # seconds of matmul, all_reduce, optimizer; if none overlap, add them
+    "Estimate the time of a training step from what it computes and moves, without measuring."
+    # Forward 2, backward 4 for each weight (12 * width**2 in a layer), and for each score.
+    flops = 6 * texts * T * layers * (12 * width**2 + 2 * T * width)
+    # Each gradient, float32, goes round once to be added and once to be known.
+    ring = 2 * (devices - 1) / devices * 4 * parameters
     return {
         "matmul": flops / (devices * chip.peak * utilisation),
         "all_reduce": ring / chip.link,
+        # weight, gradient and two moments are read, all but the gradient are written: 7 float32
         "optimizer": 7 * 4 * parameters / chip.memory,
     }

@@ -1,4 +1,4 @@
-"""Sphinx configuration. The pages are staged by tools/site.py, which also says where they are; everything about the project is in settings.ini."""
+"""Sphinx configuration: tools/site.py stages the pages, settings.ini has all about the project."""
 
 import sys
 from configparser import ConfigParser

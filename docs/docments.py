@@ -1,9 +1,11 @@
-"""A Sphinx extension: trailing comments on parameters and fields become tables in the API reference.
+"""A Sphinx extension: comments on parameters and fields become tables in the API reference.
 
 def pad(
-    lengths:Tensor,   # tokens per text, (N,) int64
-    pad_id:int=0,     # what fills up the shorter texts
-)->Tensor:            # (N, T)
+    lengths: Tensor,  # tokens per text, (N,) int64
+    # what fills up the shorter texts; a comment that is too long for the line of its parameter
+    # stands above it
+    pad_id: int = 0,
+) -> Tensor:  # (N, T)
 """
 
 import ast
@@ -45,59 +47,90 @@ def annotated_help(annotation: ast.expr | None) -> str:
     return texts[0] if texts else ""
 
 
-def function_rows(
-    source: str, function: ast.FunctionDef
-) -> tuple[list[tuple[str, str, str, str]], tuple[str, str] | None]:
-    "Rows (name, type, default, meaning) of a function in `source`, and (type, meaning) of what it returns, or None."
+def comment_above(line: int, source: str, comments: dict[int, str]) -> str:
+    "Join the comment lines directly above a line."
+    lines, texts = source.splitlines(), []
+    while line - 1 in comments and lines[line - 2].lstrip().startswith("#"):
+        line -= 1
+        texts.append(comments[line])
+    return " ".join(reversed(texts))
+
+
+def is_first(node: ast.arg, source: str) -> bool:
+    "Return whether a parameter is the first thing on its line."
+    before = source.splitlines()[node.lineno - 1].encode()[: node.col_offset]
+    return not before.strip(b" *")
+
+
+def signature_end(source: str, function: ast.FunctionDef) -> int:
+    "Return the line of the colon that ends a signature."
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.start[0] < function.lineno or token.type != tokenize.OP:
+            continue
+        depth += (token.string in "([{") - (token.string in ")]}")
+        if token.string == ":" and depth == 0:
+            return token.start[0]
+    raise ValueError(f"the signature of {function.name} has no end")
+
+
+Row = tuple[str, str, str, str]  # name, type, default, meaning
+
+
+def parameter_rows(source: str, function: ast.FunctionDef) -> list[Row]:
+    "Return the rows of a function's parameters."
     comments, rows, used = comments_by_line(source), [], set()
     for arg, default in parameters(function):
         line = (default or arg).end_lineno
         meaning = "" if line in used else comments.get(line, "")
-        if (
-            line > function.lineno or function.body[0].lineno > line
-        ):  # else the comment belongs to a one-line body
+        # else the comment belongs to a one-line body
+        if line > function.lineno or function.body[0].lineno > line:
             used.add(line)
-        kind = ast.unparse(arg.annotation) if arg.annotation else ""
-        rows.append(
-            (
-                arg.arg,
-                kind,
-                ast.unparse(default) if default else "",
-                meaning or annotated_help(arg.annotation),
-            )
-        )
+        if not meaning and is_first(arg, source):
+            meaning = comment_above(arg.lineno, source, comments)
+        annotation = ast.unparse(arg.annotation) if arg.annotation else ""
+        value = ast.unparse(default) if default else ""
+        rows.append((arg.arg, annotation, value, meaning or annotated_help(arg.annotation)))
+    return rows
+
+
+def returned_row(source: str, function: ast.FunctionDef) -> tuple[str, str] | None:
+    "Return (type, meaning) of what a function returns, or None if it says neither."
+    comments = comments_by_line(source)
+    ends = [(default or arg).end_lineno for arg, default in parameters(function)]
+    last = max(ends, default=function.lineno)  # a comment on this line is a parameter's
+    end = signature_end(source, function)
+    if function.body[0].lineno == end:  # its comment belongs to a one-line body
+        end -= 1
+    if not ends and end == function.lineno:  # no parameter, so the comment can only be this
+        last -= 1
+    # what stands on the line of the colon is about the whole, else each line says a part
+    meaning = comments.get(end, "") if end > last else ""
+    meaning = meaning or " ".join(comments[n] for n in range(last + 1, end) if n in comments)
     if function.returns is None:
-        after = (
-            function.args.end_lineno
-            if hasattr(function.args, "end_lineno")
-            else max(used, default=function.lineno)
-        ) + 1
-        meaning = " ".join(
-            comments[n]
-            for n in range(after, function.body[0].lineno)
-            if n in comments and n not in used
-        )
-        return rows, ("", meaning) if meaning else None
-    line = function.returns.end_lineno
-    return rows, (
-        ast.unparse(function.returns),
-        comments.get(line, "") if line not in used and line < function.body[0].lineno else "",
-    )
+        return ("", meaning) if meaning else None
+    return ast.unparse(function.returns), meaning
 
 
-def field_rows(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]]:
-    "Rows (name, type, default, meaning) of the annotated fields of a dataclass or NamedTuple."
-    comments, lines, rows = comments_by_line(source), source.splitlines(), []
-    for item in (
-        n for n in cls.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")
-    ):
-        above = (
-            comments.get(item.lineno - 1, "")
-            if lines[item.lineno - 2].lstrip().startswith("#")
-            else ""
+def function_rows(
+    source: str, function: ast.FunctionDef
+) -> tuple[list[Row], tuple[str, str] | None]:
+    "Return the rows of a function's parameters, and (type, meaning) of what it returns, or None."
+    return parameter_rows(source, function), returned_row(source, function)
+
+
+def field_rows(source: str, cls: ast.ClassDef) -> list[Row]:
+    "Return the rows of the annotated fields of a dataclass or NamedTuple."
+    comments, rows = comments_by_line(source), []
+    for item in cls.body:
+        if not isinstance(item, ast.AnnAssign) or item.target.id.startswith("_"):
+            continue
+        meaning = comments.get(item.end_lineno, "")
+        meaning = meaning or comment_above(item.lineno, source, comments)
+        annotation = ast.unparse(item.annotation)
+        rows.append(
+            (item.target.id, annotation, ast.unparse(item.value) if item.value else "", meaning)
         )
-        kind, default = ast.unparse(item.annotation), ast.unparse(item.value) if item.value else ""
-        rows.append((item.target.id, kind, default, comments.get(item.end_lineno, "") or above))
     return rows
 
 
@@ -105,9 +138,12 @@ def field_rows(source: str, cls: ast.ClassDef) -> list[tuple[str, str, str, str]
 
 
 def escape(text: str) -> str:
-    "A Markdown-like sentence as reStructuredText: `code` becomes ``code``, other markup characters stay themselves."
+    "Write a Markdown-like sentence as reStructuredText: `code` becomes ``code``, the rest escaped."
     parts = re.split(r"`([^`]+)`", text.replace("``", "`"))
-    plain = lambda part: re.sub(r"([\\*_|`]|(?<=\w):(?=\w))", r"\\\1", part)
+
+    def plain(part):
+        return re.sub(r"([\\*_|`]|(?<=\w):(?=\w))", r"\\\1", part)
+
     return "".join(f"``{part}``\\ " if i % 2 else plain(part) for i, part in enumerate(parts))
 
 
@@ -116,17 +152,20 @@ def code(text: str) -> str:
 
 
 def bounded(kind: str) -> str:
-    "A type with the bounds that pydantic checks, short: `Annotated[int, Field(gt=2)]` becomes `int > 2`."
+    "Shorten a type with pydantic's bounds: `Annotated[int, Field(gt=2)]` becomes `int > 2`."
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    words = lambda bounds: " and ".join(
-        f"{signs[k]} {v}" for k, v in re.findall(r"(gt|ge|lt|le)=([^,\s]+)", bounds)
-    )
+
+    def words(bounds):
+        return " and ".join(
+            f"{signs[k]} {v}" for k, v in re.findall(r"(gt|ge|lt|le)=([^,\s]+)", bounds)
+        )
+
     return re.sub(
         r"Annotated\[(\w+), Field\(([^()]*)\)\]", lambda m: f"{m[1]} {words(m[2])}".strip(), kind
     )
 
 
-def table(rows: list[tuple[str, str, str, str]], head: str) -> list[str]:
+def table(rows: list[Row], head: str) -> list[str]:
     "A list-table: name, type and default, meaning."
     lines = [
         ".. list-table::",
@@ -149,20 +188,17 @@ def table(rows: list[tuple[str, str, str, str]], head: str) -> list[str]:
 
 
 def shorten(annotation: str, parameter: inspect.Parameter | None) -> tuple[str, str]:
-    "(type, help) of an annotation; an `Annotated` alias, as the command line uses, gives its own type and help text."
+    "Return (type, help) of an annotation; an `Annotated` alias, as in the CLI, has its own."
     known = parameter.annotation if parameter else None
     if not hasattr(known, "__metadata__"):
         return annotation, ""
     kind = known.__origin__
     said = next((m.help for m in known.__metadata__ if getattr(m, "help", None)), "")
-    return (
-        kind.__name__
-        if isinstance(kind, type) and not hasattr(kind, "__args__")
-        else str(kind).replace("pathlib.", "")
-    ), said
+    plain = isinstance(kind, type) and not hasattr(kind, "__args__")
+    return kind.__name__ if plain else str(kind).replace("pathlib.", ""), said
 
 
-def constructor_rows(cls: type) -> list[tuple[str, str, str, str]]:
+def constructor_rows(cls: type) -> list[Row]:
     "Rows of the parameters of `__init__`, also of one that a private base class of ours defines."
     init = cls.__init__
     if (
@@ -178,7 +214,7 @@ def constructor_rows(cls: type) -> list[tuple[str, str, str, str]]:
 
 
 def process_docstring(app, what, name, obj, options, lines) -> None:
-    "Replace a docstring by itself, escaped, with the tables of its parameters and of what it returns."
+    "Replace a docstring by itself, escaped, with tables of its parameters and what it returns."
     lines[:] = [escape(line) for line in lines]
     if what not in ("function", "method", "class", "property"):
         return
@@ -219,9 +255,8 @@ def skip_member(app, what, name, obj, skip, options):
 
 def setup(app):
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    app.add_config_value(
-        "docments_version", version, "env"
-    )  # pages are read again when this file changes
+    # pages are read again when this file changes
+    app.add_config_value("docments_version", version, "env")
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-skip-member", skip_member)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-settings.register_profile(
-    "repeatable", derandomize=True
-)  # the same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones
+# the same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones
+settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,74 +17,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789.,;:?!'-")
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "to",
-    "in",
-    "is",
-    "are",
-    "was",
-    "on",
-    "how",
-    "do",
-    "i",
-    "my",
-    "what",
-    "where",
-    "when",
-    "who",
-    "why",
-    "does",
-    "it",
-    "you",
-    "can",
-    "not",
-    "and",
-    "for",
-    "with",
-    "from",
-    "man",
-    "woman",
-    "child",
-    "dog",
-    "cat",
-    "is",
-    "playing",
-    "eating",
-    "running",
-    "guitar",
-    "piano",
-    "rice",
-    "road",
-    "street",
-    "water",
-    "music",
-    "horse",
-    "ball",
-    "password",
-    "reset",
-    "account",
-    "change",
-    "computer",
-    "open",
-    "close",
-    "start",
-    "stop",
-    "night",
-    "day",
-    "train",
-    "station",
-    "rain",
-    "snow",
-    "price",
-    "money",
-]
+WORDS = """
+    the a of to in is are was on how do i my what where when who why does it you can
+    not and for with from man woman child dog cat is playing eating running guitar
+    piano rice road street water music horse ball password reset account change
+    computer open close start stop night day train station rain snow price money
+""".split()
 
 
 def make_tokenizer():
-    "A WordPiece fast tokenizer over some fifty words and all letters, so that any lower-case English text has tokens."
+    "A WordPiece tokenizer over sixty words and all letters: any lower-case text has tokens."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -150,7 +91,7 @@ def sentences(n, seed):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    "Tiny models are faster on one thread; each run ends in a garbage collection, which need not look at what is imported."
+    "Tiny models are faster on one thread, and garbage collection need not look at the imports."
     import torch
 
     before = torch.get_num_threads()
@@ -183,7 +124,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="module")
 def quick_disk():
-    "Nobody waits for the disk: only a crash of the machine would lose what was written, and no test has one."
+    "Nobody waits for the disk: only a crash of the machine could lose data, and no test has one."
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield

@@ -137,12 +137,10 @@ def test_two_replace_a_folder_in_turns_while_a_third_reads(tmp_path):
         assert is_whole(path)
         for name in "abc":
             text = (path / name).read_text()
-            assert (
-                len(text) == 20_000 and len(set(text)) == 1
-            )  # each file is whole, whoever wrote it
-        with suppress(
-            Damaged
-        ):  # a reader of several files may see some of each version, and is told
+            # each file is whole, whoever wrote it
+            assert len(text) == 20_000 and len(set(text)) == 1
+        # a reader of several files may see some of each version, and is told
+        with suppress(Damaged):
             check_folder(path)
             mixed -= 1
         reads, mixed = reads + 1, mixed + 1
@@ -242,9 +240,8 @@ def test_what_a_user_keeps_in_a_folder_is_carried_over(made):
     with new_folder(made, carry=True) as beside:
         (beside / "c.txt").write_text("new")
     assert names(made) == [".git", "README.md", "c.txt", "link", "manifest.json"]
-    assert (made / "link").is_symlink() and (
-        made / ".git" / "objects" / "x"
-    ).read_text() == "object"
+    assert (made / "link").is_symlink()
+    assert (made / ".git" / "objects" / "x").read_text() == "object"
     assert list(check_folder(made)) == ["c.txt"]
 
 
@@ -264,17 +261,8 @@ def test_permissions_follow_the_umask(tmp_path, mask, mode):
 @pytest.mark.parametrize(
     "name",
     [
-        "a b",
-        "тест",
-        "ü" * 60,
-        "日本語",
-        "-rf",
-        ".hidden",
-        "a\nb",
-        "x" * 200,
-        "🙂.json",
-        "a.partial",
-        "a.part",
+        *("a b", "тест", "ü" * 60, "日本語", "-rf", ".hidden"),
+        *("a\nb", "x" * 200, "🙂.json", "a.partial", "a.part"),
     ],
 )
 def test_odd_names(tmp_path, name):
@@ -398,14 +386,8 @@ def test_damage_is_found_and_named(made, damage, reason):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "[]",
-        "{}",
-        '{"files": []}',
-        '{"files": {"a.txt": 5}}',
-        "[" * 10_000,
-        "\x00",
-        '{"files": 5}',
+        *("", "[]", "{}", '{"files": []}', '{"files": {"a.txt": 5}}'),
+        *("[" * 10_000, "\x00", '{"files": 5}'),
     ],
 )
 def test_a_damaged_manifest_is_named(made, text):

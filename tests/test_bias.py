@@ -1,4 +1,4 @@
-"""Gender bias: the figures against their definitions, controls with a known answer, other people's files, bad input."""
+"""Gender bias: figures against definitions, controls with a known answer, files, bad input."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ ITEMS = [
 
 
 def control(strength, seed, default=0.0):
-    "An encoder with a gender axis; occupations move a text along it by `strength`, texts without he or she by `default`."
+    "An encoder with a gender axis: occupations move texts by `strength`, other texts by `default`."
     rng = np.random.default_rng(seed)
     words = {"he": 1.0, "she": -1.0, "they": default} | {
         o: strength * (1 if label == "male" else -1) for o, label in LABELS.items()
@@ -60,7 +60,10 @@ def test_leans_are_differences_of_cosines():
             np.random.default_rng(0).standard_normal((3 * len(ITEMS), 5)),
         )
     }
-    cos = lambda a, b: a @ b / np.sqrt((a @ a) * (b @ b))
+
+    def cos(a, b):
+        return a @ b / np.sqrt((a @ a) * (b @ b))
+
     expected = [
         cos(table[i.anchor], table[i.male]) - cos(table[i.anchor], table[i.female]) for i in ITEMS
     ]
@@ -78,14 +81,10 @@ def test_the_encoders_array_stays_as_it_was():
 
 def test_rate_is_wilsons_and_the_sign_tests():
     for k, n in ((0, 5), (3, 7), (41, 58), (6, 6)):
-        found, z = (
-            _rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4)),
-            stats.norm.ppf(0.975),
-        )
-        centre, spread = (
-            (k / n + z * z / (2 * n)) / (1 + z * z / n),
-            z / (1 + z * z / n) * np.sqrt(k * (n - k) / n**3 + z * z / (4 * n * n)),
-        )
+        found = _rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4))
+        z = stats.norm.ppf(0.975)
+        centre = (k / n + z * z / (2 * n)) / (1 + z * z / n)
+        spread = z / (1 + z * z / n) * np.sqrt(k * (n - k) / n**3 + z * z / (4 * n * n))
         assert [found["r"], found["r_low"], found["r_high"]] == pytest.approx(
             [k / n, centre - spread, centre + spread], abs=1e-9
         )
@@ -105,7 +104,7 @@ def test_separation_counts_pairs():
 
 
 def test_separation_interval_covers_the_truth():
-    "Two normal samples one standard deviation apart: the truth is known, and 95% intervals hold it 95% of the time."
+    "Two normal samples one standard deviation apart: 95% intervals hold the truth 95% of the time."
     truth, rng = stats.norm.cdf(1 / np.sqrt(2)), np.random.default_rng(0)
     intervals = [
         _separation(rng.standard_normal(12) + 1, rng.standard_normal(12)) for _ in range(400)
@@ -113,82 +112,65 @@ def test_separation_interval_covers_the_truth():
     held = sum(i["separation_low"] <= truth <= i["separation_high"] for i in intervals)
     assert 0.92 * 400 <= held <= 0.99 * 400
     perfect = _separation(np.arange(5) + 10.0, np.arange(5.0))
-    assert (
-        perfect["separation"] == 1 == perfect["separation_high"]
-        and 0.5 < perfect["separation_low"] < 0.8
-    )  # no false certainty
+    # no false certainty
+    assert perfect["separation"] == 1 == perfect["separation_high"]
+    assert 0.5 < perfect["separation_low"] < 0.8
 
 
 def test_exchanging_the_genders_mirrors_the_report():
     texts = [t for i in ITEMS for t in i[:3]]
     rows = dict(zip(texts, control(0.6, seed=3, default=0.3)(texts)))
-    encode = lambda these: np.array([rows[t] for t in these])
+
+    def encode(these):
+        return np.array([rows[t] for t in these])
+
     one, other = gender_bias(encode, ITEMS), gender_bias(encode, swapped(ITEMS))
-    assert other["male_rate"] == pytest.approx(1 - one["male_rate"]) and other[
-        "lean"
-    ] == pytest.approx(-one["lean"])
+    assert other["male_rate"] == pytest.approx(1 - one["male_rate"])
+    assert other["lean"] == pytest.approx(-one["lean"])
     assert (other["male_rate_low"], other["male_rate_high"]) == pytest.approx(
         (1 - one["male_rate_high"], 1 - one["male_rate_low"])
     )
     for name in ("stereotype_rate", "separation", "separation_low", "separation_p"):
         assert other[name] == pytest.approx(one[name]), name
     shuffled = gender_bias(encode, ITEMS[::-1])
+    # order plays no part
     assert {k: shuffled[k] for k in one if k.endswith("_p")} == pytest.approx(
         {k: one[k] for k in one if k.endswith("_p")}
-    )  # order plays no part
+    )
 
 
 def test_report_is_plain_json_and_says_what_it_holds():
     report = gender_bias(control(1.0, seed=0), ITEMS)
     assert json.loads(json.dumps(report)) == report
-    assert (report["n"], report["occupations"], report["ties"]) == (48, 24, 0) and set(
-        report["by_occupation"]
-    ) == set(LABELS)
+    assert (report["n"], report["occupations"], report["ties"]) == (48, 24, 0)
+    assert set(report["by_occupation"]) == set(LABELS)
     row = report["by_occupation"]["m0"]
-    assert (
-        row["n"] == 2
-        and row["stereotype"] == "male"
-        and row["male_rate_q"] >= row["male_rate_p"] == 0.5
-    )  # two items can never be significant
+    # two items can never be significant
+    assert row["n"] == 2 and row["stereotype"] == "male"
+    assert row["male_rate_q"] >= row["male_rate_p"] == 0.5
     assert report["lean_low"] < report["lean"] < report["lean_high"]
     text = bias_summary(report)
-    assert all(
-        name in text
-        for name in (
-            "48 items",
-            "24 occupations",
-            "male_rate",
-            "stereotype_rate",
-            "separation",
-            f"{report['separation']:.0%}",
-        )
-    )
+    words = ["48 items", "24 occupations", "male_rate", "stereotype_rate", "separation"]
+    assert all(word in text for word in [*words, f"{report['separation']:.0%}"])
     assert (
         "50% = he and she equally near; a shift common to all moves the rates, not the separation"
         in text
-        and "without bias" not in text
     )
+    assert "without bias" not in text
     means = np.array([row["lean"] for row in report["by_occupation"].values()])
     assert (report["lean_low"], report["lean_high"]) == pytest.approx(
         stats.t.interval(0.95, 23, means.mean(), stats.sem(means))
     )
     unlabelled = gender_bias(control(1.0, seed=0), [i._replace(stereotype="") for i in ITEMS])
-    assert (
-        "separation" not in unlabelled
-        and "stereotype_rate" not in unlabelled
-        and "separation" not in bias_summary(unlabelled)
-    )
+    assert "separation" not in unlabelled and "stereotype_rate" not in unlabelled
+    assert "separation" not in bias_summary(unlabelled)
     alone = gender_bias(control(1.0, seed=0), ITEMS[:2])
-    assert (
-        "lean_low" not in alone
-        and "separation" not in alone
-        and alone["occupations"] == 1
-        and "lean" in bias_summary(alone)
-    )
+    assert "lean_low" not in alone and "separation" not in alone and alone["occupations"] == 1
+    assert "lean" in bias_summary(alone)
 
 
 def test_many_tests_are_corrected():
-    "A hundred innocent occupations of forty items: raw p cries now and then, the corrected one does not."
+    "A hundred innocent occupations: raw p cries now and then, the corrected one does not."
     rng = np.random.default_rng(0)
     items = [BiasItem("a", "b", "c", f"o{i}") for i in range(100) for _ in range(40)]
     table = by_occupation(rng.choice([-1.0, 1.0], len(items)), items)
@@ -206,18 +188,15 @@ def test_unbiased_encoder_rarely_alarms_and_a_biased_one_is_seen():
         [[gender_bias(control(0.0, seed), ITEMS)[n] for n in names] for seed in range(runs)]
     )
     for name, p in zip(names, calm.T):
+        # about 5%, or below
         assert stats.binomtest(int((p < 0.05).sum()), runs, 0.05, "greater").pvalue > 0.001, (
             name,
             (p < 0.05).mean(),
-        )  # about 5%, or below
+        )
         assert 0.35 < p.mean() < 0.75 and (p < 0.5).mean() > 0.25, name  # not silent by being dead
     one = gender_bias(control(1.5, seed=1), ITEMS)
-    assert (
-        one["separation"] > 0.9
-        and one["separation_low"] > 0.7
-        and one["stereotype_rate"] > 0.85
-        and one["by_occupation"]["m0"]["lean"] > 0 > one["by_occupation"]["f0"]["lean"]
-    )
+    assert one["separation"] > 0.9 and one["separation_low"] > 0.7 and one["stereotype_rate"] > 0.85
+    assert one["by_occupation"]["m0"]["lean"] > 0 > one["by_occupation"]["f0"]["lean"]
     biased = np.array(
         [[gender_bias(control(1.0, seed), ITEMS)[n] for n in names] for seed in range(50)]
     )
@@ -240,27 +219,20 @@ def test_copies_of_an_item_are_no_new_evidence():
     one = gender_bias(control(0.0, seed=5), ITEMS[::2])
     rows = dict(zip(texts := [t for i in ITEMS[::2] for t in i[:3]], control(0.0, seed=5)(texts)))
     ten = gender_bias(lambda these: np.array([rows[t] for t in these]), ITEMS[::2] * 10)
-    assert (
-        ten["n"] == 10 * one["n"]
-        and ten["male_rate_p"] == one["male_rate_p"]
-        and ten["male_rate_low"] == one["male_rate_low"]
-    )
+    assert ten["n"] == 10 * one["n"] and ten["male_rate_p"] == one["male_rate_p"]
+    assert ten["male_rate_low"] == one["male_rate_low"]
 
 
 def test_an_encoder_that_cannot_tell_measures_nothing():
     for dead in (lambda texts: np.ones((len(texts), 4)), lambda texts: np.zeros((len(texts), 4))):
         with pytest.warns(RuntimeWarning, match="every item is a tie"):
             report = gender_bias(dead, ITEMS)
-        assert (
-            report["male_rate"],
-            report["male_rate_low"],
-            report["male_rate_high"],
-            report["male_rate_p"],
-        ) == (0.5, 0, 1, 1) and report["ties"] == 48
+        names = ("male_rate", "male_rate_low", "male_rate_high", "male_rate_p")
+        assert [report[name] for name in names] == [0.5, 0, 1, 1]
+        assert report["ties"] == 48
     rng = np.random.default_rng(0)
-    assert not leans(
-        lambda texts: 1 + 1e-8 * rng.standard_normal((len(texts), 4)), ITEMS
-    ).any()  # rounding is no opinion
+    # rounding is no opinion
+    assert not leans(lambda texts: 1 + 1e-8 * rng.standard_normal((len(texts), 4)), ITEMS).any()
     assert leans(lambda texts: 1 + 1e-1 * rng.standard_normal((len(texts), 4)), ITEMS).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -329,13 +301,11 @@ def test_anchors_that_hold_the_answer_are_counted(tmp_path):
         "Where is this?",
     ]
     (tmp_path / "a.csv").write_text(HEAD + "".join(f'"{a}",b,,He.,She.\n' for a in anchors))
-    with pytest.warns(
-        UserWarning,
-        match=(
-            "a.csv: 4 of 6 anchors hold he or she, which is the answer; write they, or compare only"
-            " models with each other$"
-        ),
-    ):
+    message = (
+        "a.csv: 4 of 6 anchors hold he or she, which is the answer; write they, or compare only"
+        " models with each other$"
+    )
+    with pytest.warns(UserWarning, match=message):
         assert len(read_bias(tmp_path / "a.csv")) == 6
     (tmp_path / "a.csv").write_text(HEAD + "".join(f'"{a}",b,,He.,She.\n' for a in anchors[4:]))
     with warnings.catch_warnings():
@@ -463,15 +433,12 @@ def test_read_winogender_errors(tmp_path, content, said):
 def test_winogender_itself(shared_data):
     file = shared_data / "bias/winogender_all_sentences.tsv"
     about = {kind: read_winogender(file, kind) for kind in ("occupation", "participant")}
-    assert [len(items) for items in about.values()] == [120, 120] and len(
-        {i.occupation for i in about["occupation"]}
-    ) == 60
+    assert [len(items) for items in about.values()] == [120, 120]
+    assert len({i.occupation for i in about["occupation"]}) == 60
     assert not {i.anchor for i in about["occupation"]} & {i.anchor for i in about["participant"]}
     for item in sum(about.values(), []):
-        assert (
-            item.occupation in item.anchor.lower()
-            and len({item.anchor, item.male, item.female}) == 3
-        )
+        assert item.occupation in item.anchor.lower()
+        assert len({item.anchor, item.male, item.female}) == 3
         words = [set(text.lower().rstrip(".").split()) for text in item[:3]]
         assert (
             words[1] & {"he", "him", "his"}

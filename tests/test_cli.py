@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a run from recipe to search, and one sentence for everything that can be mended."""
+"""The command line as a user meets it: recipe to search, one sentence for each thing to mend."""
 
 import contextlib
 import gzip
@@ -33,43 +33,15 @@ from contrastive_st.model import SentenceEncoder, _has_bf16
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
 COMMANDS = {
-    "train": [
-        "--out",
-        "--data",
-        "--store",
-        "--set",
-        "--tiny",
-        "--xla",
-        "--resume",
-        "--overwrite",
-        "--push-to-hub",
-        "--progress",
-    ],
-    "inspect": ["--data", "--store", "--set", "--tiny", "--sample", "--plot"],
-    "prepare": [
-        "--out",
-        "--data",
-        "--tiny",
-        "--tokenizer",
-        "--max-length",
-        "--on-error",
-        "--workers",
-        "--progress",
-        "--verify",
-    ],
-    "evaluate": ["--sts", "--retrieval", "--out", "--query-prompt", "--document-prompt"],
-    "encode": [
-        "--out",
-        "--precision",
-        "--prompt",
-        "--workers",
-        "--resume",
-        "--bf16",
-        "--batch-size",
-    ],
-    "search": ["--top-k", "--query-prompt", "--document-prompt"],
-    "demo": ["--run", "--host", "--port", "--limit"],
+    "train": "out data store set tiny xla resume overwrite push-to-hub progress",
+    "inspect": "data store set tiny sample plot",
+    "prepare": "out data tiny tokenizer max-length on-error workers progress verify",
+    "evaluate": "sts retrieval out query-prompt document-prompt",
+    "encode": "out precision prompt workers resume bf16 batch-size",
+    "search": "top-k query-prompt document-prompt",
+    "demo": "run host port limit",
 }
+COMMANDS = {name: [f"--{word}" for word in words.split()] for name, words in COMMANDS.items()}
 RECIPE = """
 title = "a small run"
 
@@ -172,7 +144,7 @@ def place(tmp_path_factory):
 
 
 def command(*args, stdin=""):
-    "What the installed script does, without starting another interpreter: exit code, standard output, standard error."
+    "What the installed script does, in this interpreter: exit code, standard output and error."
     out, err, kept = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin, warnings.showwarning)
     stdin = io.TextIOWrapper(
         io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()), "utf-8"
@@ -249,19 +221,11 @@ def test_the_installed_script(place):
     }
     assert ended["version"] == (version("contrastive_st") + "\n", "", 0)
     out, err, code = ended["help"]
-    assert (
-        code == 0
-        and "Usage: contrastive-st train" in out
-        and all(option in out for option in COMMANDS["train"])
-    )
+    assert code == 0 and "Usage: contrastive-st train" in out
+    assert all(option in out for option in COMMANDS["train"])
     out, err, code = ended["no recipe"]
-    assert (
-        code == 2
-        and not out
-        and err.count("\n") == 1
-        and err.startswith("error: ")
-        and "nope.toml" in err
-    )
+    assert code == 2 and not out and err.count("\n") == 1
+    assert err.startswith("error: ") and "nope.toml" in err
     assert not (place / "never").exists()
     out, err, code = ended["prepare"]  # in processes of its own; no bar, for this is no terminal
     assert (code, err) == (0, "") and "2 datasets, 54 rows; no line was left out" in out
@@ -317,37 +281,21 @@ def run(place):
 
 def test_train_fills_the_run_directory_and_says_what_next(place, run):
     out, folder = run
-    assert {p.name for p in folder.iterdir()} == {
-        "config.json",
-        "data_config.json",
-        "recipe.toml",
-        "versions.json",
-        "metrics.json",
-        "history.json",
-        "mixture.json",
-        "similarity.png",
-        "model",
-        "checkpoints",
-        "tensorboard",
+    expected = {
+        *("config.json", "data_config.json", "recipe.toml", "versions.json", "metrics.json"),
+        *("history.json", "mixture.json", "similarity.png", "model", "checkpoints", "tensorboard"),
     }
+    assert {p.name for p in folder.iterdir()} == expected
     metrics = json.loads((folder / "metrics.json").read_text())
     for scores in (metrics["before"], metrics["after"]):
         assert {"spearman", "pearson", "accuracy@1", "ndcg@10", "ndcg@10_low"} <= set(scores)
     assert metrics["before"] != metrics["after"]
-    assert (
-        metrics["test"]["before"] != metrics["test"]["after"]
-        and "ndcg@10" not in metrics["test"]["after"]
-    )
-    assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG") and (
-        folder / "similarity.png"
-    ).stat().st_size > 5000
-    assert (
-        "changed: 6 steps" in out
-        and "before" in out
-        and "after" in out
-        and "Next:" in out
-        and "sentence_transformers" in out
-    )
+    assert metrics["test"]["before"] != metrics["test"]["after"]
+    assert "ndcg@10" not in metrics["test"]["after"]
+    assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "similarity.png").stat().st_size > 5000
+    assert "changed: 6 steps" in out and "before" in out and "after" in out and "Next:" in out
+    assert "sentence_transformers" in out
     for name in ("spearman", "ndcg@10"):
         assert f"{metrics['after'][name]:.3f}" in out and f"{metrics['before'][name]:.3f}" in out
 
@@ -356,17 +304,18 @@ def test_set_reaches_the_run_and_is_recorded(run):
     _, folder = run
     assert json.loads((folder / "config.json").read_text())["lr"] == 2e-3
     text = (folder / "recipe.toml").read_text()
-    assert "lr = 1e-3" in text and tomllib.loads(text)["run"]["changes"] == {
-        "train": {"lr": 0.002},
-        "title": "changed",
-    }
+    assert "lr = 1e-3" in text
+    assert tomllib.loads(text)["run"]["changes"] == {"train": {"lr": 0.002}, "title": "changed"}
 
 
 def test_the_metrics_are_those_of_the_model(place, run):
     _, folder = run
     metrics = json.loads((folder / "metrics.json").read_text())
     for name, model in (("before", place / "encoder"), ("after", folder / "model")):
-        encode = lambda texts: SentenceEncoder.from_pretrained(model).encode(texts, progress=False)
+
+        def encode(texts):
+            return SentenceEncoder.from_pretrained(model).encode(texts, progress=False)
+
         expected = evaluation.evaluate_sts(encode, data.read_sts(place / "data" / "sts.tsv"))
         assert {k: metrics["test"][name][k] for k in expected if k != "n"} == pytest.approx(
             {k: v for k, v in expected.items() if k != "n"}, abs=1e-6
@@ -386,13 +335,8 @@ def test_the_commands_that_train_suggests_work(place, run):
     assert Path(args[1]).is_dir() and Path(args[2]).is_file(), args
     assert args[3] in works(*args)
     spaced = works(
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/with space",
-        "--no-progress",
-        "--set",
-        "train.steps=2",
+        *("train", "recipe.toml", "--out", "runs/with space"),
+        *"--no-progress --set train.steps=2".split(),
     )
     assert Path(suggested(spaced)[1]).is_dir()
 
@@ -400,10 +344,7 @@ def test_the_commands_that_train_suggests_work(place, run):
 def test_a_run_is_not_written_over(place, run):
     before = tree(run[1])
     refuses(
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/first",
+        *"train recipe.toml --out runs/first".split(),
         words=["runs/first", "already holds a finished run", "resume", "overwrite"],
     )
     assert tree(run[1]) == before
@@ -413,16 +354,8 @@ def test_overwrite_trains_again_and_spares_other_files(place):
     works("train", "recipe.toml", "--out", "runs/again", "--no-progress")
     (place / "runs" / "again" / "notes.txt").write_text("mine")
     first = (place / "runs" / "again" / "model" / "model.safetensors").read_bytes()
-    works(
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/again",
-        "--overwrite",
-        "--no-progress",
-        "--set",
-        "train.steps=4",
-    )
+    options = "--out runs/again --overwrite --no-progress --set train.steps=4"
+    works("train", "recipe.toml", *options.split())
     assert json.loads((place / "runs" / "again" / "metrics.json").read_text())["steps"] == 4
     assert (place / "runs" / "again" / "notes.txt").read_text() == "mine"
     assert first != (place / "runs" / "again" / "model" / "model.safetensors").read_bytes()
@@ -435,13 +368,7 @@ def test_resume_ends_where_the_uninterrupted_run_ended(place):
     shutil.rmtree(place / "runs" / "parts" / "model")
     shutil.rmtree(place / "runs" / "parts" / "checkpoints" / "checkpoint-6")
     refuses(
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/parts",
-        "--resume",
-        "--set",
-        "train.lr=0.5",
+        *"train recipe.toml --out runs/parts --resume --set train.lr=0.5".split(),
         words=["lr was 0.001, now 0.5"],
     )
     works("train", "recipe.toml", "--out", "runs/parts", "--resume", "--no-progress")
@@ -461,19 +388,13 @@ def test_training_on_a_folder_given_by_hand(place):
 
 
 def test_training_without_any_evaluation(place):
-    text = (
-        (place / "recipe.toml")
-        .read_text()
-        .split("[evaluation]")[0]
-        .replace("steps = 6", "steps = 2")
-    )
+    text = (place / "recipe.toml").read_text().split("[evaluation]")[0]
+    text = text.replace("steps = 6", "steps = 2")
     (place / "bare.toml").write_text(text)
     works("train", "bare.toml", "--out", "runs/bare", "--no-progress")
     metrics = json.loads((place / "runs" / "bare" / "metrics.json").read_text())
-    assert (
-        metrics["before"] == metrics["after"] == {}
-        and (place / "runs" / "bare" / "similarity.png").exists()
-    )
+    assert metrics["before"] == metrics["after"] == {}
+    assert (place / "runs" / "bare" / "similarity.png").exists()
 
 
 # ---- inspect ----
@@ -517,7 +438,7 @@ def test_inspect_warns_and_draws(place):
 
 
 def test_the_plan_of_many_datasets_is_drawn(tmp_path):
-    "Long names, more datasets than rows, datasets that are never seen; the file is a PNG whatever it is called."
+    "Long names, more datasets than rows, datasets never seen; the file is a PNG whatever its name."
     rows = [
         {
             "name": f"{'long/' * 30}{n}.jsonl.gz",
@@ -576,16 +497,8 @@ def test_inspect_draws_into_a_new_folder(place):
 )
 def test_inspect_plans_a_published_run_without_its_data(place, name, words):
     out = works("inspect", name)
-    assert all(
-        word in out
-        for word in [
-            "planned from the sizes",
-            "TPU v3-8",
-            "estimated, not measured",
-            "epochs",
-            *words,
-        ]
-    ), out
+    words = ["planned from the sizes", "TPU v3-8", "estimated, not measured", "epochs", *words]
+    assert all(word in out for word in words), out
 
 
 def test_inspect_without_a_known_backbone_plans_but_gives_no_time(place):
@@ -614,56 +527,33 @@ def test_prepare_takes_the_tiny_variant(place):
     out = works(
         "prepare", "small.toml", "--tiny", "--data", "data", "--out", "tiny", "--no-progress"
     )
-    assert "1 dataset, 36 rows" in out and out.endswith(
-        "contrastive-st train small.toml --tiny --data data --store tiny\n"
-    )
+    assert "1 dataset, 36 rows" in out
+    assert out.endswith("contrastive-st train small.toml --tiny --data data --store tiny\n")
     assert "all 36 rows" in works("inspect", *shlex.split(out.split("contrastive-st train ")[1]))
     refuses(
-        "prepare",
-        "data/data_config.json",
-        "--tiny",
-        "--out",
-        "tiny",
+        *"prepare data/data_config.json --tiny --out tiny".split(),
         words=["--tiny", "data/data_config.json is a data config"],
     )
     refuses(
-        "prepare",
-        "recipe.toml",
-        "--tiny",
-        "--out",
-        "tiny",
-        words=["recipe.toml", "no [tiny] table"],
+        *"prepare recipe.toml --tiny --out tiny".split(), words=["recipe.toml", "no [tiny] table"]
     )
 
 
 @pytest.mark.parametrize("name", ["nli-distilbert", "multi-qa-MiniLM-L6-cos-v1"])
 def test_a_tiny_variant_trains_on_the_shared_data(place, shared_data, name):
-    few = [
-        part
-        for change in (
-            "train.steps=12",
-            "train.warmup=1",
-            "train.log_every=1",
-            "train.eval_every=0",
-            "train.metric=''",
-            "train.patience=0",
-            "data.batch_size=32",
-            "evaluation.sts=''",
-            "test.retrieval=''",
-            "test.sts=''",
-        )
-        for part in ("--set", change)
-    ]
+    changes = """
+        train.steps=12 train.warmup=1 train.log_every=1 train.eval_every=0
+        train.metric='' train.patience=0 data.batch_size=32
+        evaluation.sts='' test.retrieval='' test.sts=''
+    """
+    few = [part for change in changes.split() for part in ("--set", change)]
     out = works(
         "train",
         name,
         "--tiny",
         "--data",
         shared_data,
-        "--out",
-        "runs/tiny",
-        "--overwrite",
-        "--no-progress",
+        *"--out runs/tiny --overwrite --no-progress".split(),
         *few,
     )
     losses = [
@@ -690,11 +580,9 @@ def test_the_files_of_a_folder_share_a_line_when_there_are_many():
     ]
     short = cli.by_folder({"datasets": rows, "steps": 1})
     assert [d["name"] for d in short["datasets"]] == ["one/ (30 files)", "two/ (30 files)"]
-    assert (
-        [d["rows"] for d in short["datasets"]] == [300, 300]
-        and short["datasets"][0]["epochs"] == pytest.approx(14.5)
-        and short["datasets"][0]["asked"] == pytest.approx(0.3)
-    )
+    assert [d["rows"] for d in short["datasets"]] == [300, 300]
+    assert short["datasets"][0]["epochs"] == pytest.approx(14.5)
+    assert short["datasets"][0]["asked"] == pytest.approx(0.3)
     assert cli.by_folder({"datasets": rows}, most=60)["datasets"] == rows
 
 
@@ -717,14 +605,8 @@ def test_a_card_whose_recipe_holds_a_fence_is_one_document(place):
 
 def test_every_run_leaves_its_card_with_the_command_that_was_typed(place):
     typed = [
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/card",
-        "--overwrite",
-        "--no-progress",
-        "--set",
-        'title="""a: \'b\' #\nc"""',
+        *("train", "recipe.toml", "--out", "runs/card", "--overwrite"),
+        *("--no-progress", "--set", 'title="""a: \'b\' #\nc"""'),
     ]
     works(*typed)
     card = (place / "runs" / "card" / "model" / "README.md").read_text()
@@ -739,38 +621,22 @@ def test_a_push_is_asked_for_and_its_name_is_checked_first(place, monkeypatch):
         "contrastive_st.card.push_to_hub",
         lambda run, name: pushed.append((run, name)) or "the address",
     )
-    arguments = [
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/pushed",
-        "--overwrite",
-        "--no-progress",
-        "--set",
-        "train.steps=2",
-    ]
+    arguments = (
+        "train recipe.toml --out runs/pushed --overwrite --no-progress --set train.steps=2".split()
+    )
     for wrong in ("no name!", "me/my/model", "-x"):
         refuses(*arguments, "--push-to-hub", wrong, words=[wrong, "USER/NAME"])
     assert not (place / "runs" / "pushed").exists()
     assert "Pushed" not in works(*arguments) and not pushed
-    assert works(*arguments, "--push-to-hub", "me/model").endswith(
-        "Pushed: the address\n"
-    ) and pushed == [(Path("runs/pushed"), "me/model")]
+    assert works(*arguments, "--push-to-hub", "me/model").endswith("Pushed: the address\n")
+    assert pushed == [(Path("runs/pushed"), "me/model")]
 
 
 def test_a_push_that_fails_leaves_the_run_and_says_how_to_go_on(place):
     "This process is told to stay offline, so that the hub's own library refuses."
     refuses(
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/offline",
-        "--overwrite",
-        "--no-progress",
-        "--set",
-        "train.steps=2",
-        "--push-to-hub",
-        "me/model",
+        *"train recipe.toml --out runs/offline --overwrite --no-progress".split(),
+        *"--set train.steps=2 --push-to-hub me/model".split(),
         words=["me/model was not pushed", "push_to_hub('runs/offline', 'me/model') tries again"],
     )
     assert (place / "runs" / "offline" / "model" / "README.md").read_text() == model_card(
@@ -796,31 +662,12 @@ def test_prepare_then_train_from_the_store_alone(place):
         {"name": "triplets.jsonl", "lines": 18, "weight": 1},
     ]
     runs = []
-    for name, options in (
-        ("files", []),
-        ("tokens", ["--store", "store"]),
-        (
-            "alone",
-            [
-                "--data",
-                "store",
-                *(
-                    part
-                    for key in ("evaluation.sts", "evaluation.retrieval", "test.sts")
-                    for part in ("--set", f"{key}=''")
-                ),
-            ],
-        ),
-    ):
-        works(
-            "train",
-            "recipe.toml",
-            "--out",
-            f"runs/{name}",
-            "--overwrite",
-            "--no-progress",
-            *options,
-        )
+    alone = ["--data", "store"]
+    for key in ("evaluation.sts", "evaluation.retrieval", "test.sts"):
+        alone += ["--set", f"{key}=''"]
+    for name, options in (("files", []), ("tokens", ["--store", "store"]), ("alone", alone)):
+        command_line = f"train recipe.toml --out runs/{name} --overwrite --no-progress"
+        works(*command_line.split(), *options)
         runs.append(
             [
                 line["loss"]
@@ -828,9 +675,8 @@ def test_prepare_then_train_from_the_store_alone(place):
                 if "loss" in line
             ]
         )
-    assert (
-        runs[0] == runs[1] == runs[2]
-    )  # the same numbers from files, from tokens, from the store alone
+    # the same numbers from files, from tokens, from the store alone
+    assert runs[0] == runs[1] == runs[2]
     assert works("inspect", "recipe.toml", "--store", "store") == works("inspect", "recipe.toml")
 
 
@@ -846,19 +692,11 @@ def test_prepare_lists_bad_lines(place, tmp_path):
             (tmp_path / "store" / "mixed.jsonl.store" / "rejects.jsonl").read_text().splitlines()
         )
     ]
-    assert [(r["line"], r["kind"]) for r in rejects] == [
-        (2, "malformed"),
-        (3, "empty"),
-        (5, "malformed"),
-    ]
+    expected = [(2, "malformed"), (3, "empty"), (5, "malformed")]
+    assert [(r["line"], r["kind"]) for r in rejects] == expected
     refuses(
-        "prepare",
-        tmp_path / "mix.json",
-        "--out",
-        tmp_path / "strict",
-        "--on-error",
-        "raise",
-        "--no-progress",
+        *("prepare", tmp_path / "mix.json", "--out", tmp_path / "strict"),
+        *"--on-error raise --no-progress".split(),
         words=["mixed.jsonl:2", "not JSON"],
     )
 
@@ -879,21 +717,14 @@ def test_prepare_refuses(place, args, words):
 
 
 def test_prepare_finds_the_data_of_a_config(place):
-    "Beside the config, in the folder that --data names, or in a store folder inside the data folder; weights may be missing."
+    "Beside the config, in the --data folder, or in a store folder there; weights may be missing."
     (place / "configs").mkdir(exist_ok=True)
     (place / "configs" / "sizes.json").write_text(
         '[{"name": "pairs.jsonl"}, {"name": "triplets.jsonl", "lines": 18}]'
     )
     refuses("prepare", "configs/sizes.json", "--out", "sized", words=["pairs.jsonl", "configs"])
     out = works(
-        "prepare",
-        "configs/sizes.json",
-        "--data",
-        "data",
-        "--out",
-        "data/my stores",
-        "--workers",
-        "1",
+        *"prepare configs/sizes.json --data data --workers 1 --out".split(), "data/my stores"
     )
     assert "train RECIPE.toml --store 'data/my stores'" in out
     listed = [{"name": "pairs.jsonl", "lines": 36}, {"name": "triplets.jsonl", "lines": 18}]
@@ -902,12 +733,10 @@ def test_prepare_finds_the_data_of_a_config(place):
     assert " 66.67%" in works(
         "inspect", "recipe.toml", "--data", "data/my stores", "--set", "data.temperature=1"
     )
-    assert (
-        "--data"
-        in works(
-            "prepare", "recipe.toml", "--data", "data", "--out", "data/my stores", "--workers", "1"
-        ).split("Next:")[1]
+    out = works(
+        "prepare", "recipe.toml", "--data", "data", "--out", "data/my stores", "--workers", "1"
     )
+    assert "--data" in out.split("Next:")[1]
     refuses(
         "prepare",
         "data/my stores/data_config.json",
@@ -953,73 +782,40 @@ def test_a_store_that_lacks_a_dataset_names_what_makes_it(place):
         "train", "recipe.toml", "--out", "never", "--store", "nowhere", words=["nowhere", *words]
     )
     refuses(
-        "train",
-        "recipe.toml",
-        "--out",
-        "never",
-        "--store",
-        "configs",
+        *"train recipe.toml --out never --store configs".split(),
         words=["pairs.jsonl", "configs", *words],
     )
+    # files, not stores
     refuses(
-        "inspect",
-        "recipe.toml",
-        "--store",
-        "data",
+        *"inspect recipe.toml --store data".split(),
         words=["data has no store of 'pairs.jsonl'", *words],
-    )  # files, not stores
+    )
     hub = "data.mix=[{name='owner/set',weight=1}]"
+    # it is not fetched from the hub
     refuses(
-        "inspect",
-        "recipe.toml",
-        "--store",
-        "data",
-        "--set",
-        hub,
+        *"inspect recipe.toml --store data".split(),
+        *("--set", hub),
         words=["no store of 'owner/set'", *words],
-    )  # it is not fetched from the hub
+    )
     refuses(
-        "inspect",
-        "recipe.toml",
-        "--store",
-        "data",
-        "--set",
-        "data.mix=[{name='pairs.jsonl',weight=-1}]",
+        *"inspect recipe.toml --store data".split(),
+        *("--set", "data.mix=[{name='pairs.jsonl',weight=-1}]"),
         words=["data.mix", "weight is -1"],
     )
     assert not (place / "never").exists()
 
 
 def test_a_store_of_another_tokenizer_or_without_a_dataset(place):
-    works(
-        "prepare",
-        "recipe.toml",
-        "--out",
-        "other",
-        "--tokenizer",
-        "encoder",
-        "--max-length",
-        "32",
-        "--no-progress",
-    )
+    options = "--out other --tokenizer encoder --max-length 32 --no-progress"
+    works("prepare", "recipe.toml", *options.split())
     refuses(
-        "train",
-        "recipe.toml",
-        "--out",
-        "never",
-        "--store",
-        "other",
-        "--no-progress",
+        *"train recipe.toml --out never --store other --no-progress".split(),
         words=["32", "64", "prepare the store again"],
     )
     assert not (place / "never").exists()
     refuses(
-        "inspect",
-        "recipe.toml",
-        "--store",
-        "other",
-        "--set",
-        "data.mix=[{name='gone.jsonl',weight=1}]",
+        *"inspect recipe.toml --store other".split(),
+        *("--set", "data.mix=[{name='gone.jsonl',weight=1}]"),
         words=["gone.jsonl"],
     )
 
@@ -1028,18 +824,13 @@ def test_a_store_of_another_tokenizer_or_without_a_dataset(place):
 
 
 def test_evaluate_equals_the_functions_called_directly(place):
-    out = works(
-        "evaluate",
-        "encoder",
-        "--sts",
-        "data/sts.tsv",
-        "--retrieval",
-        "data/retrieval",
-        "--out",
-        "scores.json",
-    )
+    options = "--sts data/sts.tsv --retrieval data/retrieval --out scores.json"
+    out = works("evaluate", "encoder", *options.split())
     encoder = SentenceEncoder.from_pretrained(place / "encoder")
-    encode = lambda texts: encoder.encode(texts, progress=False)
+
+    def encode(texts):
+        return encoder.encode(texts, progress=False)
+
     expected = evaluation.evaluate_sts(encode, data.read_sts(place / "data" / "sts.tsv"))
     expected |= evaluation.evaluate_retrieval(
         encode, *data.read_retrieval(place / "data" / "retrieval")
@@ -1060,16 +851,7 @@ def test_evaluate_on_both_keeps_both_counts(place):
     (place / "few.tsv").write_text(
         "score\tsentence1\tsentence2\n5\ta dog\ta dog is\n3\ta cat\tthe rain\n0\ta cat\tthe snow\n"
     )
-    works(
-        "evaluate",
-        "encoder",
-        "--sts",
-        "few.tsv",
-        "--retrieval",
-        "data/retrieval",
-        "--out",
-        "both.json",
-    )
+    works(*"evaluate encoder --sts few.tsv --retrieval data/retrieval --out both.json".split())
     found = json.loads((place / "both.json").read_text())
     assert {3, len(THINGS)} <= {v for k, v in found.items() if "n" in k.split("_")}, {
         k: v for k, v in found.items() if isinstance(v, int)
@@ -1098,27 +880,16 @@ def test_evaluate_minilm_on_real_pairs(place, shared_data, split, spearman):
 
 def test_encode_keeps_the_order_and_every_line(place):
     lines = [
-        "the cat is on the road",
-        "",
-        "a dog",
-        "Größe, 東京 and música — “quoted”",
-        "a dog",
-        "x" * 500,
-        "rain",
-        "",
-        "snow",
+        *("the cat is on the road", "", "a dog", "Größe, 東京 and música — “quoted”"),
+        *("a dog", "x" * 500, "rain", "", "snow"),
     ]
     (place / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     out = works(
         "encode", "encoder", "lines.txt", "--out", "lines.npy", "--batch-size", "2", "--no-progress"
     )
     found = np.load(place / "lines.npy")
-    assert (
-        found.shape == (9, 32)
-        and found.dtype == np.float32
-        and "9 texts" in out
-        and "lines.npy" in out
-    )
+    assert found.shape == (9, 32) and found.dtype == np.float32 and "9 texts" in out
+    assert "lines.npy" in out
     np.testing.assert_allclose(
         found,
         SentenceEncoder.from_pretrained(place / "encoder").encode(lines, progress=False),
@@ -1215,10 +986,8 @@ def test_encode_in_fewer_bits_and_other_files(place, name, precision):
         )
         found = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     near = np.abs(found.astype(float) - quantize(vectors, precision, card["ranges"]).astype(float))
-    assert (
-        found.dtype == quantize(vectors, precision, card["ranges"]).dtype
-        and (near > (1e-3 if precision == "float16" else 0)).mean() < 0.01
-    )
+    assert found.dtype == quantize(vectors, precision, card["ranges"]).dtype
+    assert (near > (1e-3 if precision == "float16" else 0)).mean() < 0.01
 
 
 def test_encode_lines_of_standard_input(place):
@@ -1231,18 +1000,12 @@ def test_encode_lines_of_standard_input(place):
         )
         np.testing.assert_allclose(np.load(place / "stdin.npy"), expected, atol=1e-6)
     refuses(
-        "encode",
-        "encoder",
-        "-",
-        "--out",
-        "stdin.npy",
-        "--no-progress",
-        words=["standard input", "empty"],
+        *"encode encoder - --out stdin.npy --no-progress".split(), words=["standard input", "empty"]
     )
 
 
 def test_encode_goes_on_after_an_error(place):
-    "What standard input gave before a wrong line is kept; --resume goes on after it, and refuses other texts."
+    "What standard input gave before a wrong line is kept; --resume goes on, refuses other texts."
     lines = [f"the {x} is on the road".encode() for x in THINGS]
     arguments = ["encode", "encoder", "-", "--out", "on.npy", "--no-progress"]
     refuses(
@@ -1280,10 +1043,8 @@ def test_search_finds_the_passage_itself(place):
     )
     lines = out.splitlines()
     assert len(lines) == 6 and lines[0].startswith("piano") and lines[3].startswith("rain")
-    assert (
-        lines[1].strip() == "1.000  piano the piano is on the road"
-        and lines[4].strip() == "1.000  rain the rain is on the road"
-    )
+    assert lines[1].strip() == "1.000  piano the piano is on the road"
+    assert lines[4].strip() == "1.000  rain the rain is on the road"
     scores = [float(line.split()[0]) for line in (lines[1], lines[2])]
     assert scores == sorted(scores, reverse=True)
 
@@ -1312,18 +1073,8 @@ def test_demo_hands_on_what_was_typed(place, monkeypatch):
     monkeypatch.setattr("contrastive_st.demo.launch", lambda *args: asked.append(args))
     works(
         "demo",
-        "encoder",
-        "runs/other",
-        "--run",
-        "runs/a",
-        "--run",
-        "runs/b",
-        "--host",
-        "0.0.0.0",
-        "--port",
-        "0",
-        "--limit",
-        "5",
+        *"encoder runs/other --run runs/a --run runs/b".split(),
+        *"--host 0.0.0.0 --port 0 --limit 5".split(),
     )
     works("demo", "encoder")
     assert [args[:5] for args in asked] == [
@@ -1436,15 +1187,8 @@ def test_user_errors_are_one_sentence(broken, args, words):
 )
 def test_a_typo_is_told_before_a_model_is_loaded(broken, change, words):
     refuses(
-        "train",
-        "recipe.toml",
-        "--out",
-        "never",
-        "--no-progress",
-        "--set",
-        change,
-        "--set",
-        "model.name='nowhere/model'",
+        *"train recipe.toml --out never --no-progress".split(),
+        *("--set", change, "--set", "model.name='nowhere/model'"),
         words=words,
     )
 
@@ -1499,14 +1243,7 @@ def test_resume_and_overwrite_together_are_refused(run, place):
     "One asks to keep the run, the other to delete it."
     before = tree(run[1])
     code, out, err = command(
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/first",
-        "--resume",
-        "--overwrite",
-        "--no-progress",
-        *CHANGES,
+        *"train recipe.toml --out runs/first --resume --overwrite --no-progress".split(), *CHANGES
     )
     assert code == 2 and "resume" in err and "overwrite" in err and tree(run[1]) == before
 
@@ -1576,12 +1313,8 @@ def test_a_recipe_uses_the_prompts_of_the_model_or_its_own(place, prompted):
 
 def test_prompts_without_a_search_test_are_refused(place):
     refuses(
-        "evaluate",
-        "encoder",
-        "--sts",
-        "data/sts.tsv",
-        "--query-prompt",
-        "q: ",
+        *"evaluate encoder --sts data/sts.tsv".split(),
+        *("--query-prompt", "q: "),
         words=["--query-prompt", "--retrieval"],
     )
 
@@ -1595,9 +1328,10 @@ def test_search_and_encode_use_prompts(place, prompted):
     assert works("search", "prompted", "one.txt", "a cat").splitlines()[1].split()[0] == cosine(
         "where is it : a cat", "the answer is a dog is playing"
     )
-    assert works(
+    out = works(
         "search", "prompted", "one.txt", "a cat", "--query-prompt", "", "--document-prompt", ""
-    ).splitlines()[1].split()[0] == cosine("a cat", "a dog is playing")
+    )
+    assert out.splitlines()[1].split()[0] == cosine("a cat", "a dog is playing")
     for options, text in (
         ([], "a dog is playing"),
         (["--prompt", "document"], "the answer is a dog is playing"),
@@ -1622,11 +1356,8 @@ def test_nothing_that_moves_a_terminal_is_printed(place):
     )
     for name in ("escapes.txt", "escapes.jsonl"):
         out = works("search", "encoder", name, "a \x1b[2J dog", "--top-k", "1")
-        assert (
-            len(out.splitlines()) == 2
-            and all(line.isprintable() for line in out.splitlines())
-            and "\\x1b" in out
-        )
+        assert len(out.splitlines()) == 2 and all(line.isprintable() for line in out.splitlines())
+        assert "\\x1b" in out
     assert "here now" in works("search", "encoder", "escapes.txt", "a dog", "--top-k", "2")
     message = refuses("search", "encoder", "no\x1b[31m.txt", "a dog", words=["no\\x1b[31m.txt"])
     assert message.isprintable()
@@ -1656,17 +1387,11 @@ def test_long_passages_are_shortened_for_a_terminal_only(place, monkeypatch):
 def test_blank_lines_are_no_passages(place):
     (place / "gaps.txt").write_text("\na dog is playing\n  \nrain and snow\n\n")
     code, out, err = command("search", "encoder", "gaps.txt", "zzz", "--top-k", "9")
-    assert (
-        code == 0
-        and len(out.splitlines()) == 3
-        and err == "note: gaps.txt: 3 of 5 texts are blank and left out, the first is text 1\n"
-    )
+    assert code == 0 and len(out.splitlines()) == 3
+    assert err == "note: gaps.txt: 3 of 5 texts are blank and left out, the first is text 1\n"
     code, out, err = command("encode", "encoder", "gaps.txt", "--out", "gaps.npy", "--no-progress")
-    assert (
-        code == 0
-        and len(np.load(place / "gaps.npy")) == 5
-        and "note: 3 of 5 texts are blank, the first is text 1" in err
-    )
+    assert code == 0 and len(np.load(place / "gaps.npy")) == 5
+    assert "note: 3 of 5 texts are blank, the first is text 1" in err
     (place / "blank.txt").write_text("\n \n\n")
     refuses("search", "encoder", "blank.txt", "a dog", words=["blank.txt", "all texts are blank"])
 
@@ -1712,9 +1437,8 @@ def test_outputs_go_into_folders_that_are_made(place):
     works("evaluate", "encoder", "--sts", "data/sts.tsv", "--out", "fresh/a/scores.json")
     works("encode", "encoder", "texts.txt", "--out", "fresh/b/e.npy", "--no-progress")
     works("inspect", "recipe.toml", "--sample", "1", "--plot", "fresh/c/plan.png")
-    assert json.loads((place / "fresh/a/scores.json").read_text())["sts_n"] == 18 and (
-        place / "fresh/c/plan.png"
-    ).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((place / "fresh/a/scores.json").read_text())["sts_n"] == 18
+    assert (place / "fresh/c/plan.png").read_bytes().startswith(b"\x89PNG")
     assert not [
         p for p in (place / "fresh").rglob(".*") if p.name.endswith((".partial", ".probing"))
     ]
@@ -1754,21 +1478,11 @@ def test_outputs_are_written_whole_or_not_at_all(place, monkeypatch):
         lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     refuses(
-        "evaluate",
-        "encoder",
-        "--sts",
-        "data/sts.tsv",
-        "--out",
-        "kept.json",
+        *"evaluate encoder --sts data/sts.tsv --out kept.json".split(),
         words=["kept.json", "disk is full"],
     )
     refuses(
-        "inspect",
-        "recipe.toml",
-        "--sample",
-        "1",
-        "--plot",
-        "kept.json",
+        *"inspect recipe.toml --sample 1 --plot kept.json".split(),
         words=["kept.json", "disk is full"],
     )
     assert (place / "kept.json").read_text() == "{}" and not (place / ".kept.json.partial").exists()
@@ -1808,25 +1522,15 @@ def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
 
     monkeypatch.setattr(trainer, "train", stop)
     typed = [
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/my run",
-        "--overwrite",
-        "--set",
-        "title='a b'",
-        "--no-progress",
+        *("train", "recipe.toml", "--out", "runs/my run"),
+        *("--overwrite", "--set", "title='a b'", "--no-progress"),
     ]
     code, out, err = command(*typed)
-    assert (
-        (code, out) == (143, "")
-        and err.count("\n") == 1
-        and err.startswith("stopped at step 3 of 6, and saved; go on with: ")
-    )
+    assert (code, out) == (143, "") and err.count("\n") == 1
+    assert err.startswith("stopped at step 3 of 6, and saved; go on with: ")
     said = shlex.split(err.partition("go on with: ")[2])
-    assert said[0].endswith("contrastive-st") and said[1:] == [
-        word for word in typed if word != "--overwrite"
-    ] + ["--resume"]
+    assert said[0].endswith("contrastive-st")
+    assert said[1:] == [word for word in typed if word != "--overwrite"] + ["--resume"]
     assert cli._resume_command(["x", "train", "--resume", "--", "a.toml"]).endswith(
         "contrastive-st train --resume -- a.toml"
     )
@@ -1834,13 +1538,8 @@ def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
 
 def test_resume_of_a_finished_run_changes_nothing_but_what_it_lacks(place):
     arguments = [
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/finished",
-        "--no-progress",
-        "--set",
-        "train.steps=2",
+        *"train recipe.toml --out runs/finished".split(),
+        *"--no-progress --set train.steps=2".split(),
     ]
     works(*arguments)
     folder = place / "runs" / "finished"
@@ -1870,10 +1569,7 @@ def test_the_picture_changes_no_weight(place, monkeypatch):
             "recipe.toml",
             "--out",
             f"runs/{name}",
-            "--no-progress",
-            "--overwrite",
-            "--set",
-            "train.steps=3",
+            *"--no-progress --overwrite --set train.steps=3".split(),
         )
         weights.append((place / "runs" / name / "model" / "model.safetensors").read_bytes())
         monkeypatch.setattr(cli, "similarity", lambda *args, **kwargs: np.eye(3))
@@ -1889,17 +1585,8 @@ def test_comments_of_a_recipe_are_only_comments(place):
 
 
 def test_a_recorded_recipe_trains_that_run_again(place):
-    works(
-        "train",
-        "recipe.toml",
-        "--out",
-        "runs/one",
-        "--no-progress",
-        "--set",
-        "train.steps=2",
-        "--set",
-        "train.lr=3e-3",
-    )
+    options = "--out runs/one --no-progress --set train.steps=2 --set train.lr=3e-3"
+    works("train", "recipe.toml", *options.split())
     works("train", "runs/one/recipe.toml", "--data", "data", "--out", "runs/two", "--no-progress")
     assert json.loads((place / "runs/two/config.json").read_text())["lr"] == 3e-3
     assert (place / "runs/one/model/model.safetensors").read_bytes() == (
@@ -1961,14 +1648,10 @@ def test_the_table_shows_each_metric_with_its_interval():
     )
     row = cli.score_table({"before": one, "after": two}).splitlines()[1]
     assert row.split() == ["spearman", "0.500", "[0.400,", "0.600]", "0.750", "[0.650,", "0.850]"]
-    assert (
-        len(
-            cli.score_table(
-                {"before": one | {"mrr@10": 1, "mrr@10_low": 1, "mrr@10_high": 1}, "after": two}
-            ).splitlines()
-        )
-        == 2
-    )
+    result = cli.score_table(
+        {"before": one | {"mrr@10": 1, "mrr@10_low": 1, "mrr@10_high": 1}, "after": two}
+    ).splitlines()
+    assert len(result) == 2
 
 
 def test_the_app_runs_under_typers_own_runner(place):

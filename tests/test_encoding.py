@@ -1,4 +1,4 @@
-"""Encoding a stream of texts to a file: numbers, order, memory, resume, worker processes, and everything that can go wrong on the way."""
+"""Encoding texts to a file: numbers, order, memory, resume, workers, and everything that fails."""
 
 import importlib
 import inspect
@@ -115,14 +115,11 @@ def test_quantize_with_ranges_gives_the_peers_numbers(precision):
     from sentence_transformers.util.quantization import quantize_embeddings
 
     rng = np.random.default_rng(1)
-    sample, vectors = (
-        rng.standard_normal((300, 24)).astype(np.float32),
-        2 * rng.standard_normal((50, 24)).astype(np.float32),
-    )
+    sample = rng.standard_normal((300, 24)).astype(np.float32)
+    vectors = 2 * rng.standard_normal((50, 24)).astype(np.float32)
     expected = quantize_embeddings(vectors, precision, calibration_embeddings=sample)
-    np.testing.assert_array_equal(
-        quantize(vectors, precision, calibrate(sample)), expected
-    )  # what lies outside is clipped
+    # what lies outside is clipped
+    np.testing.assert_array_equal(quantize(vectors, precision, calibrate(sample)), expected)
     np.testing.assert_array_equal(quantize(vectors[:1], precision, calibrate(sample)), expected[:1])
     np.testing.assert_array_equal(
         quantize(vectors, precision, calibrate(sample).tolist()), expected
@@ -134,7 +131,7 @@ def test_quantize_with_ranges_gives_the_peers_numbers(precision):
     st.integers(2, 30), st.integers(1, 40), st.integers(0, 10**6), st.sampled_from(list(PRECISIONS))
 )
 def test_back_to_floats(n, width, seed, precision):
-    "Integers come back within half a step, bits with their sign, floats as near as their width allows."
+    "Integers come back within half a step, bits with their sign, floats as near as they can be."
     vectors = np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
     back = dequantize(quantize(vectors, precision), precision, calibrate(vectors), width)
     assert back.shape == vectors.shape and back.dtype == np.float32
@@ -188,7 +185,7 @@ def test_what_cannot_be_quantised(call, said):
 
 
 def test_recall_on_real_questions(shared_data):
-    "Cranfield, first 32 tokens of each: eight bits cost next to nothing, one bit costs a quarter of the neighbours until candidates are scored again."
+    "Cranfield: eight bits cost nothing, one bit a quarter of the neighbours without rescoring."
     from contrastive_st import data, search
 
     pretrained = SentenceEncoder.from_pretrained(
@@ -201,27 +198,23 @@ def test_recall_on_real_questions(shared_data):
             pretrained.encode(list(texts.values()), progress=False) for texts in (corpus, queries)
         )
     exact = search.semantic_search(asked, documents, 10)[1]
-    kept = lambda found: np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found)])
+
+    def kept(found):
+        return np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found)])
+
     ranges = calibrate(documents)
-    recall = {
-        p: kept(
-            search.semantic_search(
-                asked, dequantize(quantize(documents, p, ranges), p, ranges), 10
-            )[1]
-        )
-        for p in ("float16", "int8", "binary")
-    }
+    recall = {}
+    for p in ("float16", "int8", "binary"):
+        read = dequantize(quantize(documents, p, ranges), p, ranges)
+        recall[p] = kept(search.semantic_search(asked, read, 10)[1])
     near = search.semantic_search(asked, dequantize(quantize(documents, "binary"), "binary"), 40)[1]
     again = [
         rows[np.argsort(-(documents[rows] @ q), kind="stable")[:10]] for q, rows in zip(asked, near)
     ]
     recall["binary, 40 scored again"] = kept(again)
     print({name: round(float(r), 3) for name, r in recall.items()})
-    assert (
-        recall["float16"] > 0.99
-        and recall["int8"] > 0.95
-        and 0.5 < recall["binary"] < recall["binary, 40 scored again"] > 0.9
-    )
+    assert recall["float16"] > 0.99 and recall["int8"] > 0.95
+    assert 0.5 < recall["binary"] < recall["binary, 40 scored again"] > 0.9
 
 
 # ---- the file ----
@@ -245,25 +238,17 @@ def test_every_format_and_precision(tmp_path, name, precision):
     elif name == "v.parquet":
         table = pq.read_table(tmp_path / name)
     if "." in name and name.rpartition(".")[2] in ("arrow", "feather", "parquet"):
-        assert table.column_names == ["row", "vector"] and table["row"].to_pylist() == list(
-            range(2500)
-        )
-        found = np.stack(
-            [
-                chunk.flatten().to_numpy().reshape(len(chunk), -1)
-                for chunk in [table["vector"].combine_chunks()]
-            ]
-        )[0]
+        assert table.column_names == ["row", "vector"]
+        assert table["row"].to_pylist() == list(range(2500))
+        vectors = table["vector"].combine_chunks()
+        found = vectors.flatten().to_numpy().reshape(len(vectors), -1)
         assert pa.types.is_fixed_size_list(table["vector"].type)
     else:
         found = np.load(tmp_path / name, mmap_mode="r")
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == expected.dtype and written(tmp_path) == [name, name + ".json"]
-    assert (card["rows"], card["width"], card["precision"]) == (
-        2500,
-        8,
-        precision,
-    ) and card == json.loads((tmp_path / (name + ".json")).read_text())
+    assert (card["rows"], card["width"], card["precision"]) == (2500, 8, precision)
+    assert card == json.loads((tmp_path / (name + ".json")).read_text())
 
 
 @settings(max_examples=30, deadline=None)
@@ -319,10 +304,8 @@ def test_the_same_as_encode(tmp_path, tiny):
     card = write_embeddings(
         tmp_path / "v.npy", tiny, texts, progress=False, truncate_dim=8, prompt="query: "
     )
-    assert np.load(tmp_path / "v.npy").shape == (93, 8) and card["options"] == {
-        "truncate_dim": 8,
-        "prompt": "query: ",
-    }
+    assert np.load(tmp_path / "v.npy").shape == (93, 8)
+    assert card["options"] == {"truncate_dim": 8, "prompt": "query: "}
     np.testing.assert_allclose(
         np.load(tmp_path / "v.npy"),
         tiny.encode(texts, progress=False, truncate_dim=8, prompt="query: "),
@@ -372,15 +355,12 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
 
 
 def test_an_iterator_that_raises_loses_nothing(tmp_path):
-    "All texts before the error are written and readable; the finished file is that of a run without an error."
+    "All texts before the error are written; the finished file is that of a run without one."
     out, error = tmp_path / "v.npy", ConnectionError("the server went away")
     with pytest.raises(ConnectionError) as caught:
         write_embeddings(out, fake, half_way(TEXTS, 1700, error), window=500, progress=False)
-    assert (
-        caught.value is error
-        and "1,700 rows" in error.__notes__[0]
-        and "resume" in error.__notes__[0]
-    )
+    assert caught.value is error and "1,700 rows" in error.__notes__[0]
+    assert "resume" in error.__notes__[0]
     np.testing.assert_array_equal(rows_so_far(out), fake(TEXTS[:1700]))
     assert not out.exists()
     called = []
@@ -444,12 +424,13 @@ KILLED = """
         assert write(path, texts, resume=begun or finished) == 0
         left = sorted(p.name for p in path.parent.iterdir() if not p.name.endswith(".lock"))
         assert left == sorted([name, f"{name}.json"]), left
-        for file in left: assert (path.parent / file).read_bytes() == (folder / "clean" / file).read_bytes()
+        for file in left:
+            assert (path.parent / file).read_bytes() == (folder / "clean" / file).read_bytes()
 """
 
 
 def test_killed_at_every_step(tmp_path, cheap):
-    "A run that ends before any of its renames and deletions is completed by the same command with resume."
+    "A run that ends before any rename or deletion is completed by the same command with resume."
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), tmp_path, "v.npy"],
         capture_output=True,
@@ -457,11 +438,8 @@ def test_killed_at_every_step(tmp_path, cheap):
     )
     steps = done.stdout.splitlines()
     assert done.returncode == 0 and len(steps) > 15, done.stdout + done.stderr
-    assert {line.split(" ", 1)[1] for line in steps} >= {
-        "False True True",
-        "True True True",
-        "True True False",
-    }
+    expected = {"False True True", "True True True", "True True False"}
+    assert {line.split(" ", 1)[1] for line in steps} >= expected
 
 
 def test_killed_for_good(tmp_path, cheap):
@@ -472,7 +450,8 @@ def test_killed_for_good(tmp_path, cheap):
         def fake(texts):
             time.sleep(0.02)
             return cheap.fake(texts)
-        write_embeddings(sys.argv[1], fake, (f"text {i} " + "ab" * (i * 7 % 23) for i in range(2500)), window=100, resume=True, progress=False)
+        texts = (f"text {i} " + "ab" * (i * 7 % 23) for i in range(2500))
+        write_embeddings(sys.argv[1], fake, texts, window=100, resume=True, progress=False)
     """
     arguments = [sys.executable, "-c", textwrap.dedent(child), tmp_path / "v.npy"]
     process, part = subprocess.Popen(arguments), tmp_path / "v.npy.part"
@@ -493,9 +472,8 @@ def test_nothing_is_encoded_twice(tmp_path):
     before = out.stat().st_mtime_ns
     card = write_embeddings(out, spy(called), iter(TEXTS), resume=True, progress=False)
     assert called == [] and out.stat().st_mtime_ns == before and card["rows"] == 2500
-    write_embeddings(
-        out, spy(called), TEXTS[:3], progress=False
-    )  # without resume the old file is replaced
+    # without resume the old file is replaced
+    write_embeddings(out, spy(called), TEXTS[:3], progress=False)
     assert sum(called) == 3 and len(np.load(out)) == 3
 
 
@@ -552,9 +530,8 @@ def test_an_encoder_is_known_by_its_weights_settings_and_tokenizer(tmp_path, tin
     import torch
 
     known = encoding._fingerprint(tiny)
-    tiny.encode(
-        ["a dog"], progress=False
-    )  # leaves truncation and padding of the tokenizer as they were, or not: no matter
+    # leaves truncation and padding of the tokenizer as they were, or not: no matter
+    tiny.encode(["a dog"], progress=False)
     assert (
         encoding._fingerprint(tiny)
         == encoding._fingerprint(partial(tiny.encode, batch_size=3))
@@ -657,7 +634,8 @@ def test_workers_end_with_their_parent(tmp_path, cheap):
             yield from ("text %d" % i for i in range(3000))
             print(*[p.pid for p in multiprocessing.active_children()], flush=True)
             time.sleep(100)
-        if __name__ == "__main__": write_embeddings(sys.argv[1], fake, texts(), workers=2, window=500, progress=False)
+        if __name__ == "__main__":
+            write_embeddings(sys.argv[1], fake, texts(), workers=2, window=500, progress=False)
     """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(child))
@@ -690,15 +668,10 @@ def alive(pid):
     ],
 )
 def test_encoders_that_cannot_be_sent(tmp_path, tiny, encoder, said):
-    encoder = (
-        {
-            "tiny": tiny,
-            "tiny.encode": tiny.encode,
-            "partial": partial(tiny.encode, batch_size=4),
-        }.get(encoder, encoder)
-        if isinstance(encoder, str)
-        else encoder
-    )
+    if encoder == "partial":
+        encoder = partial(tiny.encode, batch_size=4)
+    elif isinstance(encoder, str):
+        encoder = {"tiny": tiny, "tiny.encode": tiny.encode}.get(encoder, encoder)
     with pytest.raises(ValueError, match=said):
         write_embeddings(tmp_path / "v.npy", encoder, TEXTS, workers=2, progress=False)
 
@@ -706,19 +679,8 @@ def test_encoders_that_cannot_be_sent(tmp_path, tiny, encoder, said):
 # ---- bad texts ----
 
 STRANGE = [
-    "",
-    " ",
-    "\0",
-    "a\0b",
-    "\u2028",
-    "\ufeff",
-    "\U0001f600",
-    "\ud83d\ude00",
-    "e\u0301" * 50,
-    "dog " * 5000,
-    "\U0010ffff",
-    "\ud800",
-    "a \udfff b",
+    *("", " ", "\0", "a\0b", "\u2028", "\ufeff", "\U0001f600", "\ud83d\ude00"),
+    *("e\u0301" * 50, "dog " * 5000, "\U0010ffff", "\ud800", "a \udfff b"),
 ]
 
 
@@ -875,7 +837,7 @@ def test_a_damaged_part(tmp_path, damage, said):
 
 
 def test_what_an_older_version_left(tmp_path):
-    "Its rows in one file are refused in a sentence; its journal without rows is of no use and goes."
+    "Its rows in one file are refused in a sentence; its journal without rows is useless and goes."
     out, part, journal = tmp_path / "v.npy", tmp_path / "v.npy.part", tmp_path / "v.npy.part.jsonl"
     np.save(part.open("wb"), fake(TEXTS[:500]))
     journal.write_text("{}")
@@ -892,8 +854,8 @@ def test_what_an_older_version_left(tmp_path):
     )
     assert (
         write_embeddings(out, spy(called := []), TEXTS, resume=True, progress=False)["rows"] == 2500
-        and called == []
     )
+    assert called == []
     with pytest.raises(ValueError, match="an older version wrote it, without a digest"):
         verify(out)
 
@@ -931,7 +893,7 @@ def test_killed_before_the_first_window(tmp_path, older, moment):
 
 @pytest.mark.parametrize("name", ["v.npy", "v.arrow", "v.parquet"])
 def test_a_file_knows_its_digest(tmp_path, name):
-    "Every flipped bit is found, a wrong length without reading the file, and resume does not call such a file finished."
+    "Every flipped bit and wrong length is found, and resume does not call such a file finished."
     out = tmp_path / name
     card = write_embeddings(out, fake, TEXTS, "int8", window=600, progress=False)
     assert (
@@ -1019,14 +981,15 @@ def test_two_writers_of_one_file(tmp_path):
     ],
 )
 def test_a_full_disk(tmp_path, cheap, name, limit):
-    "The limit on file size stands for a full disk: rows before it are kept, and with more room the run goes on."
+    "A limit on file size acts as a full disk: rows before it stay, and with room the run goes on."
     child = """
         import resource, signal, sys
         from cheap import fake
         from contrastive_st.encoding import write_embeddings
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
-        try: write_embeddings(sys.argv[1], fake, (f"text {i} " + "ab" * (i * 7 % 23) for i in range(2500)), window=500, progress=False)
+        texts = (f"text {i} " + "ab" * (i * 7 % 23) for i in range(2500))
+        try: write_embeddings(sys.argv[1], fake, texts, window=500, progress=False)
         except ValueError as error: print(error)
     """
     done = subprocess.run(

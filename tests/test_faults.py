@@ -37,9 +37,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_left_for_the_one_before(serv
     assert not result["failures"], sweep.reasons(result)
 
 
-QUICK = [
-    name for name in sweep.CHECKS if name != "stopped"
-]  # which tests/test_run.py has, in less time
+# which tests/test_run.py has, in less time
+QUICK = [name for name in sweep.CHECKS if name != "stopped"]
 
 
 def test_days_of_work_survive_the_rest(servers):
@@ -64,8 +63,5 @@ def test_every_point_is_different():
     ]
     assert sweep.points(operations) == [[1, 0], [2, 0], [2, 1], [3, 0], [6, 0]]
     assert sweep.rooms(operations, 3) == [0, 50, 100]
-    assert sweep.spread(range(100), 4) == [12, 37, 62, 87] and sweep.spread("abc", 9) == [
-        "a",
-        "b",
-        "c",
-    ]
+    assert sweep.spread(range(100), 4) == [12, 37, 62, 87]
+    assert sweep.spread("abc", 9) == ["a", "b", "c"]

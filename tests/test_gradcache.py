@@ -1,4 +1,4 @@
-"""The cached step against the plain one: gradients, masks of dropout, random state, work, memory; how batches are cut."""
+"""The cached step against the plain one: gradients, dropout, randomness, work, memory, chunks."""
 
 import math
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ def plain(encoder, token_ids, lengths, loss):
 
 
 def through_all(encoder, token_ids, lengths, loss, chunk_tokens):
-    "One backward pass through the activations of all chunks: the oracle where chunks draw random numbers."
+    "One backward pass through all chunks: the naive version where chunks draw random numbers."
     rows, chunks = zip(*_chunks(token_ids, lengths, chunk_tokens))
     value = loss(torch.cat([encoder(*chunk) for chunk in chunks])[torch.cat(rows).argsort()])
     value.backward()
@@ -105,10 +105,8 @@ def test_gradients_are_those_of_the_plain_step(kind, dtype, limit):
         found_value, found = outcome(
             lambda: cached_step(encoder, token_ids, lengths, loss, chunk_tokens), encoder
         )
-        assert (
-            found_value.item() == pytest.approx(value.item(), rel=limit)
-            and apart(found, truth) < limit
-        )
+        assert found_value.item() == pytest.approx(value.item(), rel=limit)
+        assert apart(found, truth) < limit
         assert found.dtype == dtype and not found_value.requires_grad
 
 
@@ -116,13 +114,10 @@ def test_the_padded_layout_too():
     (token_ids, lengths, _), encoder = make_batch(), make_encoder(layout="padded")
     encoder.token_budget = 60
     _, truth = outcome(lambda: plain(encoder, token_ids, lengths, contrast), encoder)
-    assert (
-        apart(
-            outcome(lambda: cached_step(encoder, token_ids, lengths, contrast, 50), encoder)[1],
-            truth,
-        )
-        < 1e-10
+    result = apart(
+        outcome(lambda: cached_step(encoder, token_ids, lengths, contrast, 50), encoder)[1], truth
     )
+    assert result < 1e-10
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -141,9 +136,8 @@ def test_dropout_falls_twice_on_the_same_numbers(layout, chunk_tokens):
             )
         )
     (value, truth, after), (found_value, found, found_after), (_, other, _) = results
-    assert (
-        found_value.item() == pytest.approx(value.item(), rel=1e-12) and apart(found, truth) < 1e-12
-    )
+    assert found_value.item() == pytest.approx(value.item(), rel=1e-12)
+    assert apart(found, truth) < 1e-12
     assert torch.equal(found_after, after)  # what is drawn next is what would have been
     assert apart(other, truth) > 1e-2  # another seed is another mask: there is something to keep
 
@@ -168,12 +162,10 @@ def test_bf16():
         torch.manual_seed(5)
         results.append(outcome(lambda: step(model, token_ids, lengths, contrast, 60), encoder))
     (_, exact), (value, truth), (found_value, found) = results
-    assert (
-        found_value.item() == pytest.approx(value.item(), rel=1e-6) and apart(found, truth) < 1e-4
-    )
-    assert (
-        found.dtype == torch.float32 and 1e-4 < apart(truth, exact) < 0.1
-    )  # it really was bfloat16
+    assert found_value.item() == pytest.approx(value.item(), rel=1e-6)
+    assert apart(found, truth) < 1e-4
+    # it really was bfloat16
+    assert found.dtype == torch.float32 and 1e-4 < apart(truth, exact) < 0.1
 
 
 def test_a_batch_that_fits_is_the_plain_step_bit_for_bit():
@@ -262,7 +254,7 @@ def test_the_work_is_four_thirds_at_most():
 
 
 class Kept:
-    "Bytes that autograd keeps for the backward pass, at most so far; each storage once, weights left out."
+    "The most bytes that autograd keeps for the backward pass: each storage once, weights left out."
 
     def __init__(self, model):
         self.now = self.most = 0
@@ -326,13 +318,11 @@ def test_cuts(lengths, chunk_tokens):
     lengths = sorted(lengths, reverse=True)
     runs = _runs(lengths, chunk_tokens)
     sizes = [sum(run) for run in runs]
-    assert sum(runs, []) == lengths and all(
-        size <= chunk_tokens or len(run) == 1 for run, size in zip(runs, sizes)
-    )
+    assert sum(runs, []) == lengths
+    assert all(size <= chunk_tokens or len(run) == 1 for run, size in zip(runs, sizes))
     if lengths[0] <= chunk_tokens / 4:
-        assert (
-            sizes[-1] >= max(sizes) / 3 and sizes[-1] >= (max(sizes) - lengths[0]) / 2
-        )  # half of the largest, but for half a text
+        # half of the largest, but for half a text
+        assert sizes[-1] >= max(sizes) / 3 and sizes[-1] >= (max(sizes) - lengths[0]) / 2
         assert len(sizes) <= math.ceil(sum(lengths) / chunk_tokens) + 1
     if sum(lengths) <= chunk_tokens:
         assert len(sizes) == 1
@@ -343,16 +333,13 @@ def test_chunks_hold_each_text_once_and_similar_lengths_together(chunk_tokens):
     token_ids, lengths, _ = make_batch(30)
     texts, seen, longest = token_ids.split(lengths.tolist()), [], []
     for rows, (ids, n) in _chunks(token_ids, lengths, chunk_tokens):
-        assert (
-            ids.tolist() == torch.cat([texts[i] for i in rows]).tolist()
-            and n.tolist() == lengths[rows].tolist()
-        )
+        assert ids.tolist() == torch.cat([texts[i] for i in rows]).tolist()
+        assert n.tolist() == lengths[rows].tolist()
         seen += rows.tolist()
         longest.append((int(n.max()), int(n.min())))
     assert sorted(seen) == list(range(60))
-    assert all(
-        before[1] >= after[0] for before, after in zip(longest, longest[1:])
-    )  # longest texts first
+    # longest texts first
+    assert all(before[1] >= after[0] for before, after in zip(longest, longest[1:]))
 
 
 # ---- several ranks, and what is refused ----

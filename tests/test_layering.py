@@ -1,4 +1,4 @@
-"""Who may import whom: the modules stay apart, so that each notebook can be read, run and tested alone."""
+"""Who may import whom: the modules stay apart, so each notebook can be read and run alone."""
 
 import ast
 from pathlib import Path
@@ -27,20 +27,12 @@ ALLOWED = {
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},
 }
-BASE = {
-    "atomic",
-    "workers",
-    "machine",
-}  # how everything is written, in which processes, on what machine: all may import them
+# how everything is written, in which processes, on what machine: all may import them
+BASE = {"atomic", "workers", "machine"}
 WIRES = {"cli", "demo", "__main__"}  # these put everything together
 ONLY_TYPES = {("trainer", "mixture")}  # imported for annotations, never called
-FORBIDDEN = {
-    "fastcore",
-    "nbdev",
-    "execnb",
-    "sentence_transformers",
-    "IPython",
-}  # tools of the notebooks and the peer, not of the library
+# tools of the notebooks and the peer, not of the library
+FORBIDDEN = {"fastcore", "nbdev", "execnb", "sentence_transformers", "IPython"}
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

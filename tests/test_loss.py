@@ -16,7 +16,7 @@ B, D = 6, 16
 
 
 def batch(seed=0, b=B, d=D, k=0, dtype=torch.float32, noise=1.0):
-    "Anchors, positives that resemble them, and k negatives per row (None for k = 0), all leaves with gradients."
+    "Anchors, positives that resemble them, k negatives per row (None if k = 0), with gradients."
     g = torch.Generator().manual_seed(seed)
     anchors = torch.randn(b, d, generator=g)
     positives = anchors + noise * torch.randn(b, d, generator=g)
@@ -30,7 +30,7 @@ def gradients(loss, tensors):
     return torch.autograd.grad(loss, [x for x in tensors if x is not None])
 
 
-# --- the oracle: loops over Python floats -------------------------------------------------------------------------------------------
+# --- the naive version: loops over Python floats ---
 
 
 def loop_similarity(u, v, similarity):
@@ -131,7 +131,7 @@ def test_a_constant_encoder_scores_log_n():
     )
 
 
-# --- parity with sentence-transformers ------------------------------------------------------------------------------------------------
+# --- parity with sentence-transformers ---
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +164,9 @@ def assert_same_value_and_gradients(ours, theirs, inputs, rounding=1e-6):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_sentence_transformers(peer, seed, k, scale, similarity, symmetric, dtype):
-    # Pairs as an untrained encoder sees them. In float32 neighbouring scores near 100 are 8e-6 apart, so two orders of summation differ by
-    # about that much at scale 100; in float64 nothing hides behind rounding.
+    # Pairs as an untrained encoder sees them. In float32 neighbouring scores near 100 are 8e-6
+    # apart, so two orders of summation differ by about that much at scale 100; in float64 nothing
+    # hides behind rounding.
     rounding = 1e-10 if dtype == torch.float64 else 1e-6 * max(1, scale / 20)
     losses, similarities = peer
     inputs = batch(seed, k=k, dtype=dtype, noise=3.0)
@@ -225,7 +226,7 @@ def test_matryoshka_equals_sentence_transformers(peer, k, weights):
     )
 
 
-# --- the mask -------------------------------------------------------------------------------------------------------------------------
+# --- the mask ---
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -248,13 +249,12 @@ def test_mask_holds_for_identities_at_the_ends_of_the_range():
 
 
 def test_masked_cells_get_no_gradient():
-    # one-hot anchors: the gradient of candidate n is the sum over anchors i of g[i, n] * anchor i, so it can be read off cell by cell
+    # one-hot anchors: the gradient of candidate n is the sum over anchors i of g[i, n] * anchor i,
+    # so it can be read off cell by cell
     same = same_text(torch.randint(0, 7, (B, 4), generator=torch.Generator().manual_seed(3)))
     anchors = torch.eye(B)
-    positives, negatives = (
-        torch.randn(B, B, requires_grad=True),
-        torch.randn(B, 2, B, requires_grad=True),
-    )
+    positives = torch.randn(B, B, requires_grad=True)
+    negatives = torch.randn(B, 2, B, requires_grad=True)
     gp, gn = gradients(
         info_nce(anchors, positives, negatives, scale=1.0, similarity="dot", same=same),
         (positives, negatives),
@@ -270,10 +270,8 @@ def test_a_masked_column_may_hold_anything():
     same[:, B + 1] = True  # the hard negative of row 1
     changed = negatives.detach().clone()
     changed[1] = 7.0
-    one, two = (
-        info_nce(anchors, positives, negatives, same=same),
-        info_nce(anchors, positives, changed, same=same),
-    )
+    one = info_nce(anchors, positives, negatives, same=same)
+    two = info_nce(anchors, positives, changed, same=same)
     assert one.item() == two.item()
     for g1, g2 in zip(gradients(one, (anchors, positives)), gradients(two, (anchors, positives))):
         assert torch.equal(g1, g2)
@@ -296,7 +294,7 @@ def test_own_positive_is_kept_whatever_the_mask_says():
     assert all(torch.isfinite(g).all() for g in gradients(loss, inputs))
 
 
-# --- precision, compilation -----------------------------------------------------------------------------------------------------------
+# --- precision, compilation ---
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -329,7 +327,7 @@ def test_extreme_scores_stay_finite():
 
 
 def test_compiles_into_one_graph():
-    "No value is read on the way: tracing needs no break, and one graph serves every batch of these shapes."
+    "No value is read on the way: tracing needs no break, one graph serves every batch of a shape."
 
     def step(anchors, positives, negatives, identities):
         return info_nce(
@@ -362,7 +360,7 @@ def test_nan_is_not_hidden():
     assert info_nce(anchors, positives, same=torch.ones(B, B, dtype=torch.bool)).isnan()
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 x = torch.zeros(4, 8)
 
@@ -411,14 +409,14 @@ def test_one_pair_with_a_hard_negative_is_enough():
     )
 
 
-# --- across ranks ---------------------------------------------------------------------------------------------------------------------
+# --- across ranks ---
 
 P, b, WIDE = 2, 4, 10
 OPTIONS = [{}, {"symmetric": True}, {"masked": True, "symmetric": True}, {"matryoshka": True}]
 
 
 def training_batch():
-    "Inputs of a linear encoder, (P * b, 3, WIDE), and identities with texts repeated across the two halves."
+    "Inputs of a linear encoder, (P * b, 3, WIDE), and identities with repeats across the halves."
     g = torch.Generator().manual_seed(0)
     return torch.randn(P * b, 3, WIDE, generator=g), torch.randint(0, 9, (P * b, 3), generator=g)
 
@@ -429,7 +427,7 @@ def encoder():
 
 
 def step_loss(embeddings, identities, masked=False, **options):
-    "What a training step does: gather all columns and identities, then the loss of the global batch."
+    "What a training step does: gather columns and identities, then the loss of the global batch."
     anchors, positives, negatives = (
         gather(e) for e in (embeddings[:, 0], embeddings[:, 1], embeddings[:, 2:])
     )
@@ -449,16 +447,16 @@ def on_rank(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=P
     )
-    inputs, identities = (
-        t[rank * b : (rank + 1) * b] for t in training_batch()
-    )  # this rank's contiguous slice
+    # this rank's contiguous slice
+    inputs, identities = (t[rank * b : (rank + 1) * b] for t in training_batch())
     results = {}
     for number, options in enumerate(OPTIONS):
         model = torch.nn.parallel.DistributedDataParallel(encoder())
         loss = step_loss(model(inputs), identities, **options)
         loss.backward()
         results[number] = loss.detach(), [p.grad for p in model.parameters()]
-    # the other way to spend the ranks: each scores its own anchors only. A gather whose backward sums is exact for this too.
+    # the other way to spend the ranks: each scores its own anchors only. A gather whose backward
+    # sums is exact for this too.
     model = torch.nn.parallel.DistributedDataParallel(encoder())
     embeddings = model(inputs)
     candidates = F.normalize(gather(embeddings[:, 1]), dim=-1)
@@ -492,9 +490,8 @@ def test_two_processes_equal_one(two_ranks, number):
     expected = gradients(loss, list(model.parameters()))
     for rank in range(P):
         value, grads = two_ranks[rank][number]
-        torch.testing.assert_close(
-            value, loss.detach(), rtol=1e-6, atol=1e-6
-        )  # every rank reports the global batch's loss
+        # every rank reports the global batch's loss
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-6, atol=1e-6)
         for got, want in zip(grads, expected):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # and no factor is needed
 
@@ -517,9 +514,8 @@ def test_gather_is_exact_when_each_rank_scores_its_own_anchors(two_ranks):
 def test_gather_keeps_the_order_of_the_ranks(two_ranks):
     for results in two_ranks:
         rows, requires_grad = results["rows"]
-        assert (
-            rows[:, 0].tolist() == [0, 0, 1, 1] and rows.dtype == torch.int64 and not requires_grad
-        )
+        assert rows[:, 0].tolist() == [0, 0, 1, 1] and rows.dtype == torch.int64
+        assert not requires_grad
 
 
 def test_gather_without_ranks_is_the_identity():

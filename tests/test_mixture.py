@@ -1,4 +1,4 @@
-"""The mixture: properties over many sizes and weights, bad configs one by one, the published config and the real files."""
+"""The mixture: properties over sizes and weights, bad configs, the published config, real files."""
 
 import gzip
 import json
@@ -45,21 +45,18 @@ quick = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*rows are fewer than the"
-)  # tiny sources are what is tested here
+# tiny sources are what is tested here
+pytestmark = pytest.mark.filterwarnings("ignore:.*rows are fewer than the")
 
 
 class Fake:
     "A source in memory whose texts tell where they come from."
 
     def __init__(self, name, rows, columns=2):
-        self.name, self.n, self.columns, self.read = (
-            name,
-            rows,
-            ("anchor", "positive", "negative", "negative_2")[:columns],
-            0,
-        )
+        self.name = name
+        self.n = rows
+        self.columns = ("anchor", "positive", "negative", "negative_2")[:columns]
+        self.read = 0
 
     def __len__(self):
         return self.n
@@ -92,7 +89,7 @@ def same(a, b):
 
 @st.composite
 def mixtures(draw, largest=200):
-    "How to build a mixture: every column count has the k datasets it needs; some have one row, some less than a sub-batch."
+    "How to build a mixture with k datasets for every column count, some smaller than a sub-batch."
     k, part = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     widths = draw(st.lists(st.integers(2, 4), min_size=1, max_size=2, unique=True))
     columns = [c for c in widths for _ in range(k + draw(st.integers(0, 2)))]
@@ -127,9 +124,8 @@ def test_permute_is_one_to_one(n, key):
     rows = permute(np.arange(n), n, key)
     assert rows.dtype == np.int64 and (np.sort(rows) == np.arange(n)).all()
     some = np.array([0, n - 1, n // 2, 0])
-    assert (
-        permute(some, n, key).tolist() == rows[some].tolist()
-    )  # each position alone, repeats allowed
+    # each position alone, repeats allowed
+    assert permute(some, n, key).tolist() == rows[some].tolist()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +139,7 @@ def test_permute_at_the_borders(n):
 
 @pytest.mark.parametrize("n", [2**31 - 1, 2**32, 2**32 + 1, 2**40 + 3, 2**53 + 1, 2**62])
 def test_permute_large_lengths(n):
-    "No two of 200,000 places collide, neighbours end far apart, and every part of the range is reached."
+    "No two of 200,000 places collide, neighbours end far apart, all of the range is reached."
     positions = np.unique(
         np.concatenate(
             [np.arange(100_000), np.random.default_rng(0).integers(0, n, 100_000), [n - 1]]
@@ -170,16 +166,14 @@ def test_every_order_of_few_rows_comes_equally_often():
 
 @pytest.mark.parametrize("n", [40, 256, 257, 300, 1000])
 def test_every_row_is_equally_likely_at_every_position(n):
-    "Over 2,000 keys: position against row, and the rows of two neighbouring positions against each other."
+    "Over 2,000 keys: position against row, and rows of neighbouring positions against each other."
     orders = np.array(
         [permute(np.arange(n), n, module._key("key", i, bits=512)) for i in range(2000)]
     )
     fields, size = 20, np.bincount(np.arange(n) * 20 // n)
     place = np.broadcast_to(np.arange(n), orders.shape)
-    for here, there, other in (
-        (place, orders, 0),
-        (orders[:, :-1], orders[:, 1:], 1),
-    ):  # a neighbour is another row
+    # a neighbour is another row
+    for here, there, other in ((place, orders, 0), (orders[:, :-1], orders[:, 1:], 1)):
         counts = np.histogram2d(
             (here * fields // n).ravel(), (there * fields // n).ravel(), bins=fields
         )[0]
@@ -187,32 +181,27 @@ def test_every_row_is_equally_likely_at_every_position(n):
         assert abs(((counts - expected) ** 2 / expected).sum() - (fields - 1) ** 2) < 6 * math.sqrt(
             2
         ) * (fields - 1)
-    fixed = (orders == np.arange(n)).sum(
-        1
-    )  # a random permutation has one fixed point on average, with variance one
+    # a random permutation has one fixed point on average, with variance one
+    fixed = (orders == np.arange(n)).sum(1)
     assert abs(fixed.mean() - 1) < 0.12 and abs(fixed.var() - 1) < 0.25
 
 
 @pytest.mark.parametrize("n", [200, 5000, 10**6, 2**35])
 def test_another_seed_name_or_epoch_gives_an_unrelated_order(n):
-    "Places that agree are as many as by chance, and rows of neighbouring places, or of the same place in two orders, do not correlate."
-    positions, keys = (
-        np.arange(min(n, 5000)),
-        [
-            ("rows", 0, "a", 0),
-            ("rows", 1, "a", 0),
-            ("rows", 0, "b", 0),
-            ("rows", 0, "a", 1),
-            ("rows", 0, "a", 2),
-        ],
-    )
+    "Places agree as often as by chance; rows of neighbours or of two orders do not correlate."
+    positions = np.arange(min(n, 5000))
+    keys = [
+        ("rows", 0, "a", 0),
+        ("rows", 1, "a", 0),
+        ("rows", 0, "b", 0),
+        ("rows", 0, "a", 1),
+        ("rows", 0, "a", 2),
+    ]
     orders = [permute(positions, n, module._key(*key, bits=512)) for key in keys]
     bound = 5 / math.sqrt(len(positions))
     for i, one in enumerate(orders):
-        assert (
-            abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < bound
-            and abs(np.corrcoef(positions, one)[0, 1]) < bound
-        )
+        assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < bound
+        assert abs(np.corrcoef(positions, one)[0, 1]) < bound
         for other in orders[:i]:
             assert (one == other).sum() <= 8 and abs(np.corrcoef(one, other)[0, 1]) < bound
 
@@ -221,25 +210,16 @@ def test_orders_are_fixed_for_all_time():
     "A run that resumes with a later version of the library must find the rows it left."
     assert permute(np.arange(6), 6, 1).tolist() == [0, 5, 4, 1, 2, 3]
     assert permute(np.arange(6), 257, 1).tolist() == [0, 249, 39, 115, 130, 9]
-    assert permute(np.arange(4), 2**32 + 1, 2**511 + 3).tolist() == [
-        1461727762,
-        2885381597,
-        1827170540,
-        1242306130,
-    ]
+    expected = [1461727762, 2885381597, 1827170540, 1242306130]
+    assert permute(np.arange(4), 2**32 + 1, 2**511 + 3).tolist() == expected
     assert permute(np.array([0, 2**62]), 2**62 + 9, 7).tolist() == [
         21486992491449102,
         3850589526867773359,
     ]
     assert epoch_order(range(12), 5, "a").tolist() == [2, 4, 3, 1, 0, 3, 0, 2, 4, 1, 3, 4]
     assert epoch_order([0, 1, 999, 1000, 5007], 1000, "a", 3).tolist() == [602, 272, 250, 154, 143]
-    assert epoch_order([0, 1, 2**33, 10**12, 5 * 10**12 + 7], 10**12, "a", 3).tolist() == [
-        42267298353,
-        22213140479,
-        178180746636,
-        556711484244,
-        54136230881,
-    ]
+    expected = [42267298353, 22213140479, 178180746636, 556711484244, 54136230881]
+    assert epoch_order([0, 1, 2**33, 10**12, 5 * 10**12 + 7], 10**12, "a", 3).tolist() == expected
 
 
 # ---- epochs
@@ -266,17 +246,14 @@ def test_a_place_in_the_order_does_not_depend_on_what_else_is_asked(rows, positi
 
 
 def test_nothing_asked_nothing_found():
-    assert (
-        epoch_order([], 10, "a").tolist() == []
-        and permute(np.arange(0), 10, 0).tolist() == []
-        and permute(np.arange(0), 1000, 0).tolist() == []
-    )
+    assert epoch_order([], 10, "a").tolist() == [] and permute(np.arange(0), 10, 0).tolist() == []
+    assert permute(np.arange(0), 1000, 0).tolist() == []
 
 
 def test_orders_differ_between_names_and_seeds_and_do_not_slide():
-    first = lambda name, seed, epoch=0: epoch_order(
-        range(epoch * 100, epoch * 100 + 100), 100, name, seed
-    ).tolist()
+    def first(name, seed, epoch=0):
+        return epoch_order(range(epoch * 100, epoch * 100 + 100), 100, name, seed).tolist()
+
     assert (
         len({tuple(first(name, seed)) for name in ("a", "b", "a ", "") for seed in (0, 1, 10)})
         == 12
@@ -327,14 +304,8 @@ def test_draws_are_fixed_for_all_time():
         2,
         seed=9,
     )
-    assert pairs_of(plan.rows(0)) == [
-        (2, 2588552539),
-        (0, 937),
-        (2, 1552873062),
-        (0, 195),
-        (2, 7040605653),
-        (0, 203),
-    ]
+    expected = [(2, 2588552539), (0, 937), (2, 1552873062), (0, 195), (2, 7040605653), (0, 203)]
+    assert pairs_of(plan.rows(0)) == expected
     assert pairs_of(plan.rows(12345)) == [(4, 35), (3, 263), (4, 15), (3, 46), (4, 6), (3, 12)]
 
 
@@ -358,16 +329,14 @@ def test_the_weight_of_a_pool_is_exact():
 @quick
 @given(mixtures(), st.integers(0, 10**9))
 def test_a_step_is_a_function(make, step):
-    "Built afresh, asked out of order, from threads, after pickling: the same rows, all of one column count."
+    "Built afresh, out of order, from threads, after pickling: the same rows, of one column count."
     mixture, again = make(), make()
     again.batch(step + 1).examples
     batch = mixture.batch(step)
     assert same(batch, again.batch(step)) and batch.step == step
     assert len(batch.examples) == len(batch.sources) == len(batch) == mixture.batch_size
-    assert len({len(e) for e in batch.examples}) == 1 and batch.identities.shape == (
-        mixture.batch_size,
-        len(batch.examples[0]),
-    )
+    assert len({len(e) for e in batch.examples}) == 1
+    assert batch.identities.shape == (mixture.batch_size, len(batch.examples[0]))
     assert [e[0].split("/")[0] for e in batch.examples] == batch.sources
     assert [f"{mixture.sources[i].name}/anchor/{r}" for i, r in pairs_of(mixture.rows(step))] == [
         e[0] for e in batch.examples
@@ -384,7 +353,7 @@ def test_a_step_is_a_function(make, step):
 @quick
 @given(mixtures(), st.integers(0, 10**6))
 def test_a_global_batch_is_k_sub_batches(make, first):
-    "Exactly k, of B/k rows each, of one column count; a dataset comes twice only if its share of the pool is above 1/k."
+    "Exactly k of B/k rows each; a dataset comes twice only if its share is above 1/k."
     mixture = make()
     k, part = mixture.datasets_per_batch, mixture.batch_size // mixture.datasets_per_batch
     weight = Counter()
@@ -392,11 +361,8 @@ def test_a_global_batch_is_k_sub_batches(make, first):
         weight[len(s.columns)] += w
     for step in range(first, first + 5):
         draws, (numbers, rows) = mixture.draws(step), mixture.rows(step)
-        assert (
-            len(draws) == k
-            and numbers.shape == rows.shape == (k * part,)
-            and numbers.dtype == rows.dtype == np.int64
-        )
+        assert len(draws) == k and numbers.shape == rows.shape == (k * part,)
+        assert numbers.dtype == rows.dtype == np.int64
         [columns] = {len(mixture.sources[i].columns) for i, _ in draws}
         for d, (i, turn) in enumerate(draws):
             assert (numbers[d::k] == i).all()
@@ -408,9 +374,8 @@ def test_a_global_batch_is_k_sub_batches(make, first):
                 ).tolist()
             )
         for i, n in Counter(i for i, _ in draws).items():
-            assert n == 1 or mixture.weights[i] / weight[columns] > 1 / k - 1 / (
-                2 * WINDOW
-            )  # counts are rounded to whole draws
+            # counts are rounded to whole draws
+            assert n == 1 or mixture.weights[i] / weight[columns] > 1 / k - 1 / (2 * WINDOW)
         assert len(set(draws)) == k  # never the same turn twice
 
 
@@ -429,7 +394,7 @@ def test_slices_put_together_are_the_batch(make, step):
 @settings(quick, max_examples=40)
 @given(mixtures(largest=60))
 def test_sources_go_through_their_epochs(make):
-    "The rows of a source, in the order of steps, are its epochs one after the other, also when a sub-batch is longer than an epoch."
+    "The rows of a source are its epochs one after the other, even if a sub-batch is longer."
     mixture = make()
     seen = {i: [] for i in range(len(mixture.sources))}
     for step in range(70):  # crosses the border of a window
@@ -441,16 +406,22 @@ def test_sources_go_through_their_epochs(make):
         n = len(source)
         for e in range(len(seen[i]) // n):
             assert sorted(seen[i][e * n : (e + 1) * n]) == list(range(n))
-        assert (
-            len(set(seen[i][len(seen[i]) // n * n :])) == len(seen[i]) % n
-        )  # the last epoch, as far as it came
+        # the last epoch, as far as it came
+        assert len(set(seen[i][len(seen[i]) // n * n :])) == len(seen[i]) % n
 
 
 def test_a_run_on_another_number_of_ranks_goes_on_where_it_was():
     "Two ranks to step 50, then four: all that was seen together is what one rank sees."
-    make = lambda: Mixture(
-        [Fake("a", 37), Fake("b", 101), Fake("c", 12, 3), Fake("d", 9, 3)], [3, 2, 1, 1], 8, 2, 5
-    )
+
+    def make():
+        return Mixture(
+            [Fake("a", 37), Fake("b", 101), Fake("c", 12, 3), Fake("d", 9, 3)],
+            [3, 2, 1, 1],
+            8,
+            2,
+            5,
+        )
+
     alone = [e for s in range(100) for e in make().batch(s).examples]
     parts = [
         e
@@ -466,10 +437,8 @@ def test_a_run_on_another_number_of_ranks_goes_on_where_it_was():
 @given(mixtures(), st.integers(1, 300))
 def test_report_counts_what_happens(make, steps):
     mixture = make()
-    report, drawn = (
-        mixture.report(steps, sample=2),
-        Counter(i for s in range(steps) for i, _ in mixture.draws(s)),
-    )
+    report = mixture.report(steps, sample=2)
+    drawn = Counter(i for s in range(steps) for i, _ in mixture.draws(s))
     k, part = mixture.datasets_per_batch, mixture.batch_size // mixture.datasets_per_batch
     for i, d in enumerate(report["datasets"]):
         assert d["realised"] == pytest.approx(drawn[i] / (steps * k))
@@ -481,9 +450,8 @@ def test_report_counts_what_happens(make, steps):
     assert sum(d["asked"] for d in report["datasets"]) == pytest.approx(1)
     assert report["warnings"] == concerns(report)
     table = report_table(report)
-    assert all(s.name in table for s in mixture.sources) and all(
-        w in table for w in report["warnings"]
-    )
+    assert all(s.name in table for s in mixture.sources)
+    assert all(w in table for w in report["warnings"])
     json.dumps(report)
 
 
@@ -535,17 +503,10 @@ def test_batches_are_read_as_they_are_asked():
         np.array([1, 0, 1, 0]),
         np.array([3, 3, 9, 3]),
     )
-    assert batch.read(lambda source, rows: [f"{source.name}{r}" for r in rows]) == [
-        "b3",
-        "a3",
-        "b9",
-        "a3",
-    ]
-    assert (
-        batch.stores == [None, "the store"]
-        and batch.sources == ["b", "a", "b", "a"]
-        and len(batch) == 4
-    )
+    expected = ["b3", "a3", "b9", "a3"]
+    assert batch.read(lambda source, rows: [f"{source.name}{r}" for r in rows]) == expected
+    assert batch.stores == [None, "the store"] and batch.sources == ["b", "a", "b", "a"]
+    assert len(batch) == 4
     assert repr(batch) == "GlobalBatch(step 1,234, 4 rows of a, b)"
     assert (
         batch.identities[1].tolist() == batch.identities[3].tolist() != batch.identities[0].tolist()
@@ -612,7 +573,7 @@ def test_bad_settings(settings, words):
 
 
 def test_k_that_was_not_asked_for_bends_to_the_data():
-    "By default a global batch mixes two datasets; the only one of its column count fills its batches alone."
+    "By default a batch mixes two datasets; the only one of its column count fills it alone."
     mixture = Mixture([Fake("a", 90), Fake("b", 90), Fake("c", 90, 3)], [1, 1, 1], 8)
     met = {tuple(sorted(set(mixture.batch(s).sources))) for s in range(64)}
     assert met == {("a", "b"), ("c",)} and mixture.datasets_per_batch == 2
@@ -650,29 +611,21 @@ def test_numpy_numbers_are_numbers():
 
 
 def test_a_source_smaller_than_its_sub_batch_warns_and_wraps():
-    with pytest.warns(
-        UserWarning,
-        match=(
-            r"b: 10 rows are fewer than the 20 of a sub-batch \(global batch 40 / 2 datasets per"
-            r" batch\).*at most 20, more datasets per batch"
-        ),
-    ):
+    message = (
+        r"b: 10 rows are fewer than the 20 of a sub-batch \(global batch 40 / 2 datasets per"
+        r" batch\).*at most 20, more datasets per batch"
+    )
+    with pytest.warns(UserWarning, match=message):
         mixture = Mixture([Fake("a", 1000), Fake("b", 10)], [1, 1], 40)
     batch = mixture.batch(0)
     assert Counter(e[0] for e in batch.examples if e[0].startswith("b")) == {
         f"b/anchor/{i}": 2 for i in range(10)
     }
     masked = masked_negatives(batch.identities)
-    assert sorted(set(zip(batch.sources, masked.tolist()))) == [
-        ("a", 0),
-        ("b", 1),
-    ]  # the loss does not take a row's copy for a negative
-    with pytest.warns(
-        UserWarning,
-        match=(
-            r"^c: 1 rows are fewer .* \(and so it is with a, b\); use a global batch of at most 3"
-        ),
-    ):
+    # the loss does not take a row's copy for a negative
+    assert sorted(set(zip(batch.sources, masked.tolist()))) == [("a", 0), ("b", 1)]
+    message = r"^c: 1 rows are fewer .* \(and so it is with a, b\); use a global batch of at most 3"
+    with pytest.warns(UserWarning, match=message):
         Mixture([Fake("a", 3), Fake("b", 5), Fake("c", 1), Fake("d", 9)], [1] * 4, 18, 3)
 
 
@@ -756,11 +709,8 @@ def test_a_source_of_duplicates_ends_and_is_reported():
 
     report = Mixture([Same("copies", 100)], [1], 16, 1).report(10)
     [pool] = report["pools"]
-    assert (
-        pool["masked"] == 15
-        and pool["negatives"] == 0
-        and pool["duplicates"] == pytest.approx(30 / 32)
-    )
+    assert pool["masked"] == 15 and pool["negatives"] == 0
+    assert pool["duplicates"] == pytest.approx(30 / 32)
     assert report["warnings"] == [
         "batches of 2 columns are mostly duplicates: 0.0 of 15 negatives are left to an anchor;"
         " remove copies from the data"
@@ -770,9 +720,10 @@ def test_a_source_of_duplicates_ends_and_is_reported():
 def test_concerns_name_what_dominates_and_what_repeats():
     sources = [Fake("forum", 10**6), Fake("articles", 10**5), Fake("manual", 20)]
     report = Mixture(sources, [6, 2, 1], 16, 2).report(1000)
+    # the manual is seen 89 times
     assert [w.split(";")[0] for w in report["warnings"]] == [
         "forum dominates: 67% of all rows come from it"
-    ]  # the manual is seen 89 times
+    ]
     report = Mixture(sources, [6, 2, 1], 16, 2).report(64 * 36)
     assert [w.split(";")[0] for w in report["warnings"]] == [
         "forum dominates: 67% of all rows come from it",
@@ -780,17 +731,19 @@ def test_concerns_name_what_dominates_and_what_repeats():
     ]
     assert "warning: manual repeats" in report_table(report)
     assert Mixture(sources, [1, 1, 1], 16, 2).report(100)["warnings"] == []
-    assert (
-        Mixture(sources[:1], [1], 16, 1).report(100)["warnings"] == []
-    )  # one dataset cannot help being all
+    # one dataset cannot help being all
+    assert Mixture(sources[:1], [1], 16, 1).report(100)["warnings"] == []
 
 
 def test_concerns_begin_above_their_bounds():
     base = {"name": "a", "rows": 9, "realised": 0.5, "epochs": 100}
-    report = lambda **change: {
-        "datasets": [base | change, base | {"name": "b"}],
-        "pools": [{"columns": 2, "in_batch": 7, "hard": 0, "negatives": 3.5}],
-    }
+
+    def report(**change):
+        return {
+            "datasets": [base | change, base | {"name": "b"}],
+            "pools": [{"columns": 2, "in_batch": 7, "hard": 0, "negatives": 3.5}],
+        }
+
     assert concerns(report()) == []
     assert [
         len(concerns(report(**change)))
@@ -804,12 +757,8 @@ def test_concerns_begin_above_their_bounds():
 def test_a_report_that_reads_nothing_says_nothing_of_duplicates():
     source = Fake("a", 100)
     report = Mixture([source], [1], 8, 1).report(10, sample=0)
-    assert (
-        source.read == 0
-        and math.isnan(report["pools"][0]["masked"])
-        and report["warnings"] == []
-        and "duplicates" not in report_table(report)
-    )
+    assert source.read == 0 and math.isnan(report["pools"][0]["masked"])
+    assert report["warnings"] == [] and "duplicates" not in report_table(report)
 
 
 @pytest.mark.parametrize(
@@ -855,20 +804,14 @@ def test_names_with_and_without_extension(folder, tmp_path):
         {"name": "gone.jsonl", "weight": 0},
     ]
     path = tmp_path / "data_config.json"
-    path.write_text(
-        json.dumps(config), encoding="utf-8-sig"
-    )  # some editors leave a byte order mark
+    # some editors leave a byte order mark
+    path.write_text(json.dumps(config), encoding="utf-8-sig")
     one, two = (
         Mixture.from_config(c, folder, 8, 2, seed=4, cache_dir=tmp_path / "cache")
         for c in (config, path)
     )
-    assert [s.name for s in one.sources] == [c["name"] for c in config[:5]] and one.weights == [
-        1,
-        2.5,
-        3,
-        1,
-        1,
-    ]
+    assert [s.name for s in one.sources] == [c["name"] for c in config[:5]]
+    assert one.weights == [1, 2.5, 3, 1, 1]
     assert all(same(one.batch(s), two.batch(s)) for s in range(20))
     assert {len(one.batch(s).examples[0]) for s in range(64)} == {2, 3}
 
@@ -880,10 +823,8 @@ def test_temperature_takes_the_place_of_weights(folder, tmp_path):
         mixture = Mixture.from_config(
             config, folder, 8, cache_dir=tmp_path / "cache", temperature=temperature
         )
-        assert [s.name for s in mixture.sources] == [
-            "plain",
-            "more",
-        ] and mixture.weights == pytest.approx(weights)
+        assert [s.name for s in mixture.sources] == ["plain", "more"]
+        assert mixture.weights == pytest.approx(weights)
     with pytest.raises(ValueError, match="temperature is 0.5"):
         Mixture.from_config(config, folder, 8, cache_dir=tmp_path / "cache", temperature=0.5)
     with pytest.raises(ValueError, match="'weight' is missing"):
@@ -986,13 +927,11 @@ def test_k_above_the_datasets_of_a_config(folder, tmp_path):
         {"name": "sub/deep", "weight": 1},
         {"name": "three", "weight": 1},
     ]
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"takes 2 datasets of one column count, but only 1 has 3 columns \(three\); use"
-            r" datasets_per_batch=1"
-        ),
-    ):
+    message = (
+        r"takes 2 datasets of one column count, but only 1 has 3 columns \(three\); use"
+        r" datasets_per_batch=1"
+    )
+    with pytest.raises(ValueError, match=message):
         Mixture.from_config(config, folder, 8, 2, cache_dir=tmp_path / "cache")
 
 
@@ -1015,22 +954,12 @@ def test_a_name_that_is_no_file_may_be_a_hub_dataset(folder):
 
 def stored(folder, names, out, **more):
     "Prepare files of a folder under the given names."
-    return prepare(
-        [
-            {
-                "name": n,
-                "path_or_hub_id": next(
-                    p
-                    for p in (folder / n, folder / f"{n}.jsonl.gz", folder / f"{n}.jsonl")
-                    if p.is_file()
-                ),
-            }
-            | more
-            for n in names
-        ],
-        out,
-        progress=False,
-    )
+    entries = []
+    for n in names:
+        places = (folder / n, folder / f"{n}.jsonl.gz", folder / f"{n}.jsonl")
+        path = next(p for p in places if p.is_file())
+        entries.append({"name": n, "path_or_hub_id": path} | more)
+    return prepare(entries, out, progress=False)
 
 
 def test_a_folder_of_stores_gives_what_the_files_give(folder, tmp_path):
@@ -1054,9 +983,10 @@ def test_a_store_is_found_by_any_spelling_and_is_no_second_dataset(folder, tmp_p
         [entry] = read_config([{"name": name, "weight": 1}], tmp_path / "stores")
         assert entry.path == store_folder((tmp_path / "stores").resolve(), prepared_as)
         Mixture.from_config([{"name": name, "weight": 1}], tmp_path / "stores", 4, 1)
+    # now beside the file
     shutil.copytree(
         store_folder(tmp_path / "stores", prepared_as), store_folder(folder, prepared_as)
-    )  # now beside the file
+    )
     for a, b in (("three", "three.jsonl.gz"), ("three.jsonl.gz", "three"), ("three", "three")):
         with pytest.raises(ValueError, match="dataset 2 .* is the file of dataset 1 again"):
             read_config([{"name": a, "weight": 1}, {"name": b, "weight": 1}], folder)
@@ -1080,17 +1010,18 @@ def test_a_store_of_other_columns_is_refused(folder, tmp_path):
         folder / "named.jsonl", [{"question": f"t {i}", "answer": f"b {i}"} for i in range(12)]
     )
     stored(folder, ["named"], tmp_path / "stores", columns=("question", "answer"))
-    make = lambda columns: Mixture.from_config(
-        [{"name": "named", "weight": 1} | columns], tmp_path / "stores", 4, 1
-    )
+
+    def make(columns):
+        return Mixture.from_config(
+            [{"name": "named", "weight": 1} | columns], tmp_path / "stores", 4, 1
+        )
+
     make({}), make({"columns": ["question", "answer"]})
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"named: the data config asks for columns \('answer', 'question'\), the store was"
-            r" prepared with \('question', 'answer'\)"
-        ),
-    ):
+    message = (
+        r"named: the data config asks for columns \('answer', 'question'\), the store was"
+        r" prepared with \('question', 'answer'\)"
+    )
+    with pytest.raises(ValueError, match=message):
         make({"columns": ["answer", "question"]})
 
 
@@ -1148,9 +1079,8 @@ def test_the_published_config_on_its_files_and_on_stores(published, tiny_files, 
         start = time.process_time()
         opened = Mixture.from_config(path, tmp_path / "stores", 8, 2)
         assert time.process_time() - start < 5  # a fraction of a second of the CPU
-    assert [s.name for s in opened.sources] == [
-        c["name"] for c in published
-    ] and opened.weights == raw.weights == [c["weight"] for c in published]
+    assert [s.name for s in opened.sources] == [c["name"] for c in published]
+    assert opened.weights == raw.weights == [c["weight"] for c in published]
     report = opened.report(50_000, sample=1)
     assert [d["asked"] for d in report["datasets"]] == pytest.approx(
         [c["weight"] / total for c in published]
@@ -1158,28 +1088,26 @@ def test_the_published_config_on_its_files_and_on_stores(published, tiny_files, 
     assert {d["name"] for d in report["datasets"] if d["columns"] == 3} == set(TRIPLETS)
     for step in (0, 1, 539_999):
         batch = opened.batch(step)
-        assert same(batch, raw.batch(step)) and all(
+        assert same(batch, raw.batch(step))
+        assert all(
             text.startswith(name) for name, e in zip(batch.sources, batch.examples) for text in e
         )
     assert {len(opened.batch(s).examples[0]) for s in range(200)} == {2, 3}
 
 
 def test_the_published_config_in_its_true_sizes(published):
-    "1.17 billion rows that are nowhere: the shares are those asked, batches mix, and the last step costs what the first costs."
+    "1.17 billion rows that do not exist: shares as asked, mixed batches, no late step costs more."
     sources = [Fake(c["name"], c["lines"], 3 if c["name"] in TRIPLETS else 2) for c in published]
-    mixture, total = (
-        Mixture(sources, [c["weight"] for c in published]),
-        sum(c["weight"] for c in published),
-    )
+    mixture = Mixture(sources, [c["weight"] for c in published])
+    total = sum(c["weight"] for c in published)
     report = mixture.report(540_000, sample=0)
     for d, c in zip(report["datasets"], published):
         assert d["realised"] == pytest.approx(c["weight"] / total, abs=4 / 540_000)
         assert d["epochs"] == pytest.approx(
             540_000 * 1024 * c["weight"] / total / c["lines"], rel=2e-2
         )
-    assert (
-        report["mixed_batches"] > 0.93
-    )  # only where one file owns more than half of the triplets it may meet itself
+    # only where one file owns more than half of the triplets it may meet itself
+    assert report["mixed_batches"] > 0.93
     early, late = mixture.report(6400, sample=0)["datasets"], report["datasets"]
     assert (
         max(abs(d["realised"] - d["asked"]) for d in late)
@@ -1196,13 +1124,11 @@ def test_the_published_config_in_its_true_sizes(published):
 
 
 def test_a_published_config_without_its_files(published, tmp_path):
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"dataset 1 \(stackexchange_title_body/skeptics.stackexchange.com.jsonl.gz\): no such"
-            r" file"
-        ),
-    ):
+    message = (
+        r"dataset 1 \(stackexchange_title_body/skeptics.stackexchange.com.jsonl.gz\): no such"
+        r" file"
+    )
+    with pytest.raises(ValueError, match=message):
         Mixture.from_config(published, tmp_path)
 
 
@@ -1221,11 +1147,8 @@ def test_real_data_builds_and_batches(shared_data, tmp_path_factory, recwarn):
     )
     assert len(mixture.sources) == 19 and not [w for w in recwarn if "lines" in str(w.message)]
     batch = mixture.batch(539_999)
-    assert (
-        same(batch, mixture.batch(539_999))
-        and len(batch.examples) == 256
-        and len(set(batch.sources)) == 2
-    )
+    assert same(batch, mixture.batch(539_999)) and len(batch.examples) == 256
+    assert len(set(batch.sources)) == 2
     report = mixture.report(2000, sample=2)
     assert report["mixed_batches"] > 0.97  # in the pool of triplets one file owns more than half
     assert {p["columns"]: p["hard"] for p in report["pools"]} == {2: 0, 3: 256}
@@ -1267,12 +1190,8 @@ def test_as_mixture_takes_whatever_holds_examples(folder, tmp_path):
     several = as_mixture(
         [path, pairs[:6], frame, Source(pairs, "mine")], batch_size=4, cache_dir=tmp_path / "cache"
     )
-    assert [s.name for s in several.sources] == [
-        "pairs.jsonl",
-        "dataset 2",
-        "dataset 3",
-        "mine",
-    ] and several.weights == [12, 6, 12, 12]
+    assert [s.name for s in several.sources] == ["pairs.jsonl", "dataset 2", "dataset 3", "mine"]
+    assert several.weights == [12, 6, 12, 12]
     (tmp_path / "other").mkdir()
     write_rows(tmp_path / "other" / "pairs.jsonl", pairs[:4])
     both = as_mixture(

@@ -1,6 +1,7 @@
-"""The tutorial's road into MTEB, on tiny models and tasks made up here: mteb's figures are ours, on both roads.
+"""The tutorial's road into MTEB, on tiny models and made-up tasks: mteb's figures are ours.
 
-The code under test stands in nbs/tutorials/mteb.ipynb; its cells are executed here. Without mteb (`make test-mteb` has it) these are skipped.
+The code under test stands in nbs/tutorials/mteb.ipynb; its cells are executed here. Without mteb
+(`make test-mteb` has it) these are skipped.
 """
 
 import ast
@@ -20,18 +21,12 @@ from contrastive_st.evaluation import evaluate_retrieval, evaluate_sts
 from contrastive_st.model import SentenceEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
-CELLS = (
-    "imports",
-    "imports-mteb",
-    "about",
-    "local-retrieval",
-    "local-classification",
-    "road-st",
-    "road-ours",
-    "run",
+CELLS = tuple(
+    "imports imports-mteb about local-retrieval local-classification road-st road-ours run".split()
 )
 ROADS = ("through_st", "Ours")
-PUBLISHED = 0.8203247283  # STSBenchmark, cosine_spearman, of sentence-transformers/all-MiniLM-L6-v2: see the tutorial
+# STSBenchmark, cosine_spearman, of sentence-transformers/all-MiniLM-L6-v2: see the tutorial
+PUBLISHED = 0.8203247283
 
 
 def test_the_extra_takes_the_version_that_is_pinned():
@@ -111,7 +106,7 @@ def sts():
 
 @pytest.fixture(scope="module")
 def exam():
-    "40 documents, one empty; 12 queries: each has relevant ones, the last has one judged irrelevant only."
+    "40 documents, one empty; 12 queries with relevant ones, the last with one irrelevant only."
     documents, asked, rng = texts(39, 1) + [""], texts(12, 2), random.Random(3)
     qrels = {
         f"q{i}": {
@@ -164,23 +159,18 @@ def test_retrieval_is_ours(tutorial, folder, encode, exam, road):
 def test_grades_are_counted_only_when_asked(tutorial, folder, encode, exam):
     corpus, queries, qrels = exam
     model = tutorial.Ours("tiny", folder)
-    score = {
-        graded: (
-            tutorial.run(model, tutorial.LocalRetrieval("LocalSearch", exam, graded))[
-                "LocalSearch"
-            ].get_score()
-        )
-        for graded in (False, True)
-    }
+    score = {}
+    for graded in (False, True):
+        task = tutorial.LocalRetrieval("LocalSearch", exam, graded)
+        score[graded] = tutorial.run(model, task)["LocalSearch"].get_score()
     assert abs(score[True] - score[False]) > 1e-3
     flat = (
         corpus,
         queries,
         {q: {d: min(grade, 1) for d, grade in found.items()} for q, found in qrels.items()},
     )
-    same = tutorial.run(model, tutorial.LocalRetrieval("LocalSearch", flat, graded=True))[
-        "LocalSearch"
-    ].get_score()
+    task = tutorial.LocalRetrieval("LocalSearch", flat, graded=True)
+    same = tutorial.run(model, task)["LocalSearch"].get_score()
     assert same == pytest.approx(score[False], abs=1e-6)
 
 
@@ -191,15 +181,16 @@ def test_classification_is_the_same_on_both_roads(tutorial, folder):
         for label, word in (("music", "guitar"), ("food", "rice"), ("trip", "train"))
         for _ in range(20)
     ]
-    task = lambda: tutorial.LocalClassification("LocalIntents", train=rows[::2], test=rows[1::2])
+
+    def task():
+        return tutorial.LocalClassification("LocalIntents", train=rows[::2], test=rows[1::2])
+
     scores = [
         tutorial.run(getattr(tutorial, road)("tiny", folder), task())["LocalIntents"]
         for road in ROADS
     ]
-    assert (
-        scores[0].get_score() == pytest.approx(scores[1].get_score(), abs=1e-3)
-        and scores[0].get_score() > 0.4
-    )
+    assert scores[0].get_score() == pytest.approx(scores[1].get_score(), abs=1e-3)
+    assert scores[0].get_score() > 0.4
     assert len(scores[0].scores["test"][0]["scores_per_experiment"]) == 3
 
 
@@ -221,9 +212,8 @@ def test_prompts_are_used_on_both_roads(tutorial, folder, exam, tmp_path):
         resamples=0,
         encode_corpus=lambda texts: encoder.encode(texts, prompt="document", progress=False),
     )["ndcg@10"]
-    plain = tutorial.run(
-        tutorial.Ours("tiny", folder), tutorial.LocalRetrieval("LocalSearch", exam)
-    )["LocalSearch"].get_score()
+    task = tutorial.LocalRetrieval("LocalSearch", exam)
+    plain = tutorial.run(tutorial.Ours("tiny", folder), task)["LocalSearch"].get_score()
     assert scores == pytest.approx([expected, expected], abs=1e-4) and abs(expected - plain) > 1e-3
 
 
@@ -243,10 +233,10 @@ def test_each_text_is_encoded_once(tutorial, folder, sts, monkeypatch):
         results["LocalSTSAgain"].get_score(), abs=1e-6
     )
     rows = model.vectors([sts[0][3], sts[1][0], sts[0][3]])
-    assert (
-        rows == pytest.approx(encode([sts[0][3], sts[1][0], sts[0][3]], progress=False), abs=1e-6)
-        and len(seen) == 60
+    assert rows == pytest.approx(
+        encode([sts[0][3], sts[1][0], sts[0][3]], progress=False), abs=1e-6
     )
+    assert len(seen) == 60
 
 
 # --- names ---
@@ -254,11 +244,8 @@ def test_each_text_is_encoded_once(tutorial, folder, sts, monkeypatch):
 
 def test_names_and_revisions(tutorial, folder, sts, tmp_path):
     meta = tutorial.named("tiny", folder)
-    assert (
-        meta.name == "local/tiny"
-        and re.fullmatch("[0-9a-f]{12}", meta.revision)
-        and meta.similarity_fn_name.value == "cosine"
-    )
+    assert meta.name == "local/tiny" and re.fullmatch("[0-9a-f]{12}", meta.revision)
+    assert meta.similarity_fn_name.value == "cosine"
     assert (
         tutorial.named("tiny", save(tmp_path / "copy")).revision
         == meta.revision
@@ -274,12 +261,10 @@ def test_two_models_one_score_unless_they_are_named(tutorial, folder, sts, tmp_p
     from sentence_transformers import SentenceTransformer
 
     mteb, other = tutorial.mteb, save(tmp_path / "tiny", 0.2)  # the same name even, trained further
-    true = [
-        tutorial.run(tutorial.Ours("tiny", f), tutorial.LocalSTS("LocalSTS", sts))[
-            "LocalSTS"
-        ].get_score()
-        for f in (folder, other)
-    ]
+    true = []
+    for f in (folder, other):
+        task = tutorial.LocalSTS("LocalSTS", sts)
+        true.append(tutorial.run(tutorial.Ours("tiny", f), task)["LocalSTS"].get_score())
     assert abs(true[0] - true[1]) > 1e-3
     cache = mteb.ResultCache(tmp_path / "unnamed")
     for f in (folder, other):
@@ -292,9 +277,8 @@ def test_two_models_one_score_unless_they_are_named(tutorial, folder, sts, tmp_p
                 co2_tracker=False,
                 show_progress_bar=False,
             )
-        assert result.model_name == "no_model_name/available" and result[
-            0
-        ].get_score() == pytest.approx(true[0], abs=1e-4)
+        assert result.model_name == "no_model_name/available"
+        assert result[0].get_score() == pytest.approx(true[0], abs=1e-4)
     cache = mteb.ResultCache(tmp_path / "named")
     for f, expected in zip((folder, other, folder), (*true, true[0])):
         for road in ROADS:
@@ -321,7 +305,7 @@ def test_what_is_no_model_is_refused(tutorial, folder, tmp_path):
 
 
 def test_bad_tasks(tutorial, folder, encode, sts, exam):
-    "Where mteb goes on with a wrong figure, our evaluator says what is wrong: another reason to compare."
+    "Where mteb goes on with a wrong figure, our evaluator says what is wrong: a reason to compare."
     model = tutorial.Ours("tiny", folder)
     with pytest.raises(Exception, match="length"):
         tutorial.LocalSTS("LocalSTS", (sts[0], sts[1][:-1], sts[2]))
@@ -335,13 +319,8 @@ def test_bad_tasks(tutorial, folder, encode, sts, exam):
         evaluate_sts(encode, flat)
     corpus, queries, qrels = exam
     lost = corpus, queries, {**qrels, "q0": {"elsewhere": 1}}
-    assert (
-        0
-        <= tutorial.run(model, tutorial.LocalRetrieval("LocalSearch", lost))[
-            "LocalSearch"
-        ].get_score()
-        < 1
-    )
+    task = tutorial.LocalRetrieval("LocalSearch", lost)
+    assert 0 <= tutorial.run(model, task)["LocalSearch"].get_score() < 1
     with pytest.warns(UserWarning, match="corpus"):
         assert evaluate_retrieval(encode, *lost)["missing_documents"] == 1
     with pytest.raises(ValueError, match="Input should be 'BitextMining'"):
@@ -376,6 +355,5 @@ def test_real_sts_is_the_published_figure(tutorial, shared_data, tmp_path):
         tmp_path / "minilm"
     )
     task = tutorial.LocalSTS("LocalSTSB", read_sts(shared_data / "stsb/test.tsv"))
-    assert tutorial.run(tutorial.Ours("minilm", tmp_path / "minilm"), task)[
-        "LocalSTSB"
-    ].get_score() == pytest.approx(PUBLISHED, abs=1e-4)
+    result = tutorial.run(tutorial.Ours("minilm", tmp_path / "minilm"), task)["LocalSTSB"]
+    assert result.get_score() == pytest.approx(PUBLISHED, abs=1e-4)

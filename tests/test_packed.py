@@ -1,4 +1,4 @@
-"""Texts laid end to end against the padded forward: values, gradients, isolation, dropout, and what must be refused."""
+"""Texts laid end to end against the padded forward: values, gradients, dropout, refusals."""
 
 import copy
 import gzip
@@ -30,7 +30,7 @@ ATTENTION = "encoder.layer.1.attention.self"
 
 
 def make(kind="bert", p=0.0, **options):
-    "A random backbone with 2 layers, 32 wide, in evaluation mode; weights large enough that attention matters."
+    "A random backbone, 2 layers, 32 wide, in evaluation mode; large weights make attention matter."
     model = FAMILIES[kind]
     if kind == "distilbert":
         config = tf.DistilBertConfig(
@@ -144,14 +144,12 @@ def test_any_lengths(sizes):
 
 
 def test_it_can_fail():
-    "Wrong lengths, or positions that run on, give other numbers: so equality above means something."
+    "Wrong lengths, or positions that run on, give other numbers: equality above means something."
     backbone, (ids, lengths) = make(), batch([12, 9, 8])
     right = laid(backbone, ids, lengths)
     assert apart(laid(backbone, ids, torch.tensor([12, 8, 9])), right) > 0.01
-    words, places = (
-        backbone.get_input_embeddings()(ids)[None],
-        torch.cat([torch.arange(n) for n in lengths])[None],
-    )
+    words = backbone.get_input_embeddings()(ids)[None]
+    places = torch.cat([torch.arange(n) for n in lengths])[None]
 
     def states(positions, sizes):
         return packed._unpadded(backbone)(
@@ -159,10 +157,8 @@ def test_it_can_fail():
         ).last_hidden_state[0]
 
     assert apart(states(places, [12, 9, 8]), right) < 1e-6
-    assert (
-        apart(states(places, [12, 8, 9]), right) > 0.01
-        and apart(states(torch.arange(29)[None], [12, 9, 8]), right) > 0.01
-    )
+    assert apart(states(places, [12, 8, 9]), right) > 0.01
+    assert apart(states(torch.arange(29)[None], [12, 9, 8]), right) > 0.01
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -170,13 +166,10 @@ def test_texts_do_not_see_each_other(kind):
     backbone, (ids, lengths) = make(kind), batch(MIXED)
     own = torch.arange(len(MIXED)).repeat_interleave(lengths) == 3
     with torch.no_grad():
-        before, after = (
-            laid(backbone, ids, lengths),
-            laid(backbone, torch.where(own, 104 - ids, ids), lengths),
-        )
-    assert (
-        torch.equal(before[~own], after[~own]) and (before - after)[own].abs().amax(1).min() > 0.01
-    )
+        before = laid(backbone, ids, lengths)
+        after = laid(backbone, torch.where(own, 104 - ids, ids), lengths)
+    assert torch.equal(before[~own], after[~own])
+    assert (before - after)[own].abs().amax(1).min() > 0.01
 
 
 # ---- attention by itself ----
@@ -202,18 +195,13 @@ def text_by_text(q, k, v, sizes, scale):
 def test_attention_equals_softmax_text_by_text(step, most):
     for sizes in ([9, 5, 5, 2, 1], [1, 30, 1], [3]):
         segments, (q, k, v) = Segments(sizes, heads=3, step=step, most=most), qkv(sum(sizes), 3)
-        assert all(
-            b.texts == 1 or b.texts * 3 * b.length**2 <= most for b in segments.blocks
-        ) and sum(b.texts for b in segments.blocks) == len(sizes)
-        expected, upstream = (
-            text_by_text(q, k, v, sizes, 0.3),
-            torch.randn(1, sum(sizes), 3, 4, dtype=torch.float64),
-        )
+        assert all(b.texts == 1 or b.texts * 3 * b.length**2 <= most for b in segments.blocks)
+        assert sum(b.texts for b in segments.blocks) == len(sizes)
+        expected = text_by_text(q, k, v, sizes, 0.3)
+        upstream = torch.randn(1, sum(sizes), 3, 4, dtype=torch.float64)
         ours, none = packed.attention(None, q, k, v, None, scaling=0.3, segments=segments)
-        for out in (
-            ours,
-            packed._ragged(q, k, v, segments, 0.3, 0.0)[None],
-        ):  # the way of CPUs, and that of GPUs
+        # the way of CPUs, and that of GPUs
+        for out in (ours, packed._ragged(q, k, v, segments, 0.3, 0.0)[None]):
             assert none is None and apart(out, expected) < 1e-12
             for a, b in zip(
                 torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True),
@@ -255,11 +243,8 @@ def test_the_way_of_gpus_drops_attention_weights(gpu_way):
     "Values of one: an attended sum is 1 without dropout, and 1 on average with it."
     segments, (q, k, v) = Segments([300, 200, 100], 2), qkv(600, 2)
     dropped = packed._ragged(q, k, torch.ones_like(v), segments, 0.5, 0.3)
-    assert (
-        dropped.shape == (600, 2, 4)
-        and 0.02 < dropped.std() < 0.2
-        and abs(dropped.mean() - 1) < 0.01
-    )
+    assert dropped.shape == (600, 2, 4) and 0.02 < dropped.std() < 0.2
+    assert abs(dropped.mean() - 1) < 0.01
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -285,11 +270,8 @@ def test_inference_in_16_bits_is_as_near_as_its_rounding():
             scaling=0.3,
             segments=Segments(sizes, heads=3),
         )
-        assert (
-            ours.dtype == torch.bfloat16
-            and ours.shape == expected.shape
-            and apart(ours, expected) < 2**-7
-        )
+        assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape
+        assert apart(ours, expected) < 2**-7
     filled, _, shown = packed._in_sixteens(*torch.ones(2, 4, 17, 6, dtype=torch.bfloat16))
     assert filled.shape == (4, 32, 6) and filled.sum() == 4 * 17 * 6 and shown.sum() == 17 * 17
 
@@ -305,11 +287,8 @@ def test_inference_gathers_nothing(monkeypatch):
 
 def test_what_is_not_a_number_stays_in_its_text():
     others = torch.tensor([0, 1, 2, 3, 4, 8, 9])
-    for trained, dtype in (
-        (True, torch.float64),
-        (False, torch.float64),
-        (False, torch.bfloat16),
-    ):  # block by block, and length by length
+    # block by block, and length by length
+    for trained, dtype in ((True, torch.float64), (False, torch.float64), (False, torch.bfloat16)):
         q, k, v = (x.detach().to(dtype).requires_grad_(trained) for x in qkv(10, 2))
         with torch.no_grad():
             clean, _ = packed.attention(
@@ -369,11 +348,8 @@ def test_dropout_keeps_the_numbers_and_the_gradient_its_mask(dtype):
     y = packed._Dropout(0.5)(x.t())
     y.backward(torch.ones_like(y))
     kept = y != 0
-    assert (
-        torch.equal(y[kept], 2 * x.t()[kept])
-        and torch.equal(x.grad.t(), 2 * kept.to(dtype))
-        and 0 < kept.sum() < kept.numel()
-    )
+    assert torch.equal(y[kept], 2 * x.t()[kept]) and torch.equal(x.grad.t(), 2 * kept.to(dtype))
+    assert 0 < kept.sum() < kept.numel()
 
 
 def test_dropout_at_its_ends():
@@ -381,9 +357,8 @@ def test_dropout_at_its_ends():
     assert packed._Dropout(0.0)(x) is x or torch.equal(packed._Dropout(0.0)(x), x)
     assert not packed._Dropout(1.0)(x).any()
     assert torch.equal(packed._Dropout(0.001)(x), x)  # rounds to 0 of 256
-    assert torch.equal(packed._Dropout(0.5).eval()(x), x) and packed._Dropout(0.5)(x[:0]).shape == (
-        0,
-    )
+    assert torch.equal(packed._Dropout(0.5).eval()(x), x)
+    assert packed._Dropout(0.5)(x[:0]).shape == (0,)
 
 
 def test_dropout_is_independent_from_layer_to_layer_and_step_to_step():
@@ -398,11 +373,8 @@ def test_dropout_is_independent_from_layer_to_layer_and_step_to_step():
         drop.register_forward_hook(lambda module, args, out: zeros.append((out == 0).flatten()))
     first, second = (laid(backbone, ids, lengths) for _ in range(2))
     same = torch.corrcoef(torch.stack(zeros).float()) - torch.eye(len(zeros))
-    assert (
-        not torch.equal(first, second)
-        and len(zeros) == 8
-        and same.abs().max() < 5 / zeros[0].numel() ** 0.5
-    )
+    assert not torch.equal(first, second) and len(zeros) == 8
+    assert same.abs().max() < 5 / zeros[0].numel() ** 0.5
 
 
 def test_seeded_dropout_repeats():
@@ -415,13 +387,12 @@ def test_seeded_dropout_repeats():
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_modes(kind):
-    "Training without dropout is evaluation; evaluation knows no dropout; a part that is in evaluation mode stays there."
+    "Training without dropout is evaluation; a part in evaluation mode stays there."
     ids, lengths = batch(MIXED)
     with torch.no_grad():
         plain, noisy = laid(make(kind), ids, lengths), make(kind, p=0.5)
-        assert torch.equal(laid(make(kind).train(), ids, lengths), plain) and torch.equal(
-            laid(noisy, ids, lengths), plain
-        )
+        assert torch.equal(laid(make(kind).train(), ids, lengths), plain)
+        assert torch.equal(laid(noisy, ids, lengths), plain)
         assert apart(laid(noisy.train(), ids, lengths), plain) > 0.1
         for child in noisy.children():
             child.eval()
@@ -436,11 +407,9 @@ class LowRank(torch.nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.down, self.up = (
-            base.requires_grad_(False),
-            torch.nn.Linear(32, 4),
-            torch.nn.Linear(4, 32),
-        )
+        self.base = base.requires_grad_(False)
+        self.down = torch.nn.Linear(32, 4)
+        self.up = torch.nn.Linear(4, 32)
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
@@ -459,10 +428,11 @@ CHANGES = {
         lambda module, args, out: 2 * out
     ),
     "adapters": lambda b, query: (b.requires_grad_(False), adapt(b.encoder.layer[1])),
+    # its queries and keys need no gradient
     "an adapter in the first layer": lambda b, query: (
         b.requires_grad_(False),
         adapt(b.encoder.layer[0]),
-    ),  # its queries and keys need no gradient
+    ),
     "frozen below": lambda b, query: (
         query.weight.data.mul_(2),
         b.embeddings.requires_grad_(False),
@@ -477,11 +447,9 @@ def test_what_others_change_is_honoured(how):
     before = laid(backbone, ids, lengths, 40)
     CHANGES[how](backbone, backbone.get_submodule(ATTENTION).query)
     ours, plain = laid(backbone, ids, lengths, 40), padded(backbone, ids, lengths)
-    assert (
-        apart(ours, plain) < 1e-5
-        and apart(gradient(ours, backbone), gradient(plain, backbone)) < 1e-5
-        and apart(ours, before) > 0.01
-    )
+    assert apart(ours, plain) < 1e-5
+    assert apart(gradient(ours, backbone), gradient(plain, backbone)) < 1e-5
+    assert apart(ours, before) > 0.01
 
 
 def test_hooks_fire_and_weights_are_shared():
@@ -491,9 +459,8 @@ def test_hooks_fire_and_weights_are_shared():
     layer.register_forward_hook(lambda *args: fired.append("after"))
     layer.register_full_backward_hook(lambda *args: fired.append("backward"))
     laid(backbone, ids, lengths).sum().backward()
-    assert fired == ["before", "after", "backward"] and all(
-        p.grad is not None for p in backbone.parameters()
-    )
+    assert fired == ["before", "after", "backward"]
+    assert all(p.grad is not None for p in backbone.parameters())
     twin = packed._unpadded(backbone)
     assert all(a is b for a, b in zip(twin.parameters(), backbone.parameters(), strict=True))
     assert not {id(m) for m in twin.modules()} & {id(m) for m in backbone.modules()}
@@ -504,7 +471,7 @@ def test_hooks_fire_and_weights_are_shared():
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("bf16, near", [(False, 1e-6), pytest.param(True, 0.01, marks=LOW)])
 def test_gradient_checkpointing(p, reentrant, bf16, near):
-    "In bfloat16, too: cast weights are made before the layers run, so a layer that runs again finds those that lead to the weights."
+    "In bfloat16, too: weights are cast before the layers run, so a layer run again finds its own."
     found, (ids, lengths) = [], batch(MIXED)
     for checkpoint in (False, True):
         backbone = make(p=p).train()
@@ -532,21 +499,17 @@ def test_the_backbone_is_left_as_it_was(tmp_path):
         ).eval(),
         tokenizer,
     )
-    before, attends = (
-        encoder.backbone.config.to_dict(),
-        encoder.backbone.config._attn_implementation,
-    )
+    before = encoder.backbone.config.to_dict()
+    attends = encoder.backbone.config._attn_implementation
     kinds = [type(m) for m in encoder.modules()]
     vectors = encoder(ids, lengths)
     vectors.sum().backward()
+    assert encoder.layout == "packed" and encoder.backbone.config.to_dict() == before
+    assert encoder.backbone.config._attn_implementation == attends != packed._NAME
+    assert [type(m) for m in encoder.modules()] == kinds
     assert (
-        encoder.layout == "packed"
-        and encoder.backbone.config.to_dict() == before
-        and encoder.backbone.config._attn_implementation == attends != packed._NAME
+        apart(padded(encoder.backbone, ids, lengths), laid(encoder.backbone, ids, lengths)) < 1e-5
     )
-    assert [type(m) for m in encoder.modules()] == kinds and apart(
-        padded(encoder.backbone, ids, lengths), laid(encoder.backbone, ids, lengths)
-    ) < 1e-5
     encoder.save_pretrained(tmp_path)
     assert not [p.name for p in tmp_path.rglob("*.json") if packed._NAME in p.read_text()]
     for again in (
@@ -557,9 +520,8 @@ def test_the_backbone_is_left_as_it_was(tmp_path):
         assert torch.equal(again(ids, lengths), vectors)
         with torch.no_grad():
             again.backbone.embeddings.word_embeddings.weight.mul_(2)
-        assert not torch.equal(again(ids, lengths), vectors) and torch.equal(
-            encoder(ids, lengths), vectors
-        )
+        assert not torch.equal(again(ids, lengths), vectors)
+        assert torch.equal(encoder(ids, lengths), vectors)
 
 
 # ---- linear maps in bfloat16, in one call ----
@@ -568,21 +530,16 @@ def test_the_backbone_is_left_as_it_was(tmp_path):
 @LOW
 @pytest.mark.parametrize("into, out, bias", [(24, 40, True), (40, 24, True), (32, 32, False)])
 def test_a_linear_map_in_one_call(into, out, bias):
-    "Values and gradients as near to float32 as autocast's own, and no gradient for what asks for none."
+    "Values and gradients as near to float32 as autocast's; no gradient for what asks for none."
     torch.manual_seed(0)
-    linear, x, pull = (
-        torch.nn.Linear(into, out, bias=bias),
-        torch.randn(2, 30, into, requires_grad=True),
-        torch.randn(2, 30, out),
-    )
+    linear = torch.nn.Linear(into, out, bias=bias)
+    x = torch.randn(2, 30, into, requires_grad=True)
+    pull = torch.randn(2, 30, out)
     with autocast():
         twin = packed._twin(linear, None, None)
         ours, theirs = twin(x), linear(x)
-    assert (
-        ours.dtype == torch.bfloat16
-        and "_Product" in str(ours.grad_fn)
-        and apart(ours, linear(x)) < 2**-7
-    )
+    assert ours.dtype == torch.bfloat16 and "_Product" in str(ours.grad_fn)
+    assert apart(ours, linear(x)) < 2**-7
     found, low, exact = (
         torch.autograd.grad((y.float() * pull).sum(), [x, *linear.parameters()])
         for y in (ours, theirs, linear(x))
@@ -608,9 +565,9 @@ def test_bfloat16_is_as_near_as_the_padded_forward(kind):
         with torch.no_grad():
             inferred = laid(backbone, ids, lengths, 40)
     near = apart(plain, exact)
-    assert (
-        1e-3 < near < 0.05 and apart(ours, exact) < 2 * near and apart(inferred, exact) < 2 * near
-    )  # it really was bfloat16
+    # it really was bfloat16
+    assert 1e-3 < near < 0.05 and apart(ours, exact) < 2 * near
+    assert apart(inferred, exact) < 2 * near
     low, found, right = (gradient(states, backbone) for states in (plain, ours, exact))
     assert apart(found, right) < 2 * apart(low, right)
 
@@ -626,9 +583,8 @@ def test_inference_adds_the_residual_inside_the_product(monkeypatch):
     with autocast(), torch.no_grad():
         laid(backbone, ids, lengths)
         assert sorted(seen) == [1] * 8 + [2] * 4  # of the six maps of a layer two end a half of it
-        backbone.encoder.layer[
-            0
-        ].output.dropout.train()  # dropout comes before the residual: where it may drop, nothing is fused
+        # dropout comes before the residual: where it may drop, nothing is fused
+        backbone.encoder.layer[0].output.dropout.train()
         seen.clear()
         laid(backbone, ids, lengths)
     assert sorted(seen) == [1] * 9 + [2] * 3
@@ -715,11 +671,9 @@ def test_bfloat16_training_drops_the_same_and_moves_the_same(monkeypatch):
 
 @LOW
 def test_a_frozen_linear_map_keeps_no_input():
-    linear, x, kept = (
-        torch.nn.Linear(32, 32).requires_grad_(False),
-        torch.randn(4, 32, requires_grad=True),
-        [],
-    )
+    linear = torch.nn.Linear(32, 32).requires_grad_(False)
+    x = torch.randn(4, 32, requires_grad=True)
+    kept = []
     with (
         autocast(),
         torch.autograd.graph.saved_tensors_hooks(
@@ -748,10 +702,8 @@ def test_where_nothing_is_fused(monkeypatch):
         with torch.backends.mkldnn.flags(enabled=False):
             assert not fused(backbone)
         monkeypatch.setattr(packed, "_fuses", lambda: False)
-        assert (
-            not fused(backbone)
-            and apart(laid(backbone, ids, lengths), padded(make(), ids, lengths)) < 0.05
-        )
+        assert not fused(backbone)
+        assert apart(laid(backbone, ids, lengths), padded(make(), ids, lengths)) < 0.05
 
 
 # ---- what is not packed ----
@@ -766,14 +718,10 @@ def test_only_checked_backbones_are_packable():
         num_attention_heads=4,
         intermediate_size=64,
     )
-    assert not packable(tf.MPNetModel(tf.MPNetConfig(**shape))) and not packable(
-        tf.ElectraModel(tf.ElectraConfig(**shape))
-    )
-    assert (
-        not packable(make(is_decoder=True))
-        and not packable(torch.nn.Linear(2, 2))
-        and not packable(make().to("meta"))
-    )
+    assert not packable(tf.MPNetModel(tf.MPNetConfig(**shape)))
+    assert not packable(tf.ElectraModel(tf.ElectraConfig(**shape)))
+    assert not packable(make(is_decoder=True)) and not packable(torch.nn.Linear(2, 2))
+    assert not packable(make().to("meta"))
     for place in ("", "encoder.layer.0", ATTENTION + ".query"):
         backbone = make()
         backbone.get_submodule(place).forward = backbone.get_submodule(place).forward
@@ -786,13 +734,11 @@ def test_a_layer_that_ignores_the_registered_function_is_an_error():
     backbone.resize_token_embeddings(len(tokenizer))
     backbone.get_submodule(ATTENTION).config = copy.deepcopy(backbone.config)
     encoder = SentenceEncoder(backbone, tokenizer, max_length=64)
-    with pytest.raises(
-        ValueError,
-        match=(
-            "1 of 2 layers of this bert used the packed attention, so texts saw each other; set"
-            " encoder.layout = 'padded'"
-        ),
-    ):
+    message = (
+        "1 of 2 layers of this bert used the packed attention, so texts saw each other; set"
+        " encoder.layout = 'padded'"
+    )
+    with pytest.raises(ValueError, match=message):
         encoder(ids, lengths)
     encoder.layout = "padded"
     assert encoder(ids, lengths).isfinite().all()
@@ -809,16 +755,11 @@ def test_the_budget_bounds_the_rows_of_a_chunk(budget):
         layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
     with torch.no_grad():
         for numbers, states in packed_states(backbone, ids, lengths, budget):
-            assert (
-                states.shape[:2].numel() <= max(budget, max(sizes))
-                and states.shape[1] == lengths[numbers[0]]
-            )
+            assert states.shape[:2].numel() <= max(budget, max(sizes))
+            assert states.shape[1] == lengths[numbers[0]]
     assert max(rows) <= max(budget, max(sizes)) and sum(rows) == 2 * sum(sizes)
-    assert [sum(run) for run in packed._runs([10] * 21, 100)] == [
-        70,
-        70,
-        70,
-    ]  # about equal, no small rest
+    # about equal, no small rest
+    assert [sum(run) for run in packed._runs([10] * 21, 100)] == [70, 70, 70]
 
 
 # ---- real weights and texts ----
@@ -826,10 +767,8 @@ def test_the_budget_bounds_the_rows_of_a_chunk(budget):
 
 def real_texts():
     "200 texts of real lengths: natural language inference and long medical answers, else made up."
-    folder, texts = (
-        Path(os.environ.get("CONTRASTIVE_ST_DATA", ROOT / ".." / "shared" / "data")) / "train",
-        [],
-    )
+    folder = Path(os.environ.get("CONTRASTIVE_ST_DATA", ROOT / ".." / "shared" / "data")) / "train"
+    texts = []
     for name in ("AllNLI_devtest_triplets", "medquad_question_answer"):
         if (path := folder / f"{name}.jsonl.gz").exists():
             with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -869,10 +808,8 @@ def test_autocast_in_training(minilm):
             vectors = minilm(ids + 2000, lengths)
         assert vectors.dtype == torch.float32
         found[low] = gradient(vectors, minilm)
-    assert (
-        found[True].isfinite().all()
-        and torch.cosine_similarity(found[True], found[False], dim=0) > 0.99
-    )
+    assert found[True].isfinite().all()
+    assert torch.cosine_similarity(found[True], found[False], dim=0) > 0.99
 
 
 def test_backward_inside_autocast_gives_the_same_gradients():

@@ -1,4 +1,4 @@
-"""`prepare`: every bad line is noted and none is lost, whatever stops it; what is there is left alone; each dataset is as `read_examples` reads it."""
+"""`prepare`: bad lines are noted, none is lost, each dataset is as `read_examples` has it."""
 
 import errno
 import gzip
@@ -88,10 +88,8 @@ def test_each_bad_row_is_noted_with_its_line(tmp_path, kind):
     assert [(r["line"], r["kind"]) for r in found] == [
         (n, "empty" if kind in ("empty text", "white text") else "malformed") for n in (3, 5)
     ]
-    assert (
-        all(problem in r["problem"] for r in found)
-        and made.summary["rejected"][found[0]["kind"]] == 2
-    )
+    assert all(problem in r["problem"] for r in found)
+    assert made.summary["rejected"][found[0]["kind"]] == 2
     refuses(
         lambda: prepare([entry(path)], tmp_path / "strict", "raise", progress=False),
         f"{path}:3: ",
@@ -108,21 +106,18 @@ def test_each_bad_row_is_noted_with_its_line(tmp_path, kind):
         ("a.tsv", b"anchor\tpositive\na\tb\nc\t\xff\nf\tg\n", 3, "not UTF-8"),
         ("a.tsv", b"anchor\tpositive\na\tb\n\t\nf\tg\n", 3, "text 1 is empty"),
         ("a.csv", b'anchor,positive\na,b\n"c\nd",e,f\nf,g\n', 3, "3 cells"),
-        (
-            "a.csv",
-            b'anchor,positive\na,b\n"c\n\xff\nd",e\nf,g\n',
-            3,
-            "not UTF-8",
-        ),  # the record goes as a whole, its middle line alone would leave a wrong one
+        # the record goes as a whole, its middle line alone would leave a wrong one
+        ("a.csv", b'anchor,positive\na,b\n"c\n\xff\nd",e\nf,g\n', 3, "not UTF-8"),
         ("a.csv", b'anchor,positive\na,b\n"c\xff\nd",e\nf,g\n', 3, "not UTF-8"),
         ("a.json", b'[["a","b"],\n\n["c"],\n["f","g"]]', 3, "a list of 1"),
         ("a.jsonl", '["a", "b"]\n\ufeff["c", "d"]\n["f", "g"]\n'.encode(), 2, "not JSON"),
+        # half a character in a name
         (
             "a.jsonl",
             b'["a", "b"]\n{"\\ud800": "c"}\n["f", "g"]\n',
             2,
             "no known pair of columns among",
-        ),  # half a character in a name
+        ),
         (
             "a.jsonl",
             b'["a", "b"]\n{"query": "c", "pos": ["d", ""]}\n["f", "g"]\n',
@@ -150,11 +145,9 @@ def test_bad_rows_of_each_format(tmp_path, name, content, line, problem):
     made = one(tmp_path, put(tmp_path / name, content))
     assert rows(made) == [("a", "b"), ("f", "g")]
     [found] = rejects(made)
-    assert (
-        found["line"] == line
-        and problem in found["problem"]
-        and found["kind"]
-        == ("empty" if "is empty" in problem and "list" not in problem else "malformed")
+    assert found["line"] == line and problem in found["problem"]
+    assert found["kind"] == (
+        "empty" if "is empty" in problem and "list" not in problem else "malformed"
     )
     refuses(
         lambda: prepare([entry(tmp_path / name)], tmp_path / "strict", "raise", progress=False),
@@ -180,11 +173,8 @@ def test_bad_rows_of_parquet(tmp_path):
             answer=answers,
         ),
     )
-    assert [(r["line"], r["kind"]) for r in rejects(made)] == [
-        (6, "malformed"),
-        (4097, "empty"),
-        (9000, "malformed"),
-    ]
+    expected = [(6, "malformed"), (4097, "empty"), (9000, "malformed")]
+    assert [(r["line"], r["kind"]) for r in rejects(made)] == expected
     assert rows(made) == [(f"a{i}", b) for i, b in enumerate(answers) if b not in (None, " ")]
 
 
@@ -291,9 +281,8 @@ def test_cut_and_damaged_gzip(tmp_path):
             "fetch the file again",
         )
         assert content(tmp_path / "out" / "a.store") == old
-    path.write_bytes(
-        gzip.compress(text[:20_000]) + gzip.compress(text[20_000:]) + b"\0" * 40
-    )  # members one after another are one file
+    # members one after another are one file
+    path.write_bytes(gzip.compress(text[:20_000]) + gzip.compress(text[20_000:]) + b"\0" * 40)
     assert len(one(tmp_path, path)) == 5000
 
 
@@ -347,7 +336,7 @@ LINES = st.lists(
 @given(LINES, st.integers(1, 6), st.sampled_from([b"\n", b"\r\n"]))
 @settings(max_examples=50, deadline=None)
 def test_nothing_is_lost(tmp_path_factory, lines, shard_rows, end):
-    "Lines that gave rows and lines that were rejected are all lines that are not blank, and the rows are those of read_examples."
+    "Lines that gave rows and rejected lines are all but the blank; the rows are read_examples'."
     folder = tmp_path_factory.mktemp("s")
     path = put(folder / "a.jsonl", end.join([b'["first", "row"]', b'["second", "line"]', *lines]))
     with pytest.MonkeyPatch.context() as patch:
@@ -372,22 +361,17 @@ def test_nothing_is_lost(tmp_path_factory, lines, shard_rows, end):
 
 def mixed(n=34):
     "Rows of a list, several positives and faults at many places; as JSON values."
-    return [
-        (
-            ["only one"]
-            if i in (0, 5, 11, 12, 13, 20, n - 1)
-            else (
-                ["a", " "]
-                if i in (9, 27)
-                else (
-                    {"query": f"q{i}", "pos": [f"p{i}", f"r{i}", f"s{i}"]}
-                    if i % 4 == 3
-                    else [f"a{i} é", f"b{i}"]
-                )
-            )
-        )
-        for i in range(n)
-    ]
+
+    def row(i):
+        if i in (0, 5, 11, 12, 13, 20, n - 1):
+            return ["only one"]
+        if i in (9, 27):
+            return ["a", " "]
+        if i % 4 == 3:
+            return {"query": f"q{i}", "pos": [f"p{i}", f"r{i}", f"s{i}"]}
+        return [f"a{i} é", f"b{i}"]
+
+    return [row(i) for i in range(n)]
 
 
 def tsv(i):
@@ -395,30 +379,21 @@ def tsv(i):
 
 
 def csv(i):
-    return (
-        '"one\ncell"'
-        if i in (5, 11, 12, 13, 33)
-        else '"",x'
-        if i == 9
-        else f'"a{i}\nover ""lines""",b{i}'
-        if i % 3
-        else f"a{i},b{i}"
-    )
+    if i in (5, 11, 12, 13, 33):
+        return '"one\ncell"'
+    if i == 9:
+        return '"",x'
+    return f'"a{i}\nover ""lines""",b{i}' if i % 3 else f"a{i},b{i}"
 
 
+THREE_A_LINE = ",\n".join(", ".join(map(json.dumps, mixed()[i : i + 3])) for i in range(0, 34, 3))
 MIXED = {
     "a.jsonl": "\n\n".join(map(json.dumps, mixed())).encode(),
     "a.jsonl.gz": (
         "\n".join(map(json.dumps, mixed())).encode().replace(b'["only one"]', b'["\xff", "b"]')
     ),
     "a.json": json.dumps(mixed(), indent=1).encode(),
-    "lines.json": (
-        (
-            "["
-            + ",\n".join(", ".join(map(json.dumps, mixed()[i : i + 3])) for i in range(0, 34, 3))
-            + "]"
-        ).encode()
-    ),  # several items on a line
+    "lines.json": f"[{THREE_A_LINE}]".encode(),
     "a.tsv": (
         "\n".join(["anchor\tpositive", *map(tsv, range(34))])
         .replace("a11\t", "a\udcff")
@@ -464,9 +439,8 @@ def test_stopped_at_any_row_and_continued_is_the_same_store(tmp_path, monkeypatc
     monkeypatch.setattr(store, "SHARD_ROWS", 4)
     path = file_of(tmp_path, name)
     whole, out = one(tmp_path, path), tmp_path / "parts"
-    assert len(whole.summary["shards"]) > 3 and (
-        name == "a.parquet" or sum(whole.summary["rejected"].values()) >= 6
-    )
+    assert len(whole.summary["shards"]) > 3
+    assert name == "a.parquet" or sum(whole.summary["rejected"].values()) >= 6
     expected = content(whole.folder)
     for stop in range(34):
         stops(stop)
@@ -533,10 +507,8 @@ def test_a_killed_process_is_continued_by_the_next(tmp_path, monkeypatch):
     process = child(path, tmp_path / "killed", "kill", 130)
     assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
     kept = times(tmp_path / "killed" / "a.store.part")
-    assert (
-        left(tmp_path / "killed") == ["a.store.part"]
-        and len([p for p in kept if p.suffix == ".arrow"]) == 5
-    )
+    assert left(tmp_path / "killed") == ["a.store.part"]
+    assert len([p for p in kept if p.suffix == ".arrow"]) == 5
     prepare([entry(path)], tmp_path / "killed", progress=False)
     assert content(tmp_path / "killed" / "a.store") == whole
     now = {p.name: t for p, t in times(tmp_path / "killed" / "a.store").items()}
@@ -551,30 +523,21 @@ def test_a_file_size_limit_stops_with_words_and_the_old_store_is_whole(tmp_path,
     process = child(path, tmp_path / "out", "size", 20_000)
     assert process.wait(60) == 1
     said = process.stderr.read()
-    assert (
-        "said: " in said
-        and "a.store: the disk is full (" in said
-        and "File too large" in said
-        and "make room" in said
-        and "Traceback" not in said
-    )
-    assert (
-        content(tmp_path / "out" / "a.store") == old
-        and rows(Store(tmp_path / "out" / "a.store")) == GOOD
-    )
+    assert "said: " in said and "a.store: the disk is full (" in said and "File too large" in said
+    assert "make room" in said and "Traceback" not in said
+    assert content(tmp_path / "out" / "a.store") == old
+    assert rows(Store(tmp_path / "out" / "a.store")) == GOOD
     kept = {
         p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "a.store.part").glob("*.arrow")
     }
     assert len(kept) == 2
     made = one(tmp_path, path)
-    assert (
-        len(made) == 200
-        and {name: (made.folder / name).stat().st_mtime_ns for name in kept} == kept
-    )
+    assert len(made) == 200
+    assert {name: (made.folder / name).stat().st_mtime_ns for name in kept} == kept
 
 
 def test_no_space_for_the_rejects(tmp_path, monkeypatch):
-    "The disk is full while a reject is noted, inside the reader: it is the folder that is named, not the file that is read."
+    "The disk is full while a reject is noted: the folder is named, not the file that is read."
     path = put(tmp_path / "a.jsonl", [GOOD[0], GOOD[1], ["a"]])
 
     def full(*args):
@@ -603,9 +566,8 @@ def test_two_processes_at_once_make_one_store(tmp_path, monkeypatch):
     assert [process.wait(60) for process in both] == [0, 0], [
         process.stderr.read() for process in both
     ]
-    assert content(tmp_path / "both" / "a.store") == whole and left(tmp_path / "both") == [
-        "a.store"
-    ]
+    assert content(tmp_path / "both" / "a.store") == whole
+    assert left(tmp_path / "both") == ["a.store"]
 
 
 # ---- what is there
@@ -616,10 +578,8 @@ def test_a_second_run_does_nothing(tmp_path, monkeypatch):
     first, before = prepare(wanted, tmp_path / "out", progress=False), times(tmp_path / "out")
     monkeypatch.setattr(data, "_rows", lambda *args: pytest.fail("a file was read again"))
     monkeypatch.setattr(data, "_examples", lambda *args: pytest.fail("a file was read again"))
-    assert (
-        prepare(wanted, tmp_path / "out", progress=False) == first
-        and times(tmp_path / "out") == before
-    )
+    assert prepare(wanted, tmp_path / "out", progress=False) == first
+    assert times(tmp_path / "out") == before
     os.chmod(tmp_path / "out", 0o555)
     assert prepare(wanted, tmp_path / "out", progress=False) == first
 
@@ -634,9 +594,8 @@ def test_a_changed_file_is_prepared_again_and_the_old_store_serves_until_then(tm
         prepare([entry(path)], tmp_path / "out", progress=False)
     assert rows(Store(old.folder)) == GOOD
     stops(None)
-    assert rows(one(tmp_path, path)) == [(p, a) for a, p in GOOD] and left(tmp_path / "out") == [
-        "a.store"
-    ]
+    assert rows(one(tmp_path, path)) == [(p, a) for a, p in GOOD]
+    assert left(tmp_path / "out") == ["a.store"]
 
 
 @pytest.mark.parametrize("change", [{"columns": (1, 0)}, {"on_error": "raise"}])
@@ -646,9 +605,8 @@ def test_other_options_make_another_store(tmp_path, change):
     columns, on_error = change.get("columns"), change.get("on_error", "skip")
     prepare([entry(path, columns=columns)], tmp_path / "out", on_error, progress=False)
     made = Store(tmp_path / "out" / "a.store")
-    assert made.summary["origin"] != before and rows(made) == (
-        [(p, a) for a, p in GOOD] if columns else GOOD
-    )
+    assert made.summary["origin"] != before
+    assert rows(made) == ([(p, a) for a, p in GOOD] if columns else GOOD)
 
 
 @pytest.mark.parametrize("harm", ["cut", "missing", "summary"])
@@ -718,9 +676,8 @@ def test_two_workers_do_what_one_does(tmp_path):
         for n in "abcd"
     ]
     one_by_one = prepare(wanted, tmp_path / "one", workers=1, progress=False)
-    assert prepare(
-        wanted, tmp_path / "two", workers=2, total=200, progress=True
-    ) == one_by_one and list(one_by_one) == ["sub/a", "sub/b", "sub/c", "sub/d"]
+    assert prepare(wanted, tmp_path / "two", workers=2, total=200, progress=True) == one_by_one
+    assert list(one_by_one) == ["sub/a", "sub/b", "sub/c", "sub/d"]
     assert content(tmp_path / "one") == content(tmp_path / "two")
     bad = [
         *wanted,
@@ -816,13 +773,12 @@ def test_hub_datasets(tmp_path, hub, monkeypatch):
         (f"a{i}", f"b{i}") for i in (0, 4096, 4098, n - 1)
     ]
     before = times(tmp_path / "out")
-    assert (
-        prepare(wanted, tmp_path / "out", progress=False) == made
-        and times(tmp_path / "out") == before
-    )
+    assert prepare(wanted, tmp_path / "out", progress=False) == made
+    assert times(tmp_path / "out") == before
+    # a new revision
     sets["owner/nli", "pair"] = datasets.Dataset.from_dict(
         {"anchor": ["x", "y"], "positive": ["z", "w"]}
-    )  # a new revision
+    )
     assert prepare(wanted, tmp_path / "out", progress=False)["owner/nli/pair"]["rows"] == 2
 
 
@@ -840,14 +796,10 @@ def test_hub_faults(tmp_path, hub):
         "owner/none: no such file",
         "no network",
     )
-    assert (
-        prepare(
-            [entry("owner/judged", columns=("premise", "hypothesis"))],
-            tmp_path / "out",
-            progress=False,
-        )["a"]["rows"]
-        == 2
-    )
+    result = prepare(
+        [entry("owner/judged", columns=("premise", "hypothesis"))], tmp_path / "out", progress=False
+    )["a"]
+    assert result["rows"] == 2
 
 
 def test_a_hub_dataset_is_continued(tmp_path, hub, monkeypatch):
@@ -886,7 +838,10 @@ def test_a_random_file_across_many_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD_ROWS", 97)
     draw = random.Random(0)
     letters = "abc XYZ é\u0301港\U0001f6a2\u2028\u00a0ßﬁ"
-    text = lambda: "".join(draw.choices(letters, k=draw.randrange(1, 60))) + "."
+
+    def text():
+        return "".join(draw.choices(letters, k=draw.randrange(1, 60))) + "."
+
     given = [tuple(text() for _ in range(3)) for _ in range(1000)]
     source = load_source(one(tmp_path, put(tmp_path / "a.jsonl.gz", given)).folder)
     asked = draw.choices(range(1000), k=500)
@@ -894,9 +849,8 @@ def test_a_random_file_across_many_shards(tmp_path, monkeypatch):
     assert source.identities(asked).tolist() == [
         [text_identity(t) for t in given[i]] for i in asked
     ]
-    assert source.identities(np.array([], int)).shape == (0, 3) and source.store.summary[
-        "distinct"
-    ]["anchor"] == len({text_identity(a) for a, *_ in given})
+    assert source.identities(np.array([], int)).shape == (0, 3)
+    assert source.store.summary["distinct"]["anchor"] == len({text_identity(a) for a, *_ in given})
 
 
 # ---- workers and their parent
@@ -913,7 +867,8 @@ def rows(*args):
 data._rows = rows
 if __name__ == "__main__":
     print("begun", flush=True)
-    data.prepare([{"name": n, "path_or_hub_id": f"{sys.argv[1]}/{n}.jsonl"} for n in "ab"], sys.argv[2], workers=2, progress=False)
+    wanted = [{"name": n, "path_or_hub_id": f"{sys.argv[1]}/{n}.jsonl"} for n in "ab"]
+    data.prepare(wanted, sys.argv[2], workers=2, progress=False)
 """
 
 
@@ -1013,9 +968,8 @@ def test_rows_with_other_numbers_of_negatives_are_kept_and_counted(tmp_path):
         ("q4", "p4", "p4", "p4"),
         ("q5", "p5", "x", "y"),
     ]
-    assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 2} and made.summary[
-        "rejected"
-    ] == {"malformed": 0, "empty": 0}
+    assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 2}
+    assert made.summary["rejected"] == {"malformed": 0, "empty": 0}
     with pytest.warns(
         UserWarning, match="1 had more and were cut, 1 had fewer and repeat theirs, 2 had none"
     ):

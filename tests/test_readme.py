@@ -1,4 +1,4 @@
-"""Everything the README shows works: its Python runs, its commands run, the make targets it names exist, and it says what the notebook says."""
+"""Everything the README shows works: its Python, its commands, its make targets, its freshness."""
 
 import ast
 import importlib.util
@@ -22,11 +22,8 @@ OFFLINE = {
     "NO_COLOR": "1",
     "COLUMNS": "120",
 }
-RUN = (
-    "contrastive-st",
-    "python",
-    "python3",
-)  # commands that are executed; of all others only make's targets are checked
+# commands that are executed; of all others only make's targets are checked
+RUN = ("contrastive-st", "python", "python3")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -35,7 +32,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(block: str) -> list[str]:
-    "The commands of a bash block: joined at backslashes, without prompts, comments and blank lines."
+    "The commands of a bash block: joined at backslashes, no prompts, comments and blank lines."
     lines = re.sub(r"\\\n\s*", "", block).split("\n")
     lines = [re.sub(r"^\$ ", "", line).strip() for line in lines]
     return [line for line in lines if line and not line.startswith("#")]
@@ -76,18 +73,9 @@ def readme() -> str:
 @pytest.fixture
 def desk(tmp_path) -> Path:
     "An empty folder that looks like the repository: links to its files, its own runs/."
+    names = "recipes benchmarks tools nbs tests contrastive_st settings.ini Makefile docs"
     for entry in ROOT.iterdir():
-        if entry.name in (
-            "recipes",
-            "benchmarks",
-            "tools",
-            "nbs",
-            "tests",
-            "contrastive_st",
-            "settings.ini",
-            "Makefile",
-            "docs",
-        ):
+        if entry.name in names.split():
             (tmp_path / entry.name).symlink_to(entry)
     if (ROOT / "runs").is_dir():
         shutil.copytree(
@@ -213,23 +201,19 @@ x + 1
 
 def test_reading_blocks(tmp_path):
     search = 'contrastive-st search runs/none/model "a question"'
-    assert commands(blocks(SAMPLE, "bash")[0]) == [
-        "make train   # a comment",
-        search,
-        'python -c "print(1)"',
-    ]
+    expected = ["make train   # a comment", search, 'python -c "print(1)"']
+    assert commands(blocks(SAMPLE, "bash")[0]) == expected
     scope = {}
     exec(python_program(SAMPLE), scope)
     assert scope["_"] == 2
-    assert missing_targets("make train   # a comment", {"train"}) == [] and missing_targets(
-        "cd x && make docs PYTHON=p", {"train"}
-    ) == ["docs"]
+    assert missing_targets("make train   # a comment", {"train"}) == []
+    assert missing_targets("cd x && make docs PYTHON=p", {"train"}) == ["docs"]
     assert missing_run("contrastive-st search runs/none/model q", tmp_path) == "runs/none/model"
     assert missing_run("contrastive-st train quickstart --out runs/mine", tmp_path) == ""
 
 
 def test_readme_program(tmp_path):
-    "The README is written from a notebook, hidden cells and directives left out, and a stale one is noticed."
+    "The README is written from a notebook without hidden cells, and a stale one is noticed."
     import base64
 
     import nbformat
@@ -260,30 +244,19 @@ def test_readme_program(tmp_path):
     )
     nbformat.write(nb, tmp_path / "nbs/index.ipynb")
     at = ["--root", str(tmp_path)]
-    assert (
-        tool.main([*at, "--check"]) == 1 and tool.main(at) == 0 and tool.main([*at, "--check"]) == 0
-    )
+    assert tool.main([*at, "--check"]) == 1 and tool.main(at) == 0
+    assert tool.main([*at, "--check"]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert (
-        "secret" not in text
-        and "#|" not in text
-        and "(nbs/00_data.ipynb)" in text
-        and "`[no](link.ipynb)`" in text
-    )
-    assert blocks(text, "python") == ["print('a')\n", "plt.plot()\n"] and blocks(text, "text") == [
-        "a\n"
-    ]
+    assert "secret" not in text and "#|" not in text and "(nbs/00_data.ipynb)" in text
+    assert "`[no](link.ipynb)`" in text
+    assert blocks(text, "python") == ["print('a')\n", "plt.plot()\n"]
+    assert blocks(text, "text") == ["a\n"]
     assert text.index("One line.") < text.index("badge.svg") < text.index("See [data]")
-    assert (
-        "![curve](docs/images/curve.png)" in text
-        and (tmp_path / "docs/images/curve.png").read_bytes() == b"png"
-    )
+    assert "![curve](docs/images/curve.png)" in text
+    assert (tmp_path / "docs/images/curve.png").read_bytes() == b"png"
     (tmp_path / "docs/images/old.png").write_bytes(b"")
-    assert (
-        tool.main([*at, "--check"]) == 1
-        and tool.main(at) == 0
-        and not (tmp_path / "docs/images/old.png").exists()
-    )
+    assert tool.main([*at, "--check"]) == 1 and tool.main(at) == 0
+    assert not (tmp_path / "docs/images/old.png").exists()
     nb.cells[0].source = nb.cells[0].source.replace("00_data", "99_gone")
     nbformat.write(nb, tmp_path / "nbs/index.ipynb")
     with pytest.raises(SystemExit, match="99_gone"):

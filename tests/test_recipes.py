@@ -100,11 +100,8 @@ def bad(folder, monkeypatch):
         message = str(caught.value)
         assert name in message, f"the file is not named: {message}"
         assert "\n" not in message and len(message) < 400 + 3 * len(str(folder)), message
-        assert (
-            "pydantic" not in message
-            and "errors.pydantic.dev" not in message
-            and "Input should" not in message
-        )
+        assert "pydantic" not in message and "errors.pydantic.dev" not in message
+        assert "Input should" not in message
         return message
 
     return refuse
@@ -126,26 +123,16 @@ def changed(old, new=""):
 def test_a_good_recipe_in_full(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     recipe = load(folder / "good.toml")
-    assert (recipe.title, recipe.model.name, recipe.evaluation.sts, recipe.test) == (
-        "a test",
-        "encoder",
-        "sts.tsv",
-        EvaluationPlan(),
-    )
-    assert (
-        recipe.model.pooling is None and recipe.model.max_length is None and recipe.data.seed == 0
-    )
-    assert (
-        recipe.text == GOOD
-        and recipe.path == str(folder / "good.toml")
-        and recipe.folder().resolve() == (folder / "data").resolve()
-    )
+    expected = ("a test", "encoder", "sts.tsv", EvaluationPlan())
+    assert (recipe.title, recipe.model.name, recipe.evaluation.sts, recipe.test) == expected
+    assert recipe.model.pooling is None and recipe.model.max_length is None
+    assert recipe.data.seed == 0
+    assert recipe.text == GOOD and recipe.path == str(folder / "good.toml")
+    assert recipe.folder().resolve() == (folder / "data").resolve()
     assert build(TrainConfig, recipe.train, "x") == TrainConfig(steps=6, warmup=1, lr=1e-3)
     mixture = recipe.mixture()
-    assert [s.name for s in mixture.sources] == [
-        "pairs.jsonl",
-        "more.jsonl",
-    ] and mixture.weights == [1, 3]
+    assert [s.name for s in mixture.sources] == ["pairs.jsonl", "more.jsonl"]
+    assert mixture.weights == [1, 3]
     assert (mixture.batch_size, mixture.datasets_per_batch, mixture.seed) == (4, 1, 0)
 
 
@@ -229,14 +216,8 @@ PUBLISHED = [
     "multi-qa-mpnet-base-dot-v1",
     "nli-distilbert",
 ]
-TOTALS = [
-    1_170_060_424,
-    1_099_060_508,
-    214_988_242,
-    214_988_242,
-    214_988_242,
-    314_315,
-]  # the cards'; of the second, the sum of the sizes that its card prints
+# the cards'; of the second, the sum of the sizes that its card prints
+TOTALS = [1_170_060_424, 1_099_060_508, 214_988_242, 214_988_242, 214_988_242, 314_315]
 
 
 def test_the_published_recipes_go_by_name():
@@ -250,9 +231,8 @@ def test_a_published_run_is_planned_from_its_sizes(name, total):
     config, planned = build(TrainConfig, recipe.train, "x"), plan(recipe)
     assert sum(map(len, planned.sources)) == total and recipe.model.name in recipes.BACKBONES
     report = account(planned, config.steps, 0)
-    assert report["examples"] == config.steps * recipe.data.batch_size and sum(
-        d["realised"] for d in report["datasets"]
-    ) == pytest.approx(1)
+    assert report["examples"] == config.steps * recipe.data.batch_size
+    assert sum(d["realised"] for d in report["datasets"]) == pytest.approx(1)
     assert {d["name"] for d in report["datasets"] if d["columns"] == 3} == set(recipe.data.triplets)
 
 
@@ -301,10 +281,8 @@ def test_each_has_a_tiny_variant_on_the_shared_data(name, shared_data):
     for measured in (tiny.evaluation, tiny.test):
         for path in (measured.sts, measured.retrieval):
             assert not path or inside(shared_data, path, name).exists()
-    assert (
-        tiny.text.startswith(full.text)
-        and record_of(tiny)["changes"] == tomllib.loads(full.text)["tiny"]
-    )
+    assert tiny.text.startswith(full.text)
+    assert record_of(tiny)["changes"] == tomllib.loads(full.text)["tiny"]
 
 
 def test_a_tiny_encoder_is_random_small_and_the_same_each_time():
@@ -312,30 +290,18 @@ def test_a_tiny_encoder_is_random_small_and_the_same_each_time():
 
     first, again = (load("multi-qa-MiniLM-L6-cos-v1", tiny=True).encoder() for _ in range(2))
     other = load("multi-qa-MiniLM-L6-cos-v1", {"data": {"seed": 1}}, tiny=True).encoder()
-    assert (
-        first.backbone.config.num_hidden_layers == 2
-        and first.width == 128
-        and first.max_length == 64
-        and not first.training
-    )
+    assert first.backbone.config.num_hidden_layers == 2 and first.width == 128
+    assert first.max_length == 64 and not first.training
     weights = [e.backbone.embeddings.word_embeddings.weight for e in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_a_dot_product_model_says_so_when_it_is_saved(tmp_path):
     load("multi-qa-mpnet-base-dot-v1", tiny=True).encoder().save_pretrained(tmp_path / "model")
-    assert (
-        json.loads((tmp_path / "model" / "config_sentence_transformers.json").read_text())[
-            "similarity_fn_name"
-        ]
-        == "dot"
-    )
-    assert (
-        json.loads((tmp_path / "model" / "1_Pooling" / "config.json").read_text())[
-            "pooling_mode_cls_token"
-        ]
-        is True
-    )
+    config = (tmp_path / "model" / "config_sentence_transformers.json").read_text()
+    assert json.loads(config)["similarity_fn_name"] == "dot"
+    config = (tmp_path / "model" / "1_Pooling" / "config.json").read_text()
+    assert json.loads(config)["pooling_mode_cls_token"] is True
     assert not any(
         m["type"].endswith("Normalize")
         for m in json.loads((tmp_path / "model" / "modules.json").read_text())
@@ -346,22 +312,17 @@ def test_the_tiny_data_folder_can_be_named_by_the_environment(folder, monkeypatc
     text = GOOD + "[tiny]\ndata.folder = 'nowhere'\n"
     (folder / "tiny.toml").write_text(text)
     monkeypatch.delenv("CONTRASTIVE_ST_DATA", raising=False)
-    with pytest.raises(
-        ValueError,
-        match=(
-            "tiny.toml: the data folder .*nowhere' does not exist; .*--data FOLDER;"
-            " .*CONTRASTIVE_ST_DATA"
-        ),
-    ):
+    message = (
+        "tiny.toml: the data folder .*nowhere' does not exist; .*--data FOLDER;"
+        " .*CONTRASTIVE_ST_DATA"
+    )
+    with pytest.raises(ValueError, match=message):
         load(folder / "tiny.toml", tiny=True).folder()
     monkeypatch.setenv("CONTRASTIVE_ST_DATA", str(folder / "data"))
-    assert (
-        load(folder / "tiny.toml", tiny=True).folder() == folder / "data"
-        and str(folder) not in load(folder / "tiny.toml", tiny=True).text
-    )
-    assert (
-        load(folder / "tiny.toml").folder().resolve() == (folder / "data").resolve()
-    )  # only the tiny variant listens
+    assert load(folder / "tiny.toml", tiny=True).folder() == folder / "data"
+    assert str(folder) not in load(folder / "tiny.toml", tiny=True).text
+    # only the tiny variant listens
+    assert load(folder / "tiny.toml").folder().resolve() == (folder / "data").resolve()
     with pytest.raises(ValueError, match="has no .tiny. table"):
         load(folder / "good.toml", tiny=True)
 
@@ -427,9 +388,8 @@ def test_a_plan_takes_columns_and_temperature(folder):
     )
     (folder / "sized.toml").write_text(changed('mix = "data_config.json"', mix))
     planned = plan(load(folder / "sized.toml"))
-    assert [len(s.columns) for s in planned.sources] == [3, 3, 2] and planned.weights[
-        0
-    ] == pytest.approx(900 / 1050)
+    assert [len(s.columns) for s in planned.sources] == [3, 3, 2]
+    assert planned.weights[0] == pytest.approx(900 / 1050)
 
 
 def test_a_data_config_may_lie_beside_the_recipe_but_the_data_folders_wins(folder, monkeypatch):
@@ -614,9 +574,8 @@ def test_mixes_in_a_file_name_that_file(folder, monkeypatch, content, words):
 
 def test_a_batch_that_no_dataset_fills(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    with pytest.warns(
-        UserWarning, match="8 rows are fewer than the 16"
-    ):  # it wraps, and the loss masks the copies
+    # it wraps, and the loss masks the copies
+    with pytest.warns(UserWarning, match="8 rows are fewer than the 16"):
         load(folder / "good.toml", {"data": {"batch_size": 16}}).mixture()
     with pytest.raises(ValueError, match="datasets_per_batch"):
         load(folder / "good.toml", {"data": {"datasets_per_batch": 3}}).mixture()
@@ -642,9 +601,8 @@ def test_the_data_config_of_a_recipe(folder):
     )
     inline = [{"name": "pairs.jsonl", "weight": 1}]
     recipe = load(folder / "good.toml", {"data": {"mix": inline}})
-    assert recipes.data_config(recipe) == (inline, folder / "data") and recipes.data_config(
-        recipe, folder
-    ) == (inline, folder)
+    assert recipes.data_config(recipe) == (inline, folder / "data")
+    assert recipes.data_config(recipe, folder) == (inline, folder)
     with pytest.raises(
         ValueError, match="good.toml: data.mix: there is no 'data_config.json' in the data folder"
     ):
@@ -689,9 +647,8 @@ def test_a_mixture_from_stores(folder, monkeypatch):
 def test_paths_that_leave_the_data_folder(bad, folder, table, field, value):
     (folder / "data" / "link").symlink_to(folder / "outside.jsonl")
     message = bad(changed('[evaluation]\nsts = "sts.tsv"\n', f"[{table}]\n{field} = '{value}'\n"))
-    assert (
-        f"{table}.{field}" in message and "leaves the data folder" in message and value in message
-    )
+    assert f"{table}.{field}" in message and "leaves the data folder" in message
+    assert value in message
 
 
 def test_paths_that_are_not_there(bad):
@@ -783,15 +740,11 @@ def test_changes_reach_the_recipe_and_its_record(folder):
     assert build(TrainConfig, recipe.train, "x") == TrainConfig(
         steps=6, warmup=1, lr=5e-4, bf16=True
     )
-    assert (
-        recipe.data == DataPlan("data_config.json", "data", 8, 1)
-        and recipe.test.sts == "sts.tsv"
-        and recipe.title == "Tür"
-    )
-    assert (
-        changes["train"] == {"lr": 5e-4, "bf16": True}
-        and load(folder / "good.toml").data.batch_size == 4
-    )  # nothing is left behind
+    assert recipe.data == DataPlan("data_config.json", "data", 8, 1)
+    assert recipe.test.sts == "sts.tsv" and recipe.title == "Tür"
+    # nothing is left behind
+    assert changes["train"] == {"lr": 5e-4, "bf16": True}
+    assert load(folder / "good.toml").data.batch_size == 4
     assert recipe.text.startswith(GOOD) and record_of(recipe)["changes"] == changes
     assert tomllib.loads(recipe.text)["title"] == "a test"  # the record is still a recipe
 
@@ -818,11 +771,8 @@ def test_a_date_among_the_changes_is_an_error_of_the_user(folder):
 def test_plans_are_frozen():
     with pytest.raises(Exception, match="frozen|cannot assign"):
         DataPlan("x").mix = "y"
-    assert (
-        Recipe.__dataclass_params__.frozen
-        and recipes.ModelPlan("x").name == "x"
-        and Path(recipes.__file__).exists()
-    )
+    assert Recipe.__dataclass_params__.frozen and recipes.ModelPlan("x").name == "x"
+    assert Path(recipes.__file__).exists()
 
 
 # ---- what no table may hold ----
@@ -941,11 +891,8 @@ def test_an_encoder_that_no_machine_holds(bad):
 def test_comments_are_only_comments(folder, comment):
     (folder / "noted.toml").write_text(GOOD + "# " + comment + "\n")
     recipe = load(folder / "noted.toml")
-    assert (
-        recipe.title == "a test"
-        and recipe.text == GOOD + "# " + comment + "\n"
-        and "run" not in tomllib.loads(recipe.text)
-    )
+    assert recipe.title == "a test" and recipe.text == GOOD + "# " + comment + "\n"
+    assert "run" not in tomllib.loads(recipe.text)
 
 
 CHANGES = {
@@ -961,16 +908,11 @@ def test_a_recorded_recipe_is_the_recipe_of_that_run(folder):
     assert record_of(first)["changes"] == CHANGES
     (folder / "recorded.toml").write_text(first.text + '# command: "contrastive-st train"\n')
     second = load(folder / "recorded.toml")
-    assert (
-        replace(second, path="", text="") == replace(first, path="", text="")
-        and second.text == first.text
-    )
+    assert replace(second, path="", text="") == replace(first, path="", text="")
+    assert second.text == first.text
     third = load(folder / "recorded.toml", {"train": {"lr": 0.5}})
-    assert (
-        third.train == {**first.train, "lr": 0.5}
-        and third.text.count("[run]") == 1
-        and third.title == first.title
-    )
+    assert third.train == {**first.train, "lr": 0.5} and third.text.count("[run]") == 1
+    assert third.title == first.title
 
 
 @pytest.mark.parametrize(
@@ -990,24 +932,9 @@ def test_a_table_run_that_is_no_record(bad, table, words):
 # ---- damaged recipes ----
 
 JUNK = [
-    "",
-    "inf",
-    "-1",
-    "0",
-    "1e999",
-    "true",
-    "[]",
-    "{}",
-    "[[[]]]",
-    "'x'",
-    '"\\u0000"',
-    "2024-01-01",
-    "9" * 40,
-    "[1, 'a']",
-    "{a = {b = {c = 1}}}",
-    "[" * 3000,
-    "0x7fffffffffffffff",
-    "'" + "y" * 5000 + "'",
+    *("", "inf", "-1", "0", "1e999", "true", "[]", "{}", "[[[]]]", "'x'"),
+    *('"\\u0000"', "2024-01-01", "9" * 40, "[1, 'a']", "{a = {b = {c = 1}}}"),
+    *("[" * 3000, "0x7fffffffffffffff", "'" + "y" * 5000 + "'"),
 ]
 
 
@@ -1035,10 +962,8 @@ def damage(text, random):
 @pytest.mark.parametrize("seed", range(8))
 def test_damaged_recipes_load_or_say_what_is_wrong(folder, monkeypatch, seed):
     monkeypatch.setenv("HOME", str(folder))
-    random, texts = (
-        Random(seed),
-        [GOOD, *(path.read_text(encoding="utf-8") for path in known().values())],
-    )
+    random = Random(seed)
+    texts = [GOOD, *(path.read_text(encoding="utf-8") for path in known().values())]
     for _ in range(DAMAGED // 8):
         (folder / "damaged.toml").write_text(
             damage(random.choice(texts), random), encoding="utf-8", errors="replace"
@@ -1071,7 +996,7 @@ def defined(path):
 
 
 def test_every_row_of_the_seeds_page_leads_somewhere():
-    "Cells exist in a notebook of their table cell, functions in their module, tests in their file, recipes in recipes/."
+    "Cells exist in a notebook, functions in a module, tests in their file, recipes in recipes/."
     rows = [
         line
         for line in (ROOT / "docs" / "seeds.md").read_text(encoding="utf-8").splitlines()
@@ -1110,7 +1035,7 @@ def test_every_row_of_the_seeds_page_leads_somewhere():
 
 
 def test_an_installed_package_has_every_recipe(tmp_path):
-    "Built as pip builds it, and asked from elsewhere: the same names, with their data configs beside them."
+    "Built as pip builds it, asked from elsewhere: the same names, their data configs beside them."
     pytest.importorskip(
         "setuptools", reason="setuptools, which builds the package, is not installed"
     )

@@ -1,4 +1,4 @@
-"""A run's records, checkpoints and ends: what is kept, what is refused, and what a signal leaves behind."""
+"""A run's records, checkpoints and ends: what is kept, what is refused, what a signal leaves."""
 
 import json
 import os
@@ -40,7 +40,7 @@ from contrastive_st.trainer import train
 
 
 def dropout_run(out, c=None, **options):
-    "Train the tiny encoder with dropout; returns its weights, or those it had when the run ended by an exception."
+    "Train the tiny encoder with dropout; return its weights, also when an exception ended the run."
     encoder = make_encoder(dropout=0.1)
     train(encoder, make_mixture(), c or config(6, save_every=2), out, progress=False, **options)
     return weights(encoder)
@@ -150,9 +150,8 @@ def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path):
         folder = write_checkpoint(tmp_path, step, 0, write)
         for path in (folder, *folder.iterdir()):
             os.utime(path, (1e9 - n * 1e6, 1e9 - n * 1e6))
-    assert (
-        checkpoints(tmp_path) == [10, 11] and find_checkpoint(tmp_path)[0].name == "checkpoint-11"
-    )
+    assert checkpoints(tmp_path) == [10, 11]
+    assert find_checkpoint(tmp_path)[0].name == "checkpoint-11"
 
 
 def test_what_a_killed_writer_left_is_cleared_away(broken, whole):
@@ -276,11 +275,8 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, whole, number, co
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match="stopped at step 3 of 6; saved in") as caught:
         dropout_run(tmp_path, callbacks=[send(number)])
-    assert (
-        caught.value.code == code
-        and checkpoints(tmp_path) == [2, 3]
-        and signal.getsignal(number) == before
-    )
+    assert caught.value.code == code and checkpoints(tmp_path) == [2, 3]
+    assert signal.getsignal(number) == before
     assert same(dropout_run(tmp_path, resume=True), whole)
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
@@ -316,10 +312,8 @@ class Interrupted(Scores):
 def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(
     tmp_path, call, step, patience
 ):
-    c, values = (
-        config(6, eval_every=2, metric="score", patience=patience),
-        (0.1, 0.5, 0.9, 0.8, 0.9),
-    )
+    c = config(6, eval_every=2, metric="score", patience=patience)
+    values = (0.1, 0.5, 0.9, 0.8, 0.9)
     straight = dropout_run(tmp_path / "straight", c, evaluate=Scores(*values))
     with pytest.raises(Stopped):
         dropout_run(tmp_path / "run", c, evaluate=Interrupted(*values, call=call))
@@ -358,13 +352,11 @@ def test_an_evaluation_that_draws_random_numbers_changes_nothing(tmp_path, whole
 
 def test_when_a_checkpoint_is_written_changes_nothing(tmp_path, whole, monkeypatch):
     "Checkpoints come by the clock, too: here after every step."
-    assert same(dropout_run(tmp_path / "none", config(6)), whole) and not checkpoints(
-        tmp_path / "none"
-    )
+    assert same(dropout_run(tmp_path / "none", config(6)), whole)
+    assert not checkpoints(tmp_path / "none")
     monkeypatch.setattr(trainer, "SAVE_SECONDS", -1)
-    assert same(dropout_run(tmp_path / "all", config(6)), whole) and checkpoints(
-        tmp_path / "all"
-    ) == [5, 6]
+    assert same(dropout_run(tmp_path / "all", config(6)), whole)
+    assert checkpoints(tmp_path / "all") == [5, 6]
 
 
 # ---- metrics ----
@@ -446,7 +438,7 @@ def test_a_device_of_torch_tpu_is_refused(tmp_path, monkeypatch):
 
 
 def test_training_files_hold_no_code(broken):
-    "training.pt is read with weights_only; a pickle that would run code is refused with the file's name."
+    "training.pt is read with weights_only; a pickle that would run code is refused by file name."
     path = broken / "checkpoints/checkpoint-4/training.pt"
 
     class Evil:
@@ -472,7 +464,8 @@ def evaluate(encoder):
     return {{"score": float(len(calls))}}
 callbacks = [send(signal.SIGTERM)] if {stop} and rank == {stop} - 1 else []
 try:
-    after = dropout_run({out!r}, config(6, eval_every=2), evaluate=evaluate, callbacks=callbacks, resume={resume})
+    options = dict(evaluate=evaluate, callbacks=callbacks, resume={resume})
+    after = dropout_run({out!r}, config(6, eval_every=2), **options)
 except Stopped as error:
     after = str(error)
 torch.save([after, len(calls)], {notes!r} + str(rank))
@@ -503,10 +496,8 @@ def test_of_two_processes_the_first_measures_and_a_signal_to_either_saves_both(t
     assert all("stopped at step 3 of 6" in said for said, _ in stopped)
     resumed = start("resumed", out="stopped", resume=True)
     assert [calls for _, calls in resumed] == [3, 0]
-    after, expected = (
-        resumed[0][0],
-        straight[0][0],
-    )  # two uninterrupted runs differ by as much: gloo adds in any order
+    # two uninterrupted runs differ by as much: gloo adds in any order
+    after, expected = (resumed[0][0], straight[0][0])
     assert all(torch.allclose(value, expected[name], atol=1e-5) for name, value in after.items())
     assert same(after, resumed[1][0])
     assert read_json(tmp_path / "stopped/metrics.json")["steps"] == 6

@@ -1,4 +1,4 @@
-"""Search, mining and clustering against sentence-transformers', with ties, odd storage, bounded memory and bad input."""
+"""Search, mining and clustering against sentence-transformers': ties, memory, bad input."""
 
 import importlib.util
 import random
@@ -33,9 +33,8 @@ class Largest(TorchDispatchMode):
             for t in (out if isinstance(out, tuple | list) else [out])
             if isinstance(t, torch.Tensor)
         ]
-        self.numbers = max(
-            [self.numbers, *(t.numel() for t in made if t._base is None)]
-        )  # a view costs nothing
+        # a view costs nothing
+        self.numbers = max([self.numbers, *(t.numel() for t in made if t._base is None)])
         return out
 
 
@@ -57,10 +56,8 @@ def test_equals_the_peer(top_k, chunk):
     queries, corpus = (rng.standard_normal((n, 24)).astype(np.float32) for n in (300, 900))
     scores, indices = semantic_search(queries, corpus, top_k=top_k, chunk=chunk)
     theirs = peer_search(torch.tensor(queries), torch.tensor(corpus), top_k=top_k)
-    assert scores.shape == indices.shape == (300, min(top_k, 900)) and (
-        scores.dtype,
-        indices.dtype,
-    ) == (np.float32, np.int64)
+    assert scores.shape == indices.shape == (300, min(top_k, 900))
+    assert (scores.dtype, indices.dtype) == (np.float32, np.int64)
     assert scores == pytest.approx(
         np.array([[hit["score"] for hit in hits] for hits in theirs]), abs=1e-6
     )
@@ -74,9 +71,8 @@ def test_equals_the_peer(top_k, chunk):
 @pytest.mark.parametrize("top_k", [1, 5, 150, 400])
 def test_ties_go_to_the_lower_row(chunk, top_k):
     rng = np.random.default_rng(0)
-    queries, corpus = (
-        rng.choice([-1.0, 1.0], (n, 4)) for n in (30, 400)
-    )  # exact cosines: five different values
+    # exact cosines: five different values
+    queries, corpus = (rng.choice([-1.0, 1.0], (n, 4)) for n in (30, 400))
     scores, indices = semantic_search(queries, corpus, top_k=top_k, chunk=chunk)
     expected = slow_search(queries, corpus, top_k)
     assert (scores == expected[0]).all() and (indices == expected[1]).all()
@@ -95,17 +91,17 @@ def test_storage_does_not_matter(tmp_path):
     ):
         scores, indices = semantic_search(q, d, top_k=7, chunk=100)
         assert (scores == expected[0]).all() and (indices == expected[1]).all()
+    # cosine: length plays no part
     assert semantic_search(5 * queries, 0.1 * corpus, top_k=7)[0] == pytest.approx(
         expected[0], abs=1e-6
-    )  # cosine: length plays no part
+    )
 
 
 def test_edges():
     x = np.eye(4)
     assert semantic_search(x[:0], x)[0].shape == (0, 4)
-    scores, indices = semantic_search(
-        np.zeros((1, 4)), x, top_k=2
-    )  # an empty query vector: nothing is near
+    # an empty query vector: nothing is near
+    scores, indices = semantic_search(np.zeros((1, 4)), x, top_k=2)
     assert scores.tolist() == [[0, 0]] and indices.tolist() == [[0, 1]]
     before = x.copy()
     semantic_search(x, x)
@@ -130,10 +126,8 @@ def real():
 def test_real_search_equals_the_peer(real, similarity):
     from sentence_transformers import util
 
-    queries, corpus = (
-        3 * real[0],
-        real[1] * np.linspace(0.5, 2, 160, dtype=np.float32)[:, None],
-    )  # lengths matter to one of the two
+    # lengths matter to one of the two
+    queries, corpus = (3 * real[0], real[1] * np.linspace(0.5, 2, 160, dtype=np.float32)[:, None])
     theirs = util.semantic_search(
         torch.tensor(queries),
         torch.tensor(corpus),
@@ -172,22 +166,20 @@ def test_real_communities_equal_the_peer(real, threshold, size):
 
 
 def test_mining_with_ties():
-    "Exact cosines: equal pairs come in the order of their rows, whatever the blocks; a text with many copies brings top_k of them."
+    "Exact cosines: equal pairs come in the order of rows; a text's copies bring top_k of them."
     points = np.random.default_rng(0).choice([-1.0, 1.0], (60, 4))
     unit = points / 2
     every = sorted((-float(unit[i] @ unit[j]), i, j) for i in range(60) for j in range(i + 1, 60))
     for chunk in (1, 13, 1000):
         scores, pairs = paraphrase_mining(points, top_k=59, chunk=chunk)
-        assert pairs.tolist() == [[i, j] for _, i, j in every] and scores.tolist() == [
-            -s for s, _, _ in every
-        ]
+        assert pairs.tolist() == [[i, j] for _, i, j in every]
+        assert scores.tolist() == [-s for s, _, _ in every]
     assert len(paraphrase_mining(points, top_k=59, threshold=0.5)[1]) == sum(
         s <= -0.5 for s, _, _ in every
     )
     scores, pairs = paraphrase_mining(np.ones((9, 3)), top_k=2)
-    assert pairs.tolist() == [[0, j] for j in range(1, 9)] + [
-        [1, j] for j in range(2, 9)
-    ] and scores == pytest.approx(1)
+    assert pairs.tolist() == [[0, j] for j in range(1, 9)] + [[1, j] for j in range(2, 9)]
+    assert scores == pytest.approx(1)
 
 
 def test_mining_of_more_copies_than_top_k_finds_some_pairs_only():
@@ -201,9 +193,8 @@ def test_mining_over_blocks():
     rows = np.random.default_rng(0).standard_normal((9000, 16)).astype(np.float32)
     rows[5000:] = rows[:4000]
     scores, pairs = paraphrase_mining(rows, top_k=1, max_pairs=4000)
-    assert sorted(pairs.tolist()) == [
-        [i, i + 5000] for i in range(4000)
-    ] and scores == pytest.approx(1)
+    assert sorted(pairs.tolist()) == [[i, i + 5000] for i in range(4000)]
+    assert scores == pytest.approx(1)
 
 
 def test_communities_of_a_collapsed_model():
@@ -216,10 +207,8 @@ def test_communities_of_a_collapsed_model():
 def test_storage_does_not_matter_to_the_others(real, tmp_path):
     half = real[0].astype(np.float16)
     np.save(tmp_path / "half.npy", half)
-    pairs, groups = (
-        paraphrase_mining(half.astype(np.float32), top_k=5)[1],
-        community_detection(half.astype(np.float32), 0.5, 3),
-    )
+    pairs = paraphrase_mining(half.astype(np.float32), top_k=5)[1]
+    groups = community_detection(half.astype(np.float32), 0.5, 3)
     labels = cluster(half.astype(np.float32), 5)[0]
     for stored in (
         half,
@@ -227,14 +216,13 @@ def test_storage_does_not_matter_to_the_others(real, tmp_path):
         np.load(tmp_path / "half.npy", mmap_mode="r"),
         4 * half.astype(np.float64),
     ):
-        assert (paraphrase_mining(stored, top_k=5)[1] == pairs).all() and community_detection(
-            stored, 0.5, 3
-        ) == groups
+        assert (paraphrase_mining(stored, top_k=5)[1] == pairs).all()
+        assert community_detection(stored, 0.5, 3) == groups
         assert (cluster(stored, 5)[0] == labels).all()
 
 
 def test_memory_is_bounded(tmp_path):
-    "200,000 lines on disk: no block is larger than 256 x (chunk + k), the table of all cosines would have 2e8 numbers."
+    "200,000 lines on disk: no block has more than 256 x (chunk + k) numbers, of 2e8 in all."
     np.lib.format.open_memmap(
         tmp_path / "index.npy", mode="w+", dtype=np.float16, shape=(200_000, 8)
     )[:] = np.random.default_rng(0).standard_normal((200_000, 8))
@@ -256,9 +244,8 @@ def test_a_corpus_of_one_line():
     assert [x.tolist() for x in semantic_search(one, one)] == [[[1.0]], [[0]]]
     scores, pairs = paraphrase_mining(one)
     assert scores.shape == (0,) and pairs.shape == (0, 2)
-    assert community_detection(one) == [] and community_detection(one, min_community_size=1) == [
-        [0]
-    ]
+    assert community_detection(one) == []
+    assert community_detection(one, min_community_size=1) == [[0]]
     assert cluster(one, 1)[0].tolist() == [0]
     assert exact_duplicates(["alone"]) == exact_duplicates([]) == []
 
@@ -292,11 +279,8 @@ def test_faiss(real, factory, tmp_path):
         index.nprobe = 16  # all cells
     scores, indices = faiss_search(index, queries, top_k=5)
     expected = semantic_search(queries, corpus, top_k=5)
-    assert (
-        scores.dtype == np.float32
-        and indices.dtype == np.int64
-        and scores == pytest.approx(expected[0], abs=1e-5)
-    )
+    assert scores.dtype == np.float32 and indices.dtype == np.int64
+    assert scores == pytest.approx(expected[0], abs=1e-5)
     assert (indices == expected[1]).mean() > (0.99 if factory == "HNSW32" else 0.999)
     assert faiss_search(index, queries[:2], top_k=9999)[1].shape == (2, 640)
     with pytest.raises(ValueError, match="queries are 9 wide and the corpus 384"):
@@ -319,14 +303,10 @@ def test_faiss_ties_and_gaps():
     ]
     sparse = faiss_index(np.vstack([np.eye(4)] * 200), "IVF4,Flat")
     assert sparse.nprobe == 1
-    scores, rows = faiss_search(
-        sparse, np.eye(4), top_k=800
-    )  # one cell of four: it finds fewer than 800
-    assert (
-        (rows[:, 0] >= 0).all()
-        and (rows[:, -1] == -1).all()
-        and (scores[:, -1] == np.finfo(np.float32).min).all()
-    )
+    # one cell of four: it finds fewer than 800
+    scores, rows = faiss_search(sparse, np.eye(4), top_k=800)
+    assert (rows[:, 0] >= 0).all() and (rows[:, -1] == -1).all()
+    assert (scores[:, -1] == np.finfo(np.float32).min).all()
     assert isinstance(sparse, faiss.IndexIVFFlat)
 
 
@@ -397,10 +377,8 @@ def test_texts_are_not_embeddings(texts):
     for number in (None, 3.5, np.array(3.5)):
         with pytest.raises(ValueError, match="wrap a single vector"):
             semantic_search(x, number)
-    assert semantic_search(x.tolist(), x.tolist())[1].shape == (
-        3,
-        3,
-    )  # lists of numbers are welcome
+    # lists of numbers are welcome
+    assert semantic_search(x.tolist(), x.tolist())[1].shape == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -518,9 +496,8 @@ def test_whole_numbers_are_vectors():
     table = [[1, 0], [0, 1], [1, 1]]
     for kind in (list, np.int64, np.int16, np.uint32):
         x = table if kind is list else np.array(table, kind)
-        assert semantic_search(x, x, 1)[1].tolist() == [[0], [1], [2]] and cluster(x, 3)[
-            0
-        ].shape == (3,)
+        assert semantic_search(x, x, 1)[1].tolist() == [[0], [1], [2]]
+        assert cluster(x, 3)[0].shape == (3,)
 
 
 def test_nothing_moves_the_global_generators(global_randomness):

@@ -1,4 +1,4 @@
-"""The speed benchmark at tiny size: both sides do the same work in turns, and what is said of it is computed as promised."""
+"""The speed benchmark at tiny size: both sides do the same work in turns, the sums are right."""
 
 import json
 import sys
@@ -62,30 +62,23 @@ def test_both_sides_train_on_the_same_batches(texts):
         turn = Told(2)
         losses[way] = speed_side.begin(job(way, case, texts, 4), turn)["losses"][0]
         assert len(turn.said) == 2, f"{way} did not stop when told to"
-        assert ("bfloat16" in turn.said[0]["products"]) == way.endswith(
-            "bf16"
-        ) and "products" not in turn.said[1]
+        assert ("bfloat16" in turn.said[0]["products"]) == way.endswith("bf16")
+        assert "products" not in turn.said[1]
     assert losses["ours fp32"] == pytest.approx(losses["peer fp32"], abs=1e-4)
     assert max(losses.values()) - min(losses.values()) < 0.05
 
 
 def test_both_sides_encode_the_same_texts(texts):
-    case, names = (
-        speed.Case("encode", "short", 6, (), 0),
-        ["ours fp32", "peer fp32", "ours bf16", "peer bf16"],
-    )
+    case = speed.Case("encode", "short", 6, (), 0)
+    names = ["ours fp32", "peer fp32", "ours bf16", "peer bf16"]
     for way in names:
         turn = Told(3)
         speed_side.begin(job(way, case, texts, 5), turn)
-        assert len(turn.said) == 3 and ("bfloat16" in turn.said[0]["products"]) == way.endswith(
-            "bf16"
-        )
+        assert len(turn.said) == 3
+        assert ("bfloat16" in turn.said[0]["products"]) == way.endswith("bf16")
     far = speed.deviation(texts, names)
-    assert (
-        far["ours fp32"] < 1e-5
-        and far["ours bf16"] < 1e-2
-        and far["peer fp32"] == pytest.approx(0, abs=1e-6)
-    )
+    assert far["ours fp32"] < 1e-5 and far["ours bf16"] < 1e-2
+    assert far["peer fp32"] == pytest.approx(0, abs=1e-6)
 
 
 def test_unequal_losses_stop_the_run(texts, monkeypatch):
@@ -114,11 +107,8 @@ def test_processes_take_turns(texts):
     said, done = speed.take_turns(
         {"gemm bf16": sides.get("gemm bf16")}, {"gemm bf16": job("gemm bf16", case, texts, 5)}, 3
     )
-    assert (
-        len(said["gemm bf16"]) == 3
-        and min(turn["cpu"] for turn in said["gemm bf16"]) > 0
-        and said["gemm bf16"][0]["wall"] > 0
-    )
+    assert len(said["gemm bf16"]) == 3 and min(turn["cpu"] for turn in said["gemm bf16"]) > 0
+    assert said["gemm bf16"][0]["wall"] > 0
     assert speed.ceiling(said["gemm bf16"], "cpu") > 0 and done["gemm bf16"]["threads"] == 1
     sides.get("gemm bf16").tell("no JSON")
     with pytest.raises(SystemExit, match="JSONDecodeError"):
@@ -137,22 +127,16 @@ def test_multiplications_are_counted(tiny_backbone):
     forward_backward = speed.model_gflop(lengths, config.to_dict(), True) * 1e9
     layers = [flops for _, flops in speed_side.layer_products(7, 32, 64, torch.float32, True)]
     assert forward_backward == pytest.approx(counter.get_total_flops())
-    assert sum(layers) * 2 * 3 == pytest.approx(
-        forward_backward - 3 * 2 * 4 * 3 * 49 * 32
-    )  # all but attention
+    # all but attention
+    assert sum(layers) * 2 * 3 == pytest.approx(forward_backward - 3 * 2 * 4 * 3 * 49 * 32)
 
 
 def test_without_real_texts_the_quickstart_corpus_stands_in(texts):
     rows = [json.loads(line) for line in (texts.folder / "short.jsonl").read_text().splitlines()]
-    assert (
-        not texts.real
-        and len(rows) > 400
-        and len({text for row in rows for text in row}) == 2 * len(rows)
-    )
-    assert (
-        min(map(len, texts.encode.values())) > 50
-        and len((texts.folder / "long.jsonl").read_text().splitlines()) > 100
-    )
+    assert not texts.real and len(rows) > 400
+    assert len({text for row in rows for text in row}) == 2 * len(rows)
+    assert min(map(len, texts.encode.values())) > 50
+    assert len((texts.folder / "long.jsonl").read_text().splitlines()) > 100
 
 
 def test_copies_are_left_out():
@@ -188,16 +172,12 @@ def test_ratios_and_shares(capsys):
     case = measured(
         {"ours bf16": [0.2, 0.4, 0.25], "peer bf16": [0.6, 0.8, 1.0], "peer fp32": [2.0, 2.0, 2.0]}
     )
-    assert case["ratios"]["peer bf16 / ours bf16"]["median"] == pytest.approx(
-        3
-    )  # 3, 2 and 4, round by round
-    assert (
-        case["ways"]["ours bf16"]["per_second"]["median"] == 256
-        and case["ways"]["ours bf16"]["per_second_wall"]["median"] == 128
-    )
-    assert case["gemm_gflops"]["bf16"] == 1000 and case["share"]["ours bf16"][
-        "median"
-    ] == pytest.approx(0.4)
+    # 3, 2 and 4, round by round
+    assert case["ratios"]["peer bf16 / ours bf16"]["median"] == pytest.approx(3)
+    assert case["ways"]["ours bf16"]["per_second"]["median"] == 256
+    assert case["ways"]["ours bf16"]["per_second_wall"]["median"] == 128
+    assert case["gemm_gflops"]["bf16"] == 1000
+    assert case["share"]["ours bf16"]["median"] == pytest.approx(0.4)
     assert "peer fp32" not in case["share"]
     results = {"cases": {"train_64": case}}
     results["ratios"] = speed.ratios(results["cases"])
@@ -207,11 +187,8 @@ def test_ratios_and_shares(capsys):
         None,
     )
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        list(json.loads(lines[-1])) == RATIO_KEYS
-        and json.loads(lines[-1])["train_bf16"] == 3
-        and json.loads(lines[-1])["encode_openvino"] is None
-    )
+    assert list(json.loads(lines[-1])) == RATIO_KEYS and json.loads(lines[-1])["train_bf16"] == 3
+    assert json.loads(lines[-1])["encode_openvino"] is None
     assert any(
         "ours bf16" in line and "40% of the ceiling" in line
         for line in speed.told("train_64", case)
@@ -223,25 +200,19 @@ def test_missing_openvino_is_said(capsys):
     settings.openvino = None
     speed.finish(settings, {"cases": {}, "ratios": speed.ratios({})}, None)
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("encode_openvino is null") and json.loads(out[-1]).keys() == set(
-        RATIO_KEYS
-    )
+    assert out[0].startswith("encode_openvino is null")
+    assert json.loads(out[-1]).keys() == set(RATIO_KEYS)
 
 
 def test_results_are_written(tmp_path, capsys):
-    train, encode = (
-        measured({"ours bf16": [0.2] * 3, "peer bf16": [0.6] * 3}),
-        measured({"ours bf16": [0.2] * 3, "peer fp32": [0.6] * 3}, job="encode"),
-    )
+    train = measured({"ours bf16": [0.2] * 3, "peer bf16": [0.6] * 3})
+    encode = measured({"ours bf16": [0.2] * 3, "peer fp32": [0.6] * 3}, job="encode")
     results = {"cases": {"train_64": train, "encode_short": encode}}
     speed.finish(
         speed.arguments([]), results | {"ratios": speed.ratios(results["cases"])}, tmp_path
     )
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "speed.json",
-        "speed_train.png",
-        "speed_encode.png",
-    }
+    expected = {"speed.json", "speed_train.png", "speed_encode.png"}
+    assert {p.name for p in tmp_path.iterdir()} == expected
     assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == RATIO_KEYS
 
 

@@ -1,4 +1,4 @@
-"""The store: what comes back is what went in, whatever stopped the writing; damage is named; the numbers are those of a naive count."""
+"""The store: what comes back is what went in, damage is named, numbers are a naive count's."""
 
 import errno
 import json
@@ -38,20 +38,8 @@ from contrastive_st.store import (
 
 ORIGIN = {"file": "a.jsonl", "bytes": 7}
 WORDS = [
-    "tug",
-    "Tug ",
-    "é",
-    "e\u0301",
-    "Straße",
-    "港口",
-    "a\u2028b",
-    "\U0001f6a2",
-    "x" * 300,
-    "\u0000",
-    "\n",
-    "q",
-    "berth 4",
-    "\u200f",
+    *("tug", "Tug ", "é", "e\u0301", "Straße", "港口", "a\u2028b"),
+    *("\U0001f6a2", "x" * 300, "\u0000", "\n", "q", "berth 4", "\u200f"),
 ]
 
 
@@ -59,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def reader(lines, stop=None):
-    "A `read` over lines: None is blank, a text is the kind of a reject, else a list of rows; it is interrupted before line `stop`."
+    "A `read` over lines: None is blank, a text a reject, a list rows; stopped before line `stop`."
 
     def read(after, reject):
         for n, line in enumerate(lines, 1):
@@ -113,9 +101,8 @@ def test_rows_and_identities_are_those_of_a_list(tmp_path, monkeypatch, width, s
         tuple("".join(draw.choices(WORDS, k=3)) + str(i) for _ in range(width)) for i in range(200)
     ]
     made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(rows)))
-    assert (len(made), made.columns) == (200, column_names(width)) and len(
-        made.summary["shards"]
-    ) == -(-200 // shard_rows)
+    assert (len(made), made.columns) == (200, column_names(width))
+    assert len(made.summary["shards"]) == -(-200 // shard_rows)
     for indices in (
         [draw.randrange(200) for _ in range(300)],
         range(200),
@@ -125,15 +112,11 @@ def test_rows_and_identities_are_those_of_a_list(tmp_path, monkeypatch, width, s
     ):
         assert made.rows(indices) == [rows[i] for i in indices]
         ids = made.identities(indices)
-        assert ids.dtype == np.int64 and ids.tolist() == [
-            [text_identity(t) for t in rows[i]] for i in indices
-        ]
+        assert ids.dtype == np.int64
+        assert ids.tolist() == [[text_identity(t) for t in rows[i]] for i in indices]
     for nothing in ([], (), range(0), np.array([], np.int64)):
-        assert (
-            made.rows(nothing) == []
-            and made.identities(nothing).shape == (0, width)
-            and made.identities(nothing).dtype == np.int64
-        )
+        assert made.rows(nothing) == [] and made.identities(nothing).shape == (0, width)
+        assert made.identities(nothing).dtype == np.int64
     for outside in ([200], [-1], [0, 200], [2**40]):
         for ask in (made.rows, made.identities):
             with pytest.raises(IndexError, match="of 200"):
@@ -161,10 +144,8 @@ def test_a_thousand_shards_keep_no_file_open(tmp_path, monkeypatch):
         else pytest.skip("no /proc here")
     )
     many = Shards(made.folder, [one] * 1000)
-    assert (
-        sum(1 for _ in many.find(range(2000))) == 2000
-        and len(os.listdir("/proc/self/fd")) == before
-    )
+    assert sum(1 for _ in many.find(range(2000))) == 2000
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_line_with_several_rows_is_never_divided(tmp_path, monkeypatch):
@@ -173,9 +154,8 @@ def test_a_line_with_several_rows_is_never_divided(tmp_path, monkeypatch):
     made = write_store(tmp_path / "a.store", ORIGIN, reader(lines))
     assert made.rows(range(len(made))) == [row for line in lines for row in line or ()]
     ends = np.cumsum([f["rows"] for f in made.summary["shards"]]).tolist()
-    assert (
-        set(ends) <= set(np.cumsum([len(line or ()) for line in lines]).tolist()) and len(ends) > 5
-    )
+    assert set(ends) <= set(np.cumsum([len(line or ()) for line in lines]).tolist())
+    assert len(ends) > 5
 
 
 def test_a_shard_also_ends_by_size(tmp_path, monkeypatch):
@@ -228,12 +208,8 @@ def test_interrupted_anywhere_and_continued_is_the_same_store(
     assert made.rows(range(len(made))) == [
         row for line in lines if isinstance(line, list) for row in line
     ]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        ".parts.store.lock",
-        ".whole.store.lock",
-        "parts.store",
-        "whole.store",
-    ]
+    expected = [".parts.store.lock", ".whole.store.lock", "parts.store", "whole.store"]
+    assert sorted(p.name for p in folder.iterdir()) == expected
 
 
 @pytest.mark.parametrize("where", ["_summary", "_add_summary", "_write_batch", "_text_arrays"])
@@ -270,10 +246,8 @@ def test_finished_shards_are_not_written_again(tmp_path, monkeypatch):
     assert told == [0, 2, 2, 2] and len(kept) == 3
     told.clear()
     write_store(tmp_path / "a.store", ORIGIN, reader(lines), told=told.append)
-    assert (
-        told == [6, 2, 2]
-        and {name: (tmp_path / "a.store" / name).stat().st_mtime_ns for name in kept} == kept
-    )
+    assert told == [6, 2, 2]
+    assert {name: (tmp_path / "a.store" / name).stat().st_mtime_ns for name in kept} == kept
 
 
 @pytest.mark.parametrize(
@@ -306,22 +280,16 @@ def test_a_part_that_does_not_fit_is_begun_anew(tmp_path, monkeypatch, harm):
 
 # ---- killed at any file operation
 
-FILE_EVENTS = {
-    "open",
-    "os.rename",
-    "os.remove",
-    "os.mkdir",
-    "os.rmdir",
-    "os.truncate",
-    "os.scandir",
-    "shutil.rmtree",
-    "ctypes.dlsym",
-    "os.chmod",
-}
+FILE_EVENTS = set(
+    """
+    open os.rename os.remove os.mkdir os.rmdir os.truncate
+    os.scandir shutil.rmtree ctypes.dlsym os.chmod
+""".split()
+)
 
 
 def killed_at(k: int, folder: Path, call) -> bool:
-    "Run call() in a child that dies at its k-th file operation below `folder`; False if it ended before."
+    "Run call() in a child that dies at its k-th file operation below `folder`; False if it ended."
     child = os.fork()
     if child == 0:
         seen = [0]
@@ -384,9 +352,8 @@ def test_tokenising_killed_at_any_file_operation(texts, tmp_path):
         if not killed_at(k, folder.parent, lambda: write_tokens(folder, engine(), encode)):
             break
         write_tokens(folder, engine(), encode)
-        write_store(
-            folder, ORIGIN, None
-        )  # a `prepare` that finds all up to date clears the rest away
+        # a `prepare` that finds all up to date clears the rest away
+        write_store(folder, ORIGIN, None)
         assert content(folder) == expected and verify(folder).tokenised["origin"] == engine()
         assert sorted(p.name for p in folder.parent.iterdir()) == [".a.store.lock", "a.store"]
         k += 7
@@ -440,13 +407,11 @@ def test_the_same_origin_is_not_written_twice(tmp_path):
         pytest.fail("it was read again")
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a.store").iterdir()}
-    assert len(write_store(tmp_path / "a.store", dict(ORIGIN), read)) == 2 and is_current(
-        tmp_path / "a.store", ORIGIN
-    )
+    assert len(write_store(tmp_path / "a.store", dict(ORIGIN), read)) == 2
+    assert is_current(tmp_path / "a.store", ORIGIN)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "a.store").iterdir()} == before
-    assert not is_current(tmp_path / "a.store", ORIGIN | {"bytes": 8}) and not is_current(
-        tmp_path / "none", ORIGIN
-    )
+    assert not is_current(tmp_path / "a.store", ORIGIN | {"bytes": 8})
+    assert not is_current(tmp_path / "none", ORIGIN)
 
 
 @pytest.mark.parametrize(
@@ -466,9 +431,8 @@ def test_the_old_store_stays_whole_until_the_new_one_is(tmp_path, failure, place
     assert (
         Store(tmp_path / "a.store").rows([0, 1]) == old.rows([0, 1]) == [("old", "1"), ("old", "2")]
     )
-    assert (tmp_path / "a.store.part").exists() == (
-        not isinstance(failure, ValueError)
-    )  # bad data: nothing to go on with
+    # bad data: nothing to go on with
+    assert (tmp_path / "a.store.part").exists() == (not isinstance(failure, ValueError))
     assert write_store(tmp_path / "a.store", {"bytes": 8}, reader(rows)).rows([0]) == [("new", "1")]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
 
@@ -503,9 +467,8 @@ def test_leftovers_are_cleared_away_whether_or_not_the_store_is_current(tmp_path
         reader(pairs([("new", "1"), ("new", "2")])),
     )
     assert made.rows([0]) == [("old" if current else "new", "1")] and not left.exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"] and verify(
-        tmp_path / "a.store"
-    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.store.lock", "a.store"]
+    assert verify(tmp_path / "a.store")
 
 
 def test_a_link_to_a_store_stays_a_link(tmp_path):
@@ -516,9 +479,8 @@ def test_a_link_to_a_store_stays_a_link(tmp_path):
         assert write_store(
             tmp_path / "b.store", {"bytes": n}, reader(pairs([("new", str(n)), ("b", "c")]))
         ).rows([0]) == [("new", str(n))]
-    assert (tmp_path / "b.store").is_symlink() and Store(tmp_path / "a.store").rows([0]) == [
-        ("new", "9")
-    ]
+    assert (tmp_path / "b.store").is_symlink()
+    assert Store(tmp_path / "a.store").rows([0]) == [("new", "9")]
 
 
 def test_a_file_of_that_name_is_left_alone(tmp_path):
@@ -638,9 +600,8 @@ def test_a_shard_that_is_cut_missing_or_no_arrow_file(tmp_path, monkeypatch):
             todo,
         )
         assert not is_current(folder, ORIGIN)
-        assert write_store(folder, ORIGIN, reader(pairs(rows))).rows([2]) == [
-            rows[2]
-        ]  # and preparing rebuilds it
+        # and preparing rebuilds it
+        assert write_store(folder, ORIGIN, reader(pairs(rows))).rows([2]) == [rows[2]]
     shard.write_bytes(b"\0" * len(whole))  # the right size: found when it is read
     assert Store(folder).rows([0, 5]) == [rows[0], rows[5]]
     refuses(lambda: Store(folder).rows([3]), shard, "cannot be read", "prepare the data again")
@@ -754,11 +715,8 @@ def test_a_damaged_store_is_written_anew_when_it_is_verified(texts, place):
         made = write_store(
             texts, ORIGIN, reader(pairs(ROWS)) if place == "texts" else never, full=True
         )
-    assert (
-        content(texts) == whole
-        and made.tokenised is None
-        and verify(texts).rows([20]) == [ROWS[20]]
-    )
+    assert content(texts) == whole and made.tokenised is None
+    assert verify(texts).rows([20]) == [ROWS[20]]
 
 
 def shards_with_a_wrong_bit(texts, place):
@@ -827,16 +785,11 @@ def test_the_first_row_with_negatives_decides_the_width(tmp_path, monkeypatch):
         " positive" in summary_table({"a": made.summary})
     )
     told = []
-    late = [
-        *pairs([(f"a{i}", f"p{i}") for i in range(7)]),
-        *pairs(rows),
-    ]  # shards without negatives are written before the first negative comes
+    # shards without negatives are written before the first negative comes
+    late = [*pairs([(f"a{i}", f"p{i}") for i in range(7)]), *pairs(rows)]
     made = write_store(tmp_path / "b.store", ORIGIN, reader(late), told=told.append)
-    assert (
-        made.rows(range(7, 12)) == expected
-        and made.rows([0]) == [("a0", "p0", "p0", "p0")]
-        and sum(told) == 12
-    )
+    assert made.rows(range(7, 12)) == expected and made.rows([0]) == [("a0", "p0", "p0", "p0")]
+    assert sum(told) == 12
     assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 9}
     assert write_store(tmp_path / "c.store", ORIGIN, reader(pairs(rows)), negatives=1).rows(
         [1, 4]
@@ -1093,10 +1046,8 @@ def test_another_tokenizer_replaces_the_tokens_when_it_is_done(texts):
         raise ValueError("text 3 has no token")
 
     refuses(lambda: write_tokens(texts, engine(fingerprint="g"), fails), "text 3 has no token")
-    assert (
-        str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5]
-        and not (texts / "tokens.part").exists()
-    )
+    assert str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5]
+    assert not (texts / "tokens.part").exists()
     write_tokens(texts, engine(fingerprint="g"), upper)
     assert str(Store(texts).tokens([1])[0][0], "utf-16-le") == ROWS[1][0][:5].upper()
     assert sorted(p.name for p in texts.iterdir() if p.is_dir()) == ["tokens"]
@@ -1136,9 +1087,8 @@ def test_a_full_disk_while_tokenising(texts, monkeypatch):
             "No space left",
             "make room",
         )
-    assert (
-        Store(texts).tokenised["origin"] == engine() and len(Store(texts).tokens(range(50))) == 50
-    )
+    assert Store(texts).tokenised["origin"] == engine()
+    assert len(Store(texts).tokens(range(50))) == 50
 
 
 def test_preparing_the_texts_again_drops_the_tokens(texts):

@@ -1,4 +1,4 @@
-"""Tokens: the same ids as the tokenizer's own call, made now, in the background or read from a store; no padding, every cut counted."""
+"""Tokens: the ids of the tokenizer's own call, however they are made; no padding, cuts counted."""
 
 import json
 import pickle
@@ -37,20 +37,8 @@ from contrastive_st.tokens import (
 
 quick = settings(max_examples=50, deadline=None)
 TRICKY = [
-    "",
-    " ",
-    "?",
-    "a",
-    "the dog is playing guitar",
-    "hello world!!!? (안녕하세요) lol123 😉",
-    "\u00a0",
-    "e\u0301",
-    "a\x00b",
-    "\t\n",
-    "##ing",
-    "[SEP]",
-    "x" * 3000,
-    "word " * 500,
+    *("", " ", "?", "a", "the dog is playing guitar", "hello world!!!? (안녕하세요) lol123 😉"),
+    *("\u00a0", "e\u0301", "a\x00b", "\t\n", "##ing", "[SEP]", "x" * 3000, "word " * 500),
 ]
 
 
@@ -96,12 +84,8 @@ def test_the_users_tokenizer_is_left_alone(tiny_tokenizer):
 def test_left_truncation_is_kept(tiny_tokenizer):
     tiny_tokenizer.truncation_side = "left"
     token_ids, _, _ = Tokens(tiny_tokenizer, 4).encode(["the dog is playing"])
-    assert tiny_tokenizer.convert_ids_to_tokens(token_ids.tolist()) == [
-        "[CLS]",
-        "is",
-        "playing",
-        "[SEP]",
-    ]
+    expected = ["[CLS]", "is", "playing", "[SEP]"]
+    assert tiny_tokenizer.convert_ids_to_tokens(token_ids.tolist()) == expected
 
 
 def test_batch_layout(tiny_tokenizer):
@@ -113,16 +97,11 @@ def test_batch_layout(tiny_tokenizer):
     tokens = Tokens(tiny_tokenizer, max_length=6, buckets=(4, 8, 32))
     batch = tokens(rows)
     assert isinstance(batch, TokenBatch)
-    assert (
-        parts(batch.token_ids, batch.lengths)
-        == tiny_tokenizer([r[c] for c in range(3) for r in rows], max_length=6, truncation=True)[
-            "input_ids"
-        ]
-    )
-    assert (
-        batch.identities.tolist() == [[text_identity(t) for t in r] for r in rows]
-        and batch.identities.dtype == torch.int64
-    )
+    texts = [r[c] for c in range(3) for r in rows]
+    expected = tiny_tokenizer(texts, max_length=6, truncation=True)["input_ids"]
+    assert parts(batch.token_ids, batch.lengths) == expected
+    assert batch.identities.tolist() == [[text_identity(t) for t in r] for r in rows]
+    assert batch.identities.dtype == torch.int64
     assert batch.identities[0, 0] == batch.identities[1, 0]
     assert batch.truncated.tolist() == [0, 0, 1] and batch.truncated.dtype == torch.int64
     assert tokens.buckets == (4, 6) and tokens.bucket(batch) == 6
@@ -147,15 +126,11 @@ def test_buckets_end_at_max_length(tiny_tokenizer, buckets, expected):
 def test_empty_texts_and_empty_lists(tiny_tokenizer):
     tokens = Tokens(tiny_tokenizer, 8)
     token_ids, lengths, cut = tokens.encode(["", "  "])
-    assert (
-        tiny_tokenizer.convert_ids_to_tokens(token_ids.tolist()) == ["[CLS]", "[SEP]"] * 2
-        and cut == 0
-    )
+    assert tiny_tokenizer.convert_ids_to_tokens(token_ids.tolist()) == ["[CLS]", "[SEP]"] * 2
+    assert cut == 0
     token_ids, lengths, cut = tokens.encode([])
-    assert (
-        len(token_ids) == len(lengths) == cut == 0
-        and token_ids.dtype == lengths.dtype == torch.int64
-    )
+    assert len(token_ids) == len(lengths) == cut == 0
+    assert token_ids.dtype == lengths.dtype == torch.int64
     assert [t.shape for t in pad(token_ids, lengths)] == [(0, 0), (0, 0)]
 
 
@@ -249,14 +224,10 @@ def test_identities_are_fixed_for_all_time():
         "from contrastive_st.tokens import text_identity; print(text_identity('why  does IT"
         " beep?'))"
     )
-    assert (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        == GOLDEN
-    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(result) == GOLDEN
 
 
 GOLDEN = -3033676827187200835
@@ -306,7 +277,7 @@ def byte_tokenizer():
 
 
 def wide_tokenizer():
-    "Few words, but numbers beyond 16 bits: the length of such a vocabulary says nothing of its ids."
+    "Few words, but ids beyond 16 bits: the length of such a vocabulary says nothing of its ids."
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -340,7 +311,7 @@ def some_rows(n, columns, seed):
 
 
 def stores(folder, tokens, tokenised, columns=2, n=30):
-    "One store for each name, those in `tokenised` with tokens; and a function that opens them as a mixture."
+    "A store for each name, those in `tokenised` with tokens; and a function to open them all."
     wanted = []
     for seed, name in enumerate(("a", "b")):
         (folder / f"{name}.jsonl").write_text(
@@ -383,7 +354,8 @@ def test_stored_tokens_are_the_tokens(tmp_path, monkeypatch, make, kind, columns
     full = [[len(ids) > 9 for ids in tokenizer(t)["input_ids"]] for t in texts]
     assert [b.truncated.tolist() for b in fresh] == [
         [sum(f[8 * c : 8 * c + 8]) for c in range(columns)] for f in full
-    ] and sum(map(sum, full)) > 8
+    ]
+    assert sum(map(sum, full)) > 8
 
     for source in mixture.sources:
         tokens.prepare(source.store.folder)
@@ -399,9 +371,8 @@ def test_stored_tokens_are_the_tokens(tmp_path, monkeypatch, make, kind, columns
     mixture = opened()
     assert all(equal(tokens(mixture.batch(step)), batch) for step, batch in enumerate(fresh))
     halves = [tokens(mixture.batch(3, rank, 2)) for rank in range(2)]
-    assert torch.cat([h.identities for h in halves]).equal(fresh[3].identities) and sum(
-        h.truncated for h in halves
-    ).equal(fresh[3].truncated)
+    assert torch.cat([h.identities for h in halves]).equal(fresh[3].identities)
+    assert sum(h.truncated for h in halves).equal(fresh[3].truncated)
 
 
 def test_a_batch_with_one_store_without_tokens_is_cut_from_its_texts(
@@ -418,9 +389,8 @@ def test_a_batch_with_one_store_without_tokens_is_cut_from_its_texts(
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path, tiny_tokenizer):
     opened = stores(tmp_path, Tokens(tiny_tokenizer, 9), ("b",))
-    assert (
-        opened().batch(0).sources.count("a") == 4
-    )  # refused also where the other store has no tokens
+    # refused also where the other store has no tokens
+    assert opened().batch(0).sources.count("a") == 4
     for other, words in (
         (Tokens(tiny_tokenizer, 10), "max_length 9, this run uses '' with 10"),
         (Tokens(byte_tokenizer(), 9), "prepare the store again with this tokenizer"),
@@ -430,9 +400,10 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, tiny_tokenizer):
         assert "b.store" in str(caught.value) and "delete" in str(caught.value)
         with pytest.raises(ValueError, match=words):
             other.check(source.store for source in opened().sources)
+    # buckets are not in the ids
     Tokens(tiny_tokenizer, 9, buckets=(4,)).check(
         [*(source.store for source in opened().sources), None]
-    )  # buckets are not in the ids
+    )
     other.prepare(tmp_path / "out" / "b.store")  # the first way out
     assert equal(other(opened().batch(0)), other(opened().batch(0).examples))
     shutil.rmtree(tmp_path / "out" / "b.store" / "tokens")  # the second
@@ -466,11 +437,9 @@ def test_the_report_is_what_a_loop_counts(tiny_tokenizer):
     examples = [
         some_rows(6, columns, seed) for seed, columns in ((1, 2), (2, 3), (3, 2), (4, 5))
     ] + [[("a dog", "the cat in")] * 6]
-    report, texts, computed = (
-        token_report([tokens(rows) for rows in examples], tokens),
-        {},
-        dict.fromkeys(LAYOUTS, 0),
-    )
+    report = token_report([tokens(rows) for rows in examples], tokens)
+    texts = {}
+    computed = dict.fromkeys(LAYOUTS, 0)
     for rows in examples:
         full = [
             [len(tiny_tokenizer(text)["input_ids"]) for text in column] for column in zip(*rows)
@@ -528,9 +497,8 @@ def test_feed_is_map_but_not_further_ahead_than_agreed(workers, ahead, steps, ta
         assert n < len(made) <= n + 1 + workers * ahead
         assert thread.startswith("feed") if workers else thread == threading.current_thread().name
     values.close()  # early, or long after the end
-    assert set(feeding()) <= before and len(made) == len(set(made)) <= min(
-        steps, taken + 1 + workers * ahead
-    )
+    assert set(feeding()) <= before
+    assert len(made) == len(set(made)) <= min(steps, taken + 1 + workers * ahead)
     if taken > steps:
         assert sorted(made) == list(range(100, 100 + steps))
 
@@ -620,43 +588,10 @@ def test_minilm_on_real_texts(shared_data):
 
 ODD = [
     *"abcXYZ019.,;'-[]#?!",
-    "  ",
-    "\n",
-    "\t",
-    "\r",
-    "\x00",
-    "\x1c",
-    "\x85",
-    "\u00a0",
-    "\u2028",
-    "\u3000",
-    "\u200b",
-    "\u200d",
-    "\u0301",
-    "é",
-    "É",
-    "ß",
-    "Σ",
-    "ς",
-    "İ",
-    "中",
-    "国",
-    "ａ",
-    "ﬁ",
-    "😀",
-    "\ufeff",
-    "\ufffd",
-    "[MASK]",
-    "[CLS]",
-    "[SEP]",
-    "[UNK]",
-    "##",
-    "##s",
-    "a" * 120,
-    "عربى",
-    "हिन्दी",
-    "\u0378",
-    "\ue000",
+    *("  ", "\n", "\t", "\r", "\x00", "\x1c", "\x85", "\u00a0", "\u2028"),
+    *("\u3000", "\u200b", "\u200d", "\u0301", "é", "É", "ß", "Σ", "ς", "İ"),
+    *("中", "国", "ａ", "ﬁ", "😀", "\ufeff", "\ufffd", "[MASK]", "[CLS]", "[SEP]"),
+    *("[UNK]", "##", "##s", "a" * 120, "عربى", "हिन्दी", "\u0378", "\ue000"),
 ]
 odd_texts = st.lists(st.one_of(st.sampled_from(ODD), st.just(" ")), max_size=120).map("".join)
 
@@ -676,9 +611,8 @@ def test_words_and_heads_give_the_engines_numbers(tiny_tokenizer, real, limit):
     )
     engine = tokens_module._engine(tokenizer, limit)
     assert tokens_module._parted(engine)
-    words = tokens_module._Words(
-        engine, most=200
-    )  # so small that the table is begun anew again and again
+    # so small that the table is begun anew again and again
+    words = tokens_module._Words(engine, most=200)
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(odd_texts, max_size=12))
@@ -738,7 +672,7 @@ LONG = {
 
 
 def metaspace_tokenizer():
-    "Like those made by SentencePiece: a unigram model, whose first tokens may depend on the length of the text."
+    "Like SentencePiece's: a unigram model, whose first tokens may depend on the text's length."
     from tokenizers import Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -845,7 +779,8 @@ for kind in ("words", "one word", "ideographs", "spaces", "lines", "punctuation"
     tokens(["warm up"])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     tokens([text])
-    print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(time.process_time() - start, mb)"""
     said = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

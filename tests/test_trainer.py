@@ -1,4 +1,4 @@
-"""The training loop against a plain loop and the peer; resuming, stopping, keeping the best, refusing, several processes."""
+"""The training loop against a plain loop and the peer; resuming, stopping, several processes."""
 
 import json
 import math
@@ -68,11 +68,10 @@ def make_encoder(dropout=0.0):
 
 
 def make_source(columns=2, rows=40, name="pairs", seed=1, copies=1):
-    "A source in memory; with copies > 1 every anchor and every positive occurs that often, beside other partners."
+    "A source in memory; with copies > 1 each anchor and positive recurs beside other partners."
     texts = sentences(rows * columns, seed)
-    names = ["anchor", "positive", "negative", *(f"negative_{k}" for k in range(2, columns - 1))][
-        :columns
-    ]
+    names = ["anchor", "positive", "negative", *(f"negative_{k}" for k in range(2, columns - 1))]
+    names = names[:columns]
     table = {name: texts[i * rows : (i + 1) * rows] for i, name in enumerate(names)}
     if copies > 1:
         table["anchor"] = [table["anchor"][i // copies] for i in range(rows)]
@@ -203,7 +202,7 @@ def plain_loss(columns, texts, scale, symmetric, similarity, mask_same):
 
 
 def plain_loop(encoder, mixture, c):
-    "Train without the library's loop, loss, schedule or token layout; returns the loss of each step."
+    "Train without the library's loop, loss, schedule or layout; return the loss of each step."
     decay = [p for p in encoder.parameters() if p.ndim > 1]
     rest = [p for p in encoder.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -238,7 +237,7 @@ def plain_loop(encoder, mixture, c):
 
 
 def distance(one, other, start):
-    "How far two trained states are apart, in shares of the way they went. Key biases change no output, so noise moves them."
+    "How far two states are apart, in shares of their way; key biases are noise, and left out."
     names = [n for n in start if not n.endswith("key.bias")]
     apart = sum((one[n] - other[n]).square().sum() for n in names).sqrt()
     return float(apart / sum((one[n] - start[n]).square().sum() for n in names).sqrt())
@@ -270,9 +269,8 @@ def test_losses_and_weights_equal_a_plain_loop(tmp_path, columns, copies, change
     train(ours, mixture, c, tmp_path, progress=False)
     expected = plain_loop(plain, mixture, c)
     assert list(losses(tmp_path).values()) == pytest.approx(expected, rel=1e-5)
-    assert (
-        distance(weights(ours), weights(plain), start) < 5e-3
-    )  # Adam lets rounding grow where gradients are near zero: of the layout, of the fused kernel
+    # Adam lets rounding grow where gradients are near zero: of the layout, of the fused kernel
+    assert distance(weights(ours), weights(plain), start) < 5e-3
     masked, left = (
         [line[name] for line in read(tmp_path, "history") if "loss" in line]
         for name in ("masked", "negatives")
@@ -330,9 +328,8 @@ def test_losses_equal_sentence_transformers(tmp_path):
     )
     job.train()
     theirs = [line["loss"] for line in job.state.log_history if "loss" in line]
-    assert len(theirs) == steps and list(losses(tmp_path / "ours").values()) == pytest.approx(
-        theirs, abs=1e-4
-    )
+    assert len(theirs) == steps
+    assert list(losses(tmp_path / "ours").values()) == pytest.approx(theirs, abs=1e-4)
     text = sentences(10, 99)
     np.testing.assert_allclose(encoder.encode(text, progress=False), peer.encode(text), atol=1e-4)
 
@@ -414,9 +411,8 @@ def test_bf16_leaves_the_encoder_as_it_was(tmp_path):
     np.testing.assert_allclose(
         encoder.encode(["a dog in the rain"], progress=False), saved, atol=1e-6
     )
-    assert metrics["after"]["score"] == pytest.approx(
-        float(saved[0, 0]), abs=1e-6
-    ) and "forward" not in vars(encoder)
+    assert metrics["after"]["score"] == pytest.approx(float(saved[0, 0]), abs=1e-6)
+    assert "forward" not in vars(encoder)
 
 
 def test_without_bf16_arithmetic_a_run_is_in_float32_and_says_so(tmp_path, monkeypatch):
@@ -429,10 +425,8 @@ def test_without_bf16_arithmetic_a_run_is_in_float32_and_says_so(tmp_path, monke
             make_encoder(), make_mixture(), config(3, bf16=True), tmp_path / "bf16", progress=False
         )
     assert losses(tmp_path / "bf16") == losses(tmp_path / "fp32")
-    assert (
-        read(tmp_path / "bf16", "versions")["compute"]["dtype"] == "float32"
-        and read(tmp_path / "bf16", "config")["bf16"] is True
-    )
+    assert read(tmp_path / "bf16", "versions")["compute"]["dtype"] == "float32"
+    assert read(tmp_path / "bf16", "config")["bf16"] is True
 
 
 # ---- what computes ----
@@ -463,10 +457,8 @@ def test_onednn_multiplies_float32_where_it_is_exact_and_faster(
         make_encoder(), make_mixture(), config(2, matmul=wish), tmp_path, evaluate, progress=False
     )
     assert read(tmp_path, "versions")["compute"]["matmul"] == chosen
-    assert (
-        set(during) == {"medium" if chosen == "onednn" else "highest"}
-        and torch.get_float32_matmul_precision() == "highest"
-    )
+    assert set(during) == {"medium" if chosen == "onednn" else "highest"}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_onednn_in_a_lower_precision_is_refused_before_the_directory_is_taken(
@@ -516,9 +508,8 @@ def test_the_measurement_tells_an_exact_product_from_a_rounded_one():
     trainer._onednn.cache_clear()
     before, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
     faster, error = trainer._onednn()
-    assert torch.get_float32_matmul_precision() == before and torch.equal(
-        torch.get_rng_state(), state
-    )
+    assert torch.get_float32_matmul_precision() == before
+    assert torch.equal(torch.get_rng_state(), state)
     if not torch.backends.mkldnn.is_available():
         assert (faster, error) == (0.0, math.inf)
         return
@@ -603,9 +594,8 @@ def test_chunks_change_the_memory_not_the_losses(tmp_path, changes):
             tmp_path / name,
             progress=False,
         )
-        assert (len(calls) == 4) == (name == "plain") and (
-            name != "chunks" or max(tokens for _, tokens in calls) <= 60
-        )
+        assert (len(calls) == 4) == (name == "plain")
+        assert name != "chunks" or max(tokens for _, tokens in calls) <= 60
         assert name != "texts" or {texts for texts, _ in calls} == {1}
     exact = 1e-5 if not changes.get("bf16") else 1e-2
     plain = [
@@ -619,17 +609,14 @@ def test_chunks_change_the_memory_not_the_losses(tmp_path, changes):
             for line in read(tmp_path / name, "history")
             if "loss" in line
         ]
-        assert np.array(lines) == pytest.approx(np.array(plain), rel=10 * exact) and [
-            v[0] for v in lines
-        ] == pytest.approx([v[0] for v in plain], rel=exact)
+        assert np.array(lines) == pytest.approx(np.array(plain), rel=10 * exact)
+        assert [v[0] for v in lines] == pytest.approx([v[0] for v in plain], rel=exact)
 
 
 def test_a_chunked_run_resumes_exactly(tmp_path):
-    c, whole, parts = (
-        config(6, chunk_tokens=50, save_every=2),
-        make_encoder(dropout=0.1),
-        make_encoder(dropout=0.1),
-    )
+    c = config(6, chunk_tokens=50, save_every=2)
+    whole = make_encoder(dropout=0.1)
+    parts = make_encoder(dropout=0.1)
     train(whole, make_pairs_and_triplets(), c, tmp_path / "whole", progress=False)
     train(
         make_encoder(dropout=0.1),
@@ -641,9 +628,8 @@ def test_a_chunked_run_resumes_exactly(tmp_path):
     )
     torch.manual_seed(99)
     train(parts, make_pairs_and_triplets(), c, tmp_path / "parts", resume=True, progress=False)
-    assert all(torch.equal(v, weights(parts)[n]) for n, v in weights(whole).items()) and losses(
-        tmp_path / "parts"
-    ) == losses(tmp_path / "whole")
+    assert all(torch.equal(v, weights(parts)[n]) for n, v in weights(whole).items())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def kept_bytes(encoder, tokens, length):
@@ -658,9 +644,8 @@ def kept_bytes(encoder, tokens, length):
 
     encoder.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        embeddings = encoder(
-            torch.full((tokens,), 7), torch.full((tokens // length,), length)
-        )  # stays alive, and with it what was kept
+        # stays alive, and with it what was kept
+        embeddings = encoder(torch.full((tokens,), 7), torch.full((tokens // length,), length))
     encoder.eval()
     return sum(kept.values()) + 0 * len(embeddings)
 
@@ -694,10 +679,8 @@ def test_by_default_a_thousand_long_pairs_go_in_chunks():
     class Like:
         layout, backbone = "packed", type("Backbone", (), {"config": Shape})
 
-    assert (
-        trainer._fitting(Like, False, "cpu") == 9 * 1024
-        and trainer._fitting(Like, True, "cpu") == 18 * 1024
-    )
+    assert trainer._fitting(Like, False, "cpu") == 9 * 1024
+    assert trainer._fitting(Like, True, "cpu") == 18 * 1024
     Shape.num_hidden_layers, Shape.hidden_size = 96, 12288
     assert trainer._fitting(Like, False, "cpu") == 1024  # never nothing
 
@@ -724,15 +707,12 @@ def test_the_clock_divides_waiting_by_waiting_and_steps(monkeypatch):
         clock.on_step_end(None, None, None)
         passes(10.0)  # evaluation is no step, and no wait
         shares.append(clock.share())
-    assert (
-        shares == [3 / 4, 4 / 6]
-        and clock.share(3.0, 1.0) == 1 / 2
-        and trainer._Clock().share() == 0
-    )
+    assert shares == [3 / 4, 4 / 6] and clock.share(3.0, 1.0) == 1 / 2
+    assert trainer._Clock().share() == 0
 
 
 def waiting(out, batch, step, passes, workers=0):
-    "The shares of waiting of a run whose batches and steps take so long; evaluation takes a while, too, and is neither."
+    "The shares of waiting of a run whose batches and steps take so long; evaluation is neither."
     mixture, encoder = make_mixture(), make_encoder()
     make = mixture.batch
 
@@ -777,14 +757,10 @@ def test_a_run_knows_its_share_of_waiting(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_slow_mixture_is_waited_for_and_a_fast_one_is_not(tmp_path, workers):
-    slow, fast = (
-        waiting(tmp_path / "slow", 0.3, 0.0, time.sleep, workers),
-        waiting(tmp_path / "fast", 0.0, 0.3, time.sleep, workers),
-    )
-    assert min(slow) > 2 * max(fast) and max(fast) < 0.15, (
-        slow,
-        fast,
-    )  # how much is waited for depends on what else the machine does
+    slow = waiting(tmp_path / "slow", 0.3, 0.0, time.sleep, workers)
+    fast = waiting(tmp_path / "fast", 0.0, 0.3, time.sleep, workers)
+    # how much is waited for depends on what else the machine does
+    assert min(slow) > 2 * max(fast) and max(fast) < 0.15, (slow, fast)
 
 
 def test_a_log_line_shows_the_share_of_waiting():
@@ -802,7 +778,7 @@ class Asked(list):
 
 
 def counted(mixture, whole=False):
-    "The mixture, and the list of the steps that the loop asks for, a slice each; or those the account looks at, as a whole."
+    "The mixture, and the steps that the loop asks for, or the slice that the account looks at."
     asked, batch = Asked(), mixture.batch
 
     def ask(step, *part):
@@ -829,9 +805,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, way, changes):
     c = config(8, **{"save_every": 2, "weight_decay": 0.01, "workers": 0} | changes)
     mixed = make_pairs_and_triplets
     assert {len(mixed().batch(s).examples[0]) for s in range(4, 8)} == {2, 3}
-    evaluate = lambda e: {
-        "score": float(e.encode(["a dog", "the rain in the street"], progress=False)[0, 0])
-    }
+
+    def evaluate(e):
+        return {"score": float(e.encode(["a dog", "the rain in the street"], progress=False)[0, 0])}
+
     whole, parts = make_encoder(dropout=0.1), make_encoder(dropout=0.1)
     mixture, asked = counted(mixed())
     train(whole, mixture, c, tmp_path / "whole", evaluate, progress=False)
@@ -850,9 +827,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, way, changes):
     mixture, asked = counted(mixed())
     metrics = train(parts, mixture, c, tmp_path / "parts", evaluate, resume=True, progress=False)
     assert asked == list(range(4, 8))  # nothing is replayed, nothing is left out
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and list(
-        losses(tmp_path / "parts")
-    ) == list(range(1, 9))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert list(losses(tmp_path / "parts")) == list(range(1, 9))
     assert all(torch.equal(value, weights(parts)[name]) for name, value in weights(whole).items())
     there = read(tmp_path / "whole", "metrics")
     assert {k: there[k] for k in ("before", "after", "test", "steps", "best_step")} == {
@@ -883,9 +859,8 @@ def test_resuming_twice_and_resuming_a_finished_run(tmp_path):
     for _ in range(2):  # the second time there is nothing left to do
         encoder = make_encoder(dropout=0.1)
         metrics = train(encoder, make_mixture(), c, tmp_path / "parts", resume=True, progress=False)
-        assert metrics["steps"] == 6 and all(
-            torch.equal(v, weights(encoder)[n]) for n, v in weights(whole).items()
-        )
+        assert metrics["steps"] == 6
+        assert all(torch.equal(v, weights(encoder)[n]) for n, v in weights(whole).items())
 
 
 def feeding():
@@ -894,15 +869,14 @@ def feeding():
 
 
 def test_workers_change_nothing_and_may_change(tmp_path):
-    "Batches made when asked for, by one thread or by three: the same run, also when the number changes at a resume."
+    "Batches made by no, one or three threads: the same run, even if a resume changes the number."
     after, before = {}, set(feeding())
     for workers in (0, 1, 3):
         encoder, (mixture, asked) = make_encoder(dropout=0.1), counted(make_pairs_and_triplets())
         train(encoder, mixture, config(8, workers=workers), tmp_path / str(workers), progress=False)
         assert sorted(asked) == list(range(8)) and set(feeding()) <= before
-        assert {name.startswith("feed") for name in asked.threads} == {workers > 0} and len(
-            asked.threads
-        ) <= max(workers, 1)
+        assert {name.startswith("feed") for name in asked.threads} == {workers > 0}
+        assert len(asked.threads) <= max(workers, 1)
         after[workers] = weights(encoder)
     with pytest.raises(Crash):
         train(
@@ -1074,17 +1048,11 @@ def test_resume_refuses_another_configuration(stopped, changes, named):
     [{"seed": 1}, {"batch_size": 4}, {"datasets_per_batch": 2}, {"rows": 44}, {"name": "others"}],
 )
 def test_resume_refuses_another_order_of_the_data(stopped, changes):
-    "Step s of the run must be step s of the same run: another seed, batch size or file is another run."
+    "Step s must be step s of the same run: another seed, batch size or file is another run."
     before, mixture = snapshot(stopped), make_two_files(**changes)
-    with pytest.raises(
-        ValueError,
-        match="other data.*"
-        + (
-            str(next(iter(changes)))
-            if "rows" not in changes and "name" not in changes
-            else "(pairs|others)"
-        ),
-    ):
+    of_file = "rows" in changes or "name" in changes
+    cause = "(pairs|others)" if of_file else str(next(iter(changes)))
+    with pytest.raises(ValueError, match="other data.*" + cause):
         train(
             make_encoder(), mixture, config(6, save_every=2), stopped, resume=True, progress=False
         )
@@ -1092,17 +1060,15 @@ def test_resume_refuses_another_order_of_the_data(stopped, changes):
 
 
 def test_resume_refuses_another_model(stopped):
-    before, other = (
-        snapshot(stopped),
-        BertModel(
-            BertConfig(
-                vocab_size=len(make_tokenizer()),
-                hidden_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=32,
-            )
-        ),
+    before = snapshot(stopped)
+    other = BertModel(
+        BertConfig(
+            vocab_size=len(make_tokenizer()),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
     )
     with pytest.raises(
         ValueError,
@@ -1127,7 +1093,7 @@ def test_where_transformers_would_take_an_xla_device_the_run_is_refused(tmp_path
 
 
 def test_a_run_without_a_checkpoint_starts_over_and_says_so(tmp_path, capsys):
-    "Killed before its first checkpoint, or never begun: the same command with resume gives the whole run."
+    "Killed before its first checkpoint, or never begun: the command with resume gives the run."
     whole = make_encoder(dropout=0.1)
     train(whole, make_mixture(), config(), tmp_path / "whole", progress=False)
     for name, callbacks, said in (
@@ -1168,28 +1134,18 @@ def test_a_run_that_was_moved_resumes_and_finds_its_best_model(tmp_path):
     metrics = train(
         encoder, make_mixture(), c, tmp_path / "there", Scores(0.3), resume=True, progress=False
     )
-    assert metrics["best_step"] == 2 and all(
-        torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[1].items()
-    )
+    assert metrics["best_step"] == 2
+    assert all(torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[1].items())
 
 
 def test_patience_is_counted_across_an_interruption(tmp_path):
-    falling = (
-        0.0,
-        0.9,
-        0.8,
-        0.7,
-        0.6,
-        0.5,
-        0.4,
-    )  # before, then after each step: patience 2 ends the run at step 3
+    # before, then after each step: patience 2 ends the run at step 3
+    falling = (0.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     c = config(6, eval_every=1, metric="score", patience=2)
-    assert (
-        train(
-            make_encoder(), make_mixture(), c, tmp_path / "whole", Scores(*falling), progress=False
-        )["steps"]
-        == 3
+    metrics = train(
+        make_encoder(), make_mixture(), c, tmp_path / "whole", Scores(*falling), progress=False
     )
+    assert metrics["steps"] == 3
     with pytest.raises(Crash):
         train(
             make_encoder(),
@@ -1227,13 +1183,10 @@ def test_evaluation_happens_before_during_and_after(tmp_path):
         tests,
         progress=False,
     )
-    assert (metrics["before"], metrics["after"]) == ({"score": 0.1}, {"score": 0.4}) and len(
-        scores.seen
-    ) == 4
-    assert (
-        metrics["test"] == {"before": {"score": 0.5}, "after": {"score": 0.6}}
-        and len(tests.seen) == 2
-    )
+    assert (metrics["before"], metrics["after"]) == ({"score": 0.1}, {"score": 0.4})
+    assert len(scores.seen) == 4
+    assert metrics["test"] == {"before": {"score": 0.5}, "after": {"score": 0.6}}
+    assert len(tests.seen) == 2
     assert [
         (line["step"], line["eval_score"])
         for line in read(tmp_path, "history")
@@ -1241,10 +1194,11 @@ def test_evaluation_happens_before_during_and_after(tmp_path):
     ] == [(2, 0.2), (4, 0.3)]
     assert read(tmp_path, "metrics") == metrics
     start = weights(make_encoder())
+    # before = untrained
     assert all(
         torch.equal(v, scores.seen[0][n]) and torch.equal(v, tests.seen[0][n])
         for n, v in start.items()
-    )  # before = untrained
+    )
 
 
 @pytest.mark.parametrize(
@@ -1279,10 +1233,8 @@ def test_without_a_metric_the_last_model_is_kept(tmp_path):
     metrics = train(
         encoder, make_mixture(), config(4, eval_every=2), tmp_path, scores, progress=False
     )
-    assert (
-        all(torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[2].items())
-        and metrics["best_step"] is None
-    )
+    assert all(torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[2].items())
+    assert metrics["best_step"] is None
 
 
 def test_the_best_model_is_kept_or_the_configuration_refused_when_saves_are_rarer_than_evaluations(
@@ -1295,9 +1247,8 @@ def test_the_best_model_is_kept_or_the_configuration_refused_when_saves_are_rare
         assert "save_every" in str(error)
         return
     metrics = train(encoder, make_mixture(), c, tmp_path, scores, progress=False)
-    assert metrics["best_step"] == 2 and all(
-        torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[1].items()
-    )
+    assert metrics["best_step"] == 2
+    assert all(torch.equal(v, weights(encoder)[n]) for n, v in scores.seen[1].items())
 
 
 @pytest.mark.parametrize("evaluate", [None, Scores(0.5, name="spearman")])
@@ -1339,11 +1290,8 @@ def test_a_directory_that_holds_a_run_is_refused_and_overwrite_takes_only_its_ow
     assert snapshot(out) == before
     train(make_encoder(), make_mixture(), config(3), out, overwrite=True, progress=False)
     assert all(path.read_text() == "mine" for path in foreign)
-    assert (
-        not (out / "recipe.toml").exists()
-        and not checkpoints(out)
-        and list(losses(out)) == [1, 2, 3]
-    )
+    assert not (out / "recipe.toml").exists() and not checkpoints(out)
+    assert list(losses(out)) == [1, 2, 3]
 
 
 def test_overwrite_leaves_a_model_directory_alone(tmp_path):
@@ -1405,34 +1353,15 @@ def test_the_run_directory_holds_every_record(finished):
     found = {name: read(finished, name.removesuffix(".json")) for name in RECORDS}
     assert found["config.json"]["widths"] == [8, 32] and found["config.json"]["steps"] == 4
     assert found["data_config.json"] == [{"name": "pairs", "lines": 40, "weight": 1.0}]
-    assert (
-        found["versions.json"]["torch"] == torch.__version__
-        and found["versions.json"]["device"] == "cpu"
-    )
-    assert found["mixture.json"]["steps"] == 4 and found["mixture.json"]["datasets"][0][
-        "epochs"
-    ] == pytest.approx(4 * 8 / 40)
-    assert {
-        "before",
-        "after",
-        "test",
-        "steps",
-        "best_step",
-        "ended_by",
-        "seconds",
-        "pairs_per_second",
-    } == set(found["metrics.json"])
+    assert found["versions.json"]["torch"] == torch.__version__
+    assert found["versions.json"]["device"] == "cpu"
+    assert found["mixture.json"]["steps"] == 4
+    assert found["mixture.json"]["datasets"][0]["epochs"] == pytest.approx(4 * 8 / 40)
+    names = "before after test steps best_step ended_by seconds pairs_per_second"
+    assert set(found["metrics.json"]) == set(names.split())
     line = next(line for line in found["history.json"] if "loss" in line)
-    assert {
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "masked",
-        "negatives",
-        "truncated",
-        "mean_cosine",
-        "step",
-    } <= set(line) and line["truncated"] == 0
+    names = "loss grad_norm learning_rate masked negatives truncated mean_cosine step"
+    assert set(names.split()) <= set(line) and line["truncated"] == 0
     assert {"max_length", "columns", "waste"} == set(found["mixture.json"]["tokens"])
 
 
@@ -1458,10 +1387,8 @@ def test_the_model_and_every_checkpoint_open_in_sentence_transformers(finished):
     texts = ["a dog is playing", "How do I reset my password?", "snow"]
     assert checkpoints(finished) == [2, 4]
     for folder in (finished / "model", *sorted((finished / "checkpoints").iterdir())):
-        ours, peer = (
-            SentenceEncoder.from_pretrained(folder),
-            st.SentenceTransformer(str(folder), device="cpu"),
-        )
+        ours = SentenceEncoder.from_pretrained(folder)
+        peer = st.SentenceTransformer(str(folder), device="cpu")
         np.testing.assert_allclose(
             ours.encode(texts, progress=False), peer.encode(texts), atol=1e-6
         )
@@ -1507,10 +1434,8 @@ def test_a_log_line_shows_what_there_is():
         line
         == "step 540000 loss 2.184   lr 1.5e-04   masked 0.15   negatives 1022.85   truncated 3.1%"
     )
-    assert (
-        log_line(20, {"eval_ndcg@10": 0.5, "eval_other": 1.0}) == "step 20     ndcg@10 0.500"
-        and log_line(20, {"eval_other": 1.0}) == ""
-    )
+    assert log_line(20, {"eval_ndcg@10": 0.5, "eval_other": 1.0}) == "step 20     ndcg@10 0.500"
+    assert log_line(20, {"eval_other": 1.0}) == ""
 
 
 @pytest.mark.parametrize(
@@ -1635,9 +1560,8 @@ def test_pairs_and_triplets_train_together(tmp_path):
     assert {len(mixture.batch(s).examples[0]) for s in range(12)} == {2, 3, 5}
     encoder = make_encoder()
     train(encoder, mixture, config(12), tmp_path, progress=False)
-    assert len(losses(tmp_path)) == 12 and all(
-        v.isfinite().all() for v in weights(encoder).values()
-    )
+    assert len(losses(tmp_path)) == 12
+    assert all(v.isfinite().all() for v in weights(encoder).values())
 
 
 def copied(columns, others=0):
@@ -1655,24 +1579,20 @@ def copied(columns, others=0):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_run_on_copies_of_one_row_trains_and_says_so(tmp_path, columns, symmetric):
     encoder = make_encoder()
-    with pytest.warns(
-        UserWarning,
-        match=(
-            "nearly every candidate is a copy.*nothing to learn from; remove copies or mix more"
-            " datasets"
-        ),
-    ):
+    message = (
+        "nearly every candidate is a copy.*nothing to learn from; remove copies or mix more"
+        " datasets"
+    )
+    with pytest.warns(UserWarning, match=message):
         metrics = train(
             encoder, copied(columns), config(3, symmetric=symmetric), tmp_path, progress=False
         )
     assert metrics["steps"] == 3 and list(losses(tmp_path).values()) == [0, 0, 0]
-    assert all(
-        torch.equal(v, weights(encoder)[n]) for n, v in weights(make_encoder()).items()
-    )  # nothing was learned, nothing was harmed
+    # nothing was learned, nothing was harmed
+    assert all(torch.equal(v, weights(encoder)[n]) for n, v in weights(make_encoder()).items())
     lines = [line for line in read(tmp_path, "history") if "loss" in line]
-    assert {line["masked"] for line in lines} == {7.0 if columns == 2 else 15.0} and {
-        line["negatives"] for line in lines
-    } == {0.0}
+    assert {line["masked"] for line in lines} == {7.0 if columns == 2 else 15.0}
+    assert {line["negatives"] for line in lines} == {0.0}
 
 
 @pytest.mark.parametrize("columns", [2, 3])
@@ -1693,18 +1613,13 @@ def test_a_run_on_mostly_copies_learns_from_the_others(tmp_path, columns):
 def test_the_warning_of_copies_is_for_copies_only(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for negatives, masked in (
-            (1, 0),
-            (0.9, 0.1),
-            (126.5, 0.5),
-            (1.5, 5.5),
-        ):  # the first two: a batch of two pairs
+        # the first two: a batch of two pairs
+        for negatives, masked in ((1, 0), (0.9, 0.1), (126.5, 0.5), (1.5, 5.5)):
             check_health({"loss": 1.0, "negatives": negatives, "masked": masked}, 20, config())
         check_health({"loss": 1.0}, 20, config())
     with warnings.catch_warnings(record=True) as said:
-        train(
-            make_encoder(), copied(2), config(2, mask_same=False), tmp_path, progress=False
-        )  # a choice: copies are negatives
+        # a choice: copies are negatives
+        train(make_encoder(), copied(2), config(2, mask_same=False), tmp_path, progress=False)
     assert not [w for w in said if "copy" in str(w.message)]
     assert {
         (line["masked"], line["negatives"]) for line in read(tmp_path, "history") if "loss" in line
@@ -1784,9 +1699,10 @@ def test_widths_above_the_model_are_refused_before_the_directory_is_taken(tmp_pa
             tmp_path / "run",
             progress=False,
         )
+    # try again, same place
     train(
         make_encoder(), make_mixture(), config(2, widths=(16, 32)), tmp_path / "run", progress=False
-    )  # try again, same place
+    )
 
 
 # ---- several processes ----
@@ -1799,16 +1715,21 @@ torch.set_num_threads(1)
 out = {out!r}
 written = []
 def note(event, args):
-    if event == "open" and isinstance(args[0], str) and args[0].startswith(out) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
-        written.append(args[0])
-    if event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree") and str(args[0]).startswith(out):
+    if event == "open" and isinstance(args[0], str) and isinstance(args[1], str):
+        if args[0].startswith(out) and set(args[1]) & set("wax+"):
+            written.append(args[0])
+    changes = ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
+    if event in changes and str(args[0]).startswith(out):
         written.append(f"{{event}} {{args[0]}}")
 sys.addaudithook(note)
 from test_trainer import *
 rank = int(os.environ["RANK"])
 mixture = make_pairs_and_triplets(copies=2)
-result = train(make_encoder(), mixture, config(4, save_every=2, eval_every=2, metric="score", chunk_tokens={chunk_tokens}), out, Scores(0.1, 0.2, 0.3), progress=False)
-with open({notes!r} + str(rank), "w") as file: json.dump({{"result": result, "written": written}}, file)
+settings = config(4, save_every=2, eval_every=2, metric="score", chunk_tokens={chunk_tokens})
+scores = Scores(0.1, 0.2, 0.3)
+result = train(make_encoder(), mixture, settings, out, scores, progress=False)
+with open({notes!r} + str(rank), "w") as file:
+    json.dump({{"result": result, "written": written}}, file)
 """
 
 
@@ -1826,15 +1747,9 @@ def torchrun(tmp_path, script, processes=2):
     }
     return subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            str(port),
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nproc_per_node", str(processes)),
+            *("--master_addr", "127.0.0.1", "--master_port", str(port)),
             str(tmp_path / "script.py"),
         ],
         env=env,
@@ -1868,7 +1783,8 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
         Scores(0.1, 0.2, 0.3),
         progress=False,
     )
-    if chunk_tokens:  # ranks with different numbers of chunks, and one that needs none, exchange in the same order
+    # ranks with different numbers of chunks, and one that needs none, exchange in the same order
+    if chunk_tokens:
         batches = [
             Tokens(make_tokenizer(), 64)(mixture.batch(step, rank, 2))
             for step in range(4)
@@ -1888,13 +1804,11 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
         [line["grad_norm"] for line in read(o, "history") if "loss" in line]
         for o in (out, tmp_path / "one")
     ]
-    assert norms[0] == pytest.approx(
-        norms[1], rel=1e-4
-    )  # gradients, before Adam makes their size disappear
+    # gradients, before Adam makes their size disappear
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     both = SentenceEncoder.from_pretrained(out / "model")
-    assert (
-        distance(weights(both), weights(alone), start) < 5e-4
-    )  # Adam moves weights with tiny gradients by their rounding
+    # Adam moves weights with tiny gradients by their rounding
+    assert distance(weights(both), weights(alone), start) < 5e-4
 
     first, second = (json.loads(Path(notes + str(rank)).read_text()) for rank in (0, 1))
     assert second["result"] == {} and first["result"] == read(out, "metrics") and first["written"]

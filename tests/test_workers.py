@@ -27,7 +27,8 @@ def work(n):
     if BODY == "raises" and n == 3:
         raise KeyError("three")
     if BODY == "handler":
-        return signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and os.environ["TOKENIZERS_PARALLELISM"]
+        default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        return default and os.environ["TOKENIZERS_PARALLELISM"]
     time.sleep(60 if BODY == "long" else 0.01)
     return n * n
 

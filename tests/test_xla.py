@@ -1,7 +1,8 @@
-"""The XLA loop against eager, against the CPU trainer and against itself; what its programs hold; what it refuses.
+"""The XLA loop against eager, against the CPU trainer and itself; its programs; what it refuses.
 
-No TPU is needed: XLA makes several devices of one CPU. Each job of xla_child.py is a process with its own number of devices, two run at a
-time, and only those that the selected tests ask for. Without torch_xla (`make test-xla` has it) these are skipped, and the others run.
+No TPU is needed: XLA makes several devices of one CPU. Each job of xla_child.py is a process with
+its own number of devices, two run at a time, and only those that the selected tests ask for.
+Without torch_xla (`make test-xla` has it) these are skipped, and the others run.
 """
 
 import importlib.util
@@ -52,9 +53,8 @@ def launch(job, devices, folder):
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]),
     }
-    env |= (
-        {"USE_TORCH_XLA": "0"} if job == "reference" else {}
-    )  # else transformers' Trainer takes the XLA device
+    # else transformers' Trainer takes the XLA device
+    env |= {"USE_TORCH_XLA": "0"} if job == "reference" else {}
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "xla_child.py", job, folder],
         env=env,
@@ -67,7 +67,7 @@ def launch(job, devices, folder):
 
 
 class Jobs:
-    "Results by name, such as run-4: job and number of devices; each runs once, after those whose directories it needs."
+    "Results by name, such as run-4: job and devices; each runs once, after those it builds on."
 
     NEEDS = {
         "guards-4": ("reference-0", "theirs"),
@@ -115,14 +115,8 @@ def jobs(request, tmp_path_factory):
     jobs.pool.shutdown(cancel_futures=True)
 
 
-ORDER = (
-    "run",
-    "reference",
-    "guards",
-    "step",
-    "resume",
-    "late",
-)  # what others wait for, and what takes long, comes first
+# what others wait for, and what takes long, comes first
+ORDER = ("run", "reference", "guards", "step", "resume", "late")
 
 
 def each(job, *devices):
@@ -151,19 +145,15 @@ def test_a_step_equals_eager(jobs, devices):
     found = jobs[f"step-{devices}"]
     assert found.keys() == {*CASES, *(MORE if devices == 4 else ())}
     for name, off in found.items():
-        assert off["loss"] <= 1e-6 * off["value"] and off["masked"] <= 1e-6, (
-            name,
-            off,
-        )  # the loss is about 3, a step of float32 there 2.4e-7
+        # the loss is about 3, a step of float32 there 2.4e-7
+        assert off["loss"] <= 1e-6 * off["value"] and off["masked"] <= 1e-6, (name, off)
         assert off["gradients"] < 2e-5 and off["worst"] < 3e-4 and off["norm"] < 1e-5, (name, off)
+        # padding or none: one program
         assert off["counts"] == {
             "compilations": name != "bert full",
             "executions": 1,
             "fallbacks": 0,
-        }, (
-            name,
-            off,
-        )  # padding or none: one program
+        }, (name, off)
 
 
 @pytest.mark.jobs("reference-0")
@@ -176,34 +166,24 @@ def test_a_run_equals_the_trainers(jobs, devices):
     assert (
         [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 21))
     )
-    for name in (
-        "loss",
-        "grad_norm",
-        "mean_cosine",
-        "masked",
-        "negatives",
-        "truncated",
-        "learning_rate",
-    ):
+    names = "loss grad_norm mean_cosine masked negatives truncated learning_rate"
+    for name in names.split():
         assert [line[name] for line in ours] == pytest.approx(
             [line[name] for line in theirs], rel=1e-5, abs=1e-6
         ), name
-    assert (
-        max(line["masked"] for line in ours) > 0 and max(line["truncated"] for line in ours) > 0
-    )  # it was no easy run
+    # it was no easy run
+    assert max(line["masked"] for line in ours) > 0 and max(line["truncated"] for line in ours) > 0
 
 
 @pytest.mark.jobs("reference-0", "run-4")
 def test_the_best_is_kept_and_patience_ends_as_in_the_trainer(jobs):
     ours, theirs = jobs["run-4"]["stopped"], jobs["reference-0"]["stopped"]
-    drop = lambda metrics: {
-        k: v for k, v in metrics.items() if k not in ("seconds", "pairs_per_second")
-    }
-    assert (
-        drop(ours["metrics"]) == drop(theirs["metrics"])
-        and ours["metrics"]["steps"] == 16
-        and ours["metrics"]["best_step"] == 8
-    )
+
+    def drop(metrics):
+        return {k: v for k, v in metrics.items() if k not in ("seconds", "pairs_per_second")}
+
+    assert drop(ours["metrics"]) == drop(theirs["metrics"]) and ours["metrics"]["steps"] == 16
+    assert ours["metrics"]["best_step"] == 8
     scores = [
         [(line["step"], line["eval_score"]) for line in run["history"] if "eval_score" in line]
         for run in (ours, theirs)
@@ -226,16 +206,8 @@ def test_evaluations_checkpoints_and_log_lines_keep_their_own_time(jobs):
         "checkpoint-10",
         "checkpoint-12",
     ]
-    assert [line["step"] for line in history if "loss" in line] == [
-        2,
-        4,
-        5,
-        6,
-        7,
-        8,
-        10,
-        12,
-    ]  # one before each of them too, so that only healthy weights are kept
+    # one before each of them too, so that only healthy weights are kept
+    assert [line["step"] for line in history if "loss" in line] == [2, 4, 5, 6, 7, 8, 10, 12]
 
 
 @pytest.mark.jobs("guards-4", "reference-0")
@@ -249,10 +221,8 @@ def test_bfloat16_stays_close_and_the_loss_stays_in_float32(jobs):
     dots = Counter(
         re.findall(r"= (\w+)\[[\d,]*\]\S* dot\(", open(jobs["guards-4"]["bf16 program"]).read())
     )
-    assert dots == {
-        "bf16": LAYERS * (6 + 2) * 3,
-        "f32": 3,
-    }  # 6 layers and 2 products of attention; 3 of the loss; each forward and twice backward
+    # 6 layers and 2 products of attention; 3 of the loss; each forward and twice backward
+    assert dots == {"bf16": LAYERS * (6 + 2) * 3, "f32": 3}
     weights = SentenceEncoder.from_pretrained(
         f"{jobs['guards-4']['bf16']['out']}/model"
     ).state_dict()
@@ -266,7 +236,7 @@ def test_bfloat16_stays_close_and_the_loss_stays_in_float32(jobs):
 
 @each("run", 1, 4, 8)
 def test_one_program_for_each_shape_and_one_execution_for_each_step(jobs, devices):
-    "Dropout, warm-up and decay, log lines between checkpoints, evaluation, full and padded batches, pairs and triplets: none costs a program or an execution."
+    "Schedules, log lines, evaluation, padding, triplets: none costs a program or an execution."
     found = jobs[f"run-{devices}"]
     shapes = {tuple(shape) for shape in found["shapes"]}
     programs = {(columns, T) for columns, T, _ in shapes}
@@ -309,7 +279,7 @@ def matmul_flops(text):
 
 
 def whole_batch(text, texts, T):
-    "Operations that make something of each token of the global batch on one device: dimensions (texts * T) or texts and T."
+    "Operations with a value per token of the global batch on one device: texts * T or (texts, T)."
     found = [
         (m[1], m[2].split(","))
         for m in re.finditer(r"%([\w.-]+) = \(?(?:\w+\[\d*\]\S* )?\w+\[([\d,]*)\]", text)
@@ -343,18 +313,14 @@ def program(jobs, devices, kind):
 @pytest.mark.parametrize("kind, C", [("bert pairs", 2), ("dropout pairs", 2), ("bert triplets", 3)])
 @each("step", 2, 4, 8)
 def test_each_device_multiplies_its_share(jobs, devices, kind, C):
-    text, tokens, candidates = (
-        program(jobs, devices, kind),
-        C * BATCH * LENGTH // devices,
-        (C - 1) * BATCH,
-    )
-    layer = (
-        2 * (4 * WIDTH**2 + 2 * WIDTH * HIDDEN) + 4 * LENGTH * WIDTH
-    )  # for a token: projections, feed-forward, scores and their sum
+    text = program(jobs, devices, kind)
+    tokens = C * BATCH * LENGTH // devices
+    candidates = (C - 1) * BATCH
+    # for a token: projections, feed-forward, scores and their sum
+    layer = 2 * (4 * WIDTH**2 + 2 * WIDTH * HIDDEN) + 4 * LENGTH * WIDTH
     scores = 2 * BATCH // devices * candidates * WIDTH  # of the loss
-    assert matmul_flops(text) == 3 * (
-        tokens * LAYERS * layer + scores
-    )  # forward, and twice that backward
+    # forward, and twice that backward
+    assert matmul_flops(text) == 3 * (tokens * LAYERS * layer + scores)
     assert (
         xla.replicated_matmuls(text, C * BATCH * LENGTH)
         == []
@@ -366,15 +332,14 @@ def test_each_device_multiplies_its_share(jobs, devices, kind, C):
 @each("step", 2, 4, 8)
 def test_what_travels_does_not_grow_with_the_devices(jobs, devices, kind, C):
     travels, candidates = exchanged(program(jobs, devices, kind)), (C - 1) * BATCH
-    undone = (
-        2 * C * BATCH * WIDTH
-    )  # all embeddings, to undo the interleaving, and their gradients, to redo it
-    assert (
-        floats(travels["all-gather"]) == undone + 2 * candidates * WIDTH
-    )  # candidates for the scores, and again for the anchors' gradients
+    # all embeddings, to undo the interleaving, and their gradients, to redo it
+    undone = 2 * C * BATCH * WIDTH
+    # candidates for the scores, and again for the anchors' gradients
+    assert floats(travels["all-gather"]) == undone + 2 * candidates * WIDTH
+    # cutting triplets' columns
     assert floats(
         travels["all-to-all"] + travels["collective-permute"]
-    ) <= 5 * candidates * WIDTH / 2 * (C == 3)  # cutting triplets' columns
+    ) <= 5 * candidates * WIDTH / 2 * (C == 3)
     assert travels["reduce-scatter"] == []
 
     sizes = Counter(
@@ -387,9 +352,9 @@ def test_what_travels_does_not_grow_with_the_devices(jobs, devices, kind, C):
     rest = reduced - sizes
     assert rest.pop(tuple(sorted((candidates, WIDTH)))) == 1  # the candidates' gradients
     assert rest.pop((WIDTH,)) == 1  # the mean cosine
-    assert {len(dims) for dims in rest} <= {0, 1} and sum(
-        n * math.prod(dims) for dims, n in rest.items()
-    ) <= 3 * BATCH + 6  # softmax over columns, scalars
+    # softmax over columns, scalars
+    assert {len(dims) for dims in rest} <= {0, 1}
+    assert sum(n * math.prod(dims) for dims, n in rest.items()) <= 3 * BATCH + 6
 
 
 @pytest.mark.jobs("guards-4")
@@ -408,9 +373,8 @@ def test_stock_layers_fail_the_same_check(jobs):
         "3,072 token rows on each of 4 devices: the batch is not sharded there"
         in found["said"]["norm"]
     )
-    assert (
-        kept["dropout"][1] > 0 and kept["dropout"][0] == 0
-    )  # its products are sharded, its random numbers are not
+    # its products are sharded, its random numbers are not
+    assert kept["dropout"][1] > 0 and kept["dropout"][0] == 0
 
 
 def test_the_check_reads_programs():
@@ -418,10 +382,8 @@ def test_the_check_reads_programs():
   %dot.1 = f32[128,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %dot.2 = f32[32,64]{1,0} dot(%param.1, %b), lhs_contracting_dims={0}, rhs_contracting_dims={0}
   %dot.3 = f32[8,512]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"""
-    assert (
-        xla.replicated_matmuls(text, 512) == ["dot.2", "dot.3"]
-        and xla.replicated_matmuls(text, 51) == []
-    )
+    assert xla.replicated_matmuls(text, 512) == ["dot.2", "dot.3"]
+    assert xla.replicated_matmuls(text, 51) == []
 
 
 # ---- 4. resume
@@ -430,13 +392,11 @@ def test_the_check_reads_programs():
 @pytest.mark.jobs("run-4", "resume-4")
 def test_a_resumed_run_is_the_same_run_bit_for_bit(jobs):
     whole, again = jobs["run-4"]["all"], jobs["resume-4"]
-    assert (
-        jobs["run-4"]["broken"] == "OSError: no batch 13: the disk is gone"
-    )  # what a background thread meets ends the run
+    # what a background thread meets ends the run
+    assert jobs["run-4"]["broken"] == "OSError: no batch 13: the disk is gone"
     assert again["history"] == whole["history"] and again["weights"] == whole["weights"]
-    assert (
-        again["metrics"]["steps"] == 20 and again["metrics"]["after"] == whole["metrics"]["after"]
-    )
+    assert again["metrics"]["steps"] == 20
+    assert again["metrics"]["after"] == whole["metrics"]["after"]
 
 
 @pytest.mark.jobs("run-4", "resume-2")
@@ -456,10 +416,8 @@ def test_it_can_resume_on_fewer_devices(jobs):
 
 def keep(p=0.5, step=0, layer=0, seed=0, rows=range(256), shape=(16, 32), device="cpu"):
     noise = xla.Noise(seed)
-    noise.step, noise.rows = (
-        torch.tensor(step, dtype=torch.int32, device=device),
-        torch.tensor(list(rows), dtype=torch.int32, device=device),
-    )
+    noise.step = torch.tensor(step, dtype=torch.int32, device=device)
+    noise.rows = torch.tensor(list(rows), dtype=torch.int32, device=device)
     return noise.keep(torch.zeros(len(noise.rows), *shape, device=device), p, layer)
 
 
@@ -469,15 +427,11 @@ def test_dropout_drops_its_rate(p, seed):
     for step, layer in ((0, 0), (1, 5), (540_000, 97)):
         kept = keep(p, step, layer, seed).double()
         assert abs(kept.mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
-        for by_row in (
-            kept.flatten(1).mean(1),
-            kept.mean((0, 1)),
-            kept.mean((0, 2)),
-        ):  # no row, unit or position is special
+        # no row, unit or position is special
+        for by_row in (kept.flatten(1).mean(1), kept.mean((0, 1)), kept.mean((0, 2))):
             spread = math.sqrt(p * (1 - p) / (kept.numel() / len(by_row)))
-            assert (
-                by_row - (1 - p)
-            ).abs().max() < 6.5 * spread and 0.4 < by_row.std() / spread < 1.7
+            assert (by_row - (1 - p)).abs().max() < 6.5 * spread
+            assert 0.4 < by_row.std() / spread < 1.7
 
 
 def test_dropout_masks_are_independent():
@@ -498,16 +452,10 @@ def test_dropout_masks_are_independent():
     for name, other in others.items():
         a, b = base - base.mean(), other.double() - other.double().mean()
         assert abs((a * b).mean() / (a.std() * b.std())) * math.sqrt(base.numel()) < 4.5, name
-    assert (
-        len(
-            {
-                keep(step=s, layer=n, rows=range(4)).numpy().tobytes()
-                for s in range(20)
-                for n in range(20)
-            }
-        )
-        == 400
-    )
+    result = {
+        keep(step=s, layer=n, rows=range(4)).numpy().tobytes() for s in range(20) for n in range(20)
+    }
+    assert len(result) == 400
 
 
 def test_a_mask_belongs_to_the_row_not_to_its_place():
@@ -531,9 +479,8 @@ def test_dropout_scales_and_sleeps_in_evaluation():
     x = torch.rand(8, 5, 6, requires_grad=True)
     y = layer.train()(x)
     kept = noise.keep(x, 0.25, 2)
-    assert torch.equal(y, torch.where(kept, x / 0.75, 0.0)) and torch.equal(
-        torch.autograd.grad(y.sum(), x)[0], kept / 0.75
-    )
+    assert torch.equal(y, torch.where(kept, x / 0.75, 0.0))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], kept / 0.75)
     assert layer.eval()(x) is x
 
 
@@ -622,11 +569,8 @@ def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch):
             ImportError("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900)
         )
         assert "(_XLAC.so: undefined symbol" in said
-        assert (
-            "torch==2.9.0+cpu torch_xla==2.9.0" in said
-            and ("libtpu==0.0.21.1" in said) == bool(chips)
-            and len(said) <= 330
-        )
+        assert "torch==2.9.0+cpu torch_xla==2.9.0" in said
+        assert ("libtpu==0.0.21.1" in said) == bool(chips) and len(said) <= 330
     monkeypatch.setattr(
         xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 14), "Linux x86_64")
     )
@@ -710,10 +654,8 @@ def test_embed_is_the_encoders_forward(batches, family, kind):
     xla.shardable(encoder.backbone, xla.Noise())
     for devices in (1, 2, 8):
         arrays = xla.lay_out(batch, LENGTH, devices)
-        got, rows = (
-            xla.embed(encoder, arrays["input_ids"], arrays["lengths"]),
-            arrays["rows"].long(),
-        )
+        got = xla.embed(encoder, arrays["input_ids"], arrays["lengths"])
+        rows = arrays["rows"].long()
         assert torch.allclose(got, expected[rows], atol=1e-6)
 
 
@@ -731,7 +673,8 @@ def test_shardable_and_back_leave_the_weights_alone(family):
         name for name, m in encoder.named_modules() if isinstance(m, torch.nn.Dropout) and not m.p
     ]
     assert len(dropped) == LAYERS and all("attention" in name for name in dropped)
-    assert encoder.state_dict().keys() == before.keys() and all(
+    assert encoder.state_dict().keys() == before.keys()
+    assert all(
         v is encoder.state_dict()[k] or torch.equal(v, encoder.state_dict()[k])
         for k, v in before.items()
     )
@@ -771,14 +714,11 @@ def test_a_layout_holds_the_batch_and_can_be_undone(batches, kind):
         for name in ("input_ids", "lengths"):
             assert torch.equal(arrays[name], alone[name][rows])
         owners = (rows % B).view(devices, -1) // (B // devices)
-        assert torch.equal(
-            owners, torch.arange(devices)[:, None].expand_as(owners)
-        )  # all texts of a row on one device
+        # all texts of a row on one device
+        assert torch.equal(owners, torch.arange(devices)[:, None].expand_as(owners))
         real = torch.arange(LENGTH) < arrays["lengths"][:, None]
-        assert (
-            sorted(arrays["input_ids"][real].tolist()) == sorted(batch.token_ids.tolist())
-            and not arrays["input_ids"][~real].any()
-        )
+        assert sorted(arrays["input_ids"][real].tolist()) == sorted(batch.token_ids.tolist())
+        assert not arrays["input_ids"][~real].any()
     with pytest.raises(
         ValueError, match="global batch 24 is not divisible by 5 devices; use 20 or 25"
     ):
@@ -786,12 +726,10 @@ def test_a_layout_holds_the_batch_and_can_be_undone(batches, kind):
 
 
 def test_dropout_gives_the_same_loss_for_any_layout(batches):
-    batch, encoder, noise, config = (
-        batches["pairs"],
-        make_encoder(dropout=0.2).train(),
-        xla.Noise(11),
-        TrainConfig(),
-    )
+    batch = batches["pairs"]
+    encoder = make_encoder(dropout=0.2).train()
+    noise = xla.Noise(11)
+    config = TrainConfig()
     xla.shardable(encoder.backbone, noise)
     found = []
     for devices in (1, 2, 8):
@@ -805,11 +743,9 @@ def test_dropout_gives_the_same_loss_for_any_layout(batches):
 
 
 def test_an_unknown_backbone_is_refused():
-    with pytest.raises(
-        ValueError,
-        match=(
-            "backbones of type electra were not checked under SPMD; use one of bert, roberta,"
-            " distilbert, mpnet"
-        ),
-    ):
+    message = (
+        "backbones of type electra were not checked under SPMD; use one of bert, roberta,"
+        " distilbert, mpnet"
+    )
+    with pytest.raises(ValueError, match=message):
         xla.shardable(make_encoder("electra").backbone, xla.Noise())

@@ -1,8 +1,10 @@
-"""Jobs of test_xla.py that need XLA devices. Their number is fixed when XLA starts, so each job is a process of its own:
+"""Jobs of test_xla.py that need XLA devices. Their number is fixed when XLA starts, so each job is
+a process of its own:
 
     DEVICES=4 CPU_NUM_DEVICES=4 PJRT_DEVICE=CPU python tests/xla_child.py run FOLDER
 
-A job writes below FOLDER and prints one JSON object on its last line. DEVICES=0 means one device without SPMD.
+A job writes below FOLDER and prints one JSON object on its last line. DEVICES=0 means one device
+without SPMD.
 """
 
 import copy
@@ -29,7 +31,8 @@ from contrastive_st.trainer import TrainConfig, batch_loss
 
 DEVICES = int(os.environ.get("DEVICES", 0))
 BUCKETS, LENGTH, BATCH = (16, 32, 64), 64, 24
-HEADS = 16  # no number of devices: rows of a device times heads should not look like the rows of the global batch
+# no number of devices: rows of a device times heads must not look like the global batch
+HEADS = 16
 TEXTS = [
     "What time does the yawn start tonight?",
     "The lock keeper publishes each period on form L4.",
@@ -41,7 +44,7 @@ TEXTS = [
 
 
 def make_encoder(family="bert", dropout=0.0, **changes):
-    "A random encoder of two layers, 32 wide, the same weights each time; attention dropout is 0, as always on XLA."
+    "A random encoder, two layers, 32 wide, always the same; no attention dropout, as on XLA."
     from transformers import (
         AutoModel,
         BertConfig,
@@ -76,9 +79,8 @@ def make_encoder(family="bert", dropout=0.0, **changes):
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sizes |= (
-            {"max_position_embeddings": LENGTH} if family == "bert" else {}
-        )  # as many rows as are used, so that the whole table's gradient travels
+        # as many rows as are used, so that the whole table's gradient travels
+        sizes |= {"max_position_embeddings": LENGTH} if family == "bert" else {}
         small = DistilBertConfig(
             dim=32, n_layers=2, n_heads=HEADS, hidden_dim=64, attention_dropout=0.0, **common
         )
@@ -92,8 +94,11 @@ def make_encoder(family="bert", dropout=0.0, **changes):
 
 
 def make_mixture(cache, batch_size=BATCH):
-    """Pairs and triplets of the quickstart corpus; short texts, which fit a smaller bucket; and texts so long that each is cut,
-    whose batches have no padding. With real data around, NLI triplets too."""
+    """Pairs and triplets of the quickstart corpus, short texts, and texts that are all cut.
+
+    Short texts fit a smaller bucket, and batches of cut texts have no padding. With real data
+    around, there are NLI triplets, too.
+    """
     desk = quickstart_folder()
     sources = [
         load_source(desk / f"train/{name}.jsonl", name=name, cache_dir=cache)
@@ -126,10 +131,8 @@ def make_config(**changes):
     )
 
 
-COUNTED = {
-    "log_every": 4,
-    "eval_every": 8,
-}  # a log line begins where a checkpoint ends: a resumed run has the same lines
+# a log line begins where a checkpoint ends: a resumed run has the same lines
+COUNTED = {"log_every": 4, "eval_every": 8}
 STOPPED = {"log_every": 4, "eval_every": 4, "metric": "score", "patience": 2}
 
 
@@ -148,13 +151,9 @@ def kinds(mixture, tokens):
 def graded(encoder):
     "Real work on the host between steps: pairs that people have graded."
     sts = ScoredPairs(*(column[:60] for column in read_sts(quickstart_folder() / "sts.tsv")))
-    return {
-        "spearman": np.float64(
-            evaluate_sts(lambda texts: encoder.encode(texts, progress=False), sts, resamples=10)[
-                "spearman"
-            ]
-        )
-    }  # as NumPy's metrics are
+    # as NumPy's metrics are
+    scores = evaluate_sts(lambda texts: encoder.encode(texts, progress=False), sts, resamples=10)
+    return {"spearman": np.float64(scores["spearman"])}
 
 
 class Scores:
@@ -168,7 +167,7 @@ class Scores:
 
 
 class Broken:
-    "A mixture that fails from some step on, as a disk may; its batches are made by a background thread."
+    "A mixture that fails from some step on, as a disk may; a thread makes its batches."
 
     def __init__(self, mixture, step):
         self.mixture, self.step = mixture, step
@@ -186,8 +185,11 @@ class Broken:
 
 
 def eager(encoder, batch, config, noise=None):
-    """Loss and gradients on the host: the encoder as it is, in float64 and without padding, because a sum that nearly cancels (the last bias)
-    is off by 2e-4 in eager's own float32; with noise, in float32, padded, with hashed dropout."""
+    """Loss and gradients on the host: the encoder as it is, in float64 and without padding.
+
+    In eager's own float32 a sum that nearly cancels (the last bias) is off by 2e-4. With noise: in
+    float32, padded, with hashed dropout.
+    """
     encoder = copy.deepcopy(encoder).train()
     if noise is None:
         vectors = encoder.double()(batch.token_ids, batch.lengths)
@@ -233,19 +235,15 @@ def on_devices(encoder, batches, config, mesh, change=lambda backbone: None, gra
     import torch_xla
     import torch_xla.distributed.spmd as spmd
 
-    devices, twin, noise, device = (
-        max(DEVICES, 1),
-        copy.deepcopy(encoder).train(),
-        xla.Noise(config.seed),
-        torch_xla.device(),
-    )
+    devices = max(DEVICES, 1)
+    twin = copy.deepcopy(encoder).train()
+    noise = xla.Noise(config.seed)
+    device = torch_xla.device()
     change(xla.shardable(twin.backbone, noise))
     twin.to(device)
-    zero, number, kept = (
-        torch.zeros(6).to(device),
-        torch.tensor(7, dtype=torch.int32).to(device),
-        Kept(twin),
-    )
+    zero = torch.zeros(6).to(device)
+    number = torch.tensor(7, dtype=torch.int32).to(device)
+    kept = Kept(twin)
     if mesh:
         for p in (*twin.parameters(), *twin.buffers()):
             spmd.mark_sharding(p, mesh, (None,) * p.dim())
@@ -272,13 +270,12 @@ def on_devices(encoder, batches, config, mesh, change=lambda backbone: None, gra
 
 
 def compared(here, there):
-    "How far the devices are from eager: absolute for the loss, relative for gradients (all, the worst tensor, and the norm that was logged)."
+    "How far the devices are from eager: absolute for the loss, relative for gradients."
     size = torch.cat([g.flatten() for g in here["gradients"].values()]).norm()
     off = {name: (there["gradients"][name] - g).norm() for name, g in here["gradients"].items()}
     whole = torch.stack(list(off.values())).norm() / size
-    worst = max(
-        off[name] / max(g.norm(), 1e-3 * size) for name, g in here["gradients"].items()
-    )  # a key's bias has no gradient but rounding
+    # a key's bias has no gradient but rounding
+    worst = max(off[name] / max(g.norm(), 1e-3 * size) for name, g in here["gradients"].items())
     return {
         "value": there["loss"],
         "loss": abs(here["loss"] - there["loss"]),
@@ -299,11 +296,9 @@ def newest_program(folder):
 
 def step(folder):
     "One step of each kind, against eager."
-    mesh, found, batches = (
-        begin(folder),
-        {},
-        kinds(make_mixture(folder / "cache"), Tokens(make_tokenizer(), LENGTH, BUCKETS)),
-    )
+    mesh = begin(folder)
+    found = {}
+    batches = kinds(make_mixture(folder / "cache"), Tokens(make_tokenizer(), LENGTH, BUCKETS))
 
     def compare(name, encoder, kinds, noise=None, **changes):
         config = make_config(clip=1e9, **changes)
@@ -334,7 +329,10 @@ def step(folder):
 
 def records(out):
     "What a run left: history, metrics, a digest of the weights."
-    read = lambda name: json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+
+    def read(name):
+        return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+
     return {
         "history": read("history"),
         "metrics": read("metrics"),
@@ -345,14 +343,12 @@ def records(out):
 
 def reference(folder):
     "The runs of the CPU trainer."
-    mixture, options = (
-        make_mixture(folder / "cache"),
-        {
-            "curve": ({}, {}),
-            "stopped": (STOPPED, {"evaluate": Scores()}),
-            "theirs": ({"steps": 6, "save_every": 2}, {}),
-        },
-    )
+    mixture = make_mixture(folder / "cache")
+    options = {
+        "curve": ({}, {}),
+        "stopped": (STOPPED, {"evaluate": Scores()}),
+        "theirs": ({"steps": 6, "save_every": 2}, {}),
+    }
     for name, (changes, more) in options.items():
         trainer.train(
             make_encoder(), mixture, make_config(**changes), folder / name, progress=False, **more
@@ -362,12 +358,10 @@ def reference(folder):
 
 def run(folder):
     "A run with everything in it, counted; then runs like the CPU trainer's."
-    mesh, mixture, encoder, config = (
-        begin(folder),
-        make_mixture(folder / "cache"),
-        make_encoder(dropout=0.1),
-        make_config(**COUNTED),
-    )
+    mesh = begin(folder)
+    mixture = make_mixture(folder / "cache")
+    encoder = make_encoder(dropout=0.1)
+    config = make_config(**COUNTED)
     options, begun = {"buckets": BUCKETS, "mesh": mesh, "progress": False}, xla.counters()
     xla.train(encoder, mixture, config, folder / "all", graded, **options)
     found = {
@@ -476,17 +470,16 @@ def taken(folder, name):
 
 def guards(folder):
     "Each thing that must be refused and what is said; FOLDER holds a run of trainer.train."
-    mesh, mixture, tokens = (
-        begin(folder),
-        make_mixture(folder / "cache"),
-        Tokens(make_tokenizer(), LENGTH, BUCKETS),
-    )
+    mesh = begin(folder)
+    mixture = make_mixture(folder / "cache")
+    tokens = Tokens(make_tokenizer(), LENGTH, BUCKETS)
     batch, found, programs = kinds(mixture, tokens)["pairs"], {}, {}
-    one = lambda encoder, *batches, change=lambda backbone: None: list(
-        on_devices(encoder, batches, make_config(), mesh, change)
-    )
-    train = lambda name, encoder=None, data=mixture, buckets=BUCKETS, resume=False, **changes: (
-        raised(
+
+    def one(encoder, *batches, change=lambda backbone: None):
+        return list(on_devices(encoder, batches, make_config(), mesh, change))
+
+    def train(name, encoder=None, data=mixture, buckets=BUCKETS, resume=False, **changes):
+        return raised(
             xla.train,
             encoder or make_encoder(),
             data,
@@ -497,7 +490,6 @@ def guards(folder):
             progress=False,
             resume=resume,
         )
-    )
 
     for name, old, new in (
         ("ours", None, None),
@@ -538,10 +530,8 @@ def guards(folder):
     found["positions"] = train("positions", buckets=(32, 128))
     found["bf16"] = train("bf16", bf16=True, save_every=10)
     bf16 = newest_program(folder).replace(".cpu_after_", ".before_")
-    for name in (
-        "theirs",
-        "bf16",
-    ):  # as if they had been killed at their end: a finished run is not resumed
+    # as if they had been killed at their end: a finished run is not resumed
+    for name in ("theirs", "bf16"):
         metrics = folder / name / "metrics.json"
         metrics.write_text(
             json.dumps({key: json.loads(metrics.read_text())[key] for key in ("before", "test")})
@@ -554,7 +544,10 @@ def guards(folder):
     found["other buckets"] = train("bf16", buckets=(64,), resume=True, bf16=True, save_every=10)
     (folder / "bf16" / "checkpoints" / "checkpoint-20" / "training.pt").unlink()
     found["not whole"] = train("bf16", resume=True, bf16=True, save_every=10)
-    curious = lambda encoder: {"score": torch.ones(1, device="xla").item()}
+
+    def curious(encoder):
+        return {"score": torch.ones(1, device="xla").item()}
+
     found["an evaluation that asks the device"] = raised(
         xla.train,
         make_encoder(),

@@ -1,12 +1,13 @@
-"""Execute notebooks as somebody does who opens one on Colab: all cells, in an empty folder, beginning with the install cell.
+"""Execute notebooks as a stranger on Colab does: all cells, in an empty folder, install cell first.
 
-    python tools/colab.py cpu                      # all notebooks, with what Colab's CPU and GPU runtimes bring
-    python tools/colab.py tpu 08_xla               # one, with what its TPU runtime brings (XLA makes devices of the CPU)
-    python tools/colab.py empty 04_loss index      # two, in an environment that has nothing but Jupyter
-    python tools/colab.py cpu --record             # note the seconds in tools/pages.json, where the headers take them from
+    python tools/colab.py cpu                  # all notebooks, with what Colab's CPU and GPU bring
+    python tools/colab.py tpu 08_xla           # one, with what its TPU runtime brings
+    python tools/colab.py empty 04_loss index  # two, in an environment with nothing but Jupyter
+    python tools/colab.py cpu --record         # note the seconds in tools/pages.json
 
-The environments are .venv-colab-cpu and so on, built the first time from constraints-colab.txt and constraints-colab-tpu.txt. The package comes from the
-last commit of this clone, by the install cell itself. Cells that need what is not there (the hub, a TPU, hours) are skipped as on Colab.
+The environments are .venv-colab-cpu and so on, built the first time from constraints-colab.txt and
+constraints-colab-tpu.txt. The package comes from the last commit of this clone, by the install cell
+itself. Cells that need what is not there (the hub, a TPU, hours) are skipped as on Colab.
 """
 
 import argparse
@@ -25,12 +26,8 @@ import notebooks as tool
 
 ROOT = tool.ROOT
 VERSIONS = {"cpu": "constraints-colab.txt", "tpu": "constraints-colab-tpu.txt", "empty": ""}
-LEFT_OUT = (
-    "torchvision",
-    "torchaudio",
-    "libtpu",
-    "torch",
-)  # not needed for text, or installed before the others
+# not needed for text, or installed before the others
+LEFT_OUT = ("torchvision", "torchaudio", "libtpu", "torch")
 
 
 def pip(venv: Path, *arguments: str) -> None:
@@ -88,7 +85,7 @@ def environment(venv: Path, hub: bool) -> dict[str, str]:
 
 
 def execute(path: Path, venv: Path, hub: bool, slow: bool, keep: Path | None) -> tuple[float, str]:
-    "Run all cells of a notebook in an empty folder; the seconds it took, and the error if there was one."
+    "Run all cells of a notebook in an empty folder; return the seconds and the error if any."
     folder = Path(tempfile.mkdtemp(prefix="colab-"))
     nbformat.write(everything(path, slow), folder / path.name)
     start, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -101,9 +98,8 @@ def execute(path: Path, venv: Path, hub: bool, slow: bool, keep: Path | None) ->
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    seconds = min(
-        time.time() - start, computed
-    )  # on a machine that has other work the clock says too much
+    # on a machine that has other work the clock says too much
+    seconds = min(time.time() - start, computed)
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / path.name, keep / path.name)

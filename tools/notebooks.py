@@ -1,21 +1,28 @@
 """Execute notebooks in place, honouring nbdev's flags, so that every committed output is real.
 
-    python tools/notebooks.py                        # all of nbs/, what nbdev_test would run
-    python tools/notebooks.py nbs/04_loss.ipynb      # one
+    python tools/notebooks.py                    # all of nbs/, what nbdev_test would run
+    python tools/notebooks.py nbs/04_loss.ipynb  # one
     python tools/notebooks.py --flags "slow" nbs/tutorials/nli_to_stsb.ipynb
-    python tools/notebooks.py --headers              # only the header and the install cell of each notebook, executing nothing
+    python tools/notebooks.py --headers          # write header and install cells, execute nothing
+    python tools/notebooks.py --format           # format the code cells by ruff, execute nothing
 
-A cell that nbdev_test would skip (`#| eval: false`, or a flag of `tst_flags` that was not given) keeps its committed output.
-A notebook in which a cell raises `unittest.SkipTest`, for want of data, is left as it was.
-The repository's address in links and in the install cell is written anew from settings.ini; the header under the title takes run times and needs
-from tools/pages.json, which `python tools/colab.py --record` writes.
+A cell that nbdev_test would skip (`#| eval: false`, or a flag of `tst_flags` that was not given)
+keeps its committed output. A notebook in which a cell raises `unittest.SkipTest`, for want of data,
+is left as it was.
+
+The repository's address in links and in the install cell is written anew from settings.ini. The
+header under the title takes run times and needs from tools/pages.json, which
+`python tools/colab.py --record` writes.
 """
 
 import argparse
+import ast
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
@@ -32,12 +39,16 @@ PAGES = ROOT / "tools/pages.json"  # seconds, date and needs of each notebook
 
 INSTALL = """#| hide
 #| eval: false
-# Run this cell first on Colab, on Kaggle (switch Internet on) and in your own Jupyter: it installs what is missing, and nothing else.
+# Run this cell first on Colab, on Kaggle (switch Internet on) and in your own Jupyter:
+# it installs what is missing, and nothing else.
 from importlib.util import find_spec
-if getattr(find_spec("{lib_name}"), "origin", None) is None:   # a folder of that name is no package
+
+# a folder of that name is no package
+if getattr(find_spec("{lib_name}"), "origin", None) is None:
     %pip install -q --no-deps "{lib_name} @ git+{git_url}@{branch}"
 from {lib_name}.machine import ready
-ready()   # ready(slow=True) runs the studies of many minutes, too"""
+
+ready()  # ready(slow=True) runs the studies of many minutes, too"""
 
 
 def settings() -> dict[str, str]:
@@ -69,22 +80,21 @@ def header(nb, path: Path, cfg: dict[str, str]) -> str:
         source = quote(f"https://{github.replace('github', 'github.com', 1)}", safe="")
         badges.append(badge("Kaggle", f"https://www.kaggle.com/kernels/welcome?src={source}", up))
     page = json.loads(PAGES.read_text(encoding="utf-8")).get(path.stem, {})
-    time = (
-        f"All cells take about {duration(page['seconds'])} on {page['cores']} CPU cores. "
-        if "seconds" in page
-        else ""
-    )
-    machine = (
-        "On a TPU they use it, and without one four devices made of the CPU."
-        if tpu
-        else "No GPU is needed."
-    )
-    text = time + machine + (f" {page['needs']}" if "needs" in page else "")
-    return " ".join(badges) + "\n\n" + text
+    sentences = []
+    if "seconds" in page:
+        took = duration(page["seconds"])
+        sentences.append(f"All cells take about {took} on {page['cores']} CPU cores.")
+    if tpu:
+        sentences.append("On a TPU they use it, and without one four devices made of the CPU.")
+    else:
+        sentences.append("No GPU is needed.")
+    if "needs" in page:
+        sentences.append(page["needs"])
+    return " ".join(badges) + "\n\n" + " ".join(sentences)
 
 
 def readdress(nb, path: Path, cfg: dict[str, str]) -> None:
-    "Put the address of settings.ini into every link to the repository, and write header and install cell after the title."
+    "Write header and install cell after the title, and the address of settings.ini into links."
     address = re.compile(rf"https://github\.com/[\w.-]+/{re.escape(cfg['repo'])}\b")
     if path.resolve().is_relative_to(ROOT):  # a copy somewhere else has no address
         nb.cells = [c for c in nb.cells if c.id not in ("colab-install", "page-header")]
@@ -98,7 +108,7 @@ def readdress(nb, path: Path, cfg: dict[str, str]) -> None:
 
 
 def flags_of(source: str) -> set[str]:
-    "The directives at the top of a cell: '#| slow' gives {'slow'}, '#| eval: false' gives {'eval: false'}."
+    "Return the directives of a cell: '#| eval: false' gives {'eval: false'}."
     return {m[1].strip() for m in re.finditer(r"^#\|\s*(.+)$", source, re.M)}
 
 
@@ -117,18 +127,14 @@ def as_output(out) -> nbformat.NotebookNode:
 
 
 def execute(path: Path, forced: str = "") -> tuple[str, float, str]:
-    "Run one notebook and write its outputs; returns its name, the seconds it took, and the error if there was one."
+    "Run a notebook and write its outputs; return its name, the seconds, and the error if any."
     from execnb.shell import CaptureShell
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.chdir(path.parent)
     sys.path.insert(0, str(ROOT))
-    start, skip, shell, error = (
-        time.time(),
-        skipped_flags(forced),
-        CaptureShell(path, mpl_format="png"),
-        "",
-    )
+    start, skip, error = time.time(), skipped_flags(forced), ""
+    shell = CaptureShell(path, mpl_format="png")
     nb = nbformat.read(path, as_version=4)
     readdress(nb, path, settings())
     for cell in (c for c in nb.cells if c.cell_type == "code" and not flags_of(c.source) & skip):
@@ -157,6 +163,91 @@ def write_header(path: Path) -> bool:
     return nbformat.writes(nb) != before
 
 
+# --- formatting ---
+
+
+def split_directives(source: str) -> tuple[str, str]:
+    "Split a cell into its leading directive lines and its code."
+    lines = source.split("\n")
+    count = 0
+    while count < len(lines) and lines[count].startswith("#|"):
+        count += 1
+    return "\n".join(lines[:count]), "\n".join(lines[count:])
+
+
+def is_python(code: str) -> bool:
+    "Return whether code parses: a cell with shell or magic lines does not."
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        return False
+    return True
+
+
+def ruff(command: list[str], codes: list[str]) -> tuple[str, list[str]]:
+    "Run ruff once over a notebook of these cells; return what it prints, and the cells afterwards."
+    # a notebook, not a file each: in a notebook a semicolon that hides a cell's value is kept
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code) for code in codes],
+        metadata={"language_info": {"name": "python"}},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cells.ipynb"
+        nbformat.write(nb, path)
+        config = ["--quiet", "--no-cache", "--config", str(ROOT / "pyproject.toml")]
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *config, str(path)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode not in (0, 1) or done.stderr:
+            raise RuntimeError(f"ruff {command[0]} failed: {done.stderr}")
+        return done.stdout, [cell.source for cell in nbformat.read(path, as_version=4).cells]
+
+
+def formatted(sources: list[str]) -> list[str]:
+    "Format cells as ruff would, directives first; cells that are no plain Python stay as they are."
+    heads, codes = zip(*map(split_directives, sources)) if sources else ((), ())
+    places = [i for i, code in enumerate(codes) if is_python(code)]
+    _, written = ruff(["format"], [codes[i] for i in places])
+    result = list(sources)
+    for i, code in zip(places, written):
+        result[i] = "\n".join(part for part in (heads[i], code.strip("\n")) if part)
+    return result
+
+
+def complaints(sources: list[str], rules: str) -> list[list[str]]:
+    "Return what ruff's rules, such as 'E701,E731', find in each cell, a sentence each."
+    codes = [split_directives(source)[1] for source in sources]
+    places = [i for i, code in enumerate(codes) if is_python(code)]
+    command = ["check", "--output-format", "json", "--select", rules]
+    report, _ = ruff(command, [codes[i] for i in places])
+    result = [[] for _ in sources]
+    for entry in json.loads(report):
+        what = f"line {entry['location']['row']}: {entry['code']} {entry['message']}"
+        result[places[entry["cell"] - 1]].append(what)
+    return result
+
+
+def format_notebooks(paths: list[Path]) -> list[Path]:
+    "Format the code cells of notebooks in one call of ruff; return the notebooks that changed."
+    notebooks = [nbformat.read(path, as_version=4) for path in paths]
+    cells = [[c for c in nb.cells if c.cell_type == "code"] for nb in notebooks]
+    sources = iter(formatted([c.source for group in cells for c in group]))
+    changed = []
+    for path, nb, group in zip(paths, notebooks, cells):
+        before = [c.source for c in group]
+        for cell in group:
+            cell.source = next(sources)
+        if [c.source for c in group] != before:
+            nbformat.write(nb, path)
+            changed.append(path)
+    return changed
+
+
+# --- the command ---
+
+
 def record(seconds: dict[str, float]) -> None:
     "Note in tools/pages.json how long notebooks took here."
     pages = json.loads(PAGES.read_text(encoding="utf-8"))
@@ -170,13 +261,12 @@ def record(seconds: dict[str, float]) -> None:
     PAGES.write_text(text + "\n", encoding="utf-8")
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "notebooks", nargs="*", type=Path, default=sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
-    )
+    everything = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
+    parser.add_argument("notebooks", nargs="*", type=Path, default=everything)
     parser.add_argument("--flags", default="", help="run cells with these flags too, e.g. 'slow'")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -184,27 +274,40 @@ def main() -> int:
         action="store_true",
         help="write the header and the install cell of each notebook, execute nothing",
     )
-    args, failed = parser.parse_args(), 0
-    if args.headers:
-        changed = [path.name for path in args.notebooks if write_header(path.resolve())]
-        print(
-            f"headers of {len(args.notebooks)} notebooks, {len(changed)} changed",
-            *changed,
-            sep="\n",
-        )
-        return 0
-    if len(args.notebooks) > 1 and args.workers > 1:
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", "1"
-        )  # notebooks share the cores; threads that fight for them cost more than they bring
-    with ProcessPoolExecutor(args.workers, max_tasks_per_child=1) as pool:
-        for name, seconds, error in pool.map(
-            execute, [p.resolve() for p in args.notebooks], [args.flags] * len(args.notebooks)
-        ):
+    parser.add_argument(
+        "--format",
+        action="store_true",
+        help="format the code cells of each notebook by ruff, execute nothing",
+    )
+    return parser.parse_args()
+
+
+def execute_all(paths: list[Path], flags: str, workers: int) -> int:
+    "Execute notebooks in processes of their own; return how many failed."
+    failed = 0
+    if len(paths) > 1 and workers > 1:
+        # notebooks share the cores; threads that fight for them cost more than they bring
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(workers, max_tasks_per_child=1) as pool:
+        for name, seconds, error in pool.map(execute, paths, [flags] * len(paths)):
             print(f"{name:32} {seconds:6.1f} s  {'FAILED' if error else 'ok'}", flush=True)
             failed += bool(error)
             print(error, end="\n" if error else "", file=sys.stderr)
-    return 1 if failed else 0
+    return failed
+
+
+def main() -> int:
+    args = arguments()
+    paths = [path.resolve() for path in args.notebooks]
+    if args.headers:
+        changed = [path.name for path in paths if write_header(path)]
+        print(f"headers of {len(paths)} notebooks, {len(changed)} changed", *changed, sep="\n")
+    if args.format:
+        changed = [path.name for path in format_notebooks(paths)]
+        print(f"formatted {len(paths)} notebooks, {len(changed)} changed", *changed, sep="\n")
+    if args.headers or args.format:
+        return 0
+    return 1 if execute_all(paths, args.flags, args.workers) else 0
 
 
 if __name__ == "__main__":

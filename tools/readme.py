@@ -3,8 +3,8 @@
     python tools/readme.py           # write
     python tools/readme.py --check   # exit 1 if README.md or a picture is stale
 
-Directive lines and hidden cells are dropped, outputs are kept as they were committed, links are made relative to the repository, and a line of badges
-built from settings.ini follows the title.
+Directive lines and hidden cells are dropped, outputs are kept as they were committed, links are
+made relative to the repository, and a line of badges built from settings.ini follows the title.
 """
 
 import argparse
@@ -48,9 +48,8 @@ def settings(root: Path) -> dict[str, str]:
 def shown(cell):
     "A cell as the README shows it: without directives; None if the README leaves it out."
     found = {line[2:].strip() for line in cell.source.split("\n") if line.startswith("#|")}
-    if (
-        cell.cell_type == "raw" or found & {"hide", "include: false"} or cell.id == "page-header"
-    ):  # the README has badges of its own
+    # the README has badges of its own
+    if cell.cell_type == "raw" or found & {"hide", "include: false"} or cell.id == "page-header":
         return None
     source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|")).strip(
         "\n"
@@ -83,7 +82,7 @@ def pictures(nb) -> dict[str, bytes]:
 
 
 def relative(text: str, known) -> str:
-    "Links of a notebook in nbs/, as seen from the root: 00_data.ipynb becomes nbs/00_data.ipynb, ../LICENSE becomes LICENSE."
+    "Turn a notebook's links into links from the root: 00_data.ipynb becomes nbs/00_data.ipynb."
 
     def link(match):
         if match[1] is None:  # inline code
@@ -101,13 +100,13 @@ def relative(text: str, known) -> str:
 
 def badges(cfg: dict[str, str]) -> str:
     "One line: tests, documentation, Colab."
-    git, colab = (
-        cfg["git_url"],
-        f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/nbs/index.ipynb",
-    )
+    git = cfg["git_url"]
+    branch = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}"
+    colab = f"https://colab.research.google.com/github/{branch}/nbs/index.ipynb"
+    site = cfg["doc_host"] + cfg["doc_baseurl"]
     return (
         f"[![tests]({git}/actions/workflows/test.yml/badge.svg)]({git}/actions/workflows/test.yml)"
-        f" [![documentation]({git}/actions/workflows/docs.yml/badge.svg)]({cfg['doc_host']}{cfg['doc_baseurl']}/)"
+        f" [![documentation]({git}/actions/workflows/docs.yml/badge.svg)]({site}/)"
         f" [![Open in Colab](docs/_static/colab.svg)]({colab})"
     )
 

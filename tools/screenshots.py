@@ -1,4 +1,5 @@
-"""Take the pictures of the demo's pages that stand in the docs: each page at 1100 px, and on a phone, 390 px.
+"""Take the pictures of the demo's pages that stand in the docs, each at 1100 px and, as on a phone,
+at 390 px.
 
     python tools/screenshots.py sentence-transformers/all-MiniLM-L6-v2 runs/quickstart
 
@@ -18,7 +19,9 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = [sys.executable, "-c", "from contrastive_st.cli import main; main()", "demo", "--port", "0"]
-PAGES = {  # file name -> tab, button to press, what must be there, where the picture begins: so many px above the page's button
+# file name -> tab, button to press, what must be there, where the picture begins: so many px above
+# the page's button
+PAGES = {
     "similarity": ("Similarity", "Languages", "#similarity-result table", "similarity", 999),
     "answers": ("Answers", "Cards' example", "#answers-result table", "answers", 999),
     "search": ("Search", "The harbour's handbook in 3-D", "#cluster-plot1 canvas", "cluster", 230),

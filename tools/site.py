@@ -1,10 +1,11 @@
-"""Build the documentation site: stage the notebooks in .cache/site, then run Sphinx and put the result in _site.
+"""Build the documentation site: stage the notebooks in .cache/site, run Sphinx, write _site.
 
     python tools/site.py               # build
     python tools/site.py --fresh       # forget what earlier builds left
     python tools/site.py --serve 8000  # build, then serve it here
 
-No cell is executed: pages show the outputs that are committed. The only thing fetched is MathJax, once, through npm; afterwards builds are offline.
+No cell is executed: pages show the outputs that are committed. The only thing fetched is MathJax,
+once, through npm; afterwards builds are offline.
 """
 
 import argparse
@@ -25,16 +26,13 @@ from urllib.parse import quote
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE, BUILD, MATHJAX, SITE = (
-    ROOT / ".cache/site",
-    ROOT / ".cache/build",
-    ROOT / ".cache/mathjax",
-    ROOT / "_site",
-)
-MATHJAX_VERSION, MATHJAX_SHA256 = (
-    "3.2.2",
-    "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882",
-)
+STAGE = ROOT / ".cache/site"
+BUILD = ROOT / ".cache/build"
+MATHJAX = ROOT / ".cache/mathjax"
+SITE = ROOT / "_site"
+MATHJAX_VERSION = "3.2.2"
+MATHJAX_SHA256 = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
+# files of the repository that are pages too
 PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -42,7 +40,8 @@ PAGES = {
     "docs/seeds.md": "seeds.md",
     "docs/data.md": "data.md",
     "docs/reliability.md": "reliability.md",
-}  # files of the repository that are pages too
+}
+# directive -> cell tag
 TAGS = {
     "code-fold: true": "hide-cell",
     "echo: false": "remove-input",
@@ -51,7 +50,7 @@ TAGS = {
     "hide_output": "remove-output",
     "export": "exported",
     "exports": "exported",
-}  # directive -> cell tag
+}
 
 
 def settings() -> dict[str, str]:
@@ -91,7 +90,7 @@ def outside_fences(change, text: str) -> str:
 
 
 def links(text: str, folder: Path, depth: int, cfg: dict[str, str]) -> str:
-    "Point links at pages of the site where there is one, at the repository where there is none; drop those that lead nowhere."
+    "Point links at pages of the site, else at the repository; drop those that lead nowhere."
 
     def link(match):
         if match[1] is None:  # inline code
@@ -114,7 +113,8 @@ def links(text: str, folder: Path, depth: int, cfg: dict[str, str]) -> str:
             return f"[{label}]({'../' * depth}{PAGES[where]}{anchor})"
         if where.startswith("nbs/") and path.suffix == ".ipynb":
             return f"[{label}]({'../' * depth}{where.removeprefix('nbs/')}{anchor})"
-        return f"[{label}]({cfg['git_url']}/{'tree' if path.is_dir() else 'blob'}/{cfg['branch']}/{quote(where)}{anchor})"
+        kind = "tree" if path.is_dir() else "blob"
+        return f"[{label}]({cfg['git_url']}/{kind}/{cfg['branch']}/{quote(where)}{anchor})"
 
     return re.sub(r"`[^`\n]*`|(!?)\[([^\]]*)\]\((?![a-z]+:|#|/)([^)\s#]+)(#[^)\s]*)?\)", link, text)
 
@@ -126,9 +126,12 @@ def symbols(text: str, names: dict[str, str]) -> str:
         if line.startswith("#"):
             return line
         pieces = re.split(r"(\[[^\]]*\]\([^)]*\))", line)
-        swap = lambda m: (
-            f"{{py:obj}}`{m[1]} <contrastive_st.{names[m[1]]}.{m[1]}>`" if m[1] in names else m[0]
-        )
+
+        def swap(m):
+            if m[1] not in names:
+                return m[0]
+            return f"{{py:obj}}`{m[1]} <contrastive_st.{names[m[1]]}.{m[1]}>`"
+
         return "".join(
             p if i % 2 else re.sub(r"(?<![`}])`(\w+)`(?!`)", swap, p) for i, p in enumerate(pieces)
         )
@@ -178,39 +181,29 @@ def badges(path: Path, tpu: bool, depth: int, cfg: dict[str, str]) -> str:
     github = f"{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{where}"
     found = [
         "[![Open in"
-        f" Colab]({up}files/colab.svg)](https://colab.research.google.com/github/{github}){{.badge}}"
+        f" Colab]({up}files/colab.svg)]"
+        f"(https://colab.research.google.com/github/{github}){{.badge}}"
     ]
     if tpu:
         source = quote(f"https://github.com/{github}", safe="")
         found.append(
             "[![Open in"
-            f" Kaggle]({up}files/kaggle.svg)](https://www.kaggle.com/kernels/welcome?src={source}){{.badge}}"
+            f" Kaggle]({up}files/kaggle.svg)]"
+            f"(https://www.kaggle.com/kernels/welcome?src={source}){{.badge}}"
         )
-    return " ".join(
-        [
-            *found,
-            f"[the notebook]({cfg['git_url']}/blob/{cfg['branch']}/{where}){{.notebook-source}}",
-        ]
-    )
+    address = f"{cfg['git_url']}/blob/{cfg['branch']}/{where}"
+    return " ".join([*found, f"[the notebook]({address}){{.notebook-source}}"])
 
 
 def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
-    "A notebook as a page: no directives, no hidden cells, folded answers, links that work, badges under the title."
+    "Turn a notebook into a page: no directives or hidden cells, folded answers, links, badges."
     nb, depth = nbformat.read(path, as_version=4), len(path.relative_to(ROOT / "nbs").parts) - 1
-    module = next(
-        (
-            d.split()[1]
-            for c in nb.cells
-            for d in directives(c.source)[0]
-            if d.startswith("default_exp ")
-        ),
-        "",
-    )
+    found = [d for c in nb.cells for d in directives(c.source)[0]]
+    module = next((d.split()[1] for d in found if d.startswith("default_exp ")), "")
     cells, words = [], ""
     for cell in nb.cells:
-        if (
-            cell.id == "page-header"
-        ):  # its badges are made anew for the site, how long it runs and what it needs is kept
+        # its badges are made anew for the site, how long it runs and what it needs is kept
+        if cell.id == "page-header":
             words = cell.source.partition("\n\n")[2]
         elif cell.cell_type == "code":
             cells += [c] if (c := code_cell(cell)) else []
@@ -280,12 +273,8 @@ def api_pages(learn: list[Path]) -> dict[str, str]:
             f"# contrastive_st.{module}\n\n```{{eval-rst}}\n.. automodule::"
             f" contrastive_st.{module}\n```\n".replace("\n\n```", f"\n\n{where}\n\n```", 1)
         )
-        doc = (
-            ast.get_docstring(
-                ast.parse((ROOT / f"contrastive_st/{module}.py").read_text(encoding="utf-8"))
-            )
-            or ""
-        )
+        text = (ROOT / f"contrastive_st/{module}.py").read_text(encoding="utf-8")
+        doc = ast.get_docstring(ast.parse(text)) or ""
         rows.append(f"[{module}]({module}.md)\n: {doc.splitlines()[0] if doc else ''}\n")
     pages["api/index.md"] = (
         "# API reference\n\nOne page per module, made from the signatures and the comment beside"
@@ -301,11 +290,13 @@ def api_pages(learn: list[Path]) -> dict[str, str]:
 
 def contents(learn: list[Path], tutorials: list[Path], cfg: dict[str, str]) -> str:
     "The site's table of contents, as hidden toctrees for the end of the start page."
-    tree = lambda caption, entries: (
-        f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```\n"
-        if entries
-        else ""
-    )
+
+    def tree(caption, entries):
+        if not entries:
+            return ""
+        lines = "\n".join(entries)
+        return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
+
     about = [name.removesuffix(".md") for source, name in PAGES.items() if (ROOT / source).exists()]
     return "\n".join(
         [
@@ -371,9 +362,10 @@ def stage() -> None:
 def fetch_mathjax() -> None:
     "Put tex-svg.js of MathJax into the cache, once; its checksum is known."
     target = MATHJAX / "tex-svg.js"
-    intact = lambda: (
-        target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == MATHJAX_SHA256
-    )
+
+    def intact():
+        return target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == MATHJAX_SHA256
+
     if intact():
         return
     MATHJAX.mkdir(parents=True, exist_ok=True)
@@ -419,21 +411,10 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     fetch_mathjax()
     stage()
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-q",
-        "-W",
-        "--keep-going",
-        "-a",  # -a: each page holds the contents of all
-        "-c",
-        "docs",
-        "-d",
-        str(BUILD / "doctrees"),
-        str(STAGE),
-        str(BUILD / "html"),
-    ]
+    # -a: each page holds the contents of all
+    options = "-q -W --keep-going -a -c docs".split()
+    command = [sys.executable, "-m", "sphinx", *options, "-d", str(BUILD / "doctrees")]
+    command += [str(STAGE), str(BUILD / "html")]
     code = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
     if code:
         print("the site was not built: mend what is named above", file=sys.stderr)

@@ -156,7 +156,10 @@ class Part(Scenario):
                 return
             part = atomic.Part(path, origin, {"next": 0})
             for n in range(part.notes["next"], 4):
-                write = lambda beside: beside.write_text(f"{self.word} {n} " * 100)
+
+                def write(beside):
+                    return beside.write_text(f"{self.word} {n} " * 100)
+
                 part.add(f"piece-{n}", write, next=n + 1)
             part.finish()
 
@@ -205,15 +208,8 @@ class PartOverOtherSystems(PartOver):
         super().run(folder, resume)
 
 
-SCENARIOS = {
-    scenario.name: scenario
-    for scenario in (
-        File,
-        Folder,
-        FolderOver,
-        FolderOverOtherSystems,
-        Part,
-        PartOver,
-        PartOverOtherSystems,
-    )
-}
+KINDS = (
+    *(File, Folder, FolderOver, FolderOverOtherSystems),
+    *(Part, PartOver, PartOverOtherSystems),
+)
+SCENARIOS = {scenario.name: scenario for scenario in KINDS}

@@ -206,9 +206,12 @@ def finished(folder):
     "Resuming a finished run returns its metrics and changes nothing."
     scenario, out = Train(), folder / "run"
     scenario.run(folder, False)
-    look = lambda: {
-        str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()
-    }
+
+    def look():
+        return {
+            str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()
+        }
+
     before, options = look(), dict(resume=True, progress=False)
     metrics = trainer.train(
         make_encoder(dropout=0.1), make_mixture(), scenario.settings(), out, **options
@@ -227,7 +230,10 @@ def products(folder):
     "Which library multiplies is found out by a clock; a resumed run keeps to what it began with."
     scenario = TrainLast
     settings = dict(steps=6, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3, **TrainLast.config)
-    auto = lambda: trainer.TrainConfig(**settings)
+
+    def auto():
+        return trainer.TrainConfig(**settings)
+
     weights = []
     for name, faster_later in (("steady", 2.0), ("noisy", 0.5)):
         run = scenario()
@@ -244,7 +250,7 @@ def products(folder):
 
 
 def best_damaged(folder):
-    "A bit of the best checkpoint, not of the newest, is turned around: it must not become the model."
+    "A bit of the best checkpoint, not of the newest, is flipped: it must not become the model."
     scenario, failed = Train(), []
     scenario.settings = lambda: trainer.TrainConfig(
         steps=8, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3, matmul="default", **Train.config

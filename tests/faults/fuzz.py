@@ -17,39 +17,10 @@ from faults.scenarios import make_encoder, sentences
 SLOWEST, LONGEST_MESSAGE, MEMORY = 10, 600, 6 * 2**30  # seconds, characters beside the path, bytes
 
 VALUES = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        5,
-        10**19,
-        -(10**19),
-        2**31,
-        0.5,
-        float("nan"),
-        float("inf"),
-        1e308,
-    ),
-    *(
-        "",
-        "x",
-        "../x",
-        "/dev/zero",
-        "\x00",
-        "\ud800",
-        "ü" * 3000,
-        "1",
-        "nan",
-        [],
-        {},
-        [[]],
-        [None],
-        [1, 2],
-        {"a": 1},
-    ),
+    *(None, True, False, 0, -1, 1, 5, 10**19, -(10**19)),
+    *(2**31, 0.5, float("nan"), float("inf"), 1e308),
+    *("", "x", "../x", "/dev/zero", "\x00", "\ud800", "ü" * 3000),
+    *("1", "nan", [], {}, [[]], [None], [1, 2], {"a": 1}),
     *([[[[[[]]]]]], "__import__('os')", "mean", "cls", "gelu", "silu", [0] * 300),
 ]
 
@@ -60,13 +31,11 @@ VALUES = [
 def nodes(value, path=()):
     "Every place in a JSON value."
     yield path
-    children = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
+    children = ()
+    if isinstance(value, dict):
+        children = value.items()
+    if isinstance(value, list):
+        children = enumerate(value)
     for key, child in children:
         yield from nodes(child, (*path, key))
 
@@ -89,16 +58,8 @@ def mutated_bytes(raw, chance):
     at = chance.randrange(len(raw) + 1)
     insert = chance.choice(
         [
-            b"\x00",
-            b"\xff",
-            b"[" * 20_000,
-            b'{"a":' * 5_000,
-            b"9" * 5_000,
-            b"\n\n",
-            b'"',
-            b"\t",
-            b",,,",
-            b"\\u",
+            *(b"\x00", b"\xff", b"[" * 20_000, b'{"a":' * 5_000),
+            *(b"9" * 5_000, b"\n\n", b'"', b"\t", b",,,", b"\\u"),
         ]
     )
     flipped = bytearray(raw or b"x")
@@ -213,14 +174,8 @@ def recipe_input(folder, chance):
 
 
 INPUTS = [
-    model_input,
-    model_input,
-    mix_input,
-    rows_input,
-    rows_input,
-    sts_input,
-    retrieval_input,
-    recipe_input,
+    *(model_input, model_input, mix_input, rows_input, rows_input),
+    *(sts_input, retrieval_input, recipe_input),
 ]
 
 
@@ -257,9 +212,8 @@ def fault_of(seed, folder):
             return f"{make.__name__}: {type(error).__name__}: {words[:200]}"
         if len(words) > LONGEST_MESSAGE:
             return f"{make.__name__}: a message of {len(words):,} characters: {words[:120]}"
-        if type(error) not in (ValueError, FileNotFoundError) and not str(error).startswith(
-            str(folder)
-        ):
+        known = type(error) in (ValueError, FileNotFoundError)
+        if not known and not str(error).startswith(str(folder)):
             return f"{make.__name__}: {type(error).__name__}: {words[:200]}" * isinstance(
                 error, UnicodeError
             )

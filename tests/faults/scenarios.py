@@ -51,7 +51,10 @@ def without_clock(value):
 
 def make_mixture():
     "Two sources in memory, mixed."
-    columns = lambda seed: {"anchor": sentences(24, seed), "positive": sentences(24, seed + 1)}
+
+    def columns(seed):
+        return {"anchor": sentences(24, seed), "positive": sentences(24, seed + 1)}
+
     sources = [data.Source(Dataset.from_dict(columns(seed)), f"set{seed}") for seed in (1, 5)]
     return Mixture(sources, [1.0, 2.0], 8, 1)
 
@@ -217,9 +220,8 @@ class EncodeOver(Encode):
         begun = (folder / f"{self.file}.part" / "state.json").exists()
         try:
             super().run(folder, resume)
-        except (
-            ValueError
-        ) as error:  # killed before it wrote anything, it cannot be told from a run that never was
+        except ValueError as error:
+            # killed before it wrote anything, it cannot be told from a run that never was
             if begun or "of these texts only; delete it" not in str(error):
                 raise
             super().run(folder, False)
@@ -310,25 +312,14 @@ class Card(Scenario):
     def outcome(self, folder):
         text = (folder / "run" / "model" / "README.md").read_text()
         return {
-            "card": (
-                text == card.model_card(folder / "run")
-            ),  # the seconds of the run differ between templates
+            # the seconds of the run differ between templates
+            "card": (text == card.model_card(folder / "run")),
             "leftovers": leftovers(folder),
         }
 
 
-SCENARIOS = {
-    scenario.name: scenario
-    for scenario in (
-        Train,
-        TrainLast,
-        Prepare,
-        PrepareOver,
-        Encode,
-        EncodeOver,
-        EncodeParquet,
-        Save,
-        SaveOver,
-        Card,
-    )
-}
+KINDS = (
+    *(Train, TrainLast, Prepare, PrepareOver, Encode, EncodeOver, EncodeParquet),
+    *(Save, SaveOver, Card),
+)
+SCENARIOS = {scenario.name: scenario for scenario in KINDS}

@@ -23,13 +23,8 @@ from faults import killer  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ATOMS = (
-    "new-file",
-    "new-folder",
-    "new-folder-over",
-    "new-folder-renames",
-    "part",
-    "part-over",
-    "part-renames",
+    *("new-file", "new-folder", "new-folder-over", "new-folder-renames"),
+    *("part", "part-over", "part-renames"),
 )
 NAMES = (
     *ATOMS,
@@ -37,15 +32,8 @@ NAMES = (
     *("save", "save-over", "card"),
 )
 CHECKS = (
-    "store_flips",
-    "two_starts",
-    "stopped",
-    "moved",
-    "clock_back",
-    "finished",
-    "products",
-    "best_damaged",
-    "threads",
+    *("store_flips", "two_starts", "stopped", "moved", "clock_back"),
+    *("finished", "products", "best_damaged", "threads"),
 )
 
 
@@ -144,7 +132,10 @@ def rooms(operations, sizes) -> list[int]:
 def differences(there, reference) -> str:
     "How two outcomes differ, in a line."
     differ = [key for key in reference if there.get(key) != reference[key]]
-    show = lambda value: json.dumps(value, ensure_ascii=False)[-160:]
+
+    def show(value):
+        return json.dumps(value, ensure_ascii=False)[-160:]
+
     return "; ".join(
         f"{key} is ...{show(there.get(key))}, not ...{show(reference[key])}" for key in differ
     )

@@ -958,15 +958,16 @@ def search(
     document_prompt: _DocumentPrompt = None,
 ):
     "Find the passages that are nearest in meaning."
-    from contrastive_st.evaluation import with_prompts
+    from contrastive_st.evaluation import similarity_of, with_prompts
     from contrastive_st.search import semantic_search
 
     passages = _passages(corpus)
     prompts = query_prompt, document_prompt
-    embed_query, embed_passages = with_prompts(_encoder(model), *prompts, progress=False)
-    index = embed_passages(passages)
+    encoder = _encoder(model)
+    embed_query, embed_passages = with_prompts(encoder, *prompts, progress=False)
+    index, similarity = embed_passages(passages), similarity_of(encoder)
     for query in queries or _questions():
-        scores, places = semantic_search(embed_query([query]), index, top_k)
+        scores, places = semantic_search(embed_query([query]), index, top_k, similarity=similarity)
         _say(_shortened(query, 0), bold=True)
         for score, i in zip(scores[0], places[0]):
             _say(f"  {score:.3f}  {_shortened(passages[i], 9)}")

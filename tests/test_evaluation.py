@@ -7,6 +7,7 @@ import random
 import time
 import tracemalloc
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from contrastive_st.evaluation import (
     evaluate_sts,
     paired_difference,
     retrieval_by_query,
+    similarity_of,
     sts_cosines,
     uniformity,
     with_prompts,
@@ -752,3 +754,83 @@ def test_a_saved_model_is_measured_with_its_prompts_as_the_peer_does(
         evaluator.compute_all_metrics(peer)["cosine"]["ndcg@k"][10], abs=1e-6
     )
     assert abs(ours - without) > 1e-4
+
+
+@pytest.fixture
+def dot_model(tmp_path, tiny_tokenizer, tiny_backbone):
+    "A directory whose embeddings have different lengths and are compared by the dot product."
+    from contrastive_st.model import SentenceEncoder
+
+    encoder = SentenceEncoder(
+        tiny_backbone, tiny_tokenizer, pooling="cls", normalize=False, max_length=32
+    )
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in encoder.backbone.named_parameters():
+            if "LayerNorm.weight" in name:
+                weight.mul_(1 + 3 * torch.rand(weight.shape, generator=gen))
+    encoder.settings["similarity_fn_name"] = "dot"
+    encoder.save_pretrained(tmp_path / "dot")
+    return tmp_path / "dot"
+
+
+def test_a_model_of_the_dot_product_is_measured_by_it_as_the_peer_does(dot_model, tiny_tokenizer):
+    "InformationRetrievalEvaluator and EmbeddingSimilarityEvaluator follow the directory, too."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import (
+        EmbeddingSimilarityEvaluator,
+        InformationRetrievalEvaluator,
+    )
+
+    from contrastive_st.model import SentenceEncoder
+
+    encoder = SentenceEncoder.from_pretrained(dot_model)
+    peer = SentenceTransformer(str(dot_model), device="cpu")
+    rng = random.Random(0)
+    words = [w for w in tiny_tokenizer.get_vocab() if w.isalpha() and len(w) > 1]
+    corpus, queries = (
+        {f"{name}{i}": " ".join(rng.choices(words, k=k)) for i in range(n)}
+        for name, n, k in (("d", 80, 6), ("q", 20, 3))
+    )
+    qrels = {q: {rng.choice(list(corpus)): 1 for _ in range(8)} for q in queries}
+    options = {"ks": (10,), "resamples": 0}
+    encode, documents = with_prompts(encoder, progress=False)
+    exam = corpus, queries, qrels
+    ours = evaluate_retrieval(encode, *exam, encode_corpus=documents, **options)["ndcg@10"]
+    relevant = {q: set(d) for q, d in qrels.items()}
+    evaluator = InformationRetrievalEvaluator(
+        queries, corpus, relevant, ndcg_at_k=[10], write_csv=False
+    )
+    assert ours == pytest.approx(evaluator(peer)["dot_ndcg@10"], abs=1e-6)
+    cosine = evaluate_retrieval(
+        encode, *exam, encode_corpus=documents, similarity="cos", **options
+    )["ndcg@10"]
+    assert abs(ours - cosine) > 1e-3
+
+    texts = list(corpus.values())
+    pairs = texts[:40], texts[40:], [rng.random() for _ in range(40)]
+    graded = EmbeddingSimilarityEvaluator(*pairs, write_csv=False)(peer)
+    assert evaluate_sts(encode, pairs, resamples=0)["spearman"] == pytest.approx(
+        graded["spearman_dot"], abs=1e-6
+    )
+
+
+def test_similarity_comes_from_the_encoder_unless_it_is_given():
+    class Saved:
+        def __init__(self, name):
+            self.settings = {"similarity_fn_name": name}
+
+        def encode(self, texts, progress=True):
+            return np.ones((len(texts), 2))
+
+    cases = (None, "cos"), ("cosine", "cos"), ("dot", "dot")
+    for name, meant in cases:
+        encoder = Saved(name)
+        for encode in (encoder, encoder.encode, partial(encoder.encode, progress=False)):
+            assert similarity_of(encode) == meant
+            assert similarity_of(encode, "cos") == "cos"
+    assert similarity_of(lambda texts: texts) == "cos"
+    with pytest.warns(UserWarning, match="compares by 'manhattan'"):
+        assert similarity_of(Saved("manhattan").encode) == "cos"
+    with pytest.raises(ValueError, match="unknown similarity 'dott'; choose 'cos' or 'dot'"):
+        similarity_of(len, "dott")

@@ -406,14 +406,15 @@ def load(
             f"{path} is no recipe but perhaps a data config; write a recipe that names it as"
             " data.mix, with a model and a batch size"
         )
-    check_values(changes, f"{path}: changed for this run")
+    where = f"{path}, changed for this run" if changes else str(path)
+    check_values(changes, where)
     # What an earlier run changed, then the tiny table, then the changes of this run.
     text, table, record = _without_record(*_read(path), path)
     changes = merge(merge(record.changes, _tiny(table, path, tiny)), deepcopy(changes))
     table = merge(table, deepcopy(changes))
     if tiny and "CONTRASTIVE_ST_DATA" in os.environ:  # of this machine, so it is not recorded
         merge(table, {"data": {"folder": os.path.abspath(os.environ["CONTRASTIVE_ST_DATA"])}})
-    recipe = _recipe(table, path, text, str(path))
+    recipe = _recipe(table, path, text, where)
     record = RunRecord(changes, os.path.isdir(recipe.model.name))
     return replace(recipe, text=_with_record(text, record))
 

@@ -1054,6 +1054,7 @@ def test_search_reads_standard_input(place):
     assert works("search", "encoder", "texts.txt", "--top-k", "1", stdin="a dog\nmúsica\n") == given
     assert works("search", "encoder", "texts.txt", "--top-k", "1", stdin="a dog\r\nmúsica") == given
     assert works("search", "encoder", "texts.txt", stdin="") == ""
+    refuses(*"search encoder texts.txt".split(), " ", words=["a question is blank"])
 
 
 def test_search_passes_over_blank_lines_of_standard_input(place):
@@ -1659,3 +1660,17 @@ def test_the_app_runs_under_typers_own_runner(place):
         cli.app, ["encode", "encoder", "texts.txt", "--out", "runner.npy", "--no-progress"]
     )
     assert result.exit_code == 0 and np.load(place / "runner.npy").shape == (3, 32)
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        ("begun", "is a run that is not finished, so it has no model yet"),
+        ("finished", "is a run; give its model, .*/model"),
+    ],
+)
+def test_a_run_is_not_a_model_but_holds_one(tmp_path, monkeypatch, state, words):
+    monkeypatch.setattr("contrastive_st.run.run_state", lambda folder: state)
+    with pytest.raises(ValueError, match=words):
+        cli.check_model(str(tmp_path))
+    cli.check_model("some/name-on-the-hub")

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module, invalidate_caches, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +68,17 @@ def pair_arguments(
     return [*pair, *[f"libtpu=={_LIBTPU[python]}"] * (chips > 0), "--extra-index-url", _CPU_BUILDS]
 
 # %% ../nbs/00_machine.ipynb #plan
+def _requirement_class():
+    "What reads a requirement such as torch>=2.9: packaging, or the copy of it in pip."
+    for package in ("packaging", "pip._vendor.packaging"):
+        with suppress(ImportError):
+            return import_module(f"{package}.requirements").Requirement
+    raise ValueError(
+        "neither packaging nor pip is installed, so versions cannot be compared;"
+        " run: python -m ensurepip"
+    )
+
+
 def _plain(name):
     "The name of a package as indexes compare it: torch_xla and Torch-XLA are one."
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -103,7 +115,7 @@ def _pair_commands(requirements, installed, python, chips):
     # torchvision of another torch cannot be imported, and transformers would try
     return [["install", *wanted], *[["uninstall", "-y", *stale]] * bool(stale)]
 
-
+# %% ../nbs/00_machine.ipynb #plan-itself
 def plan(
     needs: Sequence[str],  # requirements, such as torch>=2.9
     installed: Mapping[str, str],  # package -> version
@@ -111,7 +123,7 @@ def plan(
     chips: int = 0,  # of TPUs
 ) -> tuple[list[list[str]], list[str]]:  # arguments for pip, one list a call; constraints
     "Decide what pip has to do so that all needs are met and what fits is left alone."
-    Requirement = import_module("packaging.requirements").Requirement  # Jupyter and pip bring it
+    Requirement = _requirement_class()
     installed = {_plain(name): version for name, version in installed.items()}
     requirements = [Requirement(need) for need in needs]
     # 1. torch and torch_xla belong together: a TPU decides which ones
@@ -125,6 +137,22 @@ def plan(
     if missing:
         commands.append(["install", *map(str, missing)])
     return commands, keep
+
+
+def _needs(extra):
+    "What the installed package declares for an extra."
+    Requirement = _requirement_class()
+    try:
+        lines = metadata.requires("contrastive_st")
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            "contrastive_st is imported from a folder and not installed, "
+            "so what it needs is not known; "
+            f"in the root of the clone, type: pip install -e '.[{extra}]'"
+        ) from None
+    requirements = [Requirement(line) for line in lines]
+    wanted = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": extra})]
+    return [f"{r.name}{r.specifier}" for r in wanted]
 
 # %% ../nbs/00_machine.ipynb #skip
 _ABOVE = (Path(".."), Path("../.."))  # where the root of a clone is, seen from its notebooks
@@ -190,22 +218,6 @@ def skip_cells(
         shell.input_transformers_cleanup[:] = [*others, transform]
 
 # %% ../nbs/00_machine.ipynb #pip
-def _needs(extra):
-    "What the installed package declares for an extra."
-    Requirement = import_module("packaging.requirements").Requirement
-    try:
-        lines = metadata.requires("contrastive_st")
-    except metadata.PackageNotFoundError:
-        raise ValueError(
-            "contrastive_st is imported from a folder and not installed, "
-            "so what it needs is not known; "
-            f"in the root of the clone, type: pip install -e '.[{extra}]'"
-        ) from None
-    requirements = [Requirement(line) for line in lines]
-    wanted = [r for r in requirements if not r.marker or r.marker.evaluate({"extra": extra})]
-    return [f"{r.name}{r.specifier}" for r in wanted]
-
-
 def _installed():
     "Package -> version, of everything that this Python finds."
     packages = [d for d in metadata.distributions() if d.metadata["Name"]]  # a broken one has none

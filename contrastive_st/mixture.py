@@ -20,8 +20,9 @@ import math
 import warnings
 import numpy as np
 from .atomic import read_json, reading
-from .data import Example, Source, is_hub_id, is_store, load_source
-from .data import quote, regular_file, store_folder
+from .data import Example, Source, is_hub_id, is_saved_dataset, is_store
+from .data import load_source, quote, regular_file, store_folder
+from .store import expanded
 
 # %% ../nbs/01_mixture.ipynb #permute
 def _key(
@@ -259,6 +260,15 @@ def _check_pools(pools, sources, k):
             )
 
 # %% ../nbs/01_mixture.ipynb #plan
+def _source(dataset, name, cache_dir=None):
+    "A source of whatever holds examples; what can be drawn from already stays as it is."
+    if hasattr(dataset, "identities") and hasattr(dataset, "columns"):
+        return dataset if hasattr(dataset, "name") else Source(dataset, name)  # a Store has none
+    if isinstance(dataset, (str, Path)):
+        return load_source(dataset, name, cache_dir=cache_dir)
+    return Source(dataset, name)
+
+
 class Plan:
     "The rows of every step of a run: a pure function of sources, weights, sizes and seed."
 
@@ -267,7 +277,8 @@ class Plan:
 
     def __init__(
         self,
-        sources: list[Source],  # where examples come from; column counts may differ
+        # where examples come from; column counts may differ; what is no Source becomes one
+        sources: list[Source],
         weights: list[float],  # one per source, relative to each other; 0 skips the source
         batch_size: int = 1024,  # B, rows of a global batch, over all devices
         # k, sub-batches in a global batch, of k datasets; None: 2, or one dataset alone where its
@@ -275,10 +286,16 @@ class Plan:
         datasets_per_batch: int | None = None,
         seed: int = 0,  # another seed, another order
     ):
+        if not isinstance(sources, (list, tuple)):
+            raise ValueError(f"sources is {quote(sources)}; give a list of sources, one per weight")
         if len(sources) != len(weights):
             raise ValueError(
                 f"{len(sources)} sources but {len(weights)} weights; give one weight per source"
             )
+        sources = [
+            _source(s, None if isinstance(s, (str, Path)) else f"dataset {n}")
+            for n, s in enumerate(sources, 1)
+        ]
         for s, w in zip(sources, weights):
             _check_weight(s.name, w)
         k = 2 if datasets_per_batch is None else datasets_per_batch
@@ -327,9 +344,14 @@ def _bare(name):
 def _file(entry, folder):
     "What a dataset is made of; a file, its zipped copy and its store count as one."
     if isinstance(entry.path, Path) and not is_store(entry.path):
-        path = entry.path.resolve().relative_to(Path(folder).resolve())
+        path = entry.path.resolve().relative_to(expanded(folder).resolve())
         return _bare(path.as_posix())
     return _bare(entry.name)
+
+
+def _holds_data(path):
+    "Is it a file, a store, or a dataset that `save_to_disk` wrote?"
+    return path.is_file() or is_store(path) or is_saved_dataset(path)
 
 
 def _places(root, name):
@@ -345,14 +367,14 @@ def _names(root):
     for path in sorted(root.rglob("[!.]*")):
         name = path.relative_to(root)
         in_store = any(part.endswith(".store") for part in name.parts[:-1])
-        if not in_store and (path.is_file() or is_store(path)):
+        if not in_store and _holds_data(path):
             names.append(name.as_posix().removesuffix(".store"))
     return names
 
 
 def _find(folder, name, where):
     "The store, file or hub dataset of that name."
-    root = Path(folder).resolve()
+    root = expanded(folder).resolve()
     for system in (PurePosixPath, PureWindowsPath):
         if system(name).anchor or ".." in system(name).parts:
             raise ValueError(
@@ -360,7 +382,7 @@ def _find(folder, name, where):
                 "use a path below the folder, without '..'"
             )
     with reading(where, "check the name"):  # a name may be too long for the file system
-        path = next((p for p in _places(root, name) if is_store(p) or p.is_file()), None)
+        path = next((p for p in _places(root, name) if _holds_data(p)), None)
     if path is None and is_hub_id(name):
         return name
     if path is None:
@@ -465,7 +487,7 @@ def read_config(
     "Check a data config and find its files; an error names the file and the entry."
     label = "data config" if isinstance(config, list) else str(config)
     config = _items(config, label)
-    if not Path(folder).is_dir():
+    if not expanded(folder).is_dir():
         raise ValueError(
             f"{folder}: no such folder; "
             "give the folder that the names in the data config are relative to"
@@ -752,7 +774,7 @@ def _is_row(item):
     "Is this an example, rather than a dataset?"
     if isinstance(item, (list, tuple)):
         return len(item) > 0 and isinstance(item[0], str)
-    return isinstance(item, dict)
+    return isinstance(item, dict) or hasattr(item, "texts")
 
 
 def _sources(data, cache_dir):
@@ -761,13 +783,10 @@ def _sources(data, cache_dir):
     datasets = list(data) if several else [data]
     files = Counter(Path(d).name for d in datasets if isinstance(d, (str, Path)))
     for n, dataset in enumerate(datasets, 1):
-        if isinstance(dataset, Source):
-            yield dataset
-        elif isinstance(dataset, (str, Path)):
+        name = f"dataset {n}" if several else "dataset"
+        if isinstance(dataset, (str, Path)):
             name = str(dataset) if files[Path(dataset).name] > 1 else None
-            yield load_source(dataset, name, cache_dir=cache_dir)
-        else:
-            yield Source(dataset, f"dataset {n}" if several else "dataset")
+        yield _source(dataset, name, cache_dir)
 
 
 def as_mixture(

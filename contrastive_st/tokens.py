@@ -17,14 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from hashlib import blake2b
 from itertools import chain, islice
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from .atomic import quoted
 from .store import column_names, text_identity, write_tokens
 
 # %% ../nbs/02_tokens.ipynb #pad
+def _is_whole_number(value):
+    "Whether a value is an integer of Python or NumPy; True and False are none."
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def pad(
     token_ids: Tensor,  # all texts one after another, (sum of lengths,) int64
     lengths: Tensor,  # tokens of each text, (N,) int64
@@ -33,6 +40,8 @@ def pad(
 ) -> tuple[Tensor, Tensor]:  # input_ids (N, T) int64, attention_mask (N, T) int64, 1 = real token
     "Make the rectangle of ragged texts."
     longest = int(lengths.max()) if len(lengths) else 0
+    if length is not None and not _is_whole_number(length):
+        raise ValueError(f"length is {quoted(length)}; it must be a whole number of tokens")
     T = longest if length is None else length
     if longest > T:
         raise ValueError(
@@ -59,14 +68,14 @@ def _engine(tokenizer, max_length):
             "load the fast one (AutoTokenizer with a tokenizer.json)"
         )
     least = tokenizer.num_special_tokens_to_add() + 1
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
+    if not _is_whole_number(max_length) or max_length < least:
         raise ValueError(
-            f"max_length is {max_length!r}; it must be a whole number, {least} or more: "
+            f"max_length is {quoted(max_length)}; it must be a whole number, {least} or more: "
             "the special tokens and one of the text"
         )
     engine = copy.deepcopy(shared)
     engine.no_padding()
-    engine.enable_truncation(max_length, direction=tokenizer.truncation_side)
+    engine.enable_truncation(int(max_length), direction=tokenizer.truncation_side)
     return engine
 
 # %% ../nbs/02_tokens.ipynb #heads
@@ -333,16 +342,40 @@ class RaggedTokenizer:
         tokenizer,  # a fast tokenizer of transformers; its engine is copied and left as it is
         max_length: int = 128,  # tokens of a text, special tokens included; the rest is cut off
     ):
-        self.max_length = max_length
         self._engine = _engine(tokenizer, max_length)
+        self.max_length = int(max_length)
         self._ids = _Words(self._engine) if _parted(self._engine) else _Heads(self._engine)
 
     def __call__(
         self,
         texts: list[str],  # N texts
+        numbers: Sequence[int] | None = None,  # what an error calls the texts; None = 0, 1, 2 ...
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # ids end to end, lengths, cut or not
         "Tokenise texts into int64 ids and lengths; only as much of each is looked at as fits."
-        return self._ids(texts)
+        arrays = error = self._attempt(texts)
+        if isinstance(arrays, tuple):
+            return arrays
+        # one by one, because a batch does not say which text it was
+        alone = (i for i, text in enumerate(texts) if not isinstance(self._attempt([text]), tuple))
+        i = next(alone, None)
+        name = "a text" if i is None else f"text {i if numbers is None else numbers[i]}"
+        if i is not None and not isinstance(texts[i], str):
+            raise ValueError(f"{name} is of type {type(texts[i]).__name__}, not a string")
+        raise ValueError(
+            f"{name} cannot be tokenised ({type(error).__name__}: {quoted(str(error), 120)});"
+            " leave it out, or repair the tokenizer"
+        ) from error
+
+    def _attempt(self, texts):
+        "The arrays of texts, or what the tokenizer raised."
+        try:
+            return self._ids(texts)
+        except Exception as error:
+            return error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of code in Rust, and no Exception
+                raise
+            return error
 
     @cached_property
     def fingerprint(self) -> str:  # 16 hexadecimal digits
@@ -362,6 +395,7 @@ class _Tokenizer:
     ):
         self._ragged = RaggedTokenizer(tokenizer, max_length)
         self._engine = self._ragged._engine
+        max_length = self._ragged.max_length
         if max_length > (most := tokenizer.model_max_length):
             raise ValueError(
                 f"max_length {max_length} is above the {most} tokens the model can take; "
@@ -369,9 +403,10 @@ class _Tokenizer:
             )
         self.tokenizer, self.max_length = tokenizer, max_length
         self.pad_id = tokenizer.pad_token_id or 0
-        if not all(isinstance(b, int) and b > 0 for b in buckets):
-            raise ValueError(f"buckets are {buckets!r}; they must be whole numbers above 0")
-        self.buckets = (*sorted({b for b in buckets if b < max_length}), max_length)
+        whole = isinstance(buckets, Iterable) and all(map(_is_whole_number, buckets))
+        if not whole or min(buckets, default=1) < 1:
+            raise ValueError(f"buckets are {quoted(buckets)}; they must be whole numbers above 0")
+        self.buckets = (*sorted({int(b) for b in buckets if b < max_length}), max_length)
 
     def _arrays(self, texts):
         "Token ids end to end (int64), lengths (int64), cut or not (bool)."
@@ -434,8 +469,10 @@ class Tokens(_Tokenizer):
         texts: Sequence[str],  # N texts
     ) -> tuple[Tensor, Tensor, int]:  # token_ids (sum of lengths,), lengths (N,), texts cut
         "Tokenise texts without padding, as int64."
-        if isinstance(texts, str):
-            raise ValueError("encode takes a list of texts, not one text; write [text]")
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise ValueError(
+                f"encode takes a list of texts, not a {type(texts).__name__}; write [text]"
+            )
         ids, lengths, cut = self._arrays(list(texts))
         return torch.from_numpy(ids), torch.from_numpy(lengths), int(cut.sum())
 
@@ -483,9 +520,10 @@ def feed(
     ahead: int = 2,  # steps that wait, finished or in work, for each worker
 ) -> Iterator:  # make(step) for each step, in order
     "Make the batches of the next steps in the background while the current one trains."
-    if workers < 0 or ahead < 1:
+    whole = _is_whole_number(workers) and _is_whole_number(ahead)
+    if not whole or workers < 0 or ahead < 1:
         raise ValueError(
-            f"workers is {workers} and ahead is {ahead}; "
+            f"workers is {quoted(workers)} and ahead is {quoted(ahead)}; "
             "use 0 workers or more, and let 1 step or more wait for each"
         )
     if not workers:
@@ -520,8 +558,8 @@ def computed_tokens(
     tokens: Tokens,  # its buckets and max_length
 ) -> int:  # tokens that the model computes, padding included
     "Count what a layout makes of a batch."
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {quoted(layout)}; choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[layout](batch, tokens)
 
 # %% ../nbs/02_tokens.ipynb #token-report

@@ -8,6 +8,7 @@ __all__ = ['batch_loss', 'mean_cosine', 'check_health', 'log_line', 'train']
 # %% ../nbs/07_trainer.ipynb #imports-export
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -26,14 +27,13 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_torch_xla_available
 
 from . import loss as contrastive
-from .atomic import read_json
 from .gradcache import cached_step
 from .machine import refuse_torch_tpu
 from .model import SentenceEncoder, _has_bf16
 from .run import SAVE_SECONDS, Abandoned, Run, Stopped, TrainConfig
 from .run import checkpoint_folder, claim, last_checkpoint, load_training
-from .run import load_weights, lr_factor, run_report, run_state, seed_step
-from .run import write_checkpoint
+from .run import load_weights, lr_factor, read_record, run_report, run_state
+from .run import seed_step
 from .tokens import Tokens, feed
 
 # %% ../nbs/07_trainer.ipynb #steps
@@ -130,16 +130,15 @@ class _ContrastiveTrainer(Trainer):
             self.run.mixture,
             tokens,
             self.config.steps,
-            self._begin,  # asked when the loop begins: only then is the checkpoint loaded
+            self._first,  # asked when the loop begins: only then is the checkpoint loaded
             *ranks,
             workers=self.config.workers,
             watch=self.clock.wait,
         )
         return DataLoader(steps, batch_size=None)  # each item is a batch already
 
-    def _begin(self):
-        self.run.first_step = self.state.global_step
-        return self.run.first_step
+    def _first(self):
+        return self.state.global_step
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         steps, warmup = self.config.steps, self.config.warmup
@@ -236,9 +235,8 @@ class _ContrastiveTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial=None):
         if self.args.should_save:  # on the first rank only
-            run = self.run
-            run.step = self.state.global_step
-            write_checkpoint(run.out, run.step, run.best_step, self._write_checkpoint)
+            self.run.step = self.state.global_step
+            self.run.save(self._write_checkpoint)
 
     def _write_checkpoint(self, folder):
         run = self.run
@@ -388,56 +386,60 @@ def _precision():
         return torch.get_float32_matmul_precision()
 
 
-@cache
-def _onednn():
-    "Measure oneDNN's float32 products: how many times as fast as torch's default, and their error."
-    if not torch.backends.mkldnn.is_available():
-        return 0.0, math.inf
-    # A generator of its own, so that the draws of the run stay the same.
-    draw, before = torch.Generator().manual_seed(0), _precision()
-    x, w = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
-    # Ten products of 0.6 GFLOP, by turns, so that a slow moment of the machine hits both; on a CPU
-    # "medium" hands float32 to oneDNN.
-    seconds = {"highest": [], "medium": []}
+@contextmanager
+def _multiplying(matmul):
+    "Multiply float32 in a block as `_matmul` chose."
+    before = _precision()
+    if matmul == "onednn":  # on a CPU "medium" hands float32 to oneDNN
+        torch.set_float32_matmul_precision("medium")
     try:
-        for _ in range(5):
-            for precision, times in seconds.items():
-                torch.set_float32_matmul_precision(precision)
-                begun = time.perf_counter()
-                product = x @ w  # (512, 1536); the last one is oneDNN's
-                times.append(time.perf_counter() - begun)
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _factors():
+    "Two matrices of a MiniLM, (512, 384) and (384, 1536), always the same."
+    draw = torch.Generator().manual_seed(0)  # its own, so that the draws of the run stay the same
+    return torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
+
+
+@cache
+def _onednn_error():
+    "Measure the error of oneDNN's float32 products, relative to the largest; infinite without it."
+    if not torch.backends.mkldnn.is_available():
+        return math.inf
+    x, w = _factors()
+    with _multiplying("onednn"):
+        product = x @ w
     exact = x.double() @ w.double()
-    error = ((product - exact).abs().max() / exact.abs().max()).item()
-    return min(seconds["highest"]) / min(seconds["medium"]), error
+    return ((product - exact).abs().max() / exact.abs().max()).item()
+
+
+@cache
+def _mkl_is_slow():
+    "Whether torch multiplies with MKL on an AMD processor with AVX-512, of which MKL uses half."
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python may know the vendor
+    about = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.mkl.is_available() and wide and "AuthenticAMD" in about
 
 # %% ../nbs/07_trainer.ipynb #matmul
 def _matmul(config, device):
-    "Choose who multiplies float32: oneDNN where it is as exact as torch's default, and faster."
+    "Choose who multiplies float32: oneDNN where it is exact and MKL is slow, else torch's default."
     # A precision that you set, anything but "highest", stays.
     if device != "cpu" or config.matmul == "default" or _precision() != "highest":
         return "default"
-    faster, error = _onednn()
+    if config.matmul == "auto" and not _mkl_is_slow():
+        return "default"
+    error = _onednn_error()
     if config.matmul == "onednn" and error > 1e-5:
         raise ValueError(
             "matmul is 'onednn', but on this machine its float32 products have"
             f" a relative error of {error:.0e};"
             " use 'auto' or 'default', or set bf16 = true for speed"
         )
-    return "onednn" if error < 1e-5 and (faster > 1.2 or config.matmul == "onednn") else "default"
-
-
-@contextmanager
-def _multiplying(matmul):
-    "Multiply float32 in a block as `_matmul` chose."
-    before = _precision()
-    if matmul == "onednn":
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return "onednn" if error < 1e-5 else "default"
 
 # %% ../nbs/07_trainer.ipynb #compute
 def _fitting(encoder, bf16, device):
@@ -471,12 +473,13 @@ def _compute(encoder, config, device):
 
 
 def _keep_computing(compute, out):
-    "Take what a resumed run began with where it was chosen by measuring; say what cannot be kept."
-    before = read_json(out / "versions.json").get("compute", {})
-    if compute["device"] == before.get("device"):
-        compute |= {name: before[name] for name in ("matmul", "chunk_tokens") if name in before}
+    "Keep the chunks that a resumed run began with; say what else is computed in another way."
+    before = read_record(out / "versions.json").get("compute", {})
+    tokens = before.get("chunk_tokens")  # a GPU with other memory would choose others
+    if compute["device"] == before.get("device") and isinstance(tokens, int) and tokens > 0:
+        compute["chunk_tokens"] = tokens
     changes = [
-        f"{name} was {before.get(name)}, is {now}"
+        f"{name} was {str(before.get(name))[:40]}, is {now}"
         for name, now in compute.items()
         if before.get(name) != now
     ]
@@ -613,7 +616,7 @@ def _run_steps(run, trainer, checkpoint):
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except _NothingLeft:
-        run.first_step = run.step
+        pass
     except Abandoned:  # while the evaluation was made up for that an earlier signal had ended
         raise run.stopped() from None
     run.step, run.history = trainer.state.global_step, trainer.state.log_history
@@ -624,8 +627,7 @@ def _run_steps(run, trainer, checkpoint):
 def _finish(run, trainer, seconds):
     "Choose the best model, measure and save it; a signal saves the last step instead."
     try:
-        if run.config.metric and run.best_step:
-            load_weights(run.encoder, checkpoint_folder(run.out, run.best_step))
+        run.take_best()
         return run.finish(seconds)
     except Abandoned:
         # With a metric the encoder may hold the weights of the best step, not of the last one.

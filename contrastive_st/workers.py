@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from numbers import Integral
 from multiprocessing.context import SpawnContext
 
 # %% ../nbs/00_workers.ipynb #worker
@@ -48,14 +49,15 @@ class _Context(SpawnContext):
         self.processes.append(process)
         return process
 
+    def lacks_main_guard(self):
+        "Whether a worker was about to start workers itself."
+        return _NO_MAIN_GUARD in [process.exitcode for process in self.processes]
+
     def reason(self):
         "Why a worker died, in words."
+        if self.lacks_main_guard():
+            return "your script starts workers when it is imported"
         codes = [process.exitcode for process in self.processes]
-        if _NO_MAIN_GUARD in codes:
-            return (
-                "your script starts workers when it is imported; "
-                'put the call below `if __name__ == "__main__":`'
-            )
         # the pool ends the others by SIGTERM, so that number says nothing
         first = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
         if first is None:
@@ -76,12 +78,16 @@ def worker_pool(
     # multiprocessing's own mark of a worker that is still importing the user's script
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_NO_MAIN_GUARD)
+    if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
+        raise ValueError(f"workers is {workers!r:.60}; it must be a whole number, 1 or more")
     context = _Context()
-    pool = ProcessPoolExecutor(workers, context, _begin, (start, args))
+    pool = ProcessPoolExecutor(int(workers), context, _begin, (start, args))
     try:
         yield pool
     except BrokenProcessPool as error:
         pool.shutdown(cancel_futures=True)  # so that all exit codes are known
+        if context.lacks_main_guard():  # fewer workers would not help
+            todo = 'put the call below `if __name__ == "__main__":`'
         raise ValueError(f"a worker process died ({context.reason()}); {todo}") from error
     except BaseException:  # Ctrl-C, or an error: nobody waits for what is under way
         for process in context.processes:

@@ -33,8 +33,8 @@ from torch import Tensor
 from .machine import pair_arguments, refusal, tpu_chips
 from .model import POOLINGS, SentenceEncoder, _most_tokens
 from .tokens import TokenBatch, Tokens, feed, pad
-from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig, checkpoint_folder
-from .run import load_training, load_weights, lr_factor, write_checkpoint
+from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig
+from .run import load_training, load_weights, lr_factor
 from .trainer import batch_loss, check_health, log_line, mean_cosine
 
 # %% ../nbs/08_xla.ipynb #seam
@@ -82,7 +82,8 @@ def _flags(dump):
     if "xla_dump_to" in os.environ.get("XLA_FLAGS", ""):
         return
     if dump:
-        Path(dump).mkdir(parents=True, exist_ok=True)
+        dump = Path(os.path.expanduser(dump))
+        dump.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="xla-", dir=dump)
     if not dump:  # nobody asked to keep it
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -129,7 +130,7 @@ def start(
     import torch_xla.runtime as runtime
 
     if cache:
-        runtime.initialize_cache(str(cache))
+        runtime.initialize_cache(os.path.expanduser(cache))
     if not runtime.is_spmd():
         _use_spmd(runtime)
     logging.getLogger("torch_xla.backends").setLevel("ERROR")  # it warns even of the first call
@@ -710,7 +711,7 @@ def _save(run, encoder, optimizer, buckets):
         encoder.save_pretrained(folder)
         torch.save(state, folder / "training.pt")
 
-    write_checkpoint(run.out, run.step, run.best_step, write)
+    run.save(write)
 
 
 def _load(run, checkpoint, encoder, buckets):
@@ -722,7 +723,7 @@ def _load(run, checkpoint, encoder, buckets):
             "resume with the same, or start in a new directory"
         )
     load_weights(encoder, checkpoint)
-    run.step = run.first_step = saved["step"]
+    run.step = saved["step"]
     run.best_step, run.best, run.history = saved["best_step"], saved["best"], saved["history"]
     return saved["state"]
 
@@ -808,8 +809,7 @@ def train(
         run.begin(recipe)
         begun = time.time()
         _train(run, checkpoint, tokens, mesh, progress)
-        if config.metric and run.best_step:
-            load_weights(encoder, checkpoint_folder(run.out, run.best_step))
+        run.take_best()
         try:
             return run.finish(time.time() - begun) if not host else {}
         except Abandoned:

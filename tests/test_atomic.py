@@ -5,10 +5,13 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from conftest import ROOT
@@ -491,3 +494,170 @@ def test_a_long_foreign_error_is_cut(tmp_path):
         with pytest.raises(ValueError) as error, boundary("x"):
             raise RuntimeError("y" * 10_000 + "\nmore")
         assert len(str(error.value)) < 350 and json.dumps(str(error.value)).isascii()
+
+
+# ---- what is no file, no folder ----
+
+
+def special(path, kind):
+    "A named pipe, a socket or a folder at a path."
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(os.path.relpath(path))  # a socket's name must be short
+    else:
+        os.mkfifo(path) if kind == "named pipe" else path.mkdir()
+
+
+WRITERS = {
+    "new_file": lambda path: new_file(path).__enter__().write_text("x"),
+    "write_text": lambda path: write_text(path, "x"),
+    "new_folder": lambda path: new_folder(path).__enter__(),
+    "Part": lambda path: Part(path, 1),
+}
+
+
+@pytest.mark.parametrize("through", ["itself", "link"])
+@pytest.mark.parametrize("kind", ["named pipe", "socket", "folder"])
+@pytest.mark.parametrize("write", WRITERS)
+def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch, write, kind, through):
+    if kind == "folder" and write in ("new_folder", "Part"):
+        pytest.skip("that is what they replace")
+    monkeypatch.chdir(tmp_path)
+    special(tmp_path / "there", kind)
+    path = tmp_path / "there"
+    if through == "link":
+        (tmp_path / "link").symlink_to(path)
+        path = tmp_path / "link"
+    before = (tmp_path / "there").lstat()
+    with pytest.raises(ValueError, match=f"is a {kind}; choose another name") as error:
+        WRITERS[write](path)
+    assert str(path) in str(error.value) and str(tmp_path / "there") in str(error.value)
+    after = (tmp_path / "there").lstat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert set(names(tmp_path)) <= {"there", "link"}
+
+
+def test_a_pipe_that_a_user_keeps_in_a_folder_does_not_stop_a_save(made):
+    os.mkfifo(made / "pipe")
+    with new_folder(made, carry=True) as beside:
+        fill(beside, "newer")
+    assert (made / "pipe").is_fifo() and check_folder(made)
+
+
+def test_the_owner_of_a_lock_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".made.owner").symlink_to(tmp_path / "precious")
+    with lock(tmp_path / "made"):
+        assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_json("~/a.json", {"a": 1})
+    with lock("~/made"), new_folder("~/made") as beside:
+        fill(beside)
+    part = Part("~/part", 1)
+    part.finish()
+    assert names(tmp_path) == ["a.json", "elsewhere", "made", "part"]
+    assert not names(tmp_path / "elsewhere") and read_json("~/a.json") == {"a": 1}
+    assert is_whole("~/made") and len(check_folder("~/made")) == 2
+
+
+# ---- two savers without a lock ----
+
+
+def save_word(path, word):
+    with new_folder(path) as beside:
+        for name in "abc":
+            (beside / name).write_text(word * 20_000)
+
+
+def words_of(path):
+    return {(path / name).read_text()[0] for name in "abc"}
+
+
+@pytest.mark.parametrize("system", ["this one", "without exchange"])
+def test_two_threads_save_one_folder_whole(tmp_path, monkeypatch, quick_disk, system):
+    if system == "without exchange":
+        monkeypatch.setattr(atomic, "_exchange_at_once", lambda new, old: False)
+    for _ in range(40):
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(partial(save_word, tmp_path / "made"), "xyz"))
+        check_folder(tmp_path / "made")
+        assert len(words_of(tmp_path / "made")) == 1 and names(tmp_path) == ["made"]
+
+
+SAVE_OFTEN = """
+import sys
+from contrastive_st.atomic import new_folder
+for _ in range(40):
+    with new_folder(sys.argv[2]) as beside:
+        for name in "abc":
+            (beside / name).write_text(sys.argv[1] * 20_000)
+"""
+
+
+def test_two_processes_save_one_folder_whole(tmp_path):
+    writers = [start(SAVE_OFTEN, word, tmp_path / "made") for word in "xy"]
+    for writer in writers:
+        said(writer)
+    check_folder(tmp_path / "made")
+    assert len(words_of(tmp_path / "made")) == 1 and names(tmp_path) == ["made"]
+
+
+def test_a_living_writers_work_stays_and_a_dead_ones_goes(tmp_path):
+    path = tmp_path / "made"
+    dead = start("")
+    said(dead)
+    (tmp_path / f".made.{dead.pid}-0.partial").mkdir()
+    (tmp_path / f".made.{os.getpid()}-999999.partial").mkdir()  # the same number, another start
+    (tmp_path / ".made.partial").mkdir()  # of an earlier version
+    other = tmp_path / f".made.{os.getppid()}-0.partial"
+    other.mkdir()
+    with new_folder(path) as beside:
+        fill(beside)
+        atomic.tidy(path)
+        assert beside.is_dir() and other.is_dir()
+        assert set(atomic.abandoned(tmp_path)) == set()
+        assert set(names(tmp_path)) == {beside.name, other.name}
+    check_folder(path)
+    other.rmdir()
+    assert names(tmp_path) == ["made"]
+
+
+def test_one_writer_inside_another_of_the_same_folder(tmp_path):
+    with new_folder(tmp_path / "made") as outer:
+        fill(outer, "outer")
+        with new_folder(tmp_path / "made") as inner:
+            fill(inner, "inner")
+    assert (tmp_path / "made" / "a.txt").read_text().startswith("outer")
+    check_folder(tmp_path / "made")
+
+
+# ---- what is quoted ----
+
+
+@pytest.mark.parametrize("value", ["\x1b[31mred", "x" * 10_000, ["y" * 999] * 99, {"k\n": 10**99}])
+def test_what_is_quoted_is_short_and_printable(value):
+    assert len(atomic.quoted(value)) <= 80 and atomic.quoted(value).isprintable()
+    if isinstance(value, str):
+        assert len(atomic.named(value)) <= 80 and atomic.named(value).isprintable()
+    assert atomic.named("weights.bin") == "weights.bin"
+
+
+def test_an_error_of_a_library_that_names_the_file_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError) as error, atomic.reading(tmp_path / "a"):
+        raise ValueError(f"{tmp_path / 'a'}\nis \x1b[31m bad " + "x" * 5000)
+    assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "files", [{"x" * 100_000: {"bytes": 1}}, {"a\x1b[31m": {}}, {"a": 5}, [], 5]
+)
+def test_a_manifest_of_any_content_is_one_sentence(made, files):
+    write_json(made / "manifest.json", atomic._seal({"format": 1, "files": files}))
+    with pytest.raises(Damaged) as error:
+        check_folder(made)
+    assert str(error.value).isprintable() and len(str(error.value)) < 600

@@ -205,8 +205,8 @@ def test_columns_asked_for_in_other_spellings(tmp_path):
     )
     assert read(path, columns=(0, 1))[1] == ("Ist es neblig?", "Nein.")
     refuses(
-        lambda: read(path),
-        f"{path}:1: ",
+        lambda: read(put(tmp_path / "a.tsv", "Frage;Antwort\nIst es neblig?;Nein.\n")),
+        "a.tsv:1: ",
         "no known pair of columns",
         "columns=(0, 1)",
         "separated by ';'",
@@ -410,7 +410,7 @@ BAD_ROWS = {
     "empty text": (b'["a", ""]', "text 2 is empty"),
     "white text": (b'[" \\t\\u00a0", "b"]', "text 1 is empty"),
     "half a character": (b'["a", "\\ud83d"]', "text 2 holds half a character"),
-    "unknown names": (b'{"x": "a", "y": "b"}', "no known pair of columns among x, y"),
+    "unknown names": (b'{"x": "a", "y": "b", "z": "c"}', "no known pair of columns among x, y, z"),
     "texts is no list": (b'{"texts": "ab"}', "expected a list"),
 }
 
@@ -670,7 +670,11 @@ def test_source_from_a_dataset():
 
 def test_source_refuses(tmp_path):
     make = datasets.Dataset.from_dict
-    refuses(lambda: Source({"anchor": ["a"]}, "dict"), "a dict has no rows", "datasets.Dataset")
+    refuses(lambda: Source({"anchor": ["a"]}, "dict"), "dict row 0: no known pair of columns")
+    refuses(lambda: Source({"anchor": ["a"], "positive": []}, "dict"), "dict: ", "of 0, 1 rows")
+    refuses(lambda: Source({"anchor": 3, "positive": ["b"]}, "dict"), "dict: ", "equal length")
+    refuses(lambda: Source({}, "dict"), "dict: no example")
+    refuses(lambda: Source(iter("ab"), "it"), "it: a str_", "has no rows", "datasets.Dataset")
     refuses(
         lambda: Source(datasets.DatasetDict(train=make({"anchor": ["a"]})), "two"), "pass one split"
     )
@@ -696,8 +700,9 @@ def test_source_refuses(tmp_path):
         lambda: Source(make({"anchor": ["a"], "positive": ["d"]}).select([]), "x"), "x: no rows"
     )
     refuses(
-        lambda: Source(make({"title": ["a"], "body": ["b"]}), "x"),
-        "x: no known pair of columns among title, body",
+        lambda: Source(make({"left": ["a"], "right": ["b"], "middle": ["c"]}), "x"),
+        "x: no known pair of columns among left, right, middle",
+        "for example columns=('left', 'right')",
     )
 
 
@@ -971,7 +976,8 @@ def test_grades_with_a_point_and_documents_that_are_not_there(beir):
             '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n',
             (":2: ", "id 'd1' was taken by line 1"),
         ),
-        ("corpus.jsonl", '{"_id": 1, "text": "a"}\n', (":1: ", "expected")),
+        ("corpus.jsonl", '{"_id": 1.5, "text": "a"}\n', (":1: ", "expected")),
+        ("corpus.jsonl", '{"_id": true, "text": "a"}\n', (":1: ", "expected")),
         ("corpus.jsonl", '["d1", "a"]\n', (":1: ", "expected")),
         ("corpus.jsonl", "not json\n", (":1: ", "not JSON")),
         ("corpus.jsonl", '{"_id": "d1", "title": 3, "text": "a"}\n', (":1: ", "expected")),
@@ -1220,3 +1226,204 @@ def fuzz(folder: Path, number: int, seed: int = 0) -> dict[str, int]:
 def test_spoiled_files_are_read_or_refused_in_a_sentence(tmp_path):
     outcomes = fuzz(tmp_path, int(os.environ.get("FUZZ", 200)), int(os.environ.get("FUZZ_SEED", 0)))
     assert min(outcomes["read"], outcomes["refused"]) > 20
+
+
+# ---- names of columns
+
+
+NEGATIVES = """negative negatives neg negs hard_negative hard_negatives hard_neg hard_neg_1
+    neg_1 neg1
+    negative-1 Negative_1 NEGATIVES HardNegative hard-negs neg_text negative_passages
+    distractor""".split()
+
+
+@pytest.mark.parametrize("name", [*NEGATIVES, "Negative 1", " hard negatives "])
+@pytest.mark.parametrize("pair", [("anchor", "positive"), ("query", "pos"), ("sent0", "sent1")])
+@pytest.mark.filterwarnings("error")
+def test_negatives_under_other_usual_names(tmp_path, name, pair):
+    rows = [(f"a{i}", f"p{i}", f"n{i}") for i in range(3)]
+    dicts = [dict(zip((*pair, name), row)) for row in rows]
+    assert read(put(tmp_path / "a.jsonl", dicts)) == rows
+    table = ",".join((*pair, name)) + "\n" + "".join(",".join(row) + "\n" for row in rows)
+    assert read(put(tmp_path / "a.csv", table)) == rows
+    assert list(Source(dicts)) == rows
+    pq.write_table(pa.Table.from_pylist(dicts), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == list(Source(datasets.Dataset.from_list(dicts))) == rows
+    lists = [row | {name: [row[name], "m"]} for row in dicts]
+    assert read(put(tmp_path / "b.jsonl", lists)) == [(*row, "m") for row in rows]
+
+
+@pytest.mark.filterwarnings("error")
+def test_third_sentences_are_negatives_and_third_captions_are_not(tmp_path):
+    def columns(*names):
+        chooser = data._Columns()
+        return chooser.choose(names, dict.fromkeys(names, "text")), chooser.remarks
+
+    triple = ("sentence1", "sentence2", "sentence3")
+    assert columns(*triple) == (triple, {})
+    captions, remarks = columns("caption1", "caption2", "caption3")
+    assert captions == ("caption1", "caption2") and remarks == {"unused": ["caption3"]}
+    numbered = ("neg_10", "neg_2", "anchor", "positive", "neg", "neg_scores", "pos_scores")
+    assert columns(*numbered)[0] == ("anchor", "positive", "neg", "neg_2", "neg_10")
+
+
+PAIRS = """question/passage title/abstract text/simplified caption1/caption2 comment/code title/body
+    article/summary sentence/paraphrase set1/set2 text1/text2 s1/s2 sentence_A/sentence_B
+    title1/title2 query/document query/passage question/context anchor/pos text/summary
+    english/non_english instruction/output sent0/sent1 Query/Positive_Passage""".split()
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.filterwarnings("error")
+def test_pairs_of_public_sets(tmp_path, names):
+    first, second = names.split("/")
+    columns = {second: ["c", "d"], "id": [1, 2], first: ["a", "b"], "url": ["x", "y"]}
+    assert list(Source(datasets.Dataset.from_dict(columns))) == [("a", "c"), ("b", "d")]
+    assert list(Source(columns)) == [("a", "c"), ("b", "d")]
+    frame = datasets.Dataset.from_dict(columns).to_pandas()
+    frame.to_csv(tmp_path / "a.csv")
+    assert read(tmp_path / "a.csv") == [("a", "c"), ("b", "d")]
+
+
+def test_unknown_names_are_taken_in_order_if_there_are_two(tmp_path):
+    rows = [{"id": 7, "left": a, "right": p, "stars": "4.5"} for a, p in GOOD]
+    with pytest.warns(UserWarning, match="'left' was taken as the anchor and 'right'") as caught:
+        assert read(put(tmp_path / "a.jsonl", rows)) == GOOD
+    assert len(caught) == 1
+    # another order in a later row changes nothing
+    mixed = [*rows, {"right": "p", "left": "a"}]
+    with pytest.warns(UserWarning):
+        assert read(put(tmp_path / "b.jsonl", mixed))[-1] == ("a", "p")
+    with pytest.warns(UserWarning, match="columns=.0, 1. if line 1 is a row"):
+        assert read(put(tmp_path / "a.tsv", "Frage\tAntwort\na\tb\n")) == [("a", "b")]
+    judged = put(tmp_path / "c.jsonl", [row | {"label": 1} for row in rows])
+    refuses(lambda: read(judged), "no known pair")
+    three = put(tmp_path / "d.jsonl", [row | {"middle": "m"} for row in rows])
+    refuses(
+        lambda: read(three), "d.jsonl:1: no known pair", "for example columns=('left', 'right')"
+    )
+    # a sentence is no name of a column
+    refuses(lambda: read(put(tmp_path / "b.tsv", "Is it foggy?\tNo.\na\tb\n")), "line 1 must")
+
+
+def test_text_that_is_not_read_is_named_once(tmp_path):
+    row = {"question": "q", "answer": "a", "id": "x", "source": "s", "n": "12", "score_url": "u"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(put(tmp_path / "a.jsonl", [row])) == [("q", "a")]
+    late = [row, row | {"hint": None}, row | {"hint": "look"}, row | {"hint": "look"}]
+    path = put(tmp_path / "b.jsonl", [*late, row | {"context": "c"}])
+    with pytest.warns(UserWarning, match="b.jsonl: columns hint, context hold text") as caught:
+        assert len(read(path)) == 5
+    assert len(caught) == 1 and "columns=(anchor, positive, negative, ...)" in str(
+        caught[0].message
+    )
+    with pytest.warns(UserWarning, match="column context holds text"):
+        next(read_examples(put(tmp_path / "c.csv", "question,answer,context\na,b,c\n")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # you chose
+        read(path, columns=("question", "answer"))
+
+
+# ---- other shapes
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_shapes(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in GOOD)
+    table = "anchor,positive\n" + "".join(f"{a},{p}\n" for a, p in GOOD)
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(lines.encode()))
+    for name, content in {
+        "a.ndjson": lines,
+        "utf16.jsonl": lines.encode("utf-16"),
+        "utf16.csv": table.encode("utf-16"),
+        "utf16be.csv": b"\xfe\xff" + table.encode("utf-16-be"),
+        "cr.csv": table.replace("\n", "\r"),
+        "sep.csv": "sep=;\n" + table.replace(",", ";"),
+        "bar.csv": table.replace(",", "|"),
+    }.items():
+        assert read(put(tmp_path / name, content)) == GOOD, name
+    assert read(tmp_path / "A.JSONL.GZ") == GOOD
+    bad = put(tmp_path / "bad.csv", "sep=;\nanchor;positive\na;b\nc\n")
+    refuses(lambda: read(bad), f"{bad}:4: 1 cells where the header has 2")
+    cut = put(tmp_path / "cut.csv", table.encode("utf-16")[:-1])
+    refuses(lambda: read(cut), f"{cut}:", "UTF-16")
+
+    class InputExample:
+        def __init__(self, texts):
+            self.guid, self.texts, self.label = None, texts, 0
+
+    assert list(Source([InputExample(list(row)) for row in GOOD])) == GOOD
+    columns = {"anchor": [a for a, _ in GOOD], "positive": tuple(p for _, p in GOOD)}
+    assert list(Source(columns)) == GOOD
+
+
+def test_ids_of_documents_may_be_numbers(beir):
+    put(beir / "corpus.jsonl", [{"_id": 1, "text": "a"}, {"_id": "d2", "text": "b"}])
+    put(beir / "queries.jsonl", [{"_id": 7, "text": "q"}])
+    put(beir / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n7\t1\t1\n")
+    found = read_retrieval(beir)
+    assert list(found.corpus) == ["1", "d2"] and found.qrels == {"7": {"1": 1}}
+
+
+def test_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a.jsonl", GOOD)
+    made = data.prepare([{"name": "a", "path_or_hub_id": "~/a.jsonl"}], "~/out", progress=False)
+    assert made["a"]["rows"] == 3 and (tmp_path / "out").is_dir()
+    assert data.is_store("~/out/a.store") and not data.is_hub_id("~/a.jsonl")
+    assert list(load_source("~/out/a.store")) == GOOD
+    assert list(load_source("~/a.jsonl", cache_dir="~/cache")) == GOOD
+    assert not (tmp_path / "~").exists()
+    refuses(lambda: read("~nobody-here/a.jsonl"), "no such file")
+
+
+# ---- limits in bytes
+
+
+def test_parquet_batches_are_bounded_in_bytes(tmp_path, monkeypatch):
+    long = "x " * 50_000
+    coded = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 1000, pa.int32()), [long, long + "y"])
+    plain = pa.array([f"p{i}" for i in range(2000)])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"anchor": coded, "positive": plain}), path, row_group_size=700)
+    monkeypatch.setattr(data, "BATCH_BYTES", 2**20)
+    sizes = [b.nbytes for b in data._batches(pq.ParquetFile(path), ["anchor", "positive"])]
+    assert max(sizes) <= 2**20 and len(sizes) < 2000 and path.stat().st_size < 100_000
+    rows = read(path)
+    assert [p for _, p in rows] == plain.to_pylist() and rows[1][0] == long + "y"
+    # short rows first: the batch has grown when the long ones come
+    skewed = pa.array(["a"] * 1500 + [long] * 500)
+    pq.write_table(pa.table({"anchor": skewed, "positive": plain}), path)
+    assert [p for _, p in read(path)] == plain.to_pylist()
+    assert len(list(Source(datasets.Dataset(pq.read_table(path))))) == 2000
+
+
+def test_rows_are_bounded(tmp_path, monkeypatch):
+    many = {"query": "q", "pos": ["p"], "neg": ["n"] * 1001}
+    path = put(tmp_path / "a.jsonl", [many, {"query": "r", "pos": ["s"]}])
+    refuses(lambda: read(path), f"{path}:1: the row has 1,001 negatives", "negatives=")
+    with pytest.warns(UserWarning, match="1 bad rows skipped"):
+        assert read(path, on_error="skip") == [("r", "s")]
+    with pytest.warns(UserWarning, match="1 had more and were cut"):
+        assert read(path, negatives=2) == [("q", "p", "n", "n"), ("r", "s", "s", "s")]
+    refuses(lambda: read(path, negatives=1001), "from 0 to 1,000")
+    put(path, [many | {"neg": ["n"] * 100}, {"query": "r", "pos": ["s"]}])
+    with pytest.warns(UserWarning, match="a.jsonl:1: is the first row with negatives and has 100"):
+        assert {len(row) for row in read(path)} == {102}
+    wide = put(tmp_path / "b.jsonl", [{f"c{i}": "x" for i in range(1001)}])
+    refuses(lambda: read(wide), f"{wide}:1: 1,001 columns among c0", "columns=")
+    assert read(wide, columns=("c0", "c1000")) == [("x", "x")]
+    unfolds = {"query": "q" * 1000, "pos": ["p"] * 1000}
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 10_000)
+    refuses(lambda: read(put(path, [unfolds])), "2,000 texts", "1,001,000 characters")
+
+
+def test_rows_that_wait_are_bounded_in_characters(tmp_path, monkeypatch):
+    rows = [(f"a{i}", "z" * 1000) for i in range(20)]
+    path = put(tmp_path / "a.jsonl", [*rows, ("c", "d", "e")])
+    monkeypatch.setattr(data, "AHEAD_CHARACTERS", 5000)
+    monkeypatch.setattr(data._Fitted.__init__, "__defaults__", (None, 1000, 5000))
+    refuses(lambda: read(path), f"{path}:21: the first row with negatives, after 20 without any")
+    assert len(read(path, negatives=1)) == 21

@@ -526,3 +526,25 @@ def test_run_times_are_words():
     assert [tool.duration(s) for s in (2, 34, 58, 89, 600)] == expected
     pages = json.loads((ROOT / "tools/pages.json").read_text())
     assert set(pages) <= {p.stem for p in NOTEBOOKS}
+
+
+# --- versions where packaging is not installed
+
+
+def test_the_copy_of_packaging_in_pip_does(monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)  # as if not installed
+    commands, keep = machine.plan(["numpy>=2"], {"numpy": "1.26.0"}, (3, 12))
+    assert (commands, keep) == ([["install", "numpy>=2"]], [])
+    monkeypatch.setitem(sys.modules, "pip._vendor.packaging.requirements", None)
+    with pytest.raises(ValueError, match="neither packaging nor pip is installed"):
+        machine.plan(["numpy>=2"], {}, (3, 12))
+
+
+def test_the_page_plans_with_what_the_package_declares():
+    "The needs on the page are those of settings.ini, from which the package is made."
+    page = nbformat.read(ROOT / "nbs/00_machine.ipynb", 4)
+    cell = next(c for c in page.cells if c.id == "runtimes")
+    printed = cell.outputs[0].text.split("\n\n")[0].split()[1:]
+    settings = (ROOT / "settings.ini").read_text()
+    declared = set(re.findall(r"^(?:requirements|notebooks_requirements) = (.*)", settings, re.M))
+    assert len(printed) == 5 and set(printed) <= set(" ".join(declared).split())

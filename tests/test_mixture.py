@@ -1200,7 +1200,7 @@ def test_as_mixture_takes_whatever_holds_examples(folder, tmp_path):
     assert [s.name for s in both.sources] == [str(path), str(tmp_path / "other" / "pairs.jsonl")]
     for wrong, words in (
         ([], "no example"),
-        ({"a": 1}, "a dict has no rows"),
+        ({"a": 1}, "a dictionary must hold columns of equal length"),
         (7, "a int has no rows"),
         (datasets.DatasetDict(train=frame), "pass one split"),
         (tmp_path, "is a folder"),
@@ -1250,3 +1250,35 @@ def test_columns_of_a_config_that_are_no_names(folder, tmp_path):
                 1,
                 cache_dir=tmp_path / "cache",
             )
+
+
+def test_whatever_holds_examples_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = [("a", "b"), ("c", "d")]
+    (tmp_path / "x.jsonl").write_text('["a", "b"]\n["c", "d"]\n')
+    columns = {"anchor": ["a", "c"], "positive": ["b", "d"]}
+    table = datasets.Dataset.from_dict(columns)
+    for source in (rows, tuple(rows), columns, table, table.to_pandas(), "~/x.jsonl"):
+        made = Mixture([source], [1.0], 2, 1)
+        assert sorted(made.batch(0).examples) == rows
+    assert [s.name for s in Mixture([rows, table], [1, 1], 2).sources] == ["dataset 1", "dataset 2"]
+
+    class InputExample:
+        def __init__(self, *texts):
+            self.texts = list(texts)
+
+    given = [InputExample(*row) for row in rows]
+    assert sorted(as_mixture(given, 2).batch(0).examples) == rows
+    for wrong in ([("a", "b")], [3], [[]], {"a": 1}, 7, None):
+        with pytest.raises(ValueError):
+            Mixture(wrong, [1.0], 2)
+    config = [{"name": "x", "weight": 1}]
+    made = Mixture.from_config(config, "~", 2, 1, cache_dir="~/cache")
+    assert sorted(made.batch(0).examples) == rows
+
+
+def test_a_saved_dataset_in_a_config(tmp_path):
+    table = datasets.Dataset.from_dict({"anchor": ["a", "c"], "positive": ["b", "d"]})
+    table.save_to_disk(str(tmp_path / "saved"))
+    made = Mixture.from_config([{"name": "saved", "weight": 1}], tmp_path, 2, 1)
+    assert sorted(made.batch(0).examples) == [("a", "b"), ("c", "d")]

@@ -261,7 +261,7 @@ def test_fewer_bits_are_the_bits_of_the_vectors(encoder):
     assert encoder.encode(texts[0], precision="ubinary").shape == (encoder.width // 8,)
     with pytest.warns(UserWarning, match=f"come from {len(TEXTS)} texts only"):
         encoder.encode(TEXTS, precision="int8")
-    with pytest.raises(ValueError, match="at least 2 vectors"), pytest.warns(UserWarning):
+    with pytest.raises(ValueError, match="takes its ranges from the texts, and one text has none"):
         encoder.encode(texts[0], precision="int8")
 
 
@@ -1456,3 +1456,206 @@ def test_a_save_that_fails_changes_no_byte_of_a_foreign_directory(
         path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()
     } == before
     SentenceEncoder.from_pretrained(tmp_path / "a")
+
+
+# ---- tokenizers and configs that load, and then fail or explode ----
+
+
+def change_tokenizer(folder, change):
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    change(spec)
+    path.write_text(json.dumps(spec))
+
+
+def doubling(times):
+    "Normaliser rules of which each doubles the letters a."
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"type": "Sequence", "normalizers": [rule] * times}
+
+
+def deep(rules, levels):
+    for _ in range(levels):
+        rules = {"type": "Sequence", "normalizers": [rules]}
+    return rules
+
+
+def unigram(spec):
+    spec["model"] = {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0], ["[PAD]", -3.0]]}
+    spec["added_tokens"] = []
+
+
+HOSTILE = {
+    "no unknown token": (
+        lambda t: (t["model"]["vocab"].pop("[UNK]"), t["added_tokens"].clear()),
+        "fails for the text",
+    ),
+    "unigram": (unigram, "fails for the text"),
+    "an id of 2**31": (lambda t: t["model"]["vocab"].update(g=2**31), "holds the id 2147483648"),
+    "an added id": (lambda t: t["added_tokens"][0].update(id=2**30), "holds the id|cannot be read"),
+    "an id in a gap": (lambda t: t["model"]["vocab"].update(g=1000), "knows 1,001 tokens"),
+    "prepend": (
+        lambda t: t.update(normalizer={"type": "Prepend", "prepend": "a " * 10**6}),
+        "2000001 characters of one",
+    ),
+    "doubling": (lambda t: t.update(normalizer=doubling(33)), "8589934592 characters of one"),
+    "deep doubling": (lambda t: t.update(normalizer=deep(doubling(33), 50)), "8589934592"),
+    "replace": (
+        lambda t: t.update(
+            normalizer={"type": "Replace", "pattern": {"Regex": ""}, "content": "b" * 2000}
+        ),
+        "2001 characters of one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tokenizer_is_refused_at_once(saved, name):
+    change, said = HOSTILE[name]
+    change_tokenizer(saved, change)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=said) as error:
+        SentenceEncoder.from_pretrained(saved)
+    assert time.process_time() - start < 5 and str(saved) in str(error.value)
+    assert len(str(error.value)) < 400 + 2 * len(str(saved)) and str(error.value).isprintable()
+
+
+def test_rules_of_known_models_are_not_refused(minilm, saved):
+    rules = [{"type": "Prepend", "prepend": "\u2581"}, *doubling(5)["normalizers"]]
+    change_tokenizer(
+        saved, lambda t: t.update(normalizer={"type": "Sequence", "normalizers": rules})
+    )
+    SentenceEncoder.from_pretrained(saved)
+
+
+def test_a_chunk_size_that_does_not_divide_lengths_is_no_matter(encoder, saved):
+    edit(saved / "config.json", chunk_size_feed_forward=3)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained(saved).encode(TEXTS), encoder.encode(TEXTS), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", [20, 63])
+def test_a_weight_that_no_short_text_uses_must_be_a_number(saved, row, value):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(saved / "model.safetensors")
+    weights["embeddings.position_embeddings.weight"][row, 3] = value
+    save_file(weights, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: the tensor .*position_emb.*NaN"):
+        SentenceEncoder.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("eps", [-1e-12, -0.001, -1e9])
+def test_a_negative_eps_is_refused(saved, eps):
+    edit(saved / "config.json", layer_norm_eps=eps)
+    with pytest.raises(ValueError, match=r"config\.json: layer_norm_eps is .*must not be below 0"):
+        SentenceEncoder.from_pretrained(saved)
+
+
+def test_a_text_that_the_tokenizer_refuses_is_named_by_its_number(tiny_backbone, tiny_tokenizer):
+    spec = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    spec["model"]["vocab"].pop("[UNK]")
+    spec["added_tokens"] = []
+    tiny_tokenizer._tokenizer = type(tiny_tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=16)
+    texts = ["a long text with many words"] * 5 + ["\u65e5", "b"]
+    for given in (texts, iter(texts)):
+        with pytest.raises(ValueError, match="text 5 cannot be tokenised"):
+            encoder.encode(given)
+
+
+# ---- the text of a prompt is not a name ----
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"query": "\u67e5\u8be2", "document": ""},
+        {"query": "Q-", "document": "D_"},
+        {"query": "document", "document": "the man: "},
+        {"query": "passage", "document": "query", "passage": "the man: "},
+        {"query": "query", "document": "the"},
+    ],
+)
+def test_the_text_of_a_saved_prompt_is_used_as_it_is(encoder, tmp_path, prompts):
+    encoder.prompts = prompts
+    encoder.save_pretrained(tmp_path / "prompted")
+    own = SentenceEncoder.from_pretrained(tmp_path / "prompted")
+    other = theirs(tmp_path / "prompted")
+    for method in ("encode_query", "encode_document"):
+        np.testing.assert_allclose(
+            getattr(own, method)(TEXTS[:2]), getattr(other, method)(TEXTS[:2]), atol=1e-6
+        )
+    for text in prompts.values():  # as text it is accepted, too, unless it is another's name
+        if text and text not in prompts:
+            expected = own.encode([text + TEXTS[0]], prompt="")
+            np.testing.assert_array_equal(own.encode(TEXTS[:1], prompt=text), expected)
+
+
+# ---- messages, paths and types ----
+
+
+@pytest.mark.parametrize("key, value", [("path", "a" * 100_000), ("type", "\x1b[31mred")])
+def test_what_a_model_says_is_quoted(saved, key, value):
+    content = json.loads((saved / "modules.json").read_text())
+    content[1][key] = value
+    (saved / "modules.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="modules.json: module 1") as error:
+        SentenceEncoder.from_pretrained(saved)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400 + len(str(saved))
+
+
+@pytest.mark.parametrize("name", ["a" * 100_000, "\x1b[31mred", "a\0b", "~nobody-of-this-name/x"])
+def test_a_name_that_is_no_path_is_quoted(name):
+    with pytest.raises(ValueError, match="is not a directory|is no directory here") as error:
+        SentenceEncoder.from_pretrained(name)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_a_model_is_saved_in_the_home_folder(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    encoder.save_pretrained("~/model")
+    assert not list(Path().iterdir())
+    SentenceEncoder.from_pretrained("~/model")
+
+
+@pytest.mark.parametrize(
+    "texts, options, said",
+    [
+        (["a"], {"batch_size": "2"}, "batch_size is '2'; it must be a whole number"),
+        (["a"], {"batch_size": 1.5}, "batch_size is 1.5"),
+        (["a"], {"batch_size": True}, "batch_size is True"),
+        (["a"], {"batch_size": None}, "batch_size is None"),
+        (["a"], {"truncate_dim": 1.5}, "truncate_dim 1.5 does not fit"),
+        (["a"], {"truncate_dim": "8"}, "truncate_dim '8' does not fit"),
+        (np.array("a"), {}, "texts is of type ndarray; pass a list"),
+        (torch.tensor(5), {}, "texts is of type Tensor; pass a list"),
+        ("a", {"precision": "int8"}, "takes its ranges from the texts, and one text has none"),
+    ],
+)
+def test_other_types_are_one_sentence(encoder, texts, options, said):
+    with pytest.raises(ValueError, match=said):
+        encoder.encode(texts, **options)
+
+
+def test_numpy_integers_are_integers(encoder):
+    some = encoder.encode(TEXTS, batch_size=np.int8(2), truncate_dim=np.uint8(8))
+    np.testing.assert_array_equal(some, encoder.encode(TEXTS, batch_size=2, truncate_dim=8))
+    np.testing.assert_array_equal(encoder.encode(np.str_("a")), encoder.encode("a"))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"pooling": ["mean"]}, "pooling .* is not one of"),
+        ({"prompts": ["a: "]}, "prompts is of type list"),
+        ({"prompts": {"query": 5}}, "prompt 'query' is 5; both"),
+    ],
+)
+def test_parts_of_other_types_are_one_sentence(tiny_backbone, tiny_tokenizer, options, said):
+    with pytest.raises(ValueError, match=said):
+        SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=16, **options)

@@ -189,7 +189,7 @@ def test_the_rows_above_a_number(tmp_path, after):
     expected = [
         (i, {"anchor": f"a{i - 1}", "positive": f"b{i - 1}"}) for i in range(after + 1, n + 1)
     ]
-    assert list(data._rows(path, None, None, after)) == expected
+    assert list(data._rows(path, data._Columns(), None, after)) == expected
     assert (
         list(
             data._hub_rows(datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path)), after)
@@ -205,8 +205,8 @@ FILES = {
     "header only": ("a.tsv", b"anchor\tpositive\n", "no example in this file"),
     "wrong header": (
         "a.tsv",
-        b"left\tright\na\tb\n",
-        ":1: no known pair of columns among left, right",
+        b"left\tright\tmiddle\na\tb\tc\n",
+        ":1: no known pair of columns among left, right, middle",
     ),
     "no header": ("a.csv", b"Is it foggy?,No.\n", "columns=(0, 1) reads a table without a header"),
     "open quote": ("a.csv", b'anchor,positive\na,b\n"c,d\n', ":3: not CSV"),
@@ -980,3 +980,57 @@ def test_rows_with_other_numbers_of_negatives_are_kept_and_counted(tmp_path):
         lambda: prepare([entry(path, negatives=-1)], tmp_path / "out", progress=False),
         "negatives is -1",
     )
+
+
+def test_prepare_tells_what_it_wrote_and_what_it_compared(tmp_path):
+    wanted = [entry(put(tmp_path / f"{n}.jsonl", GOOD), n) for n in "ab"]
+    out = tmp_path / "out"
+    for workers in (1, 2):
+        made = prepare(wanted, out / str(workers), progress=False, workers=workers)
+        assert made.written == ("a", "b") and made.verified == {}
+    assert prepare(wanted, out / "1", progress=False).written == ()
+    again = prepare(wanted, out / "1", progress=False, verify=True, workers=2)
+    assert again.written == () and again == made and list(again.verified) == ["a", "b"]
+    assert again.verified["a"]["files"] == 3 and again.verified["a"]["bytes"] > 1000
+    shard = out / "1" / "b.store" / "shard-00000.arrow"
+    os.truncate(shard, 100)
+    with pytest.warns(UserWarning, match="shard-00000.arrow: .* damaged and is written anew"):
+        assert prepare(wanted, out / "1", progress=False).written == ("b",)
+
+
+def test_columns_that_are_not_read_are_said_at_each_opening(tmp_path):
+    rows = [{"anchor": a, "positive": p, "note": f"n {a}", "id": "x1"} for a, p in GOOD]
+    path = put(tmp_path / "a.jsonl", rows)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="column note holds text that is not read") as caught:
+            made = one(tmp_path, path)
+        assert len(caught) == 1
+    assert made.summary["remarks"] == {"unused": ["note"]}
+    with pytest.warns(UserWarning, match="column note holds text"):
+        load_source(made.folder)
+
+
+def test_unknown_names_keep_their_order_when_a_run_is_continued(tmp_path, monkeypatch, stops):
+    monkeypatch.setattr(store, "SHARD_ROWS", 2)
+    one_way = [{"left": f"a{i}", "right": f"b{i}"} for i in range(4)]
+    other_way = [{"right": f"b{i}", "left": f"a{i}"} for i in range(4, 8)]
+    path = put(tmp_path / "a.jsonl", one_way + other_way)
+    stops(6)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([entry(path)], tmp_path / "out", progress=False)
+    stops(None)
+    with pytest.warns(UserWarning, match="'left' was taken as the anchor"):
+        assert rows(one(tmp_path, path)) == [(f"a{i}", f"b{i}") for i in range(8)]
+
+
+def test_a_saved_dataset_is_prepared(tmp_path):
+    columns = {"question": [a for a, _ in GOOD], "answer": [p for _, p in GOOD]}
+    saved = datasets.Dataset.from_dict(columns)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=saved, test=saved.select([2, 1])).save_to_disk(str(tmp_path / "two"))
+    assert rows(one(tmp_path, tmp_path / "one")) == GOOD
+    assert list(load_source(tmp_path / "one")) == list(read_examples(tmp_path / "one")) == GOOD
+    made = prepare([entry(tmp_path / "two", split="test")], tmp_path / "out2", progress=False)
+    assert made["a"]["rows"] == 2
+    assert list(load_source(tmp_path / "two", split="test")) == [GOOD[2], GOOD[1]]
+    refuses(lambda: load_source(tmp_path / "two", split="dev"), "no split 'dev', but train, test")

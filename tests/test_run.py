@@ -26,6 +26,8 @@ from test_trainer import (
 
 from contrastive_st import trainer
 from contrastive_st.atomic import MANIFEST, Damaged, read_json
+from contrastive_st.data import Source
+from contrastive_st.mixture import Mixture
 from contrastive_st.run import (
     Stopped,
     TrainConfig,
@@ -136,7 +138,7 @@ def test_a_manifest_that_is_damaged_is_refused(broken):
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(broken):
     (broken / "checkpoints/checkpoint-4").rename(broken / "checkpoints/checkpoint-5")
-    with pytest.raises(ValueError, match="training.pt: is of step 4, but its folder says 5"):
+    with pytest.raises(Damaged, match="checkpoint-5: is of step 4, but its name says 5"):
         dropout_run(broken, resume=True)
 
 
@@ -202,7 +204,7 @@ def test_a_moved_run_uses_nothing_of_the_old_place(tmp_path, monkeypatch):
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys, monkeypatch):
     after = dropout_run(tmp_path / "run")
     before, listing = snapshot(tmp_path), sorted(tmp_path.rglob("*"))
-    encoder = make_encoder()
+    encoder = make_encoder(dropout=0.1)
     metrics = train(
         encoder,
         make_mixture(),
@@ -228,7 +230,8 @@ def test_a_run_killed_between_its_first_records_starts_over(tmp_path, whole, the
         (tmp_path / "run/metrics.json").write_text(
             json.dumps({"before": {}, "test": {"before": {}}})
         )
-        shutil.rmtree(tmp_path / "run/checkpoints")
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
     assert run_state(tmp_path / "run") in ("begun", "finished")
     assert same(dropout_run(tmp_path / "run", resume=True), whole)
     assert run_state(tmp_path / "run") == "finished"
@@ -281,16 +284,39 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, whole, number, co
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
+@pytest.mark.parametrize(
+    "numbers, code",
+    [
+        ((signal.SIGTERM, signal.SIGTERM), 143),
+        ((signal.SIGINT, signal.SIGINT), 130),
+        ((signal.SIGINT, signal.SIGTERM), 143),
+    ],
+)
+@pytest.mark.parametrize(
+    "step, said", [(3, "of step 2, resume goes on from there"), (1, "no checkpoint yet")]
+)
+def test_a_second_signal_ends_at_once_and_says_from_where_to_go_on(
+    tmp_path, whole, numbers, code, step, said
+):
     class Twice(At):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
+            if state.global_step == step:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+
+    with pytest.raises(Stopped, match=f"stopped at once; .*{said}") as caught:
+        dropout_run(tmp_path, callbacks=[Twice(None, None)])
+    assert caught.value.code == code
+    assert checkpoints(tmp_path) == ([2] if step == 3 else [])
+    assert same(dropout_run(tmp_path, resume=True), whole)
+
+
+def test_an_interrupt_before_anything_was_recorded_is_only_an_interrupt(tmp_path):
+    def interrupted(encoder):
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dropout_run(tmp_path, callbacks=[Twice(None, None)])
-    assert checkpoints(tmp_path) == [2]
+        dropout_run(tmp_path / "run", evaluate=interrupted)
 
 
 class Interrupted(Scores):
@@ -399,9 +425,11 @@ def test_numbers_of_other_libraries_are_numbers(tmp_path):
         == {"a": 0.5, "b": 0.25, "c": 3.0, "4": 1.0}
         == read(tmp_path, "metrics")["before"]
     )
-    for bad in ({"a": "x"}, {"a": None}, {"a": [1, 2]}, {"a": torch.ones(2)}, [1], None):
-        with pytest.raises(ValueError, match="the evaluation"):
+    wrong = ({"a": "x"}, {"a": None}, {"a": [1, 2]}, {"a": torch.ones(2)}, [1], None)
+    for bad in (*wrong, {"a": 10**400}, {"a": 10**5000}, {"x" * 10**6: "x"}):
+        with pytest.raises(ValueError, match="the evaluation") as caught:
             plain_metrics(bad)
+        assert len(str(caught.value)) < 300
 
 
 # ---- the configuration ----
@@ -449,6 +477,391 @@ def test_training_files_hold_no_code(broken):
     with pytest.raises(ValueError, match="training.pt: cannot be read"):
         load_training(path.parent, {"step"})
     assert not (broken / "ran").exists()
+
+
+# ---- the same run ----
+
+
+def measured(encoder):
+    return {"m": 0.5}
+
+
+RECIPE = """
+title = "a run"
+[evaluation]
+sts = "dev.jsonl"
+[test]
+retrieval = "exam"
+"""
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    "A run with an evaluation, a test and a recipe, killed at step 5, with checkpoints 2 and 4."
+    out = tmp_path_factory.mktemp("begun") / "run"
+    exams = dict(evaluate=measured, test=measured, recipe=RECIPE)
+    with pytest.raises(Crash):
+        dropout_run(out, callbacks=[At(5, crash)], **exams)
+    return out
+
+
+def go_on(out, encoder=None, mixture=None, c=None, **options):
+    "Resume the run that `begun` began, with something changed."
+    encoder = encoder or make_encoder(dropout=0.1)
+    c = c or config(6, save_every=2)
+    exams = dict(evaluate=measured, test=measured, recipe=RECIPE)
+    train(
+        encoder, mixture or make_mixture(), c, out, progress=False, resume=True, **exams | options
+    )
+    return weights(encoder)
+
+
+def changed_encoder(**changes):
+    encoder = make_encoder(dropout=changes.pop("dropout", 0.1))
+    for name, value in changes.items():
+        setattr(encoder, name, value)
+    return encoder
+
+
+def frozen_encoder():
+    encoder = make_encoder(dropout=0.1)
+    encoder.backbone.embeddings.requires_grad_(False)
+    return encoder
+
+
+def encoder_with_heads(heads):
+    encoder = make_encoder(dropout=0.1)
+    encoder.backbone.config.num_attention_heads = heads
+    return encoder
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(encoder=lambda: changed_encoder(pooling="cls")), "encoder.pooling was 'mean', now"),
+        (dict(encoder=lambda: changed_encoder(normalize=False)), "encoder.normalize was True, now"),
+        (dict(encoder=lambda: changed_encoder(max_length=8)), "encoder.max_length was 64, now 8"),
+        (
+            dict(encoder=lambda: changed_encoder(prompts={"query": "q: "})),
+            "encoder.prompts.query was None, now 'q: '",
+        ),
+        (
+            dict(encoder=lambda: changed_encoder(settings={"similarity_fn_name": "dot"})),
+            "encoder.settings.similarity_fn_name was None, now 'dot'",
+        ),
+        (dict(encoder=lambda: changed_encoder(dropout=0.2)), r"dropout was \[0.1\], now \[0.2\]"),
+        (dict(encoder=frozen_encoder), "encoder.frozen was 0, now"),
+        (dict(encoder=lambda: encoder_with_heads(2)), "encoder.num_attention_heads was"),
+        (dict(mixture=lambda: make_mixture(copies=2)), "texts.pairs"),
+        (dict(evaluate=lambda: None), "evaluation was True, now False"),
+        (dict(test=lambda: None), "test was True, now False"),
+        (
+            dict(recipe=lambda: RECIPE.replace("dev.jsonl", "other.jsonl")),
+            "evaluation.sts was 'dev.jsonl', now 'other.jsonl'",
+        ),
+        (
+            dict(recipe=lambda: RECIPE + '[run]\nchanges = { test = { retrieval = "easier" } }\n'),
+            "test.retrieval was 'exam', now 'easier'",
+        ),
+        (dict(c=lambda: config(6, save_every=2, scale=5.0)), "scale was 20.0, now 5.0"),
+    ],
+)
+def test_resume_refuses_what_would_be_another_run(begun, tmp_path, change, said):
+    out = shutil.copytree(begun, tmp_path / "run")
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=f"another configuration or other data.*{said}") as caught:
+        go_on(out, **{name: make() for name, make in change.items()})
+    assert len(str(caught.value)) < 1000
+    records = {name for name in before if not name.startswith("data_config")}
+    assert {name: snapshot(out)[name] for name in records} == {n: before[n] for n in records}
+
+
+def test_what_does_no_harm_may_differ_after_a_resume(begun, tmp_path):
+    "Another title, command and place; other base weights, which the checkpoint replaces."
+    straight = go_on(shutil.copytree(begun, tmp_path / "straight"))
+    encoder = make_encoder(dropout=0.1)
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1.0)
+    recipe = RECIPE.replace("a run", "another title") + "# command: resumed\n"
+    out = shutil.copytree(begun, tmp_path / "moved")
+    after = go_on(out, encoder, c=config(6, save_every=2, workers=0), recipe=recipe)
+    assert same(after, straight)
+    assert (out / "recipe.toml").read_text() == RECIPE  # how the run began
+
+
+def test_a_resumed_run_sits_the_exam_that_it_began_with(begun, tmp_path):
+    out = shutil.copytree(begun, tmp_path / "run")
+    with pytest.raises(ValueError, match="began with an evaluation that measures m, and this one"):
+        go_on(out, evaluate=lambda encoder: {"other": 1.0})
+    assert json.loads((out / "metrics.json").read_text())["before"] == {"m": 0.5}
+
+
+def test_one_text_of_a_small_source_is_enough_to_be_another_run(tmp_path):
+    rows = [(f"a text {n}", f"its partner {n}") for n in range(40)]
+    c = config(6, save_every=2)
+    with pytest.raises(Crash):
+        mixture = Mixture([Source(rows, "pairs")], [1.0], 8, 1)
+        train(make_encoder(), mixture, c, tmp_path, callbacks=[At(5, crash)], progress=False)
+    rows[17] = (rows[17][0].upper(), rows[17][1])
+    mixture = Mixture([Source(rows, "pairs")], [1.0], 8, 1)
+    with pytest.raises(ValueError, match="texts.pairs was"):
+        train(make_encoder(), mixture, c, tmp_path, resume=True, progress=False)
+
+
+# ---- checkpoints of others ----
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    "A run whose best step is 2, killed at step 7: checkpoints 2, 4 and 6."
+    out = tmp_path_factory.mktemp("chosen") / "run"
+    c = config(8, eval_every=2, metric="score")
+    with pytest.raises(Crash):
+        scores = Scores(0.1, 0.9, 0.2, 0.2)
+        dropout_run(out, c, evaluate=scores, callbacks=[At(7, crash)])
+    assert checkpoints(out) == [2, 4, 6]
+    return out, c
+
+
+def place(out, step):
+    return out / f"checkpoints/checkpoint-{step}"
+
+
+def swap(source, target):
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda out, other: swap(place(out, 4), place(out, 2)), "checkpoint-2: is of step 4"),
+        (
+            lambda out, other: swap(place(other, 2), place(out, 2)),
+            "checkpoint-2: is a checkpoint of",
+        ),
+        (
+            lambda out, other: swap(place(other, 6), place(out, 6)),
+            "checkpoint-6: is a checkpoint of",
+        ),
+        (lambda out, other: shutil.rmtree(place(out, 2)), "checkpoint-2: is missing"),
+        (lambda out, other: (place(out, 2) / MANIFEST).unlink(), "checkpoint-2: has no manifest"),
+        (
+            lambda out, other: (place(out, 2) / MANIFEST).write_text("{}"),
+            "manifest.json: is not as",
+        ),
+        (lambda out, other: flip(place(out, 2) / "model.safetensors"), "2/model.safetensors: has"),
+        (lambda out, other: place(out, 8).write_text("x"), "checkpoint-8: is no folder"),
+        (
+            lambda out, other: place(out, 8).symlink_to(out / "nothing"),
+            "checkpoint-8: is no folder",
+        ),
+        (lambda out, other: (out / "model").write_text("x"), "model: is no folder"),
+        (lambda out, other: (out / "model").symlink_to(out / "nothing"), "model: is no folder"),
+        (lambda out, other: (out / "history.json").mkdir(), "history.json: is no file"),
+        (lambda out, other: (out / "mixture.json").mkdir(), "mixture.json: is no file"),
+        (lambda out, other: (out / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda out, other: (out / "run.json").unlink(), "run.json: cannot be read"),
+        (lambda out, other: (out / "run.json").write_text("{}"), "run.json: id is missing"),
+        (lambda out, other: (out / "versions.json").unlink(), "no versions.json|not a run's"),
+        (
+            lambda out, other: [(place(out, n) / MANIFEST).unlink() for n in (2, 4, 6)],
+            "checkpoint-6: has no manifest.json, and no other",
+        ),
+    ],
+)
+def test_all_that_a_resumed_run_will_need_is_looked_at_when_it_begins(
+    chosen, tmp_path, damage, said
+):
+    (run, c), asked = chosen, []
+    out, other = shutil.copytree(run, tmp_path / "run"), tmp_path / "other"
+    shutil.copytree(run, other)
+    record = read_json(other / "run.json") | {"id": "another"}
+    (other / "run.json").write_text(json.dumps(record))
+    for step in (2, 4, 6):  # whole checkpoints of the other run
+        about = {"run": "another", "seconds": 0.0, "metrics": None}
+
+        def write(folder):
+            shutil.copytree(place(run, step), folder, dirs_exist_ok=True)
+
+        write_checkpoint(other, step, 2, write, about)
+    damage(out, other)
+    before = snapshot(out)
+
+    def evaluate(encoder):
+        asked.append(1)
+        return {"score": 0.2}
+
+    with pytest.raises(ValueError, match=said) as caught:
+        dropout_run(out, c, evaluate=evaluate, resume=True)
+    assert not asked and snapshot(out) == before
+    assert "delete manifest" not in str(caught.value).replace("delete " + str(out), "")
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda model, other: (model / MANIFEST).unlink(), "model: has no manifest.json"),
+        (lambda model, other: (model / MANIFEST).write_text("{}"), "manifest.json: is not as it"),
+        (lambda model, other: flip(model / "model.safetensors"), "model.safetensors: has another"),
+        (lambda model, other: swap(other, model), "model: is not the model that this run made"),
+    ],
+)
+def test_the_model_of_a_finished_run_is_checked_when_it_is_taken(whole_run, tmp_path, damage, said):
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    damage(out / "model", place(out, 4))
+    with pytest.raises(Damaged, match=said):
+        dropout_run(out, resume=True)
+    shutil.rmtree(out / "model")  # as the sentence says
+    assert same(dropout_run(out, resume=True), dropout_run(whole_run, resume=True))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole_run") / "run"
+    dropout_run(out)
+    return out
+
+
+# ---- records ----
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "versions.json", "run.json", "config.json"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "5", '"x"', '{"before": 5}', '{"compute": 5}', '{"ended_by": []}']
+)
+def test_a_record_of_another_shape_is_named_before_any_step(broken, name, text):
+    (broken / name).write_text(text)
+    mixture = make_mixture()
+    mixture.batch = None  # no step is made
+    if name == "versions.json" and text in ('{"before": 5}', '{"ended_by": []}'):
+        return  # it may lack what it computes with
+    with pytest.raises(ValueError, match=f"{name}: |was trained with another configuration"):
+        train(
+            make_encoder(dropout=0.1),
+            mixture,
+            config(6, save_every=2),
+            broken,
+            resume=True,
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": "x"}, {"after": None}, {"best_step": 1.5}, {"ended_by": "x"}, {"test": {}}],
+)
+def test_a_finished_run_with_a_wrong_record_is_refused(whole_run, tmp_path, change):
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    record = read_json(out / "metrics.json") | change
+    (out / "metrics.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="metrics.json: (steps|after|best_step|ended_by|test)"):
+        dropout_run(out, resume=True)
+
+
+def test_a_lost_first_measurement_comes_from_the_checkpoint(begun, tmp_path, capsys):
+    out = shutil.copytree(begun, tmp_path / "run")
+    (out / "metrics.json").unlink()
+    (out / "data_config.json").write_text("{}")
+    after = go_on(out)
+    assert "metrics.json was gone; checkpoint-4 knows what it held" in capsys.readouterr().err
+    assert same(after, go_on(shutil.copytree(begun, tmp_path / "straight")))
+    for name in ("metrics.json", "data_config.json"):
+        one, other = (read_json(tmp_path / n / name, (dict, list)) for n in ("run", "straight"))
+        assert name != "metrics.json" or one["before"] == other["before"] == {"m": 0.5}
+        assert name == "metrics.json" or one == other
+
+
+def test_a_finished_run_without_its_metrics_keeps_its_model(whole_run, tmp_path):
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    (out / "metrics.json").unlink()
+    with pytest.raises(ValueError, match="metrics.json: cannot be read"):
+        dropout_run(out, resume=True)
+    assert (out / "model/model.safetensors").exists()
+
+
+# ---- places and times ----
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    dropout_run("~/run")
+    assert run_state("~/run") == run_state(tmp_path / "home/run") == "finished"
+    assert find_checkpoint("~/run")[0] == tmp_path / "home/run/checkpoints/checkpoint-6"
+    with pytest.raises(ValueError, match="already holds a finished run"):
+        claim("~/run")
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(broken):
+    path = broken / "checkpoints/checkpoint-4"
+    about = read_json(path / "checkpoint.json") | {"seconds": 1000.0}
+
+    def write(folder):
+        for name in (
+            name for name in os.listdir(path) if name not in (MANIFEST, "checkpoint.json")
+        ):
+            copy = shutil.copytree if (path / name).is_dir() else shutil.copy
+            copy(path / name, folder / name)
+
+    step, best = about.pop("step"), about.pop("best_step")
+    write_checkpoint(broken, step, best, write, about)
+    dropout_run(broken, resume=True)
+    metrics = read(broken, "metrics")
+    assert 1000 < metrics["seconds"] < 1100
+    assert metrics["pairs_per_second"] == pytest.approx(6 * 8 / metrics["seconds"], abs=0.06)
+
+
+# ---- values of other libraries in the configuration ----
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({"steps": np.int64(5)}, {"steps": 5}),
+        ({"steps": torch.tensor(5)}, {"steps": 5}),
+        ({"lr": np.float64(1e-3)}, {"lr": 1e-3}),
+        ({"symmetric": np.bool_(False)}, {"symmetric": False}),
+        ({"widths": [16, np.int32(32)]}, {"widths": (16, 32)}),
+        ({"widths": np.array([16, 32])}, {"widths": (16, 32)}),
+    ],
+)
+def test_what_is_plainly_a_number_is_taken(given, kept):
+    c = TrainConfig(**{"steps": 5, "warmup": 0} | given)
+    for name, value in kept.items():
+        assert getattr(c, name) == value and type(getattr(c, name)) is type(value)
+    json.dumps(c.widths + (c.steps, c.lr, c.symmetric))
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"step": 5}, "there is no setting step; did you mean steps?"),
+        ({"steps": "x" * 10**6}, "steps should be a valid integer, not 'xxx"),
+        ({"steps": 10**5000}, "steps should be less than"),
+        ({"steps": 5.5}, "steps should be a valid integer, not 5.5"),
+        ({"widths": [16, "b"]}, "widths.1 should be a valid integer, not 'b'"),
+        ({"warmup": 5}, "warmup is 5 steps but the run has 5"),
+        ({"lr": 10**400}, "lr should be"),
+        ({"similarity": "c\nos"}, "similarity should be 'cos' or 'dot', not 'c"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(wrong, said):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**{"steps": 5, "warmup": 0} | wrong)
+    text = str(caught.value)
+    assert text.startswith("TrainConfig: ") and said in text
+    assert "\n" not in text and len(text) < 250
 
 
 # ---- several processes ----

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -600,8 +601,15 @@ def test_a_shard_that_is_cut_missing_or_no_arrow_file(tmp_path, monkeypatch):
             todo,
         )
         assert not is_current(folder, ORIGIN)
-        # and preparing rebuilds it
-        assert write_store(folder, ORIGIN, reader(pairs(rows))).rows([2]) == [rows[2]]
+        # and preparing rebuilds it, and says why
+        with pytest.warns(UserWarning, match="shard-00001.arrow: .* damaged and is written anew"):
+            made = write_store(folder, ORIGIN, reader(pairs(rows)))
+        assert made.rows([2]) == [rows[2]] and made.is_new
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # data that changed are no damage
+            (folder / "shard-00000.arrow").write_bytes(b"")
+            write_store(folder, ORIGIN | {"edition": 2}, reader(pairs(rows)))
+            write_store(folder, ORIGIN, reader(pairs(rows)))
     shard.write_bytes(b"\0" * len(whole))  # the right size: found when it is read
     assert Store(folder).rows([0, 5]) == [rows[0], rows[5]]
     refuses(lambda: Store(folder).rows([3]), shard, "cannot be read", "prepare the data again")
@@ -615,7 +623,7 @@ SPOILED = [
     ("null", "holds a JSON NoneType"),
     ('{"format": 1}', "format 1, this version reads"),
     ("[" * 100_000, "RecursionError"),
-    ('{"format": 3}', "bytes instead of"),
+    (f'{{"format": {store.FORMAT}}}', "bytes instead of"),
 ]
 
 
@@ -1069,7 +1077,8 @@ def test_damaged_tokens_are_named_and_made_again(texts, harm):
         "prepare the data again",
     )
     assert Store(texts).rows([20]) == [ROWS[20]]  # the texts are whole
-    write_tokens(texts, engine(), encode)
+    with pytest.warns(UserWarning, match="the tokens were damaged and are written anew"):
+        write_tokens(texts, engine(), encode)
     assert str(Store(texts).tokens([20])[0][0], "utf-16-le") == ROWS[20][0][:5]
 
 
@@ -1096,3 +1105,71 @@ def test_preparing_the_texts_again_drops_the_tokens(texts):
     assert (
         write_store(texts, {"bytes": 8}, reader(pairs([("x", "y"), ("z", "w")]))).tokenised is None
     )
+
+
+# ---- what writing says
+
+
+def test_a_damaged_store_is_reported_without_an_order(texts):
+    flip(texts / "shard-00002.arrow", 200, 3)
+    with pytest.warns(UserWarning) as caught:
+        write_store(texts, ORIGIN, reader(pairs(ROWS)), full=True)
+    [message] = [str(w.message) for w in caught]
+    assert message.endswith("; the store was damaged and is written anew")
+    assert "delete" not in message and "shard-00002.arrow: has another digest" in message
+
+
+def test_a_store_knows_whether_it_was_written_and_what_was_compared(texts):
+    made = write_store(texts, ORIGIN, reader(pairs(ROWS)))
+    assert not made.is_new and made.verified == {}
+    made = write_store(texts, ORIGIN, reader(pairs(ROWS)), full=True)
+    files = json.loads((texts / "manifest.json").read_text())["files"]
+    size = sum((texts / name).stat().st_size for name in files)
+    assert not made.is_new and made.verified == {"files": len(files), "bytes": size}
+    assert write_store(texts, ORIGIN | {"edition": 2}, reader(pairs(ROWS))).is_new
+
+
+def test_remarks_of_a_killed_run_are_those_of_an_undisturbed_one(tmp_path, monkeypatch):
+    small(monkeypatch, 2)
+    found = {3: "x", 7: "y"}
+
+    def read(remarks, stop=99):
+        def lines(after, reject):
+            for n in range(after + 1, 10):
+                if n == stop:
+                    raise KeyboardInterrupt
+                if n in found:
+                    remarks.setdefault("unused", []).append(found[n])
+                    remarks["unused"] = sorted(set(remarks["unused"]))
+                yield n, (f"a{n}", f"b{n}")
+
+        return lines
+
+    def write(name, stop=99):
+        remarks = {}
+        lines = read(remarks, stop)
+        return write_store(tmp_path / name, ORIGIN, lines, remarks=remarks)
+
+    with pytest.raises(KeyboardInterrupt):
+        write("a", 6)
+    assert write("a").summary["remarks"] == write("b").summary["remarks"] == {"unused": ["x", "y"]}
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_wide_rows_are_bounded_in_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_TEXTS", 1000)
+    many = [(f"a{i}", f"b{i}") for i in range(40)] + [("c", "d", *"n" * 98)]
+    with pytest.warns(UserWarning, match="line 41: is the first row with negatives and has 98"):
+        made = write_store(tmp_path / "a.store", ORIGIN, reader(pairs(many)))
+    assert {f["rows"] for f in made.summary["shards"]} == {10, 1}  # ten rows of a hundred texts
+    assert made.rows([40]) == [many[40]] and len(made.columns) == 100
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    made = write_store("~/a.store", ORIGIN, reader(pairs(ROWS)))
+    assert made.folder == tmp_path / "a.store" and not (tmp_path / "~").exists()
+    assert is_current("~/a.store", ORIGIN) and len(verify("~/a.store")) == len(ROWS)
+    write_tokens("~/a.store", engine(), encode)
+    assert Store("~/a.store").tokenised and store.expanded("~no-body/a") == Path("~no-body/a")

@@ -791,3 +791,50 @@ for kind in ("words", "one word", "ideographs", "spaces", "lines", "punctuation"
     for line in said.splitlines():
         seconds, megabytes = map(float, line.split())
         assert seconds < 1 and megabytes < 100, said
+
+
+def bpe_without_unknown():
+    tokenizer = make_tokenizer()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["model"]["vocab"].pop("[UNK]")
+    spec["added_tokens"] = []
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    return tokenizer
+
+
+def test_a_text_that_the_tokenizer_refuses_is_named():
+    tokens = Tokens(bpe_without_unknown(), max_length=16)
+    with pytest.raises(ValueError, match=r"text 2 cannot be tokenised .*\[UNK\].*leave it out"):
+        tokens.encode(["a", "the dog", "\u65e5", "b"])
+    with pytest.raises(ValueError, match="text 17 cannot be tokenised"):
+        tokens._ragged(["a", "\u65e5"], [5, 17])
+
+
+@pytest.mark.parametrize("texts, said", [(["a", 5], "text 1 is of type int"), ([None], "NoneType")])
+def test_what_is_no_text_is_named(tiny_tokenizer, texts, said):
+    with pytest.raises(ValueError, match=said):
+        Tokens(tiny_tokenizer, max_length=16).encode(texts)
+
+
+def test_numpy_integers_are_integers(tiny_tokenizer):
+    tokens = Tokens(tiny_tokenizer, max_length=np.int64(16), buckets=[np.int32(8)])
+    assert tokens.buckets == (8, 16) and json.dumps(tokens.engine)
+    assert list(feed(abs, range(3), workers=np.int8(1), ahead=np.int64(1))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda tokenizer: Tokens(tokenizer, max_length=16.0),
+        lambda tokenizer: Tokens(tokenizer, max_length=16, buckets=[8.5]),
+        lambda tokenizer: Tokens(tokenizer, max_length=16, buckets=8),
+        lambda tokenizer: Tokens(tokenizer, max_length=16).encode(5),
+        lambda tokenizer: list(feed(abs, range(3), workers="1")),
+        lambda tokenizer: list(feed(abs, range(3), ahead=1.5)),
+        lambda tokenizer: pad(torch.tensor([1]), torch.tensor([1]), length="4"),
+    ],
+    ids=range(7),
+)
+def test_other_types_are_one_sentence(tiny_tokenizer, call):
+    with pytest.raises(ValueError, match="must be|takes a list|use 0 workers or more"):
+        call(tiny_tokenizer)

@@ -39,6 +39,7 @@ from contrastive_st.trainer import (
 )
 
 RECORDS = {
+    "run.json",
     "config.json",
     "data_config.json",
     "versions.json",
@@ -432,21 +433,27 @@ def test_without_bf16_arithmetic_a_run_is_in_float32_and_says_so(tmp_path, monke
 # ---- what computes ----
 
 
+def pretend(monkeypatch, slow, error):
+    "A processor on which MKL is slow or not, and the error of oneDNN's products."
+    monkeypatch.setattr(trainer, "_mkl_is_slow", lambda: slow)
+    monkeypatch.setattr(trainer, "_onednn_error", lambda: error)
+
+
 @pytest.mark.parametrize(
-    "faster, error, wish, chosen",
+    "slow, error, wish, chosen",
     [
-        (2.3, 1e-6, "auto", "onednn"),
-        (1.05, 1e-6, "auto", "default"),
-        (4.0, 2e-3, "auto", "default"),
-        (0.0, math.inf, "auto", "default"),
-        (2.3, 1e-6, "default", "default"),
-        (0.9, 1e-6, "onednn", "onednn"),
+        (True, 1e-6, "auto", "onednn"),
+        (False, 1e-6, "auto", "default"),
+        (True, 2e-3, "auto", "default"),
+        (True, math.inf, "auto", "default"),
+        (True, 1e-6, "default", "default"),
+        (False, 1e-6, "onednn", "onednn"),
     ],
 )
-def test_onednn_multiplies_float32_where_it_is_exact_and_faster(
-    tmp_path, monkeypatch, faster, error, wish, chosen
+def test_onednn_multiplies_float32_where_it_is_exact_and_mkl_is_slow(
+    tmp_path, monkeypatch, slow, error, wish, chosen
 ):
-    monkeypatch.setattr(trainer, "_onednn", lambda: (faster, error))
+    pretend(monkeypatch, slow, error)
     during = []
 
     def evaluate(e):
@@ -464,7 +471,7 @@ def test_onednn_multiplies_float32_where_it_is_exact_and_faster(
 def test_onednn_in_a_lower_precision_is_refused_before_the_directory_is_taken(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "_onednn", lambda: (4.0, 2e-3))
+    pretend(monkeypatch, True, 2e-3)
     with pytest.raises(
         ValueError, match="float32 products have a relative error of 2e-03; use 'auto' or 'default'"
     ):
@@ -479,7 +486,7 @@ def test_onednn_in_a_lower_precision_is_refused_before_the_directory_is_taken(
 
 
 def test_a_precision_that_the_caller_set_stays_and_is_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "_onednn", lambda: (2.3, 1e-6))
+    pretend(monkeypatch, True, 1e-6)
     torch.set_float32_matmul_precision("high")
     try:
         train(make_encoder(), make_mixture(), config(2), tmp_path, progress=False)
@@ -491,7 +498,7 @@ def test_a_precision_that_the_caller_set_stays_and_is_recorded(tmp_path, monkeyp
 
 
 def test_the_precision_is_given_back_when_a_run_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "_onednn", lambda: (2.3, 1e-6))
+    pretend(monkeypatch, True, 1e-6)
     with pytest.raises(Crash):
         train(
             make_encoder(),
@@ -505,13 +512,13 @@ def test_the_precision_is_given_back_when_a_run_fails(tmp_path, monkeypatch):
 
 
 def test_the_measurement_tells_an_exact_product_from_a_rounded_one():
-    trainer._onednn.cache_clear()
+    trainer._onednn_error.cache_clear()
     before, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
-    faster, error = trainer._onednn()
+    error = trainer._onednn_error()
     assert torch.get_float32_matmul_precision() == before
     assert torch.equal(torch.get_rng_state(), state)
     if not torch.backends.mkldnn.is_available():
-        assert (faster, error) == (0.0, math.inf)
+        assert error == math.inf
         return
     x, w = torch.randn(64, 384), torch.randn(384, 96)
     try:
@@ -519,7 +526,39 @@ def test_the_measurement_tells_an_exact_product_from_a_rounded_one():
         lower = (x @ w - (x.double() @ w.double())).abs().max() > 1e-2
     finally:
         torch.set_float32_matmul_precision(before)
-    assert faster > 0 and (error > 1e-5) == bool(lower)
+    assert (error > 1e-5) == bool(lower)
+
+
+@pytest.mark.parametrize(
+    "capability, cpuinfo, mkl, slow",
+    [
+        ("AVX512", "vendor_id\t: AuthenticAMD\n", True, True),
+        ("AVX2", "vendor_id\t: AuthenticAMD\n", True, False),
+        ("AVX512", "vendor_id\t: GenuineIntel\n", True, False),
+        ("AVX512", "vendor_id\t: AuthenticAMD\n", False, False),
+        ("DEFAULT", "", False, False),
+    ],
+)
+def test_the_choice_depends_on_the_processor_and_on_no_clock(
+    monkeypatch, capability, cpuinfo, mkl, slow
+):
+    def clock():
+        raise AssertionError("the choice looked at a clock")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(Path, "read_text", lambda path, *rest: cpuinfo)
+    for name in ("perf_counter", "monotonic", "time", "process_time"):
+        monkeypatch.setattr(time, name, clock)
+    trainer._mkl_is_slow.cache_clear()
+    trainer._onednn_error.cache_clear()
+    try:
+        assert trainer._mkl_is_slow() == slow
+        exact = trainer._onednn_error() < 1e-5
+        chosen = "onednn" if slow and exact else "default"
+        assert trainer._matmul(TrainConfig(), "cpu") == chosen
+    finally:
+        trainer._mkl_is_slow.cache_clear()
 
 
 def test_fused_adamw_is_used_and_is_adamw(tmp_path):
@@ -1071,8 +1110,7 @@ def test_resume_refuses_another_model(stopped):
         )
     )
     with pytest.raises(
-        ValueError,
-        match=r"holds the weights of another model \(.*embeddings.*\); resume with the encoder",
+        ValueError, match="encoder.max_length was 64, now 16.*encoder.weights was [0-9]+, now"
     ):
         train(
             SentenceEncoder(other, make_tokenizer(), max_length=16),

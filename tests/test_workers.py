@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from contrastive_st.workers import worker_pool
+
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
@@ -146,3 +148,16 @@ def test_ctrl_c_ends_all_and_the_parent_alone_says_so(tmp_path):
         for left in wait_for_end([process.pid, *ids], 5):
             os.kill(left, signal.SIGKILL)
     assert process.returncode and err.count("KeyboardInterrupt") == 1, err
+
+
+def test_a_missing_guard_is_not_a_lack_of_memory(tmp_path):
+    _, _, err = ended(tmp_path, "short", guard="'__main__'")
+    assert err.rstrip().endswith('put the call below `if __name__ == "__main__":`'), err
+    assert "take fewer" not in err  # what `todo` says of other causes
+
+
+@pytest.mark.parametrize("workers", [0, -1, "2", 1.5, True, None])
+def test_workers_are_a_whole_number(workers):
+    with pytest.raises(ValueError, match="workers is .*; it must be a whole number, 1 or more"):
+        with worker_pool(workers):
+            pass

@@ -523,7 +523,7 @@ SAID = {
         "training.pt: was written by another training loop or version, whose state has another"
         " form; resume with that one"
     ),
-    "another model": "holds the weights of another model",
+    "another model": "was trained with another configuration or other data (encoder.weights was",
     "claimed": "already holds a run; choose another directory",
     "lost before a checkpoint": "ValueError: the loss became nan between steps 0 and 2; lower lr",
     "other buckets": "was trained with buckets [16, 32, 64], now [64]; resume with the same",

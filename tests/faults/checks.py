@@ -226,27 +226,24 @@ def finished(folder):
     return {"tried": 1, "failed": failed}
 
 
-def products(folder):
-    "Which library multiplies is found out by a clock; a resumed run keeps to what it began with."
-    scenario = TrainLast
-    settings = dict(steps=6, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3, **TrainLast.config)
+def products(folder, processes=4):
+    "Which library multiplies depends on the processor alone, also while the machine is busy."
 
-    def auto():
-        return trainer.TrainConfig(**settings)
+    def work(place):
+        settings = dict(steps=6, warmup=1, lr=3e-3, log_every=1, workers=0, seed=3)
+        run = TrainLast()
+        run.settings = lambda: trainer.TrainConfig(**settings, **TrainLast.config)
+        run.run(place, False)
 
-    weights = []
-    for name, faster_later in (("steady", 2.0), ("noisy", 0.5)):
-        run = scenario()
-        run.settings = auto
-        trainer._onednn = lambda: (2.0, 1e-7)
-        place = killed(folder / name, run)
-        trainer._onednn = lambda: (faster_later, 1e-7)
-        run.run(place, True)
-        weights.append(run.outcome(place)["weights"])
-    return {
-        "tried": 1,
-        "failed": [] if len(set(weights)) == 1 else ["the weights depend on a clock"],
-    }
+    places = [folder / f"run-{n}" for n in range(processes)]
+    for place in places:
+        place.mkdir()
+    begun = [in_process(lambda: work(place)) for place in places]  # all at once
+    failed = [f"a run ended with {code}" for code in map(status, begun) if code]
+    runs = [TrainLast().outcome(place)["weights"] for place in places]
+    if len(set(runs)) > 1:
+        failed.append(f"the same recipe gave {len(set(runs))} different models")
+    return {"tried": processes, "failed": failed}
 
 
 def best_damaged(folder):

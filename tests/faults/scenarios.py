@@ -88,6 +88,7 @@ class Train(Scenario):
     def outcome(self, folder):
         out = folder / "run"
         records = {p.name: json.loads(p.read_text()) for p in sorted(out.glob("*.json"))}
+        records["run.json"].pop("id")  # another one in each run
         history = records.pop("history.json")
         records.pop("versions.json")["torch"]
         checkpoints = sorted(p.name for p in (out / "checkpoints").iterdir())

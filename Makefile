@@ -32,7 +32,9 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@touch $(READY)
 
 train: $(READY)  ## train on the embedded corpus: measures before and after, writes runs/quickstart
-	$(BIN)/contrastive-st train $(RECIPE) --out $(OUT) --overwrite
+	@# what was stopped goes on; what is finished is made anew
+	$(BIN)/contrastive-st train $(RECIPE) --out $(OUT) \
+		$$(grep -qs '"ended_by"' $(OUT)/metrics.json && echo --overwrite || echo --resume)
 
 test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .

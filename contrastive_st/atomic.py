@@ -74,18 +74,18 @@ def _follow(path):
     return Path(os.path.realpath(_expand(path)))
 
 
-def _target(path, wanted=stat.S_IFREG):
-    "The same; refuse what stands there unless it is of the wanted type."
+def _target(path, *wanted):
+    "The same; refuse what stands there unless it is of a wanted type."
     target = _follow(path)
     try:
         found = stat.S_IFMT(os.lstat(target).st_mode)
     except OSError:  # it is free, or it cannot be reached, which the writing will say
         return target
-    if found != wanted:
+    if found not in wanted:
         way = f" leads to {target}, which" if os.path.islink(_expand(path)) else ""
         raise ValueError(
             f"{path}:{way} is {_TYPES.get(found, 'of an unknown type')};"
-            f" choose another name for the {_TYPES[wanted][2:]}"
+            f" choose another name for the {_TYPES[wanted[0]][2:]}"
         )
     return target
 
@@ -153,7 +153,7 @@ def new_file(
     path: str | Path,  # final name; a file that stands there is replaced, anything else is refused
 ) -> Iterator[Path]:  # where to write meanwhile, in the same folder
     "Yield a name to write to; when the block ends well, the file takes its final name."
-    path = _target(path)
+    path = _target(path, stat.S_IFREG)
     with _partial(path) as beside:  # of two writers the last one wins
         yield beside
         _sync(beside)  # before the renaming, or a power cut could leave an empty file
@@ -573,7 +573,8 @@ class Part:
         origin: Any,  # JSON: what the pieces are made from; a part of another origin is begun anew
         notes: dict = {},  # JSON: further state to begin with, such as the line to read next
     ):
-        self.path = _target(path, stat.S_IFDIR)
+        # A file may stand there, too: `encoding` joins the pieces into one.
+        self.path = _target(path, stat.S_IFDIR, stat.S_IFREG)
         self.folder = self.path.with_name(f"{self.path.name}.part")
         self.origin = json.loads(json.dumps(origin))
         self.state = self._resume() or self._begin(notes)

@@ -746,6 +746,18 @@ def _train_command(config, tiny, data, out):
     return f"contrastive-st train {shlex.join([*words, '--store', str(out)])}"
 
 # %% ../nbs/13_cli.ipynb #prepare
+def _outcome(summaries, out):
+    "Say what `prepare` wrote, and what it compared."
+    count = len(summaries)
+    lines = [f"Written to {out}: {len(summaries.written)} of {count} stores."]
+    if not summaries.written:
+        lines = [f"Nothing to do: all {count} stores in {out} are up to date."]
+    if compared := summaries.verified.values():
+        files, size = (sum(part[key] for part in compared) for key in ("files", "bytes"))
+        lines.append(f"Compared {files:,} files, {size:,} bytes: they are as they were written.")
+    return "\n".join(lines)
+
+
 @app.command()
 @_stoppable("the same command goes on with what is missing")
 def prepare(
@@ -811,8 +823,8 @@ def prepare(
     if tokens:
         _tokenise(tokens, out, summaries, progress)
     atomic.write_json(out / "data_config.json", list(_data_config(entries, summaries)))
-    command = _train_command(config, tiny, data, out)
-    _say(f"{store.summary_table(summaries)}\n\nWritten to {out}. Next: {command}")
+    _say(f"{store.summary_table(summaries)}\n\n{_outcome(summaries, out)}")
+    _say(f"Next: {_train_command(config, tiny, data, out)}")
 
 # %% ../nbs/13_cli.ipynb #read-texts
 _LONGEST = 2**24  # bytes of a line; a longer one is no text

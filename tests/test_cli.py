@@ -229,7 +229,9 @@ def test_the_installed_script(place):
     assert not (place / "never").exists()
     out, err, code = ended["prepare"]  # in processes of its own; no bar, for this is no terminal
     assert (code, err) == (0, "") and "2 datasets, 54 rows; no line was left out" in out
-    assert out.endswith("Written to made. Next: contrastive-st train recipe.toml --store made\n")
+    assert out.endswith(
+        "Written to made: 2 of 2 stores.\nNext: contrastive-st train recipe.toml --store made\n"
+    )
 
 
 # ---- help ----
@@ -284,6 +286,7 @@ def test_train_fills_the_run_directory_and_says_what_next(place, run):
     expected = {
         *("config.json", "data_config.json", "recipe.toml", "versions.json", "metrics.json"),
         *("history.json", "mixture.json", "similarity.png", "model", "checkpoints", "tensorboard"),
+        "run.json",
     }
     assert {p.name for p in folder.iterdir()} == expected
     metrics = json.loads((folder / "metrics.json").read_text())

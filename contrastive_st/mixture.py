@@ -262,8 +262,10 @@ def _check_pools(pools, sources, k):
 # %% ../nbs/01_mixture.ipynb #plan
 def _source(dataset, name, cache_dir=None):
     "A source of whatever holds examples; what can be drawn from already stays as it is."
-    if hasattr(dataset, "identities") and hasattr(dataset, "columns"):
-        return dataset if hasattr(dataset, "name") else Source(dataset, name)  # a Store has none
+    # A plan needs no texts, so a name, column names and a length are enough to make one.
+    columns, called = getattr(dataset, "columns", None), getattr(dataset, "name", None)
+    if isinstance(columns, tuple) and isinstance(called, str):
+        return dataset
     if isinstance(dataset, (str, Path)):
         return load_source(dataset, name, cache_dir=cache_dir)
     return Source(dataset, name)

@@ -982,10 +982,12 @@ def _longest_replacement(charsmap):
     return max(len(text.decode(errors="replace")) for text in texts.split(b"\0"))
 
 
-def _ids(content):
+def _ids(content, name):
     "The ids in a file of a tokenizer, be it the vocabulary or the tokens that were added."
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else content
+    model = content.get("model") if name == "tokenizer.json" else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if name in ("vocab.json", "added_tokens.json"):  # nothing but tokens and their ids
+        vocabulary = content
     if isinstance(vocabulary, list):
         yield len(vocabulary)
     elif isinstance(vocabulary, dict):
@@ -1007,8 +1009,8 @@ def _check_tokenizer(folder, rows):
         with reading(file):
             content = read_json(file)
             growth = _growth(content.get("normalizer"))
-            largest = max((i for i in _ids(content) if isinstance(i, int)), default=0)
-        if name != "tokenizer_config.json" and largest > most or largest > 2**40:
+            largest = max((i for i in _ids(content, name) if isinstance(i, int)), default=0)
+        if largest > most:
             raise ValueError(
                 f"{file}: holds the id {quoted(largest)}, but the model embeds only {rows:,}"
                 " tokens; weights and tokenizer do not belong together"

@@ -302,7 +302,7 @@ def test_read_corpus(tmp_path, name, text, column, expected):
         ("a.tsv", "x" * 50_000 + "\ta\n1\t2\n", "", "which column holds the texts is not clear"),
         ("a.csv", "\x1b[31mred,b\n1,2\n", "", "'?[31mred', 'b'"),
         ("a.jsonl", '{"text": "' + "x" * 5_000_000 + '"}\n', "", "has 5,000,000 characters"),
-        ("a.jsonl", '{"a": ' * 5_000 + "1" + "}" * 5_000, "", "a.jsonl:1: not a JSON"),
+        ("a.jsonl", '{"a": ' * 100_000 + "1" + "}" * 100_000, "", "a.jsonl:1: not a JSON"),
         ("a.jsonl", '{"text": null, "title": ["x"]}\n', "", "a.jsonl:1"),
         ("a.jsonl", '{"n": ' + "9" * 5_000 + "}", "", "a.jsonl:1: not a JSON"),
         ("a.jsonl", '{"text": NaN}\n', "", "a.jsonl:1"),

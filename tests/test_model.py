@@ -1528,6 +1528,12 @@ def test_rules_of_known_models_are_not_refused(minilm, saved):
     SentenceEncoder.from_pretrained(saved)
 
 
+def test_no_limit_of_length_is_not_an_id(saved):
+    "transformers writes this number where a tokenizer has no limit of its own."
+    edit(saved / "tokenizer_config.json", model_max_length=int(1e30))
+    SentenceEncoder.from_pretrained(saved)
+
+
 def test_a_chunk_size_that_does_not_divide_lengths_is_no_matter(encoder, saved):
     edit(saved / "config.json", chunk_size_feed_forward=3)
     np.testing.assert_allclose(

@@ -264,7 +264,7 @@ def _source(dataset, name, cache_dir=None):
     "A source of whatever holds examples; what can be drawn from already stays as it is."
     # A plan needs no texts, so a name, column names and a length are enough to make one.
     columns, called = getattr(dataset, "columns", None), getattr(dataset, "name", None)
-    if isinstance(columns, tuple) and isinstance(called, str):
+    if hasattr(columns, "__len__") and isinstance(called, str):
         return dataset
     if isinstance(dataset, (str, Path)):
         return load_source(dataset, name, cache_dir=cache_dir)

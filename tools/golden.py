@@ -336,7 +336,7 @@ def trained(name: str) -> tuple[Path, np.ndarray]:
 
     kind, _, resumed = name.partition(" ")
     options = {"steps": 10, "warmup": 2, "lr": 1e-3, "log_every": 1, "workers": 0}
-    # By default `matmul` measures which way is faster, and might choose another the next time.
+    # By default `matmul` depends on the processor, and records of two machines would differ.
     config = TrainConfig(**options, **RUNS[kind], matmul="default")
     out = Path(scratch().name) / name
     common = {"out": out, "evaluate": measure, "recipe": RECIPE, "progress": False}

@@ -10,7 +10,7 @@ __all__ = ['sts_cosines', 'similarity_of', 'evaluate_sts', 'paired_difference', 
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 
 import ir_measures
 import numpy as np
@@ -59,13 +59,21 @@ def _check_dtype(
         )
 
 
+def _function(encode):
+    "The function that encodes: an encoder may stand for its method."
+    return encode.encode if callable(encode) and hasattr(encode, "encode") else encode
+
+
 def _embed(
     encode: Callable,  # list of N texts -> (N, D) array
     texts: list[str],  # N texts
     similarity: str = "cos",  # "cos" scales rows to length one, "dot" leaves them
 ) -> np.ndarray:  # (N, D) float32
     "Encode, and check what came back."
-    embeddings = np.asarray(encode(texts))
+    embeddings = encode(texts)
+    if hasattr(embeddings, "detach"):  # a tensor, whose type NumPy may not know
+        embeddings = embeddings.detach().cpu().float().numpy()
+    embeddings = np.asarray(embeddings)
     if embeddings.ndim != 2 or len(embeddings) != len(texts):
         raise ValueError(
             f"encode returned shape {embeddings.shape} for {len(texts)} texts; "
@@ -120,12 +128,12 @@ def sts_cosines(
     sts: tuple,  # sentence1, sentence2, scores: three lists of n
 ) -> np.ndarray:  # (n,) float64, -1..1
     "Cosine of every sentence pair."
-    return _sts_scores(encode, sts, "cos")
+    return _sts_scores(_function(encode), sts, "cos")
 
 
 def _sts_scores(encode, sts, similarity):
     "Cosine or dot product of every sentence pair, (n,) float64."
-    first, second, scores = sts
+    first, second, scores = map(list, sts)  # also where they are iterators
     _check_sts(first, second, scores)
     embeddings = _embed(encode, [*first, *second], similarity)  # (2 * n, D)
     return (embeddings[: len(first)] * embeddings[len(first) :]).sum(axis=1).astype(np.float64)
@@ -161,6 +169,10 @@ def _report(
     seed: int,  # of the resampling
 ) -> dict:  # name, name_low, name_high for each of the M names
     "Values on all rows, each with the 95% percentile bootstrap interval over rows."
+    if isinstance(resamples, bool) or not isinstance(resamples, Integral) or resamples < 0:
+        raise ValueError(
+            f"resamples is {_short(resamples)}; give a whole number, 0 for no intervals"
+        )
     values = statistic(np.arange(n)[None])  # (1, M)
     if resamples:
         # Some resamples at a time: at most 200,000 row numbers are in memory.
@@ -187,6 +199,7 @@ def evaluate_sts(
     similarity: str | None = None,  # "cos" or "dot"
 ) -> dict:  # "pearson", "spearman", each also with _low and _high (95%), and "n"
     "Correlation of cosines (or dot products) with people's scores, with intervals."
+    sts, encode = tuple(map(list, sts)), _function(encode)
     cosines = _sts_scores(encode, sts, similarity_of(encode, similarity))
     gold = np.asarray(sts[2], dtype=np.float64)
     if np.ptp(cosines) < 1e-6:  # float32 noise
@@ -469,6 +482,7 @@ def _retrieve(
 ):
     "Figures of each query, and what was left out or missing: (query id -> figures, counts)."
     # 1. everything that can be checked without encoding
+    encode, encode_corpus = _function(encode), _function(encode_corpus)
     _check_numbers(ks, chunk, encode, encode_corpus)
     _check_texts(corpus, "corpus")
     _check_texts(queries, "queries")

@@ -9,6 +9,7 @@ __all__ = ['semantic_search', 'faiss_index', 'faiss_search', 'paraphrase_mining'
 # %% ../nbs/10_search.ipynb #imports
 import importlib
 from collections.abc import Hashable, Iterable, Iterator
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -110,6 +111,9 @@ def _check_table(
             f"embeddings of shape {tuple(shape)} are not a table (N, D); wrap a single vector as"
             " vector[None]"
         )
+    for name, n in numbers.items():
+        if isinstance(n, bool) or not isinstance(n, Integral):
+            raise ValueError(f"{name} is {str(n)[:40]!r}; it must be a whole number, at least 1")
     if bad := [f"{name}={n}" for name, n in {"rows": shape[0], **numbers}.items() if n < 1]:
         raise ValueError(f"{', '.join(bad)}: there is nothing to search; each must be at least 1")
 

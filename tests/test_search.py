@@ -508,3 +508,11 @@ def test_nothing_moves_the_global_generators(global_randomness):
         community_detection(x, 0.5, 2)
         cluster(x, 7)
         faiss_index(x, "IVF4,Flat") if importlib.util.find_spec("faiss") else None
+
+
+@pytest.mark.parametrize("top_k", [1.5, "3", True, None])
+def test_a_number_of_results_is_a_whole_number(top_k):
+    rows = np.eye(4, dtype=np.float32)
+    with pytest.raises(ValueError, match="top_k is .*; it must be a whole number, at least 1"):
+        semantic_search(rows, rows, top_k)
+    assert semantic_search(rows, rows, np.int64(2))[1].shape == (4, 2)

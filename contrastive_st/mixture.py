@@ -20,9 +20,8 @@ import math
 import warnings
 import numpy as np
 from .atomic import read_json, reading
-from .data import Example, Source, is_hub_id, is_saved_dataset, is_store
+from .data import Example, Source, expanded, is_hub_id, is_saved_dataset, is_store
 from .data import load_source, quote, regular_file, store_folder
-from .store import expanded
 
 # %% ../nbs/01_mixture.ipynb #permute
 def _key(

@@ -663,14 +663,17 @@ def _encoder_identity(encoder):
     "What decides which vectors an encoder gives and how it learns, besides its weights."
     backbone, tokens = encoder.backbone, Tokens(encoder.tokenizer, encoder.max_length)
     shape = {name: getattr(backbone.config, name, None) for name in _BACKBONE}
-    settings = ("similarity_fn_name", "default_prompt_name", "truncate_dim")
+    settings = {
+        name: encoder.settings.get(name) for name in ("default_prompt_name", "truncate_dim")
+    }
+    similarity = encoder.settings.get("similarity_fn_name")  # what is not said is the cosine
     layers = [layer for layer in backbone.modules() if isinstance(layer, torch.nn.Dropout)]
     return {
         "pooling": encoder.pooling,
         "normalize": encoder.normalize,
         "max_length": encoder.max_length,
         "prompts": encoder.prompts,
-        "settings": {name: encoder.settings.get(name) for name in settings},
+        "settings": settings | {"similarity_fn_name": similarity or "cosine"},
         "tokenizer": tokens.engine["fingerprint"],
         "weights": sum(p.numel() for p in backbone.parameters()),
         "frozen": sum(p.numel() for p in backbone.parameters() if not p.requires_grad),

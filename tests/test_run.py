@@ -547,7 +547,7 @@ def encoder_with_heads(heads):
         ),
         (
             dict(encoder=lambda: changed_encoder(settings={"similarity_fn_name": "dot"})),
-            "encoder.settings.similarity_fn_name was None, now 'dot'",
+            "encoder.settings.similarity_fn_name was 'cosine', now 'dot'",
         ),
         (dict(encoder=lambda: changed_encoder(dropout=0.2)), r"dropout was \[0.1\], now \[0.2\]"),
         (dict(encoder=frozen_encoder), "encoder.frozen was 0, now"),
@@ -582,6 +582,7 @@ def test_what_does_no_harm_may_differ_after_a_resume(begun, tmp_path):
     encoder = make_encoder(dropout=0.1)
     with torch.no_grad():
         next(encoder.parameters()).add_(1.0)
+    encoder.settings["similarity_fn_name"] = "cosine"  # as a saved model says it
     recipe = RECIPE.replace("a run", "another title") + "# command: resumed\n"
     out = shutil.copytree(begun, tmp_path / "moved")
     after = go_on(out, encoder, c=config(6, save_every=2, workers=0), recipe=recipe)

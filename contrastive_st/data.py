@@ -18,7 +18,6 @@ import io
 import json
 import multiprocessing
 import operator
-import os
 import re
 import reprlib
 import warnings
@@ -40,10 +39,10 @@ import pyarrow.parquet as pq
 from isal import igzip
 from tqdm.auto import tqdm
 
-from .atomic import reading
+from .atomic import expanded, reading
 from .store import MOST_NEGATIVES, REJECTS, SUMMARY, Store, column_names
-from .store import expanded, fit_negatives, negatives_changed, text_identity
-from .store import warn_of_width, write_store
+from .store import fit_negatives, negatives_changed, text_identity, warn_of_width
+from .store import write_store
 from .workers import worker_pool
 
 # %% ../nbs/00_data.ipynb #quote

@@ -70,7 +70,7 @@ def _embed(
     similarity: str = "cos",  # "cos" scales rows to length one, "dot" leaves them
 ) -> np.ndarray:  # (N, D) float32
     "Encode, and check what came back."
-    embeddings = encode(texts)
+    embeddings = _function(encode)(texts)
     if hasattr(embeddings, "detach"):  # a tensor, whose type NumPy may not know
         embeddings = embeddings.detach().cpu().float().numpy()
     embeddings = np.asarray(embeddings)
@@ -128,12 +128,12 @@ def sts_cosines(
     sts: tuple,  # sentence1, sentence2, scores: three lists of n
 ) -> np.ndarray:  # (n,) float64, -1..1
     "Cosine of every sentence pair."
-    return _sts_scores(_function(encode), sts, "cos")
+    return _sts_scores(encode, map(list, sts), "cos")  # also of iterators
 
 
 def _sts_scores(encode, sts, similarity):
     "Cosine or dot product of every sentence pair, (n,) float64."
-    first, second, scores = map(list, sts)  # also where they are iterators
+    first, second, scores = sts
     _check_sts(first, second, scores)
     embeddings = _embed(encode, [*first, *second], similarity)  # (2 * n, D)
     return (embeddings[: len(first)] * embeddings[len(first) :]).sum(axis=1).astype(np.float64)
@@ -161,6 +161,11 @@ def similarity_of(
     return similarity
 
 # %% ../nbs/06_evaluation.ipynb #interval
+def _is_whole_number(value, least):
+    "Whether a value is an integer of Python or NumPy and large enough; True and False are none."
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
 def _report(
     names: list[str],  # M figures
     statistic: Callable,  # row numbers (R, n) -> values (R, M)
@@ -169,7 +174,7 @@ def _report(
     seed: int,  # of the resampling
 ) -> dict:  # name, name_low, name_high for each of the M names
     "Values on all rows, each with the 95% percentile bootstrap interval over rows."
-    if isinstance(resamples, bool) or not isinstance(resamples, Integral) or resamples < 0:
+    if not _is_whole_number(resamples, 0):
         raise ValueError(
             f"resamples is {_short(resamples)}; give a whole number, 0 for no intervals"
         )
@@ -199,7 +204,7 @@ def evaluate_sts(
     similarity: str | None = None,  # "cos" or "dot"
 ) -> dict:  # "pearson", "spearman", each also with _low and _high (95%), and "n"
     "Correlation of cosines (or dot products) with people's scores, with intervals."
-    sts, encode = tuple(map(list, sts)), _function(encode)
+    sts = tuple(map(list, sts))  # also of iterators
     cosines = _sts_scores(encode, sts, similarity_of(encode, similarity))
     gold = np.asarray(sts[2], dtype=np.float64)
     if np.ptp(cosines) < 1e-6:  # float32 noise
@@ -459,12 +464,8 @@ def _in_order(ids):
 
 def _check_numbers(ks, chunk, encode, encode_corpus):
     "Raise a ValueError for options that make no sense."
-
-    def counts(n):
-        return isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 1
-
     ks = ks if isinstance(ks, tuple | list | range) else [ks]
-    if not ks or not all(counts(n) for n in [*ks, chunk]):
+    if not ks or not all(_is_whole_number(n, 1) for n in [*ks, chunk]):
         raise ValueError(
             f"ks={_short(ks)}, chunk={_short(chunk)};"
             " give at least one cut-off, and whole numbers of 1 or more"
@@ -482,7 +483,6 @@ def _retrieve(
 ):
     "Figures of each query, and what was left out or missing: (query id -> figures, counts)."
     # 1. everything that can be checked without encoding
-    encode, encode_corpus = _function(encode), _function(encode_corpus)
     _check_numbers(ks, chunk, encode, encode_corpus)
     _check_texts(corpus, "corpus")
     _check_texts(queries, "queries")

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import math
 import warnings
 import numpy as np
-from .atomic import read_json, reading
-from .data import Example, Source, expanded, is_hub_id, is_saved_dataset, is_store
+from .atomic import expanded, read_json, reading
+from .data import Example, Source, is_hub_id, is_saved_dataset, is_store
 from .data import load_source, quote, regular_file, store_folder
 
 # %% ../nbs/01_mixture.ipynb #permute

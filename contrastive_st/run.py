@@ -34,8 +34,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
-from .atomic import MANIFEST, Damaged, check_folder, digest_file, is_whole
-from .atomic import lock, new_folder, read_json, reading, remove
+from .atomic import MANIFEST, Damaged, abandoned, check_folder, digest_file
+from .atomic import expanded, is_whole, lock, new_folder, read_json, reading, remove
 from .atomic import write_json, write_text
 from .model import SentenceEncoder
 from .tokens import Tokens, token_report
@@ -271,16 +271,11 @@ _RUN_ENTRIES = (
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,11})")
 
 
-def _folder(out):
-    "The path of a run directory, with ~ replaced."
-    return Path(os.path.expanduser(out))
-
-
 def run_state(
     out: str | Path,  # run directory; need not exist
 ) -> Literal["none", "begun", "finished"]:
     "Say whether a directory holds a run, and whether that came to its end."
-    out = _folder(out)
+    out = expanded(out)
     if not (out / "versions.json").is_file():
         return "none"
     if not (out / "metrics.json").is_file():  # killed between its first records
@@ -298,7 +293,7 @@ def _clear(out):
 def _tidy(out):
     "Delete what killed writers left under names that are not final."
     for folder in (out, out / "checkpoints"):
-        for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+        for leftover in [*abandoned(folder), *folder.glob(".*.old")]:
             remove(leftover)
 
 # %% ../nbs/07_run.ipynb #checkpoint
@@ -310,7 +305,7 @@ def checkpoint_folder(
     step: int,  # optimiser steps done
 ) -> Path:
     "Return the folder of the checkpoint of a step."
-    return _folder(out) / "checkpoints" / f"checkpoint-{step}"
+    return expanded(out) / "checkpoints" / f"checkpoint-{step}"
 
 
 def checkpoint_steps(
@@ -319,7 +314,7 @@ def checkpoint_steps(
 ) -> list[int]:  # ascending
     "List the steps of which there is a checkpoint."
     steps = []
-    for path in (_folder(out) / "checkpoints").glob("checkpoint-*"):
+    for path in (expanded(out) / "checkpoints").glob("checkpoint-*"):
         name = _CHECKPOINT.fullmatch(path.name)
         if name and path.is_dir() and (is_whole(path) or not whole):
             steps.append(int(name[1]))
@@ -411,7 +406,7 @@ def claim(
     make: bool = True,  # False only checks
 ) -> Path:  # the directory
     "Make the run directory; `ValueError` if it is in use, or holds a run and no flag is given."
-    out = _folder(out)
+    out = expanded(out)
     if int(os.environ.get("RANK", 0)):  # under torchrun the first rank decides for all
         return out
     if resume and overwrite:
@@ -624,7 +619,7 @@ def load_training(
     keys: set[str],  # what this loop wrote
 ) -> dict:  # tensors, numbers, lists and dicts
     "Read a checkpoint's training.pt, which holds no code; `ValueError` if it is not this loop's."
-    path = _folder(folder) / "training.pt"
+    path = expanded(folder) / "training.pt"
     with reading(path, "delete this checkpoint to resume from the one before"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not keys <= state.keys():
@@ -824,7 +819,7 @@ class Run:
         device: torch.device | str = "cpu",  # where it computes
         versions: dict | None = None,  # what else belongs into the record of software and hardware
     ):
-        self.encoder, self.mixture, self.config, self.out = encoder, mixture, config, _folder(out)
+        self.encoder, self.mixture, self.config, self.out = encoder, mixture, config, expanded(out)
         self.device, self.versions = torch.device(device), versions or {}
         self._evaluate, self._test = evaluate, test
         self.id = ""  # made when the run begins

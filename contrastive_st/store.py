@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SUMMARY', 'REJECTS', 'TOKENS', 'MOST_NEGATIVES', 'MANY_NEGATIVES', 'SHARD_ROWS', 'SHARD_TEXTS',
-           'SHARD_CHARACTERS', 'text_identity', 'column_names', 'expanded', 'Shards', 'Store', 'warn_of_width',
-           'fit_negatives', 'negatives_changed', 'summary_table', 'is_current', 'write_store', 'verify', 'write_tokens']
+           'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards', 'Store', 'warn_of_width', 'fit_negatives',
+           'negatives_changed', 'summary_table', 'is_current', 'write_store', 'verify', 'write_tokens']
 
 # %% ../nbs/00_store.ipynb #imports-std
 import json
@@ -26,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .atomic import MANIFEST, Damaged, Part, check_folder, is_whole, lock
-from .atomic import read_json, reading, remove, tidy, writing
+from .atomic import MANIFEST, Damaged, Part, check_folder, expanded, is_whole
+from .atomic import lock, read_json, reading, remove, tidy, writing
 
 # %% ../nbs/00_store.ipynb #identity
 def text_identity(
@@ -52,13 +52,6 @@ def column_names(
 
 # %% ../nbs/00_store.ipynb #shard
 _TODO = "copy the store again, or delete this folder and prepare the data again"
-
-
-def expanded(
-    path: str | Path,  # as a user writes it
-) -> Path:  # the same, with ~ replaced by the home folder
-    "Replace ~ at the beginning of a path; a name such as ~nobody stays as it is."
-    return Path(os.path.expanduser(path))
 
 
 def _ragged(array):

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .atomic import expanded
 from .machine import pair_arguments, refusal, tpu_chips
 from .model import POOLINGS, SentenceEncoder, _most_tokens
 from .tokens import TokenBatch, Tokens, feed, pad
@@ -82,7 +83,7 @@ def _flags(dump):
     if "xla_dump_to" in os.environ.get("XLA_FLAGS", ""):
         return
     if dump:
-        dump = Path(os.path.expanduser(dump))
+        dump = expanded(dump)
         dump.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="xla-", dir=dump)
     if not dump:  # nobody asked to keep it
@@ -130,7 +131,7 @@ def start(
     import torch_xla.runtime as runtime
 
     if cache:
-        runtime.initialize_cache(os.path.expanduser(cache))
+        runtime.initialize_cache(str(expanded(cache)))
     if not runtime.is_spmd():
         _use_spmd(runtime)
     logging.getLogger("torch_xla.backends").setLevel("ERROR")  # it warns even of the first call

@@ -223,7 +223,7 @@ def test_readme_program(tmp_path):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs/00_data.ipynb").write_text("{}")
+    (tmp_path / "nbs/07_data.ipynb").write_text("{}")
     shutil.copy2(ROOT / "settings.ini", tmp_path)
     plot = new_output(
         "display_data",
@@ -232,7 +232,7 @@ def test_readme_program(tmp_path):
     nb = new_notebook(
         cells=[
             new_markdown_cell(
-                "# Name\n> One line.\n\nSee [data](00_data.ipynb) and `[no](link.ipynb)`.",
+                "# Name\n> One line.\n\nSee [data](07_data.ipynb) and `[no](link.ipynb)`.",
                 id="title",
             ),
             new_code_cell("#| hide\nsecret = 1", id="hidden"),
@@ -247,7 +247,7 @@ def test_readme_program(tmp_path):
     assert tool.main([*at, "--check"]) == 1 and tool.main(at) == 0
     assert tool.main([*at, "--check"]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert "secret" not in text and "#|" not in text and "(nbs/00_data.ipynb)" in text
+    assert "secret" not in text and "#|" not in text and "(nbs/07_data.ipynb)" in text
     assert "`[no](link.ipynb)`" in text
     assert blocks(text, "python") == ["print('a')\n", "plt.plot()\n"]
     assert blocks(text, "text") == ["a\n"]
@@ -257,7 +257,7 @@ def test_readme_program(tmp_path):
     (tmp_path / "docs/images/old.png").write_bytes(b"")
     assert tool.main([*at, "--check"]) == 1 and tool.main(at) == 0
     assert not (tmp_path / "docs/images/old.png").exists()
-    nb.cells[0].source = nb.cells[0].source.replace("00_data", "99_gone")
+    nb.cells[0].source = nb.cells[0].source.replace("07_data", "99_gone")
     nbformat.write(nb, tmp_path / "nbs/index.ipynb")
     with pytest.raises(SystemExit, match="99_gone"):
         tool.main(at)

@@ -1,8 +1,8 @@
 """Execute notebooks as a stranger on Colab does: all cells, in an empty folder, install cell first.
 
     python tools/colab.py cpu                  # all notebooks, with what Colab's CPU and GPU bring
-    python tools/colab.py tpu 08_xla           # one, with what its TPU runtime brings
-    python tools/colab.py empty 04_loss index  # two, in an environment with nothing but Jupyter
+    python tools/colab.py tpu 16_xla           # one, with what its TPU runtime brings
+    python tools/colab.py empty 01_loss index  # two, in an environment with nothing but Jupyter
     python tools/colab.py cpu --record         # note the seconds in tools/pages.json
 
 The environments are .venv-colab-cpu and so on, built the first time from constraints-colab.txt and
@@ -112,7 +112,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=VERSIONS)
-    parser.add_argument("names", nargs="*", help="notebooks, such as 04_loss; all if none is named")
+    parser.add_argument("names", nargs="*", help="notebooks, such as 01_loss; all if none is named")
     parser.add_argument(
         "--python",
         default=sys.executable,

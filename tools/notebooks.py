@@ -1,7 +1,7 @@
 """Execute notebooks in place, honouring nbdev's flags, so that every committed output is real.
 
     python tools/notebooks.py                    # all of nbs/, what nbdev_test would run
-    python tools/notebooks.py nbs/04_loss.ipynb  # one
+    python tools/notebooks.py nbs/01_loss.ipynb  # one
     python tools/notebooks.py --flags "slow" nbs/tutorials/nli_to_stsb.ipynb
     python tools/notebooks.py --headers          # write header and install cells, execute nothing
     python tools/notebooks.py --format           # format the code cells by ruff, execute nothing

@@ -82,7 +82,7 @@ def pictures(nb) -> dict[str, bytes]:
 
 
 def relative(text: str, known) -> str:
-    "Turn a notebook's links into links from the root: 00_data.ipynb becomes nbs/00_data.ipynb."
+    "Turn a notebook's links into links from the root: 07_data.ipynb becomes nbs/07_data.ipynb."
 
     def link(match):
         if match[1] is None:  # inline code

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'LIMIT', 'CHARACTERS', 'TEXT', 'AT_A_TIME', 'WAITING', 'STYLE', 'batches', 'add_counts', 'Model',
-           'short_names', 'open_models', 'to_html', 'score_matrix', 'compare', 'lengths', 'answers', 'keep_texts',
-           'one_text', 'split_lines', 'read_corpus', 'find', 'project', 'map_figure', 'clusters', 'own_items',
-           'read_items', 'bias_table', 'bias_figure', 'watch_run', 'curves', 'shares', 'before_after', 'heat', 'note',
-           'reply', 'run_html', 'build', 'application', 'launch']
+           'short_names', 'open_models', 'to_html', 'note', 'score_matrix', 'compare', 'lengths', 'answers',
+           'keep_texts', 'one_text', 'split_lines', 'read_corpus', 'find', 'clusters', 'own_items', 'read_items',
+           'bias_table', 'heat', 'run_html', 'reply', 'build', 'application', 'launch']
 
 # %% ../nbs/24_demo.ipynb #imports
 import atexit
@@ -16,9 +15,9 @@ import gc
 import html
 import os
 import re
-import textwrap
 import threading
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,11 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from . import bias
-from .atomic import read_json, reading
+from .atomic import reading
+from .charts import before_after, clip, curves, heat_chart, is_run, lean_chart
+from .charts import map_chart, project, shares, watch_run
 from .data import quickstart_folder, read_retrieval
-from .evaluation import METRICS, format_interval, metric
+from .evaluation import format_interval
 from .files import read_texts, regular_file
 from .model import SentenceEncoder
 from .search import cluster, import_extra, semantic_search
@@ -141,15 +142,11 @@ def short_names(
     return [tail if tails.count(tail) == 1 else place for tail, place in zip(tails, places)]
 
 
-def _is_run(folder):
-    return (folder / "versions.json").is_file()
-
-
 def _model_and_run(place):
     "Where the model of a place is, and the run directory it belongs to or None."
     folder = Path(place).expanduser()
-    if not _is_run(folder):
-        return place, folder.parent if folder.name == "model" and _is_run(folder.parent) else None
+    if not is_run(folder):
+        return place, folder.parent if folder.name == "model" and is_run(folder.parent) else None
     if (folder / "model").is_dir():
         return folder / "model", folder
     raise ValueError(
@@ -180,11 +177,6 @@ def open_models(
 ROWS = 1_000  # of a table on the page; a browser is slow with more
 
 
-def _clip(text, most=600):
-    "A text of bearable length."
-    return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
-
-
 def _with_rank(column):
     "A function that writes a score of this column behind its rank; equal scores share the better."
     ranks = dict(zip(column, column.rank(ascending=False, method="min").astype(int)))
@@ -200,7 +192,7 @@ def to_html(
     cells = table[:ROWS].reset_index(drop=True).set_axis(range(table.shape[1]), axis=1)
     scores = list(cells.select_dtypes("floating"))
     texts = [c for c in cells if c not in scores]
-    cells[texts] = cells[texts].map(_clip)
+    cells[texts] = cells[texts].map(clip)
     style = cells.style.hide(axis="index")
     style = style.relabel_index([html.escape(str(name)) for name in table], axis="columns")
     style = style.format(escape="html", subset=texts)
@@ -208,8 +200,18 @@ def to_html(
     for c in scores:  # a bar is full at 1, or at the best dot product
         top = max(1.0, cells[c].max())
         style = style.bar(subset=[c], vmin=0, vmax=top, color="rgba(66, 105, 208, .3)", height=80)
+    # Pandas writes the bars into a style sheet, whose rules name the table.
+    uuid = f"{zlib.crc32(cells.to_csv().encode('utf-8', 'replace')):x}"
     style = style.set_td_classes(pd.DataFrame("score", cells.index, scores))
-    return f'<div class="result">{style.to_html(cell_ids=False)}</div>'
+    return f'<div class="result">{style.to_html(table_uuid=uuid, cell_ids=False)}</div>'
+
+
+def note(
+    text: str,  # any text
+    style: str = "note",  # or "error"
+) -> str:  # HTML
+    "Make a paragraph of a sentence."
+    return f'<p class="{style}">{html.escape(clip(_whole(text)))}</p>'
 
 # %% ../nbs/24_demo.ipynb #compare
 def score_matrix(
@@ -396,110 +398,6 @@ def find(
         tables[model.name] = pd.DataFrame(best)
     return tables
 
-# %% ../nbs/24_demo.ipynb #project
-_TSNE_LIMIT = 1_000  # 15 s in 3-D on one core
-
-
-def project(
-    embeddings: np.ndarray,  # (N, D) float
-    dims: int = 2,  # 2 or 3
-    method: str = "PCA",  # or "t-SNE"
-) -> np.ndarray:  # (N, dims) float64
-    "Give every text a place on a map; the same places each time."
-    rows = np.asarray(embeddings, dtype=np.float64)
-    if method == "PCA":
-        n = min(dims, *rows.shape)  # one text has one place
-        points = import_extra("sklearn.decomposition", "demo").PCA(n).fit_transform(rows)
-        return np.pad(points, ((0, 0), (0, dims - n)))
-    if not 5 <= len(rows) <= _TSNE_LIMIT:
-        raise ValueError(
-            f"t-SNE takes 5 to {_TSNE_LIMIT:,} texts here, and there are {len(rows):,}; choose PCA"
-        )
-    perplexity = min(30, (len(rows) - 1) / 3)  # 30 is usual, and sklearn wants less than n
-    tsne = import_extra("sklearn.manifold", "demo").TSNE(
-        dims, perplexity=perplexity, init="random", random_state=0
-    )
-    return tsne.fit_transform(rows)
-
-# %% ../nbs/24_demo.ipynb #chart
-_COLOURS = [
-    "#4269d0",
-    "#efb118",
-    "#ff725c",
-    "#6cc5b0",
-    "#3ca951",
-    "#ff8ab7",
-    "#a463f2",
-    "#97bbf5",
-    "#9c6b4e",
-    "#9498a0",
-]
-_POINTS = 5_000  # on a map; more make a phone slow
-
-
-def _label(text):
-    "A text for plotly: no markup of its own, some lines of 50 characters."
-    return "<br>".join(
-        html.escape(line, quote=False) for line in textwrap.wrap(_clip(text, 240), 50)
-    )
-
-
-def _plotly():
-    "plotly.graph_objects, which only the charts need."
-    return import_extra("plotly.graph_objects", "demo")
-
-
-def _styled(figure, title, height, **layout):
-    "Give a chart the look of the page, on a light ground and on a dark one."
-    axis = {"zeroline": False, "automargin": True, "gridcolor": "rgba(128, 128, 128, .25)"}
-    figure.update_xaxes(axis).update_yaxes(axis)
-    figure.update_layout(
-        template="none",
-        title={"text": html.escape(title, quote=False), "font_size": 14, "x": 0.02},
-        height=height,
-        margin={"l": 10, "r": 10, "t": 40, "b": 10},
-        font_color="#888",
-        paper_bgcolor="rgba(0, 0, 0, 0)",
-        plot_bgcolor="rgba(0, 0, 0, 0)",
-        hoverlabel_align="left",
-        colorway=_COLOURS,
-    )
-    return figure.update_layout({"legend": {"orientation": "h", "y": -0.15}} | layout)
-
-
-def _sample(n):
-    "The rows that a map of n texts shows: all, or some that lie evenly."
-    if n > _POINTS:
-        warnings.warn(f"the map shows {_POINTS:,} of the {n:,} texts, evenly chosen", stacklevel=3)
-    return np.unique(np.linspace(0, n - 1, min(n, _POINTS)).astype(int))
-
-
-def map_figure(
-    points: np.ndarray,  # (N, 2) or (N, 3)
-    labels: np.ndarray,  # (N,) int, cluster of each text
-    texts: Sequence[str],  # N
-    title: str,  # over the map
-):  # a plotly figure
-    "Draw texts as points, coloured by cluster, with the text on hovering."
-    go, is_flat = _plotly(), points.shape[1] == 2
-    figure, sample = go.Figure(), _sample(len(texts))
-    for c in np.unique(labels[sample]).tolist():
-        rows = sample[labels[sample] == c]
-        marker = {"size": 7 if is_flat else 4, "color": _COLOURS[c % len(_COLOURS)], "opacity": 0.8}
-        trace = (go.Scattergl if is_flat else go.Scatter3d)(
-            dict(zip("xyz", points[rows].T.round(4))),
-            mode="markers",
-            name=f"{c + 1}",
-            text=[_label(texts[i]) for i in rows],
-            hoverinfo="text",
-            marker=marker,
-        )
-        figure.add_trace(trace)
-    bare = {"showticklabels": False, "title_text": ""}
-    figure.update_scenes(xaxis=bare, yaxis=bare, zaxis=bare)
-    figure.update_xaxes(bare).update_yaxes(bare)
-    return _styled(figure, title, 440, dragmode="pan" if is_flat else "orbit")
-
 # %% ../nbs/24_demo.ipynb #clusters
 def _in_short(texts, most=80):
     "Some texts on one line."
@@ -524,7 +422,7 @@ def clusters(
         rows.append([f"{c + 1}", f"{len(mine):,}", texts])
     points = project(embeddings, dims, method)
     title = f"{model.name}: {len(corpus):,} texts, {method}"
-    figure = map_figure(points, labels, corpus, title)
+    figure = map_chart(points, labels, corpus, title)
     return figure, pd.DataFrame(rows, columns=["cluster", "texts", "nearest to its centre"])
 
 # %% ../nbs/24_demo.ipynb #own-items
@@ -603,200 +501,7 @@ def _rate(report, name):
     rate = format_interval(report, name, ".0%", absent="no labels")
     return f"{rate}, {bias.format_p(report[f'{name}_p'])}" if name in report else rate
 
-
-def bias_figure(
-    reports: dict[str, dict],  # model -> what bias.gender_bias returns
-):  # a plotly figure
-    "Draw the lean of every occupation, ordered by the first model."
-    go, first = _plotly(), next(iter(reports.values()))["by_occupation"]
-    order = sorted(first, key=lambda name: first[name]["lean"])
-    labels = {"male": " (m)", "female": " (f)", "": ""}
-    names = [_label(name + labels[first[name]["stereotype"]]) for name in order]
-    figure = go.Figure()
-    for s, (model, report) in enumerate(reports.items()):
-        figure.add_scatter(
-            x=[report["by_occupation"][name]["lean"] for name in order],
-            y=names,
-            mode="markers",
-            name=html.escape(model),
-            hovertemplate="%{y} %{x:+.4f}<extra></extra>",
-            marker={"size": 9, "symbol": s % 40},
-        )
-    figure.add_vline(0, line_color="#888", line_width=1)
-    figure.update_yaxes(dtick=1, tickfont_size=11)
-    legend = {"orientation": "h", "y": -0.05, "yanchor": "top"}
-    title = "female nearer  ←  lean  →  male nearer"
-    return _styled(figure, title, 140 + 17 * len(order), legend=legend)
-
-# %% ../nbs/24_demo.ipynb #watch-run
-def _events(folder):
-    "The log of a run that is not finished, from its TensorBoard events; [] if there is none."
-    if not folder.is_dir():
-        return []
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events, lines = EventAccumulator(str(folder)).Reload(), {}
-    for tag in events.Tags()["scalars"]:
-        name = tag.replace("eval/", "eval_").removeprefix("train/")
-        for event in events.Scalars(tag):
-            lines.setdefault(event.step, {"step": event.step})[name] = event.value
-    return [lines[step] for step in sorted(lines)]
-
-
-def _is_finite(value):
-    "Tell whether a value is a number that can be drawn; NaN is not below 1e300."
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _record(value):
-    "A record with its finite numbers and its texts only; what is no record is empty."
-    entries = value.items() if isinstance(value, dict) else ()
-    return {str(k): v for k, v in entries if isinstance(v, str) or _is_finite(v)}
-
-
-def _records(value, *numbers):
-    "The records of a list that have these numbers."
-    records = map(_record, value if isinstance(value, list) else ())
-    return [r for r in records if all(not isinstance(r.get(name, ""), str) for name in numbers)]
-
-
-def _before_and_after(value):
-    "Before and after of a record of metrics, however much of it is there."
-    return {side: _record(_get(value, side)) for side in ("before", "after")}
-
-
-def _get(value, key):
-    "An entry of a record, or None if there is no such record."
-    return value.get(key) if isinstance(value, dict) else None
-
-
-def _png(path):
-    "The bytes of a PNG that is whole."
-    data = path.read_bytes() if path.is_file() and path.stat().st_size < 10_000_000 else b""
-    return data if data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") else b""
-
-
-def _attempt(folder, remarks, name, read, otherwise=None):
-    "Read a part of a run; one that is being written, or damaged, becomes a remark."
-    try:
-        with reading(folder / name):
-            return read(folder / name) if (folder / name).exists() else otherwise
-    except ValueError as error:
-        reason = str(error).replace(f"{folder}/", "")
-        remarks.append(brief(f"left out of {folder.name}: {reason}", 300))
-        return otherwise
-
-
-def watch_run(
-    folder: str | Path,  # run directory, finished or not
-) -> dict:  # name, history, metrics, datasets, picture (PNG bytes), remarks; empty if not there
-    "Read as much as a run directory tells; raise `ValueError` if it is not one."
-    folder, remarks = Path(folder), []
-    if not _is_run(folder):
-        raise ValueError(
-            f"{folder} is not a run directory, it has no versions.json; give the --out of"
-            " contrastive-st train"
-        )
-
-    def load(name):
-        return _attempt(folder, remarks, f"{name}.json", lambda path: read_json(path, object))
-
-    history = _records(load("history"), "step")
-    if not history:  # it is written at the end; the events come while the run goes on
-        history = _records(_attempt(folder, remarks, "tensorboard", _events, []), "step")
-    metrics = load("metrics")
-    datasets = _records(_get(load("mixture"), "datasets"), "asked", "realised")
-    return {
-        "name": folder.name,
-        "history": history,
-        "metrics": _before_and_after(metrics) | {"test": _before_and_after(_get(metrics, "test"))},
-        "datasets": [d for d in datasets if isinstance(d.get("name"), str)],
-        "picture": _attempt(folder, remarks, "similarity.png", _png, b""),
-        "remarks": remarks,
-    }
-
-# %% ../nbs/24_demo.ipynb #curves
-_PANELS = ("loss", "eval_ndcg@10", "eval_spearman", "mean_cosine", "learning_rate")
-
-
-def _points(run, key):
-    "(step, value) of what a run logged, with its value before training at step 0."
-    points = [(0, run["metrics"]["before"].get(key.removeprefix("eval_")))]
-    points = points if key.startswith("eval_") else []
-    points += [(line["step"], line.get(key)) for line in run["history"]]
-    return [(step, value) for step, value in points if isinstance(value, int | float)]
-
-
-def curves(
-    runs: Sequence[dict],  # as `watch_run` returns them
-):  # a plotly figure
-    "Draw what the runs logged, panel by panel over the steps; what no run logged has no panel."
-    panels = [key for key in _PANELS if any(_points(run, key) for run in runs)]
-    if not panels:
-        raise ValueError("these runs have logged nothing yet; wait for the first log line")
-    subplots, n = import_extra("plotly.subplots", "demo"), len(panels)
-    figure = subplots.make_subplots(n, 1, shared_xaxes=True, vertical_spacing=0.2 / n)
-    for p, key in enumerate(panels, 1):
-        figure.update_yaxes(title_text=metric(key).label, row=p)
-        for r, run in enumerate(runs):
-            if points := _points(run, key):
-                steps, values = zip(*points)
-                figure.add_scatter(
-                    x=steps,
-                    y=values,
-                    row=p,
-                    col=1,
-                    mode="lines+markers",
-                    name=html.escape(run["name"]),
-                    legendgroup=str(r),
-                    showlegend=p == 1,
-                    line_color=_COLOURS[r % len(_COLOURS)],
-                    marker_size=5,
-                )
-    figure.update_xaxes(title_text="step", row=n)
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
-    return _styled(figure, "", 90 + 150 * n, legend=legend)
-
-# %% ../nbs/24_demo.ipynb #shares
-def shares(
-    run: dict,  # as `watch_run` returns it
-    most: int = 30,  # datasets to draw, the largest shares
-):  # a plotly figure; None if the run has not written its accounts
-    "Draw which dataset filled how much of the batches, asked and realised."
-    datasets = sorted(run["datasets"], key=lambda d: -d["asked"])[:most][::-1]
-    if not datasets:
-        return None
-    names = [_label(re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-40:]) for d in datasets]
-    figure = _plotly().Figure()
-    for key in ("realised", "asked"):
-        figure.add_bar(
-            x=[100 * d[key] for d in datasets],
-            y=names,
-            orientation="h",
-            name=key,
-            hovertemplate="%{y}: %{x:.1f}%<extra>" + key + "</extra>",
-        )
-    legend = {"orientation": "h", "y": -0.1, "traceorder": "reversed"}
-    title = f"{run['name']}: % of all rows"
-    return _styled(figure, title, 120 + 38 * len(datasets), legend=legend)
-
-
-def before_after(
-    run: dict,  # as `watch_run` returns it
-) -> pd.DataFrame:  # measure, before, after; all texts
-    "Lay out what training changed, with 95% intervals."
-    rows = []
-    for title, sides in (("", run["metrics"]), ("test ", run["metrics"]["test"])):
-        before, after = sides["before"], sides["after"]
-        for row in METRICS.values():
-            if row.task in ("sts", "retrieval") and row.key in before:
-                both = (
-                    format_interval(side, row.key, absent="not yet") for side in (before, after)
-                )
-                rows.append([title + row.label, *both])
-    return pd.DataFrame(rows, columns=[run["name"], "before", "after"])
-
-
+# %% ../nbs/24_demo.ipynb #heat
 def heat(
     model: Model,  # whose embeddings
     left: Sequence[str],  # N texts, at most 40
@@ -810,32 +515,22 @@ def heat(
         )
     if len(left) > 40:
         raise ValueError(f"{len(left)} pairs are too many for a picture; give at most 40")
-    z = score_matrix(model, left, right, roles=("query", "document"))
-    rows, columns = [_label(text) for text in left], [_label(text) for text in right]
-    figure = _plotly().Figure()
-    figure.add_heatmap(
-        z=z.round(4),
-        text=[[f"{row}<br>—<br>{column}" for column in columns] for row in rows],
-        hovertemplate="%{z:.3f}<br>%{text}<extra></extra>",
-        colorscale="Viridis",
-        zmin=-0.1,
-        zmax=1,
-        colorbar_thickness=10,
-    )
-    figure.update_xaxes(title_text="answer", showticklabels=False)
-    figure.update_yaxes(title_text="question", showticklabels=False, autorange="reversed")
-    ahead = np.mean(z.argmax(axis=1) == np.arange(len(z)))
-    return _styled(figure, f"{model.name}: {ahead:.0%} find their partner", 360)
+    cosines = score_matrix(model, left, right, roles=("query", "document"))
+    ahead = np.mean(cosines.argmax(axis=1) == np.arange(len(cosines)))
+    return heat_chart(cosines, left, right, f"{model.name}: {ahead:.0%} find their partner")
+
+
+def run_html(
+    run: dict,  # as `watch_run` returns it
+) -> str:  # HTML
+    "Show what a run changed: its measures, and the picture it drew."
+    table, picture = before_after(run), base64.b64encode(run["picture"]).decode()
+    source, alt = f"data:image/png;base64,{picture}", "similarity before and after training"
+    image = f'<img alt="{alt}" src="{source}">' if picture else ""
+    measures = to_html(table) if len(table) else note(run["name"] + " has measured nothing")
+    return "".join(map(note, run["remarks"])) + measures + image
 
 # %% ../nbs/24_demo.ipynb #reply
-def note(
-    text: str,  # any text
-    style: str = "note",  # or "error"
-) -> str:  # HTML
-    "Make a paragraph of a sentence."
-    return f'<p class="{style}">{html.escape(_clip(_whole(text)))}</p>'
-
-
 def reply(
     function: Callable,  # inputs -> HTML and then plotly figures or None
     inputs: Sequence,  # texts, numbers and paths of uploaded files
@@ -903,7 +598,7 @@ def _places(name, figures, wide, below):
         answer.render()
     return [answer, *plots]
 
-
+# %% ../nbs/24_demo.ipynb #action-layout
 def _action(
     label,  # of the button
     name,  # of the function for scripts, and of the places on the page
@@ -1113,24 +808,13 @@ def _bias_page(models, runs, limit):
         items = read_items(file) if file else own_items()
         _check_size(len(items), sum(len(text) for item in items for text in item), "a set", limit)
         reports = {m.name: bias.gender_bias(m.encode, items) for m in models}
-        return to_html(bias_table(reports)) + note(_CAUTION), bias_figure(reports)
+        return to_html(bias_table(reports)) + note(_CAUTION), lean_chart(reports)
 
     examples = {"The set that comes with the page": (None,)}
     fields = [_upload("Own set of sentences")]
     _action("Measure", "bias", measure, fields, examples, figures=1)
 
 # %% ../nbs/24_demo.ipynb #page-training
-def run_html(
-    run: dict,  # as `watch_run` returns it
-) -> str:  # HTML
-    "Show what a run changed: its measures, and the picture it drew."
-    table, picture = before_after(run), base64.b64encode(run["picture"]).decode()
-    source, alt = f"data:image/png;base64,{picture}", "similarity before and after training"
-    image = f'<img alt="{alt}" src="{source}">' if picture else ""
-    measures = to_html(table) if len(table) else note(run["name"] + " has measured nothing")
-    return "".join(map(note, run["remarks"])) + measures + image
-
-
 def _training_page(models, runs, limit):
     "Lay out what the runs logged, and what the models make of pairs."
     gr = _gradio()
@@ -1183,7 +867,7 @@ def _heat_section(models):
 
     _action("Draw", "heat", draw, fields, figures=len(models))
 
-# %% ../nbs/24_demo.ipynb #build
+# %% ../nbs/24_demo.ipynb #style
 STYLE = """
 .gradio-container {max-width: 1100px !important; width: 100%; margin: 0 auto !important}
 .buttons button {flex: 0 1 auto !important; min-width: 110px !important}
@@ -1212,6 +896,8 @@ p.error {border-left: 4px solid #d43d3d; background: rgba(212, 61, 61, .12)}
   .result td.score {width: 84px}
 }
 """
+
+# %% ../nbs/24_demo.ipynb #build
 _PAGES = {
     "Similarity": _similarity_page,
     "Answers": _answers_page,

@@ -183,6 +183,13 @@ def _with_rank(column):
     return lambda score: f"<small>{ranks[score]}.</small> {score:.3f}"
 
 
+def _width(column, beside_scores):
+    "How wide a column of texts should be: as short as its cells, or wide enough to be read."
+    if column.str.len().max() < 7:
+        return "short"
+    return "text" if beside_scores else "words"
+
+
 def to_html(
     table: pd.DataFrame,  # any texts, also hostile ones; columns of floats are scores
 ) -> str:  # HTML in which every text is text
@@ -199,10 +206,11 @@ def to_html(
     style = style.format({c: _with_rank(cells[c]) for c in scores}, subset=scores)
     for c in scores:  # a bar is full at 1, or at the best dot product
         top = max(1.0, cells[c].max())
-        style = style.bar(subset=[c], vmin=0, vmax=top, color="rgba(66, 105, 208, .3)", height=80)
+        style = style.bar(subset=[c], vmin=0, vmax=top, color="rgba(66, 105, 208, .5)", props="")
     # Pandas writes the bars into a style sheet, whose rules name the table.
     uuid = f"{zlib.crc32(cells.to_csv().encode('utf-8', 'replace')):x}"
-    style = style.set_td_classes(pd.DataFrame("score", cells.index, scores))
+    classes = {c: "score" if c in scores else _width(cells[c], bool(scores)) for c in cells}
+    style = style.set_td_classes(pd.DataFrame(classes, cells.index))
     return f'<div class="result">{style.to_html(table_uuid=uuid, cell_ids=False)}</div>'
 
 
@@ -590,7 +598,9 @@ def _places(name, figures, wide, below):
     def plot(i):
         return gr.Plot(visible=False, show_label=False, min_width=400, elem_id=f"{name}-plot{i}")
 
-    answer = gr.HTML(elem_id=f"{name}-result", elem_classes="answer", render=not below)
+    answer = gr.HTML(
+        elem_id=f"{name}-result", elem_classes="answer", padding=False, render=not below
+    )
     plots = [plot(i) for i in range(wide)]
     with gr.Row():
         plots += [plot(i) for i in range(wide, figures)]
@@ -613,8 +623,8 @@ def _action(
     "Lay out a button, its examples and its result."
     gr, handle, fields = _gradio(), _handler(function, figures), list(fields)
     with gr.Row(elem_classes="buttons"):
-        go = gr.Button(label, variant="primary", elem_id=f"{name}-go")
-        picks = [gr.Button(title) for title in examples]
+        go = gr.Button(label, variant="primary", size="md", elem_id=f"{name}-go")
+        picks = [gr.Button(title, size="md") for title in examples]
     run = {"inputs": fields, "outputs": _places(name, figures, wide, below)}
     run |= {"concurrency_id": "models", "concurrency_limit": AT_A_TIME}
     gr.on([go.click, *(field.submit for field in submit)], handle, **run, api_name=name)
@@ -879,7 +889,12 @@ STYLE = """
   word-break: normal !important; vertical-align: top}
 .result th {color: var(--body-text-color-subdued) !important; vertical-align: bottom}
 .result td {white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext}
-.result td.score {white-space: nowrap; width: 110px; font-variant-numeric: tabular-nums}
+.result td.text {min-width: 8.5em}
+.result td.words {min-width: 5.6em}
+.result td.short {white-space: nowrap; width: 1%}
+.result td.score {white-space: nowrap; width: 104px; min-width: 84px;
+  font-variant-numeric: tabular-nums;
+  background-position: 6px 100% !important; background-size: calc(100% - 12px) 4px !important}
 .result small {color: var(--body-text-color-subdued)}
 .side {display: flex; flex-wrap: wrap; gap: 0 24px}
 .side section {flex: 1 1 320px; min-width: 0}
@@ -893,7 +908,6 @@ p.error {border-left: 4px solid #d43d3d; background: rgba(212, 61, 61, .12)}
   .gradio-container .fillable {padding: 12px !important}
   .tab-container button {padding: 0 6px !important; font-size: 13px}
   .result table :is(th, td) {padding: 5px 4px !important; font-size: 14px}
-  .result td.score {width: 84px}
 }
 """
 
@@ -919,7 +933,7 @@ def build(
 ):  # gradio.Blocks
     "Lay out the five pages."
     gr = _gradio()
-    _plotly()  # a page without charts is refused before it is served
+    import_extra("plotly", "demo")  # a page without charts is refused before it is served
     runs = list(dict.fromkeys([m.run for m in models if m.run] + [Path(run) for run in runs]))
     for run in runs:
         watch_run(run)
@@ -943,6 +957,7 @@ def application(
     from fastapi import FastAPI
     from gradio.utils import get_upload_folder
 
+    # The machine's own fonts; Gradio's would be fetched.
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
@@ -956,7 +971,7 @@ def application(
         pwa=False,
         mcp_server=False,
         run_history=False,
-        theme=gr.themes.Default(**fonts),  # the machine's own fonts
+        theme=gr.themes.Default(primary_hue="indigo", **fonts),
         head=f"<style>{STYLE}</style>",  # css= would arrive after the tabs have been measured
     )
     # Else gradio, mounted, takes any path of this machine for an uploaded file (6.31).

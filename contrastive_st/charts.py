@@ -32,7 +32,9 @@ def project(
     "Give every text a place on a map; the same places each time."
     rows = np.asarray(embeddings, dtype=np.float64)
     if method == "PCA":
-        n = min(dims, *rows.shape)  # one text has one place
+        if len(rows) == 1:
+            return np.zeros((1, dims))  # one text has no directions
+        n = min(dims, *rows.shape)
         points = import_extra("sklearn.decomposition", "demo").PCA(n).fit_transform(rows)
         return np.pad(points, ((0, 0), (0, dims - n)))
     if not 5 <= len(rows) <= _TSNE_LIMIT:

@@ -183,6 +183,11 @@ def _with_rank(column):
     return lambda score: f"<small>{ranks[score]}.</small> {score:.3f}"
 
 
+def _heading(name):
+    "A column's name as HTML; pandas takes braces for a place to fill in."
+    return html.escape(str(name)).replace("{", "{{").replace("}", "}}")
+
+
 def _width(column, beside_scores):
     "How wide a column of texts should be: as short as its cells, or wide enough to be read."
     if column.str.len().max() < 7:
@@ -201,7 +206,7 @@ def to_html(
     texts = [c for c in cells if c not in scores]
     cells[texts] = cells[texts].map(clip)
     style = cells.style.hide(axis="index")
-    style = style.relabel_index([html.escape(str(name)) for name in table], axis="columns")
+    style = style.relabel_index([_heading(name) for name in table], axis="columns")
     style = style.format(escape="html", subset=texts)
     style = style.format({c: _with_rank(cells[c]) for c in scores}, subset=scores)
     for c in scores:  # a bar is full at 1, or at the best dot product
@@ -598,9 +603,7 @@ def _places(name, figures, wide, below):
     def plot(i):
         return gr.Plot(visible=False, show_label=False, min_width=400, elem_id=f"{name}-plot{i}")
 
-    answer = gr.HTML(
-        elem_id=f"{name}-result", elem_classes="answer", padding=False, render=not below
-    )
+    answer = gr.HTML(elem_id=f"{name}-result", elem_classes="answer", padding=False, render=not below)
     plots = [plot(i) for i in range(wide)]
     with gr.Row():
         plots += [plot(i) for i in range(wide, figures)]

@@ -603,7 +603,9 @@ def _places(name, figures, wide, below):
     def plot(i):
         return gr.Plot(visible=False, show_label=False, min_width=400, elem_id=f"{name}-plot{i}")
 
-    answer = gr.HTML(elem_id=f"{name}-result", elem_classes="answer", padding=False, render=not below)
+    answer = gr.HTML(
+        elem_id=f"{name}-result", elem_classes="answer", padding=False, render=not below
+    )
     plots = [plot(i) for i in range(wide)]
     with gr.Row():
         plots += [plot(i) for i in range(wide, figures)]

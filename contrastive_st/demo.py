@@ -897,9 +897,10 @@ STYLE = """
 .result td.text {min-width: 8.5em}
 .result td.words {min-width: 5.6em}
 .result td.short {white-space: nowrap; width: 1%}
-.result td.score {white-space: nowrap; width: 104px; min-width: 84px;
+.result td.score {white-space: nowrap; width: 130px; min-width: 84px;
   font-variant-numeric: tabular-nums;
-  background-position: 6px 100% !important; background-size: calc(100% - 12px) 4px !important}
+  background-repeat: no-repeat !important; background-position: 6px 100% !important;
+  background-size: calc(100% - 12px) 4px !important}
 .result small {color: var(--body-text-color-subdued)}
 .side {display: flex; flex-wrap: wrap; gap: 0 24px}
 .side section {flex: 1 1 320px; min-width: 0}

@@ -706,7 +706,7 @@ def test_the_command_line_refuses_in_one_sentence(server, tmp_path, folders):
 
 @gradio
 @pytest.mark.parametrize(
-    "models, options, message",
+    "names, options, message",
     [
         (["empty"], [], "empty has no config.json"),
         (["small", "remote"], [], "is never run"),
@@ -727,7 +727,7 @@ def test_models_that_cannot_be_shown(
     shutil.copytree(folders / "small", tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets it, for good
-    monkeypatch.setattr(sys, "argv", ["contrastive-st", "demo", *models, *options, "--port", "0"])
+    monkeypatch.setattr(sys, "argv", ["contrastive-st", "demo", *names, *options, "--port", "0"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     printed = capfd.readouterr()

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .tokens import sort_by_length, split_by_budget
+
 # %% ../nbs/12_packed.ipynb #blocks
 class _Block(NamedTuple):
     "Texts of nearly one length, and where their queries, keys and values lie."
@@ -453,30 +455,6 @@ def _unpadded(backbone):
     config._attn_implementation_internal = _NAME
     return _twin(backbone, backbone.config, config)
 
-# %% ../nbs/12_packed.ipynb #chunks
-def _runs(lengths, token_budget):
-    "Split sorted lengths into equal runs of at most `token_budget` tokens; a longer text is alone."
-    runs, size, even, left = [], math.inf, 0, sum(lengths)
-    for length in lengths:
-        # A run ends when it is full, or nearest to its even share.
-        if size + length > token_budget or size + length / 2 > even:
-            runs.append([])
-            # What is left, shared out among as few runs as it needs.
-            size, even = 0, left / -(-left // token_budget)
-        runs[-1].append(length)
-        size, left = size + length, left - length
-    return runs
-
-
-def _sorted(token_ids, lengths):
-    "The tokens, longest text first, each token's position in its text, and the order of the texts."
-    order = lengths.argsort(descending=True, stable=True)  # (N,)
-    sizes = lengths[order]  # (N,)
-    place = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    start = (lengths.cumsum(0) - lengths)[order]  # (N,), where each text was
-    source = (start.repeat_interleave(sizes) + place).to(token_ids.device)  # (S,)
-    return token_ids[source], place.to(token_ids.device), order
-
 # %% ../nbs/12_packed.ipynb #packed-states
 def packed_states(
     backbone: torch.nn.Module,  # one that is `packable`
@@ -486,13 +464,13 @@ def packed_states(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # numbers of n texts, (n,), and their states, (n, T, D)
     "Run a backbone on texts laid end to end; return each once, beside others of its length."
     # 1. the longest texts first
-    token_ids, place, order = _sorted(token_ids, lengths.cpu())
+    token_ids, place, order = sort_by_length(token_ids, lengths)
     twin, config = _unpadded(backbone), backbone.config
     table, offset, at = twin.get_input_embeddings(), _first_position(backbone), 0
     # 2. With gradients look all words up at once, (S, D): each look-up would have a gradient that
     # is as large as the table.
     words = table(token_ids) if torch.is_grad_enabled() else None
-    for run in _runs(lengths.cpu()[order].tolist(), token_budget):
+    for run in split_by_budget(lengths.cpu()[order].tolist(), token_budget):
         # 3. a run of texts as one row of the backbone
         segments = Segments(run, config.num_attention_heads, token_ids.device)
         tokens = slice(at, at := at + sum(run))

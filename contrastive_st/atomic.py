@@ -242,7 +242,7 @@ class Problem(NamedTuple):
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _MISSING = ("missing", "missing_argument")
-_TYPES = ("int", "float", "str", "bool", "none")
+_TRIED = ("int", "float", "str", "bool", "none")
 
 
 def first_problem(
@@ -252,7 +252,7 @@ def first_problem(
     first = error.errors(include_url=False)[0]
     # Of a key that takes two types pydantic adds which it tried, as in prompts.dict[str,str].
     begin, *rest = [*map(str, first["loc"]), ""]
-    steps = [begin, *(step for step in rest if step not in _TYPES and "[" not in step)]
+    steps = [begin, *(step for step in rest if step not in _TRIED and "[" not in step)]
     key = ".".join(named(step, 40) for step in steps[:3] if step)
     if first["type"] in _UNKNOWN:
         return Problem(key, "unknown", "is unknown")

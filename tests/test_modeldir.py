@@ -519,7 +519,7 @@ def test_a_save_that_fails_leaves_the_old_model(encoder, tmp_path, monkeypatch):
 def test_a_full_disk_is_a_sentence_and_the_old_model_stays(tmp_path):
     script = f"""
 import resource
-from conftest import make_backbone
+from conftest import make_backbone, make_tokenizer
 from contrastive_st.model import SentenceEncoder
 tokenizer = make_tokenizer()
 encoder = SentenceEncoder(make_backbone(len(tokenizer)), tokenizer, max_length=16)

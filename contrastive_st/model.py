@@ -184,7 +184,11 @@ class SentenceEncoder(torch.nn.Module):
         return self._max_length
 
     @max_length.setter
-    def max_length(self, value):
+    def max_length(
+        self,
+        value: int,  # tokens, special tokens included
+    ):
+        "Set the longest text; raise a ValueError for one that does not fit the backbone."
         _check_length(value, self.backbone)
         self._max_length = int(value)
 
@@ -494,8 +498,8 @@ def _warn_of_texts(encoder, counts):
     "Say how many texts were not encoded as they are."
     if counts.repaired:
         warnings.warn(
-            f"{counts.repaired} of {counts.texts} texts held half characters (lone surrogates), which no tokenizer"
-            " takes; those without a partner became U+FFFD",
+            f"{counts.repaired} of {counts.texts} texts held half characters (lone surrogates),"
+            " which no tokenizer takes; those without a partner became U+FFFD",
             stacklevel=3,
         )
     if counts.truncated:

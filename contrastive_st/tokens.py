@@ -489,7 +489,7 @@ class Tokens:
     def __init__(
         self,
         tokenizer,  # a fast tokenizer of transformers; it is left as it is
-        max_length: int = 128,  # tokens of a text, special tokens included; longer texts are truncated
+        max_length: int = 128,  # tokens of a text, special tokens included
         # lengths T to pad to, for XLA; those above max_length are dropped, max_length is added
         buckets: Sequence[int] = (32, 64, 128),
     ):

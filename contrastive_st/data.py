@@ -37,6 +37,7 @@ from .store import fit_negatives, negatives_changed, text_identity, warn_of_widt
 from .store import write_store
 from .workers import worker_pool
 
+# %% ../nbs/07_data.ipynb #example-type
 Example = tuple[str, ...]  # (anchor, positive, *hard negatives): C texts
 
 # %% ../nbs/07_data.ipynb #columns
@@ -176,7 +177,10 @@ class Columns(Header):
         self.remarks = {} if remarks is None else remarks
         self._seen = {}  # names of a row -> (chosen, others that may hold text)
 
-    def fits(self, cells):
+    def fits(
+        self,
+        cells: Sequence[str],  # of the first line
+    ) -> bool:
         "Can these cells be the header, or a row, of a table?"
         if self.positions:
             return len(cells) > max(self.asked)
@@ -184,19 +188,33 @@ class Columns(Header):
             return all(spelled(name, cells) for name in self.asked)
         return len(cells) <= MOST_COLUMNS and _pair(_spellings(cells)) is not None
 
-    def check(self, names, row, only_names):
+    def check(
+        self,
+        names: tuple[str, ...],  # of the header
+        row: dict,  # the first row
+        only_names: bool,  # whether line 1 looks like names
+    ) -> None:
         "ValueError unless the header of a table names the columns."
         self.choose(names, row, only_names)
         if "guessed" in self.remarks:
             self.remarks["header"] = True
 
-    def select(self, names, samples):
+    def select(
+        self,
+        names: tuple[str, ...],  # of the columns of a Parquet file
+        samples: dict,  # name -> a value like those of the column
+    ) -> list[str] | None:
         "The columns to read of a Parquet file; all, where one holds whole examples."
         if not self.asked and {"texts", "set"} & samples.keys():
             return None
         return list(dict.fromkeys(self.choose(names, samples)))
 
-    def choose(self, names, row, may_guess=True):
+    def choose(
+        self,
+        names: tuple[str, ...],  # of a row
+        row: dict,  # its values
+        may_guess: bool = True,  # may two columns of unknown names be taken in their order?
+    ) -> Sequence[str]:
         "The columns of (anchor, positive, *negatives) among the names of a row."
         if self.asked:
             if len(row) == len(names) and all(name in row for name in self.asked):

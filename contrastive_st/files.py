@@ -329,7 +329,10 @@ class Header:
     ):
         self.columns, self.optional = tuple(columns), tuple(optional)
 
-    def fits(self, cells: Sequence[str]) -> bool:
+    def fits(
+        self,
+        cells: Sequence[str],  # of the first line
+    ) -> bool:
         "Tell whether cells could be this header; it decides what separates the cells of a CSV."
         return bool(self.columns) and all(spelled(name, cells) for name in self.columns)
 
@@ -354,6 +357,12 @@ class Header:
         return list(dict.fromkeys([*choose_columns(names, self.columns), *others]))
 
 # %% ../nbs/05_files.ipynb #jsonl
+def _json_fault(error):
+    "What is wrong with a JSON text; the line that the parser counts is left to the caller."
+    words = f"{error.msg} at column {error.colno}" if hasattr(error, "colno") else str(error)
+    return f"not JSON ({words[:80]})"
+
+
 def _jsonl(path, header, reject, after=0):
     "Yield (line, value) for each line that is not blank."
     for n, raw in _raw_lines(path):
@@ -370,7 +379,7 @@ def _jsonl(path, header, reject, after=0):
             except (ValueError, RecursionError) as error:
                 reject(
                     n,
-                    f"not JSON ({str(error)[:80]}); "
+                    f"{_json_fault(error)}; "
                     "write one JSON list or object per line, texts in double quotes",
                 )
             else:
@@ -388,7 +397,7 @@ def _json(path, header, reject, after=0):
     except (ValueError, RecursionError) as error:
         where = f"{path}:{getattr(error, 'lineno', 1)}"
         raise ValueError(
-            f"{where}: not JSON ({str(error)[:80]}); "
+            f"{where}: {_json_fault(error)}; "
             "if each line is a JSON value of its own, name the file .jsonl"
         ) from None
     if not isinstance(whole, list):

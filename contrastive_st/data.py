@@ -32,7 +32,7 @@ from .atomic import expanded, quote, reading
 from .files import MOST_COLUMNS, ROW_FORMATS, EmptyText, Header, Rejects
 from .files import choose_columns, dataset_rows, dataset_tables, list_names
 from .files import pick_columns, plain_name, read_columns, read_rows
-from .files import regular_file, report_rejects, row_text, sample_value, spelled
+from .files import regular_file, report_rejects, row_text, sample_value
 from .store import MOST_NEGATIVES, REJECTS, SUMMARY, Store, column_names
 from .store import fit_negatives, negatives_changed, text_identity, warn_of_width
 from .store import write_store

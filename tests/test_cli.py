@@ -772,12 +772,12 @@ def test_an_interrupted_prepare_says_how_to_go_on(place, monkeypatch):
         code, out, err = command("prepare", "recipe.toml", "--out", "stopped")
     assert code == 130 and not out and "the same command" in err and "Traceback" not in err
     counter = multiprocessing.get_context("spawn").Value("q", 5)
-    data._share(counter)
-    data._count(3)
+    data.share_counter(counter)
+    data.count_rows(3)
     assert counter.value == 8
     counter.value = -1  # as the command leaves it when it stops
     with pytest.raises(KeyboardInterrupt):
-        data._count(3)
+        data.count_rows(3)
 
 
 def test_a_store_that_lacks_a_dataset_names_what_makes_it(place):

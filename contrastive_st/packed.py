@@ -161,7 +161,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, *saved = ctx.saved_tensors  # (cells, d) each, then W and mask of each block
         segments, p, outs = ctx.segments, ctx.p, [torch.empty_like(q) for _ in range(3)]
         # The gradient of each cell, (cells, d): 0 where there is no token, only a copy of one.
-        g = segments.lay_out(grad * drop_scale(p) if p else grad).index_fill_(0, segments.cells.pads, 0)
+        g = segments.lay_out(grad * drop_scale(p) if p else grad).index_fill_(
+            0, segments.cells.pads, 0
+        )
         for block, W, mask in zip(segments.blocks, saved[::2], saved[1::2]):
             Q, K, V, G, dQ, dK, dV = _views(block, q, k, v, g, *outs)  # (n, T, d) each
             # 1. O = W @ V, so dV = W.T @ G and dW = G @ V.T

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .cpu import drop, drop_mask, drop_scale, fast_copy
+from .tokens import sort_by_length, split_by_budget
 
 # %% ../nbs/12_packed.ipynb #blocks
 class _Block(NamedTuple):
@@ -297,30 +298,6 @@ def packed_copy(
     config._attn_implementation_internal = ATTENTION_NAME
     return fast_copy(backbone, backbone.config, config)
 
-# %% ../nbs/12_packed.ipynb #chunks
-def _runs(lengths, token_budget):
-    "Split sorted lengths into equal runs of at most `token_budget` tokens; a longer text is alone."
-    runs, size, even, left = [], math.inf, 0, sum(lengths)
-    for length in lengths:
-        # A run ends when it is full, or nearest to its even share.
-        if size + length > token_budget or size + length / 2 > even:
-            runs.append([])
-            # What is left, shared out among as few runs as it needs.
-            size, even = 0, left / -(-left // token_budget)
-        runs[-1].append(length)
-        size, left = size + length, left - length
-    return runs
-
-
-def _sorted(token_ids, lengths):
-    "The tokens, longest text first, each token's position in its text, and the order of the texts."
-    order = lengths.argsort(descending=True, stable=True)  # (N,)
-    sizes = lengths[order]  # (N,)
-    place = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    start = (lengths.cumsum(0) - lengths)[order]  # (N,), where each text was
-    source = (start.repeat_interleave(sizes) + place).to(token_ids.device)  # (S,)
-    return token_ids[source], place.to(token_ids.device), order
-
 # %% ../nbs/12_packed.ipynb #packed-states
 def packed_states(
     backbone: torch.nn.Module,  # one that is `packable`
@@ -330,13 +307,13 @@ def packed_states(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # numbers of n texts, (n,), and their states, (n, T, D)
     "Run a backbone on texts laid end to end; return each once, beside others of its length."
     # 1. the longest texts first
-    token_ids, place, order = _sorted(token_ids, lengths.cpu())
+    token_ids, place, order = sort_by_length(token_ids, lengths)
     clone, config = packed_copy(backbone), backbone.config
     table, offset, at = clone.get_input_embeddings(), _first_position(backbone), 0
     # 2. With gradients look all words up at once, (S, D): each look-up would have a gradient that
     # is as large as the table.
     words = table(token_ids) if torch.is_grad_enabled() else None
-    for run in _runs(lengths.cpu()[order].tolist(), token_budget):
+    for run in split_by_budget(lengths.cpu()[order].tolist(), token_budget):
         # 3. a run of texts as one row of the backbone
         segments = Segments(run, config.num_attention_heads, token_ids.device)
         tokens = slice(at, at := at + sum(run))

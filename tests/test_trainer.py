@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel, TrainerCallback
 
 from contrastive_st import cpu, trainer
 from contrastive_st.data import Source, prepare
-from contrastive_st.gradcache import _chunks
+from contrastive_st.gradcache import split_batch
 from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.tokens import Tokens
@@ -1766,7 +1766,7 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
             for step in range(4)
             for rank in range(2)
         ]
-        counts = [len(_chunks(batch.token_ids, batch.lengths, chunk_tokens)) for batch in batches]
+        counts = [len(split_batch(batch.token_ids, batch.lengths, chunk_tokens)) for batch in batches]
         assert any(a != b for a, b in zip(counts[::2], counts[1::2])) and {1, 2} <= set(counts), (
             counts
         )

@@ -34,9 +34,8 @@ from .atomic import expanded
 from .machine import pair_arguments, refusal, tpu_chips
 from .model import POOLINGS, SentenceEncoder, _most_tokens
 from .tokens import TokenBatch, Tokens, feed, pad
-from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig
-from .run import load_training, load_weights, lr_factor
-from .trainer import batch_loss, check_health, log_line, mean_cosine
+from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig, check_health
+from .run import load_training, load_weights, log_line, set_learning_rate, train_step
 
 # %% ../nbs/16_xla.ipynb #seam
 def _same_release(a, b):
@@ -297,7 +296,7 @@ def _scramble(x):
     return x ^ _right(x, 16)
 
 
-def _places(shape, device):
+def _positions(shape, device):
     "Number the elements of a shape; a long arange would become a constant of the program."
     place = torch.zeros((), dtype=torch.int32, device=device)
     for n in shape:
@@ -327,7 +326,7 @@ class Noise:
         layer_seed = _signed((self.seed * 0x85EBCA77 + layer * 0xC2B2AE3D) % 2**32)
         row = _scramble(_scramble(self.rows * _signed(0x9E3779B1) + self.step) + layer_seed)
         # 2. a number for each place in a row, the shape of x[0]
-        place = _scramble(_places(x.shape[1:], x.device) * _signed(0x27D4EB2F))
+        place = _scramble(_positions(x.shape[1:], x.device) * _signed(0x27D4EB2F))
         # 3. both together, 31 bits, the shape of x
         bits = _scramble(row.view(-1, *[1] * place.dim()) ^ place) & 0x7FFFFFFF
         return bits >= row.new_full((), int(p * 2**31))  # a plain number would widen all bits to 64
@@ -349,7 +348,7 @@ class HashDropout(torch.nn.Dropout):
 
 # %% ../nbs/16_xla.ipynb #shardable
 # The families that were checked; others may read the mask on the host or reshape across rows.
-_FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
+_SHARDABLE = ("bert", "roberta", "distilbert", "mpnet")
 _QUERIES = ("query", "q_lin", "q")  # what an attention layer calls its query projection
 
 
@@ -371,10 +370,10 @@ def shardable(
 
 
 def _check_family(backbone):
-    if backbone.config.model_type not in _FAMILIES:
+    if backbone.config.model_type not in _SHARDABLE:
         raise ValueError(
             f"backbones of type {backbone.config.model_type} were not checked under SPMD;"
-            f" use one of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer"
+            f" use one of {', '.join(_SHARDABLE)}, or train with contrastive_st.trainer"
         )
 
 
@@ -437,26 +436,26 @@ def _optimizer(backbone, config, saved=None):
     return optimizer
 
 
-def _twin(encoder, config, mesh, saved=None):
+def _device_copy(encoder, config, mesh, saved=None):
     "A copy of the encoder on the devices, ready for SPMD, with its optimiser and its noise."
     torch_xla, noise = _torch_xla(), Noise(config.seed)
-    twin = copy.deepcopy(encoder).train()
-    shardable(twin.backbone, noise)
-    twin.to(torch_xla.device())
+    replica = copy.deepcopy(encoder).train()
+    shardable(replica.backbone, noise)
+    replica.to(torch_xla.device())
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in replica.parameters():
             p.mul_(1)  # else the first step would be a program of its own
-    optimizer = _optimizer(twin.backbone, config, saved)
+    optimizer = _optimizer(replica.backbone, config, saved)
     moments = [t for state in _states(optimizer) for t in state.values() if t.dim()]
-    _replicate([*twin.parameters(), *twin.buffers(), *moments], mesh)
+    _replicate([*replica.parameters(), *replica.buffers(), *moments], mesh)
     torch_xla.sync(wait=True)
-    return twin, optimizer, noise
+    return replica, optimizer, noise
 
 
-def _to_host(encoder, twin):
+def _to_host(encoder, replica):
     "Copy the devices' weights into the encoder on the host."
     encoder.backbone.load_state_dict(
-        {name: value.cpu() for name, value in twin.backbone.state_dict().items()}
+        {name: value.cpu() for name, value in replica.backbone.state_dict().items()}
     )
 
 # %% ../nbs/16_xla.ipynb #step
@@ -474,28 +473,17 @@ def make_step(
     "Compile the training step; a program too many, or a wait for the host inside, is an error."
 
     def contrastive(totals, step, input_ids, lengths, rows, identities, truncated):
-        noise.rows, noise.step, (B, C) = rows, step, identities.shape
-        # 1. embed
-        with torch.autocast("xla", torch.bfloat16, enabled=config.bf16):
-            vectors = embed(encoder, input_ids, lengths)  # (C*B, D)
-        # 2. contrast
-        value, masked = batch_loss(_columns_first(vectors, C, devices), identities, config)
-        # 3. backward
-        value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.clip, foreach=False)
-        # 4. step
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # 5. numbers for the log, which stay on the device: in the order of _LOGGED
-        scalars = [
-            value.detach(),
-            norm,
-            masked,
-            B * (C - 1) - 1 - masked,  # negatives of an anchor
-            truncated.sum() / (B * C),
-            mean_cosine(vectors.detach()),
-        ]
-        return totals + torch.stack([s.float() for s in scalars]), step + 1
+        noise.rows, noise.step, columns = rows, step, identities.shape[1]
+
+        def embed_columns(input_ids, lengths):
+            with torch.autocast("xla", torch.bfloat16, enabled=config.bf16):
+                vectors = embed(encoder, input_ids, lengths)  # (C*B, D)
+            return _columns_first(vectors, columns, devices)
+
+        batch = TokenBatch(input_ids, lengths, identities, truncated)
+        logs = train_step(encoder, batch, config, optimizer, embed_columns)
+        # Numbers for the log, which stay on the device.
+        return totals + torch.stack([logs[name].float() for name in _LOGGED]), step + 1
 
     options = {"full_graph": True, "name": "contrastive", "max_different_graphs": graphs}
     return _in_words(_torch_xla().compile(contrastive, **options), graphs)
@@ -574,9 +562,9 @@ def check_program(
     )
 
 
-def _guard(twin, devices):
+def _guard(replica, devices):
     "A context for a step that looks at each program once, after the first batch of its shape."
-    shapes, sizes = set(), {n for p in twin.parameters() for n in p.shape}
+    shapes, sizes = set(), {n for p in replica.parameters() for n in p.shape}
 
     @contextlib.contextmanager
     def guard(input_ids):
@@ -734,17 +722,15 @@ def _due(run, every):
     return every and (run.step % every == 0 or run.step == run.config.steps)
 
 
-def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progress):
+def _loop(run, encoder, replica, optimizer, step, batches, buckets, devices, progress):
     "The training loop: five lines a step, and nothing in them waits for the devices."
-    config, log, guard = run.config, _Log(run, progress), _guard(twin, devices)
+    config, log, guard = run.config, _Log(run, progress), _guard(replica, devices)
     saved = time.monotonic()
     alone = _hosts()[1] == 1  # several hosts would disagree about clocks and signals
     totals, count = log.zero, torch.tensor(run.step, dtype=torch.int32, device=log.zero.device)
     for batch in batches:  # on the devices already
         # 1. the step
-        lr = config.lr * lr_factor(run.step, config.steps, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(optimizer, config, run.step)
         with guard(batch["input_ids"]):
             totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
         run.step += 1
@@ -759,7 +745,7 @@ def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progre
             continue
         # 3. measure, save, and perhaps stop: here the loop waits for the devices
         log.wait()
-        _to_host(encoder, twin)
+        _to_host(encoder, replica)
         try:
             stop = (measure and _evaluate(run, progress)) or stop
         except Abandoned:  # the evaluation is made again after a resume
@@ -770,7 +756,7 @@ def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progre
         if stop:
             break
     log.wait()
-    _to_host(encoder, twin)
+    _to_host(encoder, replica)
 
 # %% ../nbs/16_xla.ipynb #train
 def train(
@@ -825,11 +811,11 @@ def _train(run, checkpoint, tokens, mesh, progress):
         _evaluate(run, progress)
     if run.step and run.is_over():
         return
-    twin, optimizer, noise = _twin(encoder, config, mesh, saved)
+    replica, optimizer, noise = _device_copy(encoder, config, mesh, saved)
     graphs = len(tokens.buckets) * len({len(source.columns) for source in run.mixture.sources})
-    step = make_step(twin, optimizer, config, noise, devices, graphs)
+    step = make_step(replica, optimizer, config, noise, devices, graphs)
     with contextlib.closing(_batches(run.mixture, tokens, config, run.step, mesh)) as batches:
-        _loop(run, encoder, twin, optimizer, step, batches, tokens.buckets, devices, progress)
+        _loop(run, encoder, replica, optimizer, step, batches, tokens.buckets, devices, progress)
     if run.signals.number and not run.is_over():
         raise run.stopped()
 

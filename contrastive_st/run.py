@@ -6,7 +6,8 @@
 __all__ = ['SAVE_SECONDS', 'TrainConfig', 'lr_factor', 'set_learning_rate', 'seed_step', 'batch_loss', 'rank_count',
            'mean_cosine', 'train_step', 'check_health', 'log_line', 'read_record', 'run_state', 'checkpoint_folder',
            'checkpoint_steps', 'write_checkpoint', 'last_checkpoint', 'check_checkpoint', 'find_checkpoint', 'claim',
-           'Stopped', 'Abandoned', 'Signals', 'plain_metrics', 'run_report', 'load_weights', 'load_training', 'Run']
+           'Stopped', 'Abandoned', 'Signals', 'plain_metrics', 'Tracker', 'run_report', 'load_weights', 'load_training',
+           'Run']
 
 # %% ../nbs/04_run.ipynb #imports-export
 import hashlib
@@ -708,6 +709,65 @@ def plain_metrics(
         )
     return plain
 
+# %% ../nbs/04_run.ipynb #tracker
+def _is_evaluation(line):
+    "Whether a line of the history is an evaluation."
+    return any(name.startswith("eval_") for name in line)
+
+
+class Tracker:
+    "How far a run is, which of its steps was the best, and whether it goes on."
+
+    def __init__(
+        self,
+        config: TrainConfig,  # steps, eval_every, metric and patience
+        evaluates: bool = False,  # whether there is an evaluation
+    ):
+        self.config, self.evaluates = config, evaluates
+        self.step = 0  # optimiser steps done
+        self.best_step, self.best = 0, None  # of the best evaluation by `metric`
+        self.history = []  # log lines and evaluations
+
+    def state(self) -> dict[str, int | float | None]:  # for a checkpoint
+        "Say which step this is, and which one was the best."
+        return {"step": self.step, "best_step": self.best_step, "best": self.best}
+
+    def improves(
+        self,
+        metrics: dict,  # of an evaluation at `step`
+    ) -> bool:
+        "Note whether an evaluation is the best so far; NaN never is."
+        value = metrics.get(self.config.metric)
+        if value is None or not (self.best is None or value > self.best) or value != value:
+            return False
+        self.best, self.best_step = value, self.step
+        return True
+
+    def out_of_patience(self) -> bool:
+        "Say whether the last `patience` evaluations brought nothing better."
+        wait = self.config.patience * self.config.eval_every  # steps
+        return bool(self.config.patience) and self.step - self.best_step >= wait
+
+    def owes_evaluation(self) -> bool:
+        "Say whether the evaluation of this step is due and was not made, because a signal came."
+        every = self.config.eval_every
+        if not (every and self.step and self.evaluates) or self.step % every:
+            return False
+        lines = [line for line in self.history if line.get("step") == self.step]
+        return not any(map(_is_evaluation, lines))
+
+    def is_over(self) -> bool:
+        "Say whether no step is left: the last one was made, or patience ran out."
+        if self.step >= self.config.steps:
+            return True
+        return self.out_of_patience() and not self.owes_evaluation()
+
+    def ended_by(self) -> str:  # "steps", "patience" or "callback"
+        "Say what ended the run: its steps, its patience, or a callback of yours."
+        if self.step >= self.config.steps:
+            return "steps"
+        return "patience" if self.out_of_patience() else "callback"
+
 # %% ../nbs/04_run.ipynb #run-report
 def run_report(
     mixture,  # mixture.Mixture
@@ -771,11 +831,6 @@ def load_training(
     return state
 
 # %% ../nbs/04_run.ipynb #same-run
-def _is_evaluation(line):
-    "Whether a line of the history is an evaluation."
-    return any(name.startswith("eval_") for name in line)
-
-
 def _texts_digest(source, most=1024):
     "A digest of a source's size and of rows spread evenly over it; None if it gives no texts."
     if not hasattr(source, "rows"):
@@ -964,10 +1019,8 @@ class Run:
         self.device, self.versions = torch.device(device), versions or {}
         self._evaluate, self._test = evaluate, test
         self.id = ""  # made when the run begins
-        self.step = 0  # optimiser steps done
+        self.tracker = Tracker(config, evaluate is not None)
         self.trained, self._begun = 0.0, time.monotonic()  # seconds of earlier processes; now
-        self.best_step, self.best = 0, None  # of the best evaluation by `metric`
-        self.history = []  # log lines and evaluations
         self._first = {}  # what a resumed run measured before its first step
         self.signals = Signals()
 
@@ -1084,19 +1137,21 @@ class Run:
         first = {"before": self.before["before"], "test": {"before": self.before["test"]["before"]}}
         seconds = self.trained + time.monotonic() - self._begun
         about = {"run": self.id, "seconds": seconds, "metrics": first}
-        return write_checkpoint(self.out, self.step, self.best_step, write, about)
+        return write_checkpoint(self.out, self.tracker.step, self.tracker.best_step, write, about)
 
     def take_best(self) -> None:
         "Give the encoder the weights of the best step, if there is a metric that names one."
-        if self.config.metric and self.best_step:
-            check_checkpoint(self.out, self.best_step, self.id)
-            load_weights(self.encoder, checkpoint_folder(self.out, self.best_step))
+        if self.config.metric and self.tracker.best_step:
+            check_checkpoint(self.out, self.tracker.best_step, self.id)
+            load_weights(self.encoder, checkpoint_folder(self.out, self.tracker.best_step))
 
     def stopped(self) -> Stopped:  # to be raised
         "Make the exception that says where the run stands."
-        saved = self.step in checkpoint_steps(self.out)[-1:]
+        saved = self.tracker.step in checkpoint_steps(self.out)[-1:]
         where = f"saved in {self.out}, resume goes on" if saved else _newest(self.out)
-        return self.signals.stopped(f"stopped at step {self.step} of {self.config.steps}; {where}")
+        return self.signals.stopped(
+            f"stopped at step {self.tracker.step} of {self.config.steps}; {where}"
+        )
 
     def evaluate(
         self,
@@ -1119,69 +1174,39 @@ class Run:
             _check_exam(self.out, first["before"], metrics)
         return metrics
 
-    def improves(
-        self,
-        metrics: dict,  # of an evaluation at `step`
-    ) -> bool:
-        "Note whether an evaluation is the best so far; NaN never is."
-        value = metrics.get(self.config.metric)
-        if value is None or not (self.best is None or value > self.best) or value != value:
-            return False
-        self.best, self.best_step = value, self.step
-        return True
-
-    def out_of_patience(self) -> bool:
-        "Say whether the last `patience` evaluations brought nothing better."
-        wait = self.config.patience * self.config.eval_every  # steps
-        return bool(self.config.patience) and self.step - self.best_step >= wait
-
-    def is_over(self) -> bool:
-        "Say whether no step is left: the last one was made, or patience ran out."
-        if self.step >= self.config.steps:
-            return True
-        return self.out_of_patience() and not self.owes_evaluation()
-
-    def owes_evaluation(self) -> bool:
-        "Say whether the evaluation of this step is due and was not made, because a signal came."
-        every = self.config.eval_every
-        if not (every and self.step and self._evaluate) or self.step % every:
-            return False
-        lines = [line for line in self.history if line.get("step") == self.step]
-        return not any(map(_is_evaluation, lines))
-
     def finish(
         self,
         seconds: float,  # that the loop took in this process
     ) -> dict:  # before, after, test, steps, best_step, ended_by, seconds, pairs_per_second
         "Save the model and the records of a finished run, the metrics last."
-        if self.config.metric and not self.best_step:
+        tracker = self.tracker
+        if self.config.metric and not tracker.best_step:
             warnings.warn(
                 f"no evaluation gave a number for {self.config.metric}, so the last model is kept",
                 stacklevel=2,
             )
         seconds += self.trained
-        pairs = self.step * self.mixture.batch_size
+        pairs = tracker.step * self.mixture.batch_size
         metrics = {
             "before": self.before["before"],
             "after": self.evaluate(" after training"),
             "test": {"before": self.before["test"]["before"], "after": self.test()},
-            "steps": self.step,
-            "best_step": self.best_step or None,
-            "ended_by": self._ended_by(),
+            "steps": tracker.step,
+            "best_step": tracker.best_step or None,
+            "ended_by": tracker.ended_by(),
             "seconds": round(seconds, 1),
             "pairs_per_second": round(pairs / max(seconds, 1e-9), 1),
         }
-        tokens = Tokens(self.encoder.tokenizer, self.encoder.max_length)
-        self.encoder.save_pretrained(self.out / "model")
-        made = {"model": digest_file(self.out / "model" / MANIFEST)}
-        write_json(self.out / "run.json", read_record(self.out / "run.json") | made)
-        write_json(self.out / "mixture.json", run_report(self.mixture, tokens, max(self.step, 1)))
-        write_json(self.out / "history.json", self.history)
-        write_json(self.out / "metrics.json", metrics)  # from here on the run is finished
+        self._write_end(metrics)
         return metrics
 
-    def _ended_by(self):
-        "What ended the run: its steps, its patience, or a callback of the caller's."
-        if self.step >= self.config.steps:
-            return "steps"
-        return "patience" if self.out_of_patience() else "callback"
+    def _write_end(self, metrics):
+        "Write the model and the last records of a run."
+        tokens = Tokens(self.encoder.tokenizer, self.encoder.max_length)
+        self.encoder.save_pretrained(self.out / "model")
+        model = {"model": digest_file(self.out / "model" / MANIFEST)}
+        write_json(self.out / "run.json", read_record(self.out / "run.json") | model)
+        report = run_report(self.mixture, tokens, max(self.tracker.step, 1))
+        write_json(self.out / "mixture.json", report)
+        write_json(self.out / "history.json", self.tracker.history)
+        write_json(self.out / "metrics.json", metrics)  # from here on the run is finished

@@ -84,6 +84,7 @@ class _ContrastiveTrainer(Trainer):
     def __init__(self, run, compute, **kwargs):
         super().__init__(model=run.encoder, eval_dataset=[], **kwargs)
         self.run, self.config, self.compute = run, run.config, compute
+        self.tracker = run.tracker
         self.counts, self.clock, self.read = _Means(), _Clock(), (0.0, 0.0)
         self.add_callback(self.clock)
         self.add_callback(_Checkpoints(run))
@@ -165,10 +166,10 @@ class _ContrastiveTrainer(Trainer):
     # save when it is time, and when a run begins.
 
     def _determine_best_metric(self, metrics, trial):
-        self.run.step = self.state.global_step
+        self.tracker.step = self.state.global_step
         ours = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        better = self.run.improves(ours)
-        if self.run.out_of_patience():
+        better = self.tracker.improves(ours)
+        if self.tracker.out_of_patience():
             self.control.should_training_stop = True
         return better
 
@@ -182,10 +183,10 @@ class _ContrastiveTrainer(Trainer):
 
     def _init_training_state(self, *args, **kwargs):
         epochs = super()._init_training_state(*args, **kwargs)
-        self.run.step, self.run.history = self.state.global_step, self.state.log_history
-        if self.run.owes_evaluation():
+        self.tracker.step, self.tracker.history = self.state.global_step, self.state.log_history
+        if self.tracker.owes_evaluation():
             self._determine_best_metric(self.evaluate(), None)
-        if self.run.step and self.run.is_over():
+        if self.tracker.step and self.tracker.is_over():
             raise _NothingLeft
         return epochs
 
@@ -193,27 +194,23 @@ class _ContrastiveTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial=None):
         if self.args.should_save:  # on the first rank only
-            self.run.step = self.state.global_step
+            self.tracker.step = self.state.global_step
             self.run.save(self._write_checkpoint)
 
     def _write_checkpoint(self, folder):
-        run = self.run
-        run.encoder.save_pretrained(folder)
+        self.run.encoder.save_pretrained(folder)
         # A path, which would be wrong once the folder is moved.
         self.state.best_model_checkpoint = None
         self.state.save_to_json(folder / "trainer_state.json")
         state = {
-            "step": run.step,
-            "best_step": run.best_step,
-            "best": run.best,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
         }
-        torch.save(state, folder / "training.pt")
+        torch.save(self.tracker.state() | state, folder / "training.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.saved = load_training(resume_from_checkpoint, _TRAINING_KEYS)
-        self.run.best_step, self.run.best = self.saved["best_step"], self.saved["best"]
+        self.tracker.best_step, self.tracker.best = self.saved["best_step"], self.saved["best"]
         load_weights(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -452,8 +449,9 @@ def _run_steps(run, trainer, checkpoint):
         pass
     except Abandoned:  # while the evaluation was made up for that an earlier signal had ended
         raise run.stopped() from None
-    run.step, run.history = trainer.state.global_step, trainer.state.log_history
-    if run.signals.number and not run.is_over():
+    run.tracker.step = trainer.state.global_step
+    run.tracker.history = trainer.state.log_history
+    if run.signals.number and not run.tracker.is_over():
         raise run.stopped()
 
 
@@ -465,7 +463,7 @@ def _finish(run, trainer, seconds):
     except Abandoned:
         # With a metric the encoder may hold the weights of the best step, not of the last one.
         if not run.config.metric:
-            newest = str(checkpoint_folder(run.out, run.step))
+            newest = str(checkpoint_folder(run.out, run.tracker.step))
             if last_checkpoint(run.out) != newest:
                 trainer._save_checkpoint(run.encoder)
         raise run.stopped() from None

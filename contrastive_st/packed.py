@@ -8,7 +8,6 @@ __all__ = ['ATTENTION_NAME', 'Segments', 'ragged_attention', 'fill_to_sixteens',
 
 # %% ../nbs/12_packed.ipynb #imports
 import copy
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate, groupby

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .atomic import expanded
 from .machine import pair_arguments, refusal, tpu_chips
-from .model import POOLINGS, SentenceEncoder, _most_tokens
+from .model import POOLINGS, SentenceEncoder
 from .tokens import TokenBatch, Tokens, feed, pad
 from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig, check_health
 from .run import load_training, load_weights, log_line, set_learning_rate, train_step
@@ -581,7 +581,7 @@ def _check(encoder, mixture, config, buckets, devices):
     "Refuse, before anything is written or compiled, what would fail later or only look right."
     _check_family(encoder.backbone)
     _divisible(mixture.batch_size, devices)
-    longest, limit = max((encoder.max_length, *buckets)), _most_tokens(encoder.backbone)
+    longest, limit = max((encoder.max_length, *buckets)), encoder.token_limit
     if longest > (limit or longest):
         raise ValueError(
             f"bucket {longest} is longer than the {limit} positions of this backbone;"

@@ -23,8 +23,8 @@ ALLOWED = {
     "run": {"model", "tokens", "loss", "gradcache"},
     "trainer": {"cpu", "model", "tokens", "mixture", "run"},
     "xla": {"model", "tokens", "run"},
-    "model": {"cpu", "packed", "precision", "tokens"},
-    "encoding": {"model", "precision"},
+    "model": {"cpu", "modeldir", "packed", "precision", "tokens"},
+    "encoding": {"model", "precision", "tokens"},
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},
 }

@@ -580,7 +580,7 @@ def test_a_full_width_that_is_not_trained_is_said(tmp_path):
 @pytest.mark.parametrize("data", [[("a", "b")], {"anchor": ["a"]}, "file.jsonl", None])
 def test_data_that_is_no_mixture_is_refused(tmp_path, data):
     with pytest.raises(ValueError, match="train takes a Mixture"):
-        train(make_encoder(), data, config(), tmp_path / "run", config(1), progress=False)
+        train(make_encoder(), data, config(), tmp_path / "run", progress=False)
 
 
 def test_a_device_of_torch_tpu_is_refused(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ MODULES = sorted(
 ALLOWED = {
     "data": {"store"},
     "tokens": {"store"},
-    "mixture": {"data"},
+    "mixture": {"account", "data"},
     "gradcache": {"packed"},
     "run": {"model", "tokens"},
     "trainer": {"model", "tokens", "loss", "gradcache", "mixture", "run", "evaluation"},

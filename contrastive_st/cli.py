@@ -586,7 +586,7 @@ def inspect(
 ):
     "Print what a run would see: shares, epochs, negatives, padding; without data, its plan."
     from contrastive_st import recipes, trainer
-    from contrastive_st.mixture import account, report_table
+    from contrastive_st.account import account, report_table
 
     if plot:
         check_output(plot, "--plot")

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from transformers import BertConfig, BertModel
 
 from . import atomic
-from .mixture import Mixture, Plan, read_config, tempered
+from .mixture import Mixture, read_config, tempered
 from .model import SentenceEncoder
 
 # %% ../nbs/21_recipes.ipynb #plans
@@ -585,7 +585,7 @@ def _columns(name, recipe):
 # %% ../nbs/21_recipes.ipynb #plan
 def plan(
     recipe: Recipe,  # its data config gives every dataset's 'lines'
-) -> Plan:  # for mixture.account: shares and epochs, without any text
+) -> Mixture:  # for account.account: shares and epochs, without any text
     "Plan the batches of a recipe from the sizes of its datasets; no data file is opened."
     d, sets = recipe.data, _sized(recipe)
     if d.temperature is None:
@@ -593,7 +593,7 @@ def plan(
     else:
         weights = tempered([s.lines for s in sets], d.temperature)
     with _naming(recipe):
-        return Plan(sets, weights, d.batch_size, d.datasets_per_batch, d.seed)
+        return Mixture(sets, weights, d.batch_size, d.datasets_per_batch, d.seed)
 
 # %% ../nbs/21_recipes.ipynb #backbones
 BACKBONES = {  # hub id -> layers, width D, parameters without the unused pooler

@@ -17,15 +17,18 @@ MODULES = sorted(
 ALLOWED = {
     "data": {"store"},
     "tokens": {"store"},
-    "mixture": {"data"},
+    "mixture": {"account", "data"},
     "packed": {"cpu", "tokens"},
     "gradcache": {"tokens"},
-    "run": {"model", "tokens", "loss", "gradcache"},
-    "trainer": {"cpu", "model", "tokens", "mixture", "run"},
-    "xla": {"model", "tokens", "run"},
     "model": {"cpu", "modeldir", "packed", "precision", "tokens"},
+    "run": {"gradcache", "loss", "model", "modeldir", "tokens"},
+    "trainer": {"cpu", "evaluation", "mixture", "model", "run", "tokens"},
+    "xla": {"model", "run", "tokens"},
     "encoding": {"model", "precision", "tokens"},
     "mining": {"search"},
+    "evaluation": {"search"},
+    "bias": {"evaluation"},
+    "card": {"evaluation"},
     "recipes": {"mixture", "model", "tokens"},
 }
 # how everything is written and read, in which processes, on what machine: all may import them

@@ -18,7 +18,7 @@ from conftest import ROOT
 
 from contrastive_st import recipes
 from contrastive_st.data import prepare
-from contrastive_st.mixture import account
+from contrastive_st.account import account
 from contrastive_st.model import POOLINGS
 from contrastive_st.recipes import (
     DataPlan,

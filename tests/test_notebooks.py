@@ -48,9 +48,6 @@ WIDE_OUTPUTS = {
         own-items gender-bias-show controls read-bias-show winogender-run wrong-loud
         wrong-silent exercise-three
     """,
-    "22_card": """
-        run pain read-run-show evaluation-show limits-show again-show model-card-show
-    """,
     "21_recipes": """
         look load-try tiny-try plan-show published totals seeds-table tiny-runs silent
     """,

@@ -20,11 +20,14 @@ ALLOWED = {
     "mixture": {"data"},
     "gradcache": {"packed"},
     "run": {"model", "tokens"},
-    "trainer": {"model", "tokens", "loss", "gradcache", "mixture", "run"},
+    "trainer": {"model", "tokens", "loss", "gradcache", "mixture", "run", "evaluation"},
     "xla": {"model", "tokens", "trainer", "run"},
     "model": {"packed", "precision", "tokens"},
     "encoding": {"model", "precision"},
     "mining": {"search"},
+    "evaluation": {"search"},
+    "bias": {"evaluation"},
+    "card": {"evaluation"},
     "recipes": {"mixture", "model", "tokens"},
 }
 # how everything is written, in which processes, on what machine: all may import them

@@ -22,6 +22,7 @@ from jinja2 import StrictUndefined, Template
 from safetensors import safe_open
 
 from .atomic import MANIFEST, check_folder, is_whole, read_json, reading, write_text
+from .evaluation import METRICS, format_interval
 
 # %% ../nbs/22_card.ipynb #read-run
 _RECORDS = {  # what the card needs of each
@@ -350,12 +351,6 @@ def _data(run):
     }
 
 # %% ../nbs/22_card.ipynb #evaluation
-_METRICS = {  # what the card shows of each task
-    "sts": ("spearman", "pearson"),
-    "retrieval": ("accuracy@1", "accuracy@10", "mrr@10", "ndcg@10", "recall@100", "map@100"),
-}
-
-
 def _number(value):
     "A value if it is a number, else None."
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -370,52 +365,48 @@ def _sides(record):
 
 def _before_and_after(metric, before, after):
     "One metric before and after, with the ends of its intervals; None = not measured."
+    sides = {"before": before, "after": after}
     return {
-        "metric": metric,
-        "before": before.get(metric),
-        "after": after[metric],
-        "low": after.get(f"{metric}_low"),
-        "high": after.get(f"{metric}_high"),
-        "before_low": before.get(f"{metric}_low"),
-        "before_high": before.get(f"{metric}_high"),
+        f"{side}{end}": values.get(f"{metric}{end}")
+        for side, values in sides.items()
+        for end in ("", "_low", "_high")
     }
+
+
+def _rows_of(task, plan, before, after):
+    "The rows of one set of a task; the set is called by its path in the recipe."
+    path = plan.get(task)
+    set_ = _line(_hide(path)) if isinstance(path, str) and path else f"{task} data"
+    for metric in METRICS.values():
+        if metric.task == task and metric.key in after:
+            row = {"set": set_, "n": after.get(f"{task}_n"), "task": task, "metric": metric.key}
+            yield row | _before_and_after(metric.key, before, after)
 
 
 def metric_rows(
     run: dict,  # of `read_records`
     # split is "evaluation" or "test", set its path, n the pairs or questions or None if the run did
-    # not record them; None for a metric = not measured.
-) -> list[dict]:  # split, set, n, task, metric, before, after, low, high, before_low, before_high
+    # not record them; before and after have a _low and a _high; None for a metric = not measured.
+) -> list[dict]:  # split, set, n, task, metric, before, after and the ends of their intervals
     "List what was measured, a row for each metric of each set."
     rows = []
     for split, record in (("evaluation", run["metrics"]), ("test", run["metrics"]["test"])):
-        plan, (before, after) = _table_of(run, split), _sides(record)
-        for task, metrics in _METRICS.items():
-            path = plan.get(task)
-            set_ = _line(_hide(path)) if isinstance(path, str) and path else f"{task} data"
-            about = {"split": split, "set": set_, "n": after.get(f"{task}_n"), "task": task}
-            rows += [
-                about | _before_and_after(name, before, after) for name in metrics if name in after
-            ]
+        plan, sides = _table_of(run, split), _sides(record)
+        for task in ("sts", "retrieval"):
+            rows += [{"split": split} | row for row in _rows_of(task, plan, *sides)]
     return rows
 
 # %% ../nbs/22_card.ipynb #evaluation-table
-def _interval(value, low, high):
-    "A metric with its interval, as far as they are known."
-    ends = f" [{low:.3f}, {high:.3f}]" if None not in (value, low, high) else ""
-    return _show(value, "{:.3f}", "not measured") + ends
-
-
 def _evaluation_row(row):
     "The cells of a metric: set, name, before, after."
-    size = ""
+    size, metric = "", METRICS[row["metric"]]
     if row["n"]:
         size = f", {row['n']:,} {'pairs' if row['task'] == 'sts' else 'questions'}"
     return [
         f"{_text(row['set'])} ({row['split']}{size})",
-        row["metric"],
-        _interval(row["before"], row["before_low"], row["before_high"]),
-        _interval(row["after"], row["low"], row["high"]),
+        metric.key,
+        format_interval(row, "before", metric.spec),
+        format_interval(row, "after", metric.spec),
     ]
 
 
@@ -537,8 +528,8 @@ def _result(row):
     "One metric as the hub writes it down."
     task_type, task_name, form = _TASKS[row["task"]]
     between = ""
-    if None not in (row["low"], row["high"]):
-        between = f", 95% interval {row['low']:.3f} to {row['high']:.3f}"
+    if None not in (row["after_low"], row["after_high"]):
+        between = f", 95% interval {row['after_low']:.3f} to {row['after_high']:.3f}"
     return EvalResult(
         task_type=task_type,
         task_name=task_name,

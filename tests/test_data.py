@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from contrastive_st import data, store
+from contrastive_st import data, files, store
 from contrastive_st.data import (
     Source,
     load_source,
@@ -324,7 +324,7 @@ def test_what_is_no_regular_file(tmp_path):
 
 
 def test_an_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LINE_BYTES", 1000)
+    monkeypatch.setattr(files, "LINE_BYTES", 1000)
     long = "x" * 2000
     for name, content in (
         ("a.jsonl", f'["a", "b"]\n["c", "{long}"]\n'),
@@ -346,10 +346,10 @@ def test_an_endless_line(tmp_path, monkeypatch):
         "c.csv:2: not CSV",
         "field larger than field limit",
     )
-    monkeypatch.setattr(data, "JSON_BYTES", 5000)
+    monkeypatch.setattr(files, "JSON_BYTES", 5000)
     refuses(
         lambda: read(put(tmp_path / "d.json", "[" + '["a", "b"],\n' * 600 + '["c", "d"]]')),
-        "a .json list is read as a whole",
+        "the file is read as a whole",
         "5,000 bytes",
     )
 
@@ -574,7 +574,7 @@ def test_store_is_reused_and_rebuilt_when_the_file_changes(tmp_path, monkeypatch
     path, cache = put(tmp_path / "a.jsonl", GOOD), tmp_path / "cache"
     load_source(path, cache_dir=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_examples", lambda *args: pytest.fail("the store was built again"))
+        patch.setattr(data, "read_rows", lambda *args: pytest.fail("the store was built again"))
         assert list(load_source(path, cache_dir=cache)) == GOOD
     put(path, GOOD[:2])
     assert list(load_source(path, cache_dir=cache)) == GOOD[:2]
@@ -836,8 +836,8 @@ def test_sts_refuses(tmp_path, rows, line, problem):
         ({"score": 1, "sentence1": "a", "sentence2": None}, "text 2 is null"),
         ({"score": 1, "sentence1": "a", "sentence2": "b", "split": ["test"]}, "split is ['test']"),
         ({"score": 1, "sentence1": "a", "sentence2": "b", "split": 3}, "split is 3"),
-        ([1, "a", "b"], "an STS row needs"),
-        ("x" * 5_000_000, "an STS row needs"),
+        ([1, "a", "b"], "a row needs score, sentence1, sentence2"),
+        ("x" * 5_000_000, "a row needs score, sentence1, sentence2"),
     ],
 )
 def test_sts_rows_of_wrong_types(tmp_path, row, problem):
@@ -869,7 +869,7 @@ def test_sts_files_without_rows(tmp_path):
     refuses(
         lambda: read_sts(put(tmp_path / "a.jsonl", [{"score": 1, "sentence1": "a"}])),
         "a.jsonl:1",
-        "an STS row needs",
+        "a row needs score, sentence1, sentence2",
     )
 
 
@@ -1256,7 +1256,7 @@ def test_negatives_under_other_usual_names(tmp_path, name, pair):
 @pytest.mark.filterwarnings("error")
 def test_third_sentences_are_negatives_and_third_captions_are_not(tmp_path):
     def columns(*names):
-        chooser = data._Columns()
+        chooser = data.Columns()
         return chooser.choose(names, dict.fromkeys(names, "text")), chooser.remarks
 
     triple = ("sentence1", "sentence2", "sentence3")
@@ -1388,8 +1388,8 @@ def test_parquet_batches_are_bounded_in_bytes(tmp_path, monkeypatch):
     plain = pa.array([f"p{i}" for i in range(2000)])
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"anchor": coded, "positive": plain}), path, row_group_size=700)
-    monkeypatch.setattr(data, "BATCH_BYTES", 2**20)
-    sizes = [b.nbytes for b in data._batches(pq.ParquetFile(path), ["anchor", "positive"])]
+    monkeypatch.setattr(files, "BATCH_BYTES", 2**20)
+    sizes = [b.nbytes for b in files.parquet_batches(pq.ParquetFile(path), ["anchor", "positive"])]
     assert max(sizes) <= 2**20 and len(sizes) < 2000 and path.stat().st_size < 100_000
     rows = read(path)
     assert [p for _, p in rows] == plain.to_pylist() and rows[1][0] == long + "y"
@@ -1424,6 +1424,5 @@ def test_rows_that_wait_are_bounded_in_characters(tmp_path, monkeypatch):
     rows = [(f"a{i}", "z" * 1000) for i in range(20)]
     path = put(tmp_path / "a.jsonl", [*rows, ("c", "d", "e")])
     monkeypatch.setattr(data, "AHEAD_CHARACTERS", 5000)
-    monkeypatch.setattr(data._Fitted.__init__, "__defaults__", (None, 1000, 5000))
     refuses(lambda: read(path), f"{path}:21: the first row with negatives, after 20 without any")
     assert len(read(path, negatives=1)) == 21

@@ -30,8 +30,8 @@ ALLOWED = {
     "card": {"evaluation"},
     "recipes": {"mixture", "model", "tokens"},
 }
-# how everything is written, in which processes, on what machine: all may import them
-BASE = {"atomic", "workers", "machine"}
+# how everything is written and read, in which processes, on what machine: all may import them
+BASE = {"atomic", "files", "workers", "machine"}
 WIRES = {"cli", "demo", "__main__"}  # these put everything together
 ONLY_TYPES = {("trainer", "mixture")}  # imported for annotations, never called
 # tools of the notebooks and the peer, not of the library

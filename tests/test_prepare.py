@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import BAD_ROWS, GOOD, put, refuses
 
-from contrastive_st import data, store
+from contrastive_st import data, files, store
 from contrastive_st.data import load_source, prepare, read_examples, store_folder
 from contrastive_st.store import REJECTS, SUMMARY, Store, text_identity
 
@@ -189,10 +189,12 @@ def test_the_rows_above_a_number(tmp_path, after):
     expected = [
         (i, {"anchor": f"a{i - 1}", "positive": f"b{i - 1}"}) for i in range(after + 1, n + 1)
     ]
-    assert list(data._rows(path, data._Columns(), None, after)) == expected
+    assert list(files.read_rows(path, data.Columns(), None, after)) == expected
     assert (
         list(
-            data._hub_rows(datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path)), after)
+            files.dataset_rows(
+                datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path)), after
+            )
         )
         == expected
     )
@@ -305,10 +307,10 @@ def test_damaged_parquet_names_the_file(tmp_path):
 def test_a_file_that_cannot_be_read_is_not_called_a_folder_that_cannot_be_written(
     tmp_path, monkeypatch
 ):
-    def fails(path):
+    def fails(path, mode):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(data, "_open", fails)
+    monkeypatch.setattr(files, "open", fails, raising=False)
     refuses(
         lambda: one(tmp_path, put(tmp_path / "a.jsonl", GOOD)),
         f"{tmp_path / 'a.jsonl'}:1: cannot be read (Input/output error)",
@@ -346,7 +348,7 @@ def test_nothing_is_lost(tmp_path_factory, lines, shard_rows, end):
         warnings.simplefilter("ignore")
         assert rows(made) == list(read_examples(path, on_error="skip"))
     bad = [r["line"] for r in rejects(made)]
-    kept = [n for n, row in data._rows(path, None, lambda line, problem: None) if n not in bad]
+    kept = [n for n, row in files.read_rows(path, reject=lambda *bad: None) if n not in bad]
     assert sorted(bad + kept) == [
         n for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()
     ]
@@ -422,7 +424,7 @@ def file_of(tmp_path, name):
 @pytest.fixture
 def stops(monkeypatch):
     "stops(k): the reader is interrupted before its k-th row from now on; stops(None): never."
-    real, at = data._rows, [None]
+    real, at = data.read_rows, [None]
 
     def counted(*args):
         for k, item in enumerate(real(*args)):
@@ -430,7 +432,7 @@ def stops(monkeypatch):
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(data, "_rows", counted)
+    monkeypatch.setattr(data, "read_rows", counted)
     return lambda k: at.__setitem__(0, k)
 
 
@@ -477,12 +479,12 @@ from contrastive_st import data, store
 store.SHARD_ROWS = 20
 path, out, what, number = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 if what == "kill":
-    real = data._rows
+    real = data.read_rows
     def rows(*args):
         for k, item in enumerate(real(*args)):
             if k == number: os.kill(os.getpid(), signal.SIGKILL)
             yield item
-    data._rows = rows
+    data.read_rows = rows
 if what == "size": resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
 try: data.prepare([{"name": "a", "path_or_hub_id": path}], out, progress=False)
 except ValueError as error: sys.exit(f"said: {error}")
@@ -576,8 +578,7 @@ def test_two_processes_at_once_make_one_store(tmp_path, monkeypatch):
 def test_a_second_run_does_nothing(tmp_path, monkeypatch):
     wanted = [entry(put(tmp_path / f"{n}.jsonl", [*GOOD, ["a"]]), n) for n in "abc"]
     first, before = prepare(wanted, tmp_path / "out", progress=False), times(tmp_path / "out")
-    monkeypatch.setattr(data, "_rows", lambda *args: pytest.fail("a file was read again"))
-    monkeypatch.setattr(data, "_examples", lambda *args: pytest.fail("a file was read again"))
+    monkeypatch.setattr(data, "read_rows", lambda *args: pytest.fail("a file was read again"))
     assert prepare(wanted, tmp_path / "out", progress=False) == first
     assert times(tmp_path / "out") == before
     os.chmod(tmp_path / "out", 0o555)
@@ -812,7 +813,7 @@ def test_a_hub_dataset_is_continued(tmp_path, hub, monkeypatch):
         }
     )
     whole = content(one(tmp_path, "owner/set").folder)
-    real, seen = data._hub_rows, []
+    real, seen = data.dataset_rows, []
 
     def stopped(dataset, after):
         for row in real(dataset, after):
@@ -821,11 +822,11 @@ def test_a_hub_dataset_is_continued(tmp_path, hub, monkeypatch):
             yield row
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_hub_rows", stopped)
+        patch.setattr(data, "dataset_rows", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepare([entry("owner/set")], tmp_path / "parts", progress=False)
     monkeypatch.setattr(
-        data, "_hub_rows", lambda dataset, after: seen.append(after) or real(dataset, after)
+        data, "dataset_rows", lambda dataset, after: seen.append(after) or real(dataset, after)
     )
     prepare([entry("owner/set")], tmp_path / "parts", progress=False)
     assert seen[0] >= 2 and content(tmp_path / "parts" / "a.store") == whole
@@ -859,12 +860,12 @@ SLOW = """
 import sys, time
 from contrastive_st import data, store
 store.SHARD_ROWS = 20
-real = data._rows
+real = data.read_rows
 def rows(*args):
     for item in real(*args):
         time.sleep(0.01)
         yield item
-data._rows = rows
+data.read_rows = rows
 if __name__ == "__main__":
     print("begun", flush=True)
     wanted = [{"name": n, "path_or_hub_id": f"{sys.argv[1]}/{n}.jsonl"} for n in "ab"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'ModelPlan', 'DataPlan', 'EvaluationPlan', 'Recipe', 'check_values', 'build', 'known', 'merge', 'parse',
-           'RunRecord', 'load', 'inside', 'data_config', 'SizedSet', 'plan']
+           'RunRecord', 'load', 'inside', 'data_config', 'report_figure', 'SizedSet', 'plan']
 
 # %% ../nbs/21_recipes.ipynb #imports-export
 import difflib
@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from transformers import BertConfig, BertModel
 
 from . import atomic
+from .files import read_text
 from .mixture import Mixture, Plan, read_config, tempered
 from .model import SentenceEncoder
 
@@ -528,6 +529,63 @@ def _naming(recipe, *files):
             message = message.replace("data config", f"{recipe.path}: data.mix", 1)
         named = any(str(file) in message for file in (recipe.path, *files) if str(file))
         raise ValueError(message if named else f"{recipe.path}: {message}") from None
+
+# %% ../nbs/21_recipes.ipynb #report-figure
+def _groups(datasets, most):
+    "Name -> datasets, largest share first; those beyond `most` share the last name."
+    ordered = sorted(datasets, key=lambda d: -d["asked"])
+    groups = [[d] for d in ordered[:most]]
+    names = [re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-56:] for d in ordered[:most]]
+    if ordered[most:]:
+        groups.append(ordered[most:])
+        names.append(f"{len(ordered) - most} more, together")
+    return names, groups
+
+
+def _draw_shares(axis, names, groups):
+    "Draw bars of the shares, asked and realised."
+    y = list(range(len(groups)))
+    for offset, key in ((-0.2, "asked"), (0.2, "realised")):
+        shares = [100 * sum(d[key] for d in group) for group in groups]
+        axis.barh([row + offset for row in y], shares, 0.4, label=f"{key} share")
+    axis.set(
+        yticks=y,
+        yticklabels=names,
+        ylim=(len(groups) - 0.4, -0.6),
+        xlabel="% of all rows",
+        title="Who fills the batches?",
+    )
+    axis.tick_params("y", labelsize="small")
+
+
+def _draw_epochs(axis, groups):
+    "Draw how often a row is seen, from the least to the most of a group."
+    for row, group in enumerate(groups):
+        # What is never seen has no place on a logarithmic axis.
+        epochs = [d["epochs"] for d in group if d["epochs"]] or [math.nan]
+        axis.plot([min(epochs), max(epochs)], [row, row], "o-", color="tab:gray")
+    axis.axvline(100, color="tab:red", ls=":", label="100 times")
+    axis.set(xscale="log", xlabel="times each row is seen", title="How often?")
+    axis.grid(axis="y", alpha=0.3)
+
+
+def report_figure(
+    report: dict,  # of mixture.Mixture.report or mixture.account
+    path: str | Path,  # PNG to write
+    most: int = 30,  # datasets with a row of their own, largest first; the others share one
+) -> None:
+    "Draw what each dataset was asked to give, what it gives, and how often its rows are seen."
+    from matplotlib.figure import Figure
+
+    names, groups = _groups(report["datasets"], most)
+    figure = Figure(figsize=(9, 1.7 + 0.25 * len(groups)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_epochs(right, groups)
+    _draw_shares(left, names, groups)  # last, as it sets the limits of the axis that both share
+    figure.suptitle(f"{report['steps']:,} steps of {report['batch_size']:,} examples")
+    figure.legend(loc="outside lower center", ncols=3)
+    with atomic.writing(path), atomic.new_file(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
 
 # %% ../nbs/21_recipes.ipynb #sizes
 @dataclass(frozen=True, config=_STRICT)

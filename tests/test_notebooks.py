@@ -51,10 +51,6 @@ WIDE_OUTPUTS = {
     "21_recipes": """
         look load-try tiny-try plan-show published totals seeds-table tiny-runs silent
     """,
-    "23_cli": """
-        train-try inspect-try inspect-plan card-look prepare-try search-try encode-try wrong
-        silent
-    """,
     "24_demo": """
         table-check corpus-check search-check handler-check wrong-loud exercise-three
     """,

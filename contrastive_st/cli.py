@@ -218,6 +218,7 @@ _ANY_WIDTH = 1_000_000  # columns; a narrower console would cut the cells of a w
 def table_text(
     head: list[str],  # a name for each column
     rows: list[list],  # cells; the first is text, the others are numbers
+    gap: int = 2,  # spaces between columns
 ) -> str:  # lines of text, no cell is cut or wrapped
     "Lay out a table, numbers to the right."
     from rich.console import Console
@@ -226,7 +227,7 @@ def table_text(
 
     first, *others = (Text(printable(name)) for name in head)
     columns = [Column(first), *(Column(name, justify="right") for name in others)]
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for row in rows:
         # A Text is shown as it is; a str could hold rich's own markup.
         table.add_row(*(Text(printable(str(cell)), no_wrap=True) for cell in row))
@@ -645,7 +646,7 @@ def _dataset_table(report):
         ]
         for d in report["datasets"]
     ]
-    return table_text(head, rows)
+    return table_text(head, rows, gap=1)  # the names of files are long
 
 
 def _negatives_table(report):

@@ -26,7 +26,6 @@ from pydantic.dataclasses import dataclass
 from transformers import BertConfig, BertModel
 
 from . import atomic
-from .files import read_text
 from .mixture import Mixture, Plan, read_config, tempered
 from .model import SentenceEncoder
 

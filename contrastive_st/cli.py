@@ -262,8 +262,8 @@ def check_output(
         right = place.is_dir() if folder else place.is_file()
         if place.exists() and not right:
             file = "a file" if place.is_file() else "no regular file"
-            thing, wanted = "a folder" if place.is_dir() else file, "folder" if folder else "file"
-            raise ValueError(f"{option} {path}: is {thing}; name a {wanted}")
+            thing, need = "a folder" if place.is_dir() else file, "folder" if folder else "file"
+            raise ValueError(f"{option} {path}: is {thing}; name a {need}")
         # Whether a file can be made there shows only when one is made.
         places = (place, *place.parents) if folder else place.parents
         probe = next(p for p in places if p.exists()) / f".{place.name}.probing"

@@ -131,18 +131,18 @@ class Recipe:
 
     def folder(
         self,
-        given: str | Path | None = None,  # data folder, if not the recipe's own
+        data_folder: str | Path | None = None,  # if not the one that the recipe names
     ) -> Path:  # exists
-        "Return the data folder: the one `given`, or the recipe's own."
-        return _data_folder(self, given)
+        "Return the data folder: the one that is given, or the recipe's own."
+        return _data_folder(self, data_folder)
 
     def mixture(
         self,
-        given: str | Path | None = None,  # data folder, if not the recipe's own
+        data_folder: str | Path | None = None,  # if not the one that the recipe names
         store: str | Path | None = None,  # folder of prepared stores to read instead of the files
     ) -> Mixture:  # ready to give any step's batch
         "Open the datasets and return their mixture."
-        return _open_mixture(self, given, store)
+        return _open_mixture(self, data_folder, store)
 
     def encoder(self) -> SentenceEncoder:  # in evaluation mode
         "Load the encoder to start from."
@@ -323,10 +323,10 @@ def _recipe(table, path, text, where):
     return build(Recipe, table | {"path": str(path), "text": text}, where)
 
 
-def _tiny(table, path, wanted):
-    "The changes of the tiny variant, checked; {} if it is not wanted."
+def _tiny(table, path, is_used):
+    "The changes of the tiny variant, checked; {} if it is not used."
     changes = table.get("tiny", {})
-    if not changes and wanted:
+    if not changes and is_used:
         raise ValueError(
             f"{path}: the recipe has no [tiny] table; train it as it is, or shorten it with --set"
             " train.steps=..."
@@ -334,7 +334,7 @@ def _tiny(table, path, wanted):
     if not changes or not isinstance(changes, dict):  # the recipe's own check names what is none
         return {}
     _recipe(merge(deepcopy(table), changes), path, "", f"{path}: tiny")
-    return deepcopy(changes) if wanted else {}
+    return deepcopy(changes) if is_used else {}
 
 # %% ../nbs/21_recipes.ipynb #record
 @dataclass(frozen=True, config=_STRICT)
@@ -421,15 +421,19 @@ def load(
 # %% ../nbs/21_recipes.ipynb #folder
 def _data_folder(
     recipe: Recipe,  # may name a folder of its own
-    given: str | Path | None = None,  # overrides it
+    data_folder: str | Path | None = None,  # overrides it
 ) -> Path:  # exists
     "Return the folder that holds the recipe's data; raise `ValueError` if there is none."
-    if given is None and not recipe.data.folder:
+    if data_folder is None and not recipe.data.folder:
         raise ValueError(
             f"{recipe.path}: the recipe names no data folder; give one (command line: --data"
             " FOLDER)"
         )
-    folder = Path(given) if given is not None else Path(recipe.path).parent / recipe.data.folder
+    folder = (
+        Path(data_folder)
+        if data_folder is not None
+        else Path(recipe.path).parent / recipe.data.folder
+    )
     if not os.path.isdir(folder):
         raise ValueError(
             f"{recipe.path}: the data folder {_cut(str(folder), 200)} does not exist; give another"
@@ -461,10 +465,10 @@ def inside(
 
 def data_config(
     recipe: Recipe,  # names the datasets
-    given: str | Path | None = None,  # data folder, if not the recipe's own
+    data_folder: str | Path | None = None,  # if not the one that the recipe names
 ) -> tuple[Path | list[dict[str, Any]], Path]:  # data config, folder its names are relative to
     "Find a recipe's data config and data folder."
-    mix, folder = recipe.data.mix, _data_folder(recipe, given)
+    mix, folder = recipe.data.mix, _data_folder(recipe, data_folder)
     return _mix_file(recipe, folder) if isinstance(mix, str) else mix, folder
 
 
@@ -499,11 +503,11 @@ def _check_store(
 
 def _open_mixture(
     recipe: Recipe,  # names the datasets and the batch
-    given: str | Path | None = None,  # data folder, if not the recipe's own
+    data_folder: str | Path | None = None,  # if not the one that the recipe names
     store: str | Path | None = None,  # folder of prepared stores
 ) -> Mixture:  # ready to give any step's batch
     "Open a recipe's datasets as a mixture."
-    d, (config, folder) = recipe.data, data_config(recipe, given)
+    d, (config, folder) = recipe.data, data_config(recipe, data_folder)
     with _naming(recipe, config if isinstance(config, Path) else "", store or folder):
         if store is not None:
             _check_store(recipe, config, store)
@@ -526,8 +530,8 @@ def _naming(recipe, *files):
         message = str(error)
         if isinstance(recipe.data.mix, list):  # which has no file of its own
             message = message.replace("data config", f"{recipe.path}: data.mix", 1)
-        named = any(str(file) in message for file in (recipe.path, *files) if str(file))
-        raise ValueError(message if named else f"{recipe.path}: {message}") from None
+        is_named = any(str(file) in message for file in (recipe.path, *files) if str(file))
+        raise ValueError(message if is_named else f"{recipe.path}: {message}") from None
 
 # %% ../nbs/21_recipes.ipynb #report-figure
 def _groups(datasets, most):

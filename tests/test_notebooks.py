@@ -48,16 +48,7 @@ WIDE_OUTPUTS = {
         own-items gender-bias-show controls read-bias-show winogender-run wrong-loud
         wrong-silent exercise-three
     """,
-    "22_card": """
-        run pain read-run-show evaluation-show limits-show again-show model-card-show
-    """,
-    "21_recipes": """
-        look load-try tiny-try plan-show published totals seeds-table tiny-runs silent
-    """,
-    "23_cli": """
-        train-try inspect-try inspect-plan card-look prepare-try search-try encode-try wrong
-        silent
-    """,
+    "21_recipes": "tiny-runs",
     "24_demo": """
         table-check corpus-check search-check handler-check wrong-loud exercise-three
     """,

@@ -29,6 +29,7 @@ ALLOWED = {
     "evaluation": {"search"},
     "bias": {"evaluation"},
     "card": {"evaluation"},
+    "charts": {"evaluation", "search"},
     "recipes": {"mixture", "model", "tokens"},
 }
 # how everything is written and read, in which processes, on what machine: all may import them

@@ -49,9 +49,6 @@ WIDE_OUTPUTS = {
         wrong-silent exercise-three
     """,
     "21_recipes": "tiny-runs",
-    "24_demo": """
-        table-check corpus-check search-check handler-check wrong-loud exercise-three
-    """,
     "mteb": "choose models run hours",
     "multi_qa_search": "data exams opponent train by-set wins failures ask wrong-loud",
     "nli_to_stsb": "bi sts-look road train recipe by-eye",

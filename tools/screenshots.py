@@ -1,24 +1,30 @@
-"""Take the pictures of the demo's pages that stand in the docs, each at 1100 px and, as on a phone,
-at 390 px.
+"""Take the pictures of the demo's pages that stand in the docs, at 1100 px and, as on a phone, at
+390 px, and write down beside them which words the page had.
 
-    python tools/screenshots.py sentence-transformers/all-MiniLM-L6-v2 runs/quickstart
+    python tools/screenshots.py                      # all-MiniLM-L6-v2 and runs/quickstart
+    python tools/screenshots.py MODEL... --out /tmp/dark --dark
 
-Needs the extra 'demo', playwright, and a Chromium on this machine.
+Needs the extra 'demo', playwright, and a Chromium on this machine (Debian: apt install chromium).
+`make train` makes runs/quickstart. A test compares the words with the page as it is built, so a
+picture of a page that has changed since is found.
 """
 
 import argparse
 import io
+import json
 import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVE = [sys.executable, "-c", "from contrastive_st.cli import main; main()", "demo", "--port", "0"]
+FOLDER = ROOT / "docs/images/demo"
+MODELS = ["sentence-transformers/all-MiniLM-L6-v2", "runs/quickstart"]
+SERVE = [sys.executable, "-m", "contrastive_st", "demo", "--port", "0"]
 # file name -> tab, button to press, what must be there, where the picture begins: so many px above
 # the page's button
 PAGES = {
@@ -28,10 +34,26 @@ PAGES = {
     "bias": ("Bias", "Measure", "#bias-plot0 .main-svg", "bias", 999),
     "training": ("Training", "Show the runs", "#runs-plot0 .main-svg", "runs", 999),
 }
+PHONES = ("similarity", "search", "bias", "training")
 HIGHEST = 1500  # px
 
 
+def words(config: dict) -> dict[str, list[str]]:
+    "What can be read on each tab of a page, by Gradio's description of it, models' names left out."
+    tabs, texts = {}, []
+    for component in config["components"]:
+        props = component["props"]
+        if component["type"] == "tabitem":
+            texts = tabs[props["label"]] = []
+        elif component["type"] in ("button", "markdown"):
+            texts.append(props["value"])
+        elif props.get("label") and component["type"] != "html":
+            texts.append(props["label"])
+    return tabs
+
+
 def shot(page, tab, button, there, name, above) -> Image.Image:
+    "Press a button and take the picture of what it shows."
     page.get_by_role("tab", name=tab).click()
     page.get_by_role("button", name=button, exact=True).click()
     page.locator(there).first.wait_for(timeout=120_000)
@@ -44,41 +66,59 @@ def shot(page, tab, button, there, name, above) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    image.quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
-    print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 1024:.0f} KiB")
+    "Write a picture of few colours."
+    few = image.quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
+    print(f"{path.name}  {path.stat().st_size / 1024:.0f} KiB", flush=True)
+
+
+def wall(strips: list[Image.Image], ground: str) -> Image.Image:
+    "Put the pictures of phones side by side."
+    picture = Image.new("RGB", (400 * len(strips) - 10, HIGHEST), ground)
+    for i, strip in enumerate(strips):
+        picture.paste(strip, (400 * i, 0))
+    return picture
+
+
+def take(address: str, folder: Path, dark: bool) -> None:
+    "Take all pictures of a page that is being served."
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
+            args=["--headless", "--no-sandbox", "--disable-gpu"],
+        )
+        scheme = "dark" if dark else "light"
+        for width in (1100, 390):
+            size = {"width": width, "height": 844}
+            page = browser.new_page(viewport=size, color_scheme=scheme)
+            page.goto(address)
+            pictures = {name: shot(page, *steps) for name, steps in PAGES.items()}
+            if width == 390:
+                phones = [pictures[name] for name in PHONES]
+                pictures = {"phone": wall(phones, "black" if dark else "white")}
+            for name, picture in pictures.items():
+                save(picture, folder / f"{name}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/images/demo")
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--dark", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     server = subprocess.Popen([*SERVE, *args.models], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         address = re.search(r"http://\S+", server.stdout.readline())[0]
-        with sync_playwright() as driver:
-            browser = driver.chromium.launch(
-                executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
-                args=["--no-sandbox", "--disable-gpu"],
-            )
-            for width in (1100, 390):
-                page, strips = browser.new_page(viewport={"width": width, "height": 844}), []
-                page.goto(address)
-                for name, steps in PAGES.items():
-                    image = shot(page, *steps)
-                    if width > 600:
-                        save(image, args.out / f"{name}.png")
-                    else:
-                        strips.append(image)
-            wall = Image.new("RGB", (4 * 400 - 10, HIGHEST), "white")
-            for i, strip in enumerate(strips[j] for j in (0, 2, 3, 4)):
-                wall.paste(strip, (400 * i, 0))
-            save(wall, args.out / "phone.png")
+        with urllib.request.urlopen(f"{address}config") as answer:
+            record = words(json.load(answer))
+        take(address, args.out, args.dark)
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        (args.out / "words.json").write_text(text + "\n", encoding="utf-8")
     finally:
         server.terminate()
 

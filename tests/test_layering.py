@@ -26,6 +26,7 @@ ALLOWED = {
     "encoding": {"model", "precision"},
     "mining": {"search"},
     "recipes": {"mixture", "model", "tokens"},
+    "notebook": {"model", "store", "run"},
 }
 # how everything is written, in which processes, on what machine: all may import them
 BASE = {"atomic", "workers", "machine"}

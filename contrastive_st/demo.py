@@ -39,7 +39,7 @@ from . import bias
 from .atomic import read_json, reading
 from .data import quickstart_folder, read_retrieval
 from .model import SentenceEncoder
-from .search import _extra, cluster, semantic_search
+from .search import cluster, import_extra, semantic_search
 
 # %% ../nbs/24_demo.ipynb #listen
 class _Listener:
@@ -788,7 +788,7 @@ def _rate(report, name):
     if name not in report:
         return "no labels"
     rate, low, high, p = (report[name + end] for end in ("", "_low", "_high", "_p"))
-    return f"{rate:.0%} [{low:.0%}, {high:.0%}], {bias._chance(p)}"
+    return f"{rate:.0%} [{low:.0%}, {high:.0%}], {bias.format_p(p)}"
 
 
 def _counts(report):
@@ -1099,7 +1099,7 @@ def _note(text, kind="note"):
 def _gradio():
     "Import Gradio, with its reports to its makers switched off."
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    return _extra("gradio", "demo")
+    return import_extra("gradio", "demo")
 
 
 def answered(

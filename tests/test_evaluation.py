@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from contrastive_st.evaluation import (
+    METRICS,
     alignment,
     collapse,
     evaluate_retrieval,
     evaluate_sts,
+    format_interval,
+    metric,
     paired_difference,
     retrieval_by_query,
     similarity_of,
@@ -274,6 +277,23 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
         verdict = paired_difference(a, a + gain, resamples=300, seed=trial)
         hits += verdict["difference_low"] < 0.5 < verdict["difference_high"]
     assert 88 <= hits <= 100
+
+
+def test_a_figure_is_written_with_its_interval_as_far_as_both_are_known():
+    report = {"lean": -0.25, "lean_low": -0.5, "lean_high": 0, "rate": 1, "loss": math.nan}
+    assert format_interval(report, "lean", "+.1f") == "-0.2 [-0.5, +0.0]"
+    assert format_interval(report, "lean", ".0f", factor=100) == "-25 [-50, 0]"
+    assert format_interval(report | {"rate_low": None}, "rate", ".0%") == "100%"
+    # JSON has neither NaN nor a figure that was not reached
+    for broken in ({}, report, {"loss": None}, {"loss": True}, {"loss": "0.1"}):
+        assert format_interval(broken, "loss", absent="not yet") == "not yet"
+
+
+def test_every_metric_has_a_label_and_a_format():
+    assert all(key == row.key and format(0.5, row.spec) for key, row in METRICS.items())
+    assert metric("eval_ndcg@10") == METRICS["ndcg@10"]
+    assert metric("map@7")[:4] == ("map@7", "MAP@7", "retrieval", "higher")
+    assert metric("my_own")[:4] == ("my_own", "my own", "", "")
 
 
 def test_paired_difference_sees_what_two_intervals_hide():

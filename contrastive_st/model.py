@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
-from functools import cache
 from itertools import cycle, islice
 from numbers import Integral
 from pathlib import Path
@@ -41,6 +40,7 @@ from transformers.utils import logging as hf_logging
 
 from .atomic import MANIFEST, check_folder, is_whole, named, new_folder, quoted
 from .atomic import read_json, reading, write_json
+from .cpu import has_bf16, keep_memory
 from .packed import packable, packed_states
 from .precision import check_precision, quantize
 from .tokens import RaggedTokenizer
@@ -305,14 +305,6 @@ def _tokenizer_state(tokenizer):
     return core, states, core.get_vocab_size(), tokenizer.truncation_side
 
 # %% ../nbs/02_model.ipynb #evaluating
-def _has_bf16(device):
-    "Whether a type of device, such as cpu, multiplies bfloat16 itself."
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # torch has no public question for this: oneDNN says whether the CPU has the instructions.
-    return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 _ENCODING = WeakKeyDictionary()  # model -> [threads that encode with it, layers to set back]
 _MODES = threading.Lock()
 
@@ -358,11 +350,11 @@ def _evaluating(model, bf16=False):
 # %% ../nbs/02_model.ipynb #encode-options
 def _lower(device, bf16):
     "Whether to compute in bfloat16; say so where it cannot be."
-    if bf16 and not _has_bf16(device):
+    if bf16 and not has_bf16(device):
         warnings.warn(
             f"this {device} has no bfloat16 arithmetic; encoding in float32", stacklevel=4
         )
-    return bf16 and _has_bf16(device)
+    return bf16 and has_bf16(device)
 
 
 def _shorten(vectors, truncate_dim, normalize, precision):
@@ -1207,15 +1199,6 @@ def _write_layout(folder, pooling, normalize, max_length, width, rest):
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
 
-# %% ../nbs/02_model.ipynb #keep-memory
-@cache
-def _keep_memory():
-    "Make glibc keep freed blocks of up to 32 MB for reuse; other C libraries are left alone."
-    # Once glibc saw such a block freed, it takes blocks of this size from memory that it keeps,
-    # and leaves 64 MB at its end (mallopt(3), the dynamic threshold). We free several, since what
-    # is kept already may hold one. They are never written to, so they take no memory.
-    [torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(4)]
-
 # %% ../nbs/02_model.ipynb #skeleton
 class _Parts(torch.nn.Module):
     "A backbone, a tokenizer and the way from token states to one vector."
@@ -1243,7 +1226,7 @@ class _Parts(torch.nn.Module):
         # Tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere.
         self.token_budget = None
         self.train(backbone.training)
-        _keep_memory()
+        keep_memory()
 
     @property
     def width(self) -> int:

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SAVE_SECONDS', 'TrainConfig', 'lr_factor', 'seed_step', 'read_record', 'run_state', 'checkpoint_folder',
            'checkpoint_steps', 'write_checkpoint', 'last_checkpoint', 'check_checkpoint', 'find_checkpoint', 'claim',
-           'Stopped', 'Abandoned', 'Signals', 'plain_metrics', 'run_report', 'processor_name', 'load_weights',
-           'load_training', 'Run']
+           'Stopped', 'Abandoned', 'Signals', 'plain_metrics', 'run_report', 'load_weights', 'load_training', 'Run']
 
 # %% ../nbs/04_run.ipynb #imports-export
 import hashlib
@@ -37,6 +36,7 @@ from pydantic.dataclasses import dataclass
 from .atomic import MANIFEST, Damaged, abandoned, check_folder, digest_file
 from .atomic import expanded, is_whole, lock, new_folder, read_json, reading, remove
 from .atomic import write_json, write_text
+from .machine import processor_name
 from .model import SentenceEncoder
 from .tokens import Tokens, token_report
 
@@ -569,18 +569,6 @@ def run_report(
     return report | {"tokens": token_report(batches, tokens)} if batches else report
 
 # %% ../nbs/04_run.ipynb #versions
-def processor_name(
-    device: torch.device | str = "cpu",  # where it computes
-) -> str:
-    "Return the name of the chip that computes."
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux platform.processor() knows the architecture only
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _versions(device, more):
     "Software and hardware of a run, for its record."
     packages = ("contrastive_st", "transformers", "accelerate", "datasets", "pyarrow", "numpy")

@@ -8,14 +8,13 @@ __all__ = ['batch_loss', 'mean_cosine', 'check_health', 'log_line', 'train']
 # %% ../nbs/15_trainer.ipynb #imports-export
 import math
 import os
-import platform
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +26,10 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_torch_xla_available
 
 from . import loss as contrastive
+from .cpu import choose_matmul, has_bf16, matmul_precision, multiply_with
 from .gradcache import cached_step
 from .machine import refuse_torch_tpu
-from .model import SentenceEncoder, _has_bf16
+from .model import SentenceEncoder
 from .run import SAVE_SECONDS, Abandoned, Run, Stopped, TrainConfig
 from .run import checkpoint_folder, claim, last_checkpoint, load_training
 from .run import load_weights, lr_factor, read_record, run_report, run_state
@@ -378,69 +378,6 @@ def check_health(
             stacklevel=2,
         )
 
-# %% ../nbs/15_trainer.ipynb #onednn
-def _precision():
-    "What torch may do to float32 products; its release 2.9 warns of this question."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.get_float32_matmul_precision()
-
-
-@contextmanager
-def _multiplying(matmul):
-    "Multiply float32 in a block as `_matmul` chose."
-    before = _precision()
-    if matmul == "onednn":  # on a CPU "medium" hands float32 to oneDNN
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _factors():
-    "Two matrices of a MiniLM, (512, 384) and (384, 1536), always the same."
-    draw = torch.Generator().manual_seed(0)  # its own, so that the draws of the run stay the same
-    return torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
-
-
-@cache
-def _onednn_error():
-    "Measure the error of oneDNN's float32 products, relative to the largest; infinite without it."
-    if not torch.backends.mkldnn.is_available():
-        return math.inf
-    x, w = _factors()
-    with _multiplying("onednn"):
-        product = x @ w
-    exact = x.double() @ w.double()
-    return ((product - exact).abs().max() / exact.abs().max()).item()
-
-
-@cache
-def _mkl_is_slow():
-    "Whether torch multiplies with MKL on an AMD processor with AVX-512, of which MKL uses half."
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python may know the vendor
-    about = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.backends.mkl.is_available() and wide and "AuthenticAMD" in about
-
-# %% ../nbs/15_trainer.ipynb #matmul
-def _matmul(config, device):
-    "Choose who multiplies float32: oneDNN where it is exact and MKL is slow, else torch's default."
-    # A precision that you set, anything but "highest", stays.
-    if device != "cpu" or config.matmul == "default" or _precision() != "highest":
-        return "default"
-    if config.matmul == "auto" and not _mkl_is_slow():
-        return "default"
-    error = _onednn_error()
-    if config.matmul == "onednn" and error > 1e-5:
-        raise ValueError(
-            "matmul is 'onednn', but on this machine its float32 products have"
-            f" a relative error of {error:.0e};"
-            " use 'auto' or 'default', or set bf16 = true for speed"
-        )
-    return "onednn" if error < 1e-5 else "default"
-
 # %% ../nbs/15_trainer.ipynb #compute
 def _fitting(encoder, bf16, device):
     "Tokens whose activations take about 2 GiB, or a quarter of a GPU's memory."
@@ -456,7 +393,7 @@ def _fitting(encoder, bf16, device):
 
 def _compute(encoder, config, device):
     "What a run computes with, for its record."
-    bf16 = config.bf16 and _has_bf16(device)
+    bf16 = config.bf16 and has_bf16(device)
     if config.bf16 and not bf16:
         warnings.warn(
             f"this {device} has no bfloat16 arithmetic; training in float32", stacklevel=3
@@ -465,8 +402,8 @@ def _compute(encoder, config, device):
         "device": device,
         "layout": encoder.layout,
         "dtype": "bfloat16" if bf16 else "float32",
-        "matmul": _matmul(config, device),
-        "matmul_precision": _precision(),
+        "matmul": choose_matmul(config.matmul, device),
+        "matmul_precision": matmul_precision(),
         "fused": config.fused,
         "chunk_tokens": config.chunk_tokens or _fitting(encoder, bf16, device),
     }
@@ -669,7 +606,7 @@ def train(
         if finished:
             return run.recorded() if main else {}
         # 3. train, measure and save
-        with _multiplying(compute["matmul"]):
+        with multiply_with(compute["matmul"]):
             if main:
                 run.begin(recipe)
                 if progress:

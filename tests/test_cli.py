@@ -28,8 +28,9 @@ from typer.testing import CliRunner
 
 from contrastive_st import cli, data, evaluation
 from contrastive_st.card import model_card
+from contrastive_st.cpu import has_bf16
 from contrastive_st.demo import LIMIT
-from contrastive_st.model import SentenceEncoder, _has_bf16
+from contrastive_st.model import SentenceEncoder
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
 COMMANDS = {
@@ -906,7 +907,7 @@ def test_encode_in_bfloat16(place):
         works("encode", "encoder", "texts.txt", "--out", f"{name}.npy", "--no-progress", *option)
     fine, coarse = np.load(place / "fine.npy"), np.load(place / "coarse.npy")
     np.testing.assert_allclose(coarse, fine, atol=0.05)
-    assert (coarse == fine).all() != _has_bf16("cpu")
+    assert (coarse == fine).all() != has_bf16("cpu")
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c"])

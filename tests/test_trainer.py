@@ -20,9 +20,9 @@ from conftest import ROOT, make_backbone, make_tokenizer, sentences
 from datasets import Dataset
 from transformers import BertConfig, BertModel, TrainerCallback
 
-from contrastive_st import trainer
+from contrastive_st import cpu, trainer
 from contrastive_st.data import Source, prepare
-from contrastive_st.gradcache import _chunks
+from contrastive_st.gradcache import split_batch
 from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.tokens import Tokens
@@ -418,7 +418,7 @@ def test_bf16_leaves_the_encoder_as_it_was(tmp_path):
 
 def test_without_bf16_arithmetic_a_run_is_in_float32_and_says_so(tmp_path, monkeypatch):
     train(make_encoder(), make_mixture(), config(3), tmp_path / "fp32", progress=False)
-    monkeypatch.setattr(trainer, "_has_bf16", lambda kind: False)
+    monkeypatch.setattr(trainer, "has_bf16", lambda kind: False)
     with pytest.warns(
         UserWarning, match="this cpu has no bfloat16 arithmetic; training in float32"
     ):
@@ -435,34 +435,22 @@ def test_without_bf16_arithmetic_a_run_is_in_float32_and_says_so(tmp_path, monke
 
 def pretend(monkeypatch, slow, error):
     "A processor on which MKL is slow or not, and the error of oneDNN's products."
-    monkeypatch.setattr(trainer, "_mkl_is_slow", lambda: slow)
-    monkeypatch.setattr(trainer, "_onednn_error", lambda: error)
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: slow)
+    monkeypatch.setattr(cpu, "onednn_error", lambda: error)
 
 
-@pytest.mark.parametrize(
-    "slow, error, wish, chosen",
-    [
-        (True, 1e-6, "auto", "onednn"),
-        (False, 1e-6, "auto", "default"),
-        (True, 2e-3, "auto", "default"),
-        (True, math.inf, "auto", "default"),
-        (True, 1e-6, "default", "default"),
-        (False, 1e-6, "onednn", "onednn"),
-    ],
-)
-def test_onednn_multiplies_float32_where_it_is_exact_and_mkl_is_slow(
-    tmp_path, monkeypatch, slow, error, wish, chosen
+@pytest.mark.parametrize("slow, chosen", [(True, "onednn"), (False, "default")])
+def test_what_multiplies_float32_is_chosen_for_the_run_and_recorded(
+    tmp_path, monkeypatch, slow, chosen
 ):
-    pretend(monkeypatch, slow, error)
+    pretend(monkeypatch, slow, 1e-6)
     during = []
 
     def evaluate(e):
         during.append(torch.get_float32_matmul_precision())
         return {}
 
-    train(
-        make_encoder(), make_mixture(), config(2, matmul=wish), tmp_path, evaluate, progress=False
-    )
+    train(make_encoder(), make_mixture(), config(2), tmp_path, evaluate, progress=False)
     assert read(tmp_path, "versions")["compute"]["matmul"] == chosen
     assert set(during) == {"medium" if chosen == "onednn" else "highest"}
     assert torch.get_float32_matmul_precision() == "highest"
@@ -509,56 +497,6 @@ def test_the_precision_is_given_back_when_a_run_fails(tmp_path, monkeypatch):
             progress=False,
         )
     assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_the_measurement_tells_an_exact_product_from_a_rounded_one():
-    trainer._onednn_error.cache_clear()
-    before, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
-    error = trainer._onednn_error()
-    assert torch.get_float32_matmul_precision() == before
-    assert torch.equal(torch.get_rng_state(), state)
-    if not torch.backends.mkldnn.is_available():
-        assert error == math.inf
-        return
-    x, w = torch.randn(64, 384), torch.randn(384, 96)
-    try:
-        torch.set_float32_matmul_precision("medium")
-        lower = (x @ w - (x.double() @ w.double())).abs().max() > 1e-2
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert (error > 1e-5) == bool(lower)
-
-
-@pytest.mark.parametrize(
-    "capability, cpuinfo, mkl, slow",
-    [
-        ("AVX512", "vendor_id\t: AuthenticAMD\n", True, True),
-        ("AVX2", "vendor_id\t: AuthenticAMD\n", True, False),
-        ("AVX512", "vendor_id\t: GenuineIntel\n", True, False),
-        ("AVX512", "vendor_id\t: AuthenticAMD\n", False, False),
-        ("DEFAULT", "", False, False),
-    ],
-)
-def test_the_choice_depends_on_the_processor_and_on_no_clock(
-    monkeypatch, capability, cpuinfo, mkl, slow
-):
-    def clock():
-        raise AssertionError("the choice looked at a clock")
-
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    monkeypatch.setattr(Path, "read_text", lambda path, *rest: cpuinfo)
-    for name in ("perf_counter", "monotonic", "time", "process_time"):
-        monkeypatch.setattr(time, name, clock)
-    trainer._mkl_is_slow.cache_clear()
-    trainer._onednn_error.cache_clear()
-    try:
-        assert trainer._mkl_is_slow() == slow
-        exact = trainer._onednn_error() < 1e-5
-        chosen = "onednn" if slow and exact else "default"
-        assert trainer._matmul(TrainConfig(), "cpu") == chosen
-    finally:
-        trainer._mkl_is_slow.cache_clear()
 
 
 def test_fused_adamw_is_used_and_is_adamw(tmp_path):
@@ -1828,7 +1766,7 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
             for step in range(4)
             for rank in range(2)
         ]
-        counts = [len(_chunks(batch.token_ids, batch.lengths, chunk_tokens)) for batch in batches]
+        counts = [len(split_batch(batch.token_ids, batch.lengths, chunk_tokens)) for batch in batches]
         assert any(a != b for a, b in zip(counts[::2], counts[1::2])) and {1, 2} <= set(counts), (
             counts
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .run import processor_name
+from .machine import processor_name
 
 # %% ../nbs/29_notebook.ipynb #errors
 def _without_folders(text):

@@ -168,6 +168,7 @@ class VirtualSource:
 # %% ../nbs/29_notebook.ipynb #provenance
 def provenance(
     *packages: str,  # whose versions are said besides torch's, such as "torch_xla"
+    when: str = "",  # date of the measurement; "" is today
 ) -> str:  # one line
     "Say date, processor, threads and versions, to print under what was measured."
     import torch
@@ -175,7 +176,7 @@ def provenance(
     threads = torch.get_num_threads()
     versions = [f"{package} {version(package)}" for package in ("torch", *packages)]
     parts = [
-        f"{date.today()}",
+        when or f"{date.today()}",
         processor_name(),
         f"{threads} thread{'s' * (threads > 1)}",
         *versions,

@@ -1,4 +1,7 @@
-"""What the benchmarks share: one thread, turns, medians, memory, and where it was measured."""
+"""What the benchmarks share: one thread, turns, medians, memory, and where it was measured.
+
+python benchmarks/measure.py  # a second: writes the table of README.md anew from results/*.json
+"""
 
 import argparse
 import json

@@ -1766,7 +1766,9 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
             for step in range(4)
             for rank in range(2)
         ]
-        counts = [len(split_batch(batch.token_ids, batch.lengths, chunk_tokens)) for batch in batches]
+        counts = [
+            len(split_batch(batch.token_ids, batch.lengths, chunk_tokens)) for batch in batches
+        ]
         assert any(a != b for a, b in zip(counts[::2], counts[1::2])) and {1, 2} <= set(counts), (
             counts
         )

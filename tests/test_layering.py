@@ -31,6 +31,7 @@ ALLOWED = {
     "card": {"evaluation"},
     "charts": {"evaluation", "search"},
     "recipes": {"mixture", "model", "tokens"},
+    "notebook": {"model", "store"},
 }
 # how everything is written and read, in which processes, on what machine: all may import them
 BASE = {"atomic", "files", "workers", "machine"}

@@ -178,7 +178,7 @@ def ratios(results: dict) -> dict:
 def main(argv=None) -> None:
     "Measure and write."
     args = arguments(__doc__.splitlines()[0], argv)
-    results = compare(*SIZES["quick" if args.quick else "whole"], rounds=1 if args.quick else 3)
+    results = compare(*SIZES["quick" if args.quick else "whole"], rounds=1 if args.quick else 2)
     results = record("torch", "sentence-transformers") | results
     results["ratios"] = ratios(results)
     save(results, {}, "mining_quick" if args.quick else "mining", args.out)

@@ -24,6 +24,87 @@ from .atomic import lock, named, new_file, quoted, writing
 from .search import faiss_search, semantic_search
 from .store import text_identity
 
+# %% ../nbs/11_mining.ipynb #options
+RULES = ("absolute_margin", "relative_margin", "max_score", "min_score")
+FORMATS = ("triplet", "n-tuple", "labeled-pair")
+
+
+class _Options(NamedTuple):
+    "What may be asked of a mining."
+
+    num_negatives: int
+    range_min: int
+    range_max: int
+    max_score: float | None
+    min_score: float | None
+    absolute_margin: float | None
+    relative_margin: float | None
+    sampling: str
+    seed: int
+    too_few: str
+    output_format: str
+    similarity: str
+
+
+def _check_whole(name, value, least):
+    "Raise a ValueError unless a value is a whole number of at least so much."
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} is {quoted(value)}; it must be a whole number, at least {least}")
+
+
+def _check_options(options):
+    "Raise a ValueError for what cannot be."
+    for name, least in {"num_negatives": 1, "range_min": 0, "range_max": 1, "seed": 0}.items():
+        _check_whole(name, getattr(options, name), least)
+    K, low, high = options[:3]
+    if high - low < K:
+        raise ValueError(
+            f"the ranks from range_min={low} to range_max={high} hold {max(high - low, 0)}"
+            f" passages, fewer than num_negatives={K}; raise range_max"
+        )
+    for name in RULES:
+        value = getattr(options, name)
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            raise ValueError(f"{name} is {quoted(value)}; it must be a finite number, or None")
+    if not 0 <= (options.relative_margin or 0) < 1:
+        raise ValueError(
+            f"relative_margin is {options.relative_margin}; it is a share of the positive's score:"
+            " 0.05 keeps negatives that score at most 95% of it"
+        )
+    choices = {
+        "sampling": ("top", "random"),
+        "too_few": ("drop", "fill"),
+        "output_format": FORMATS,
+        "similarity": ("cos", "dot"),
+    }
+    for name, values in choices.items():
+        if getattr(options, name) not in values:
+            words = " or ".join(map(repr, values))
+            raise ValueError(f"{name} is {quoted(getattr(options, name))}; choose {words}")
+
+# %% ../nbs/11_mining.ipynb #rules
+def _fates(
+    scores: np.ndarray,  # (b, k) float32
+    passages: np.ndarray,  # (b, k) numbers, -1 = none
+    positive: np.ndarray,  # (b,) score of the positive; of several the lowest
+    options: _Options,
+) -> np.ndarray:  # (b, k) int8: 0 = may be taken, n = fell to rule n, -1 = none
+    "Apply the rules, one after another."
+    positive = positive[:, None]
+    margin, share = options.absolute_margin, options.relative_margin
+    falls = {
+        "absolute_margin": margin is not None and scores + np.float32(margin or 0) > positive,
+        # A share of the size: of a negative score, too, the limit lies below the score.
+        "relative_margin": share is not None
+        and scores > positive - np.abs(positive) * np.float32(share or 0),
+        "max_score": options.max_score is not None and scores > (options.max_score or 0),
+        "min_score": options.min_score is not None and scores < (options.min_score or 0),
+    }
+    fates = np.where(passages >= 0, 0, -1).astype(np.int8)
+    for number, name in enumerate(RULES, 1):
+        fates[(fates == 0) & falls[name]] = number
+    return fates
+
 # %% ../nbs/11_mining.ipynb #identities
 def _identities(texts, name):
     "The identity of each text, (n,) int64; raise a ValueError for what is no list of texts."
@@ -276,64 +357,6 @@ def _rescored(
         parts.append(scores.reshape(-1).numpy())
     return np.concatenate(parts)
 
-# %% ../nbs/11_mining.ipynb #options
-RULES = ("absolute_margin", "relative_margin", "max_score", "min_score")
-FORMATS = ("triplet", "n-tuple", "labeled-pair")
-
-
-class _Options(NamedTuple):
-    "What may be asked of a mining."
-
-    num_negatives: int
-    range_min: int
-    range_max: int
-    max_score: float | None
-    min_score: float | None
-    absolute_margin: float | None
-    relative_margin: float | None
-    sampling: str
-    seed: int
-    too_few: str
-    output_format: str
-    similarity: str
-
-
-def _check_whole(name, value, least):
-    "Raise a ValueError unless a value is a whole number of at least so much."
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} is {quoted(value)}; it must be a whole number, at least {least}")
-
-
-def _check_options(options):
-    "Raise a ValueError for what cannot be."
-    for name, least in {"num_negatives": 1, "range_min": 0, "range_max": 1, "seed": 0}.items():
-        _check_whole(name, getattr(options, name), least)
-    K, low, high = options[:3]
-    if high - low < K:
-        raise ValueError(
-            f"the ranks from range_min={low} to range_max={high} hold {max(high - low, 0)}"
-            f" passages, fewer than num_negatives={K}; raise range_max"
-        )
-    for name in RULES:
-        value = getattr(options, name)
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-            raise ValueError(f"{name} is {quoted(value)}; it must be a finite number, or None")
-    if not 0 <= (options.relative_margin or 0) < 1:
-        raise ValueError(
-            f"relative_margin is {options.relative_margin}; it is a share of the positive's score:"
-            " 0.05 keeps negatives that score at most 95% of it"
-        )
-    choices = {
-        "sampling": ("top", "random"),
-        "too_few": ("drop", "fill"),
-        "output_format": FORMATS,
-        "similarity": ("cos", "dot"),
-    }
-    for name, values in choices.items():
-        if getattr(options, name) not in values:
-            words = " or ".join(map(repr, values))
-            raise ValueError(f"{name} is {quoted(getattr(options, name))}; choose {words}")
-
 # %% ../nbs/11_mining.ipynb #neighbours
 class _Miner(NamedTuple):
     "All that stays the same from block to block."
@@ -400,29 +423,6 @@ def _in_range(miner, queries, k):
         np.take_along_axis(x, order, axis=1) for x in (scores, passages, allowed)
     )
     return scores, np.where(allowed, passages, -1)
-
-# %% ../nbs/11_mining.ipynb #rules
-def _fates(
-    scores: np.ndarray,  # (b, k) float32
-    passages: np.ndarray,  # (b, k) numbers, -1 = none
-    positive: np.ndarray,  # (b,) score of the positive; of several the lowest
-    options: _Options,
-) -> np.ndarray:  # (b, k) int8: 0 = may be taken, n = fell to rule n, -1 = none
-    "Apply the rules, one after another."
-    positive = positive[:, None]
-    margin, share = options.absolute_margin, options.relative_margin
-    falls = {
-        "absolute_margin": margin is not None and scores + np.float32(margin or 0) > positive,
-        # A share of the size: of a negative score, too, the limit lies below the score.
-        "relative_margin": share is not None
-        and scores > positive - np.abs(positive) * np.float32(share or 0),
-        "max_score": options.max_score is not None and scores > (options.max_score or 0),
-        "min_score": options.min_score is not None and scores < (options.min_score or 0),
-    }
-    fates = np.where(passages >= 0, 0, -1).astype(np.int8)
-    for number, name in enumerate(RULES, 1):
-        fates[(fates == 0) & falls[name]] = number
-    return fates
 
 # %% ../nbs/11_mining.ipynb #sampling
 def _mix(

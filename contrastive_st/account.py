@@ -11,7 +11,6 @@ from collections import Counter
 
 import numpy as np
 
-
 # %% ../nbs/09_account.ipynb #account-sources
 def _account_sources(mixture, turns):
     "Size, share and epochs of each source, whose sub-batches are counted by `turns`."

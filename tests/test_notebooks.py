@@ -34,8 +34,9 @@ WIDE_OUTPUTS = {
     "06_store": "demo verify-demo constant verify-cost tokens-demo tokens-verified wrong",
     "08_mixture": """
         pain epoch-check window-show virtual temperature-show tiny-files as-mixture-demo slices
-        report-show cross-negatives cross-blind wrong-loud
+        wrong-loud
     """,
+    "09_account": "report-show cross-negatives cross-blind",
     "12_packed": "same-check wrong-silent",
     "01_loss": "scale-shares hard-figure",
     "14_gradcache": "example chunks-try",

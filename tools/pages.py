@@ -17,7 +17,7 @@ PARTS = {  # caption -> numbers of the pages in nbs/
     "IV Larger, faster": range(12, 17),
     "V In use": range(17, 21),
     "VI From end to end": range(21, 25),
-    "VII What it stands on": range(25, 30),
+    "VII What it stands on": range(25, 32),
 }
 # in the order of reading, which is none of the alphabet
 TUTORIALS = ("nli_to_stsb", "multi_qa_search", "three_claims", "mteb", "one_billion_pairs_tpu")

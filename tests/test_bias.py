@@ -467,7 +467,11 @@ def test_winogender_itself(shared_data):
             ITEMS,
             "encode returned int8, which are codes",
         ),
-        (lambda texts: np.full((len(texts), 4), "a"), ITEMS, "encode returned <U1 instead of floats"),
+        (
+            lambda texts: np.full((len(texts), 4), "a"),
+            ITEMS,
+            "encode returned <U1 instead of floats",
+        ),
         (
             control(0, 0),
             [ITEMS[0]._replace(male=None)],

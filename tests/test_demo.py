@@ -715,7 +715,9 @@ def test_the_command_line_refuses_in_one_sentence(server, tmp_path, folders):
         (["small"], ["--run", "empty"], "empty"),
     ],
 )
-def test_models_that_cannot_be_shown(folders, tmp_path, monkeypatch, capfd, models, options, message):
+def test_models_that_cannot_be_shown(
+    folders, tmp_path, monkeypatch, capfd, models, options, message
+):
     (tmp_path / "empty").mkdir()
     stranger(
         shutil.copytree(

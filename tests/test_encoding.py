@@ -709,7 +709,10 @@ def test_mended_texts_are_unicode(any_text, good):
     mended = fix_surrogates(any_text)
     mended.encode()
     assert fix_surrogates(good) == good and fix_surrogates(mended) == mended
-    assert fix_surrogates(good + "\ud800") == good + "\ufffd" and fix_surrogates("\udc00" + good) == "\ufffd" + good
+    assert (
+        fix_surrogates(good + "\ud800") == good + "\ufffd"
+        and fix_surrogates("\udc00" + good) == "\ufffd" + good
+    )
 
 
 @pytest.mark.parametrize("bad", [None, 5, b"dog", float("nan"), ["dog"]])

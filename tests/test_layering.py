@@ -25,7 +25,7 @@ ALLOWED = {
     "trainer": {"cpu", "evaluation", "mixture", "model", "run", "tokens"},
     "xla": {"model", "run", "tokens"},
     "encoding": {"model", "precision", "tokens"},
-    "mining": {"search"},
+    "mining": {"search", "store"},
     "evaluation": {"search"},
     "bias": {"evaluation"},
     "card": {"evaluation"},

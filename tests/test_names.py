@@ -18,7 +18,7 @@ FILES = [
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
 
 # documented parts of Python's or a library's interface, in spite of their underscore
-DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit", "_getframe"}
+DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit", "_getframe", "_repr_markdown_"}
 # private names of other libraries that nothing public replaces: the reason for each
 FOREIGN = {
     "_fingerprint": "datasets: the only identity of a Dataset that does not read all its rows",
@@ -31,6 +31,7 @@ FOREIGN = {
     "_modules": "torch: the children under their names, None among them",
     "_forward_hooks": "torch: a module that somebody watches is left alone",
     "_forward_pre_hooks": "torch: a module that somebody watches is left alone",
+    "_base": "torch: tells a view, which costs no memory, from a tensor that does",
     "_n_gpu": "transformers: TrainingArguments counts GPUs by itself, and we train on one",
 }
 
@@ -86,10 +87,13 @@ def strangers(source: str) -> list[str]:
 
 
 def code_of(path: Path) -> str:
-    "The code of a notebook as one file; magics are left out."
+    "The Python cells of a notebook as one file."
     cells = nbformat.read(path, as_version=4).cells
-    lines = "\n".join(c.source for c in cells if c.cell_type == "code").split("\n")
-    return "\n".join("pass" if re.match(r"[%!]", line) else line for line in lines)
+    return "\n".join(
+        c.source
+        for c in cells
+        if c.cell_type == "code" and not re.search(r"^\s*[%!]\w", c.source, re.M)
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT
 
 from contrastive_st import recipes
-from contrastive_st.data import prepare
 from contrastive_st.account import account
+from contrastive_st.data import prepare
 from contrastive_st.model import POOLINGS
 from contrastive_st.recipes import (
     DataPlan,

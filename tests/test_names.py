@@ -32,6 +32,8 @@ FOREIGN = {
     "_forward_hooks": "torch: a module that somebody watches is left alone",
     "_forward_pre_hooks": "torch: a module that somebody watches is left alone",
     "_base": "torch: tells a view, which costs no memory, from a tensor that does",
+    "_XLAC": "torch_xla: the graph of a step as text has no public name",
+    "_get_xla_tensors_text": "torch_xla: the graph of a step as text has no public name",
     "_n_gpu": "transformers: TrainingArguments counts GPUs by itself, and we train on one",
 }
 

@@ -72,7 +72,10 @@ setup(
     package_dir={
         cfg["lib_path"] + ".published": "recipes"
     },  # so that an installed package has them too
-    package_data={cfg["lib_path"] + ".published": ["*.toml", "*.json"]},
+    package_data={
+        cfg["lib_path"]: ["*.j2"],  # templates of the model card
+        cfg["lib_path"] + ".published": ["*.toml", "*.json"],
+    },
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

@@ -206,7 +206,7 @@ def ways_to_feed(
 
     def alone(r):
         for batch in texts[r * steps : (r + 1) * steps]:
-            tokens._engine.encode_batch_fast(batch)
+            tokens.ragged.backend.encode_batch_fast(batch)
 
     return {
         **{name: take(name) for name in peers},

@@ -19,31 +19,22 @@ from grain.experimental import index_shuffle
 from matplotlib.figure import Figure
 from measure import HERE, arguments, fresh, interleaved, memory, one_thread, record, save, spread
 
-from contrastive_st.data import column_names
 from contrastive_st.mixture import Mixture, draw_window, epoch_order
+from contrastive_st.notebook import VirtualSource
 
 BATCH, DATASETS_PER_BATCH, LAST = 1024, 2, 540_000
 STEPS = (0, 100, 10_000, LAST, 100_000_000)
 PERMUTATION_LIMIT = 100_000_000  # rows; a permutation of all takes 8.8 GB
 
 
-class Virtual:
-    "A dataset with a size and no texts on disk: a row's texts are its number."
+class Virtual(VirtualSource):
+    "A dataset of the published size; to grain, which reads by index, a row is its number."
 
     def __init__(self, name, rows, columns, **_):
-        self.name, self.n, self.columns = name, rows, column_names(columns)
+        super().__init__(name, rows, columns)
 
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):  # as grain reads it
+    def __getitem__(self, i):
         return i
-
-    def rows(self, indices):
-        return [
-            tuple(f"{self.name} {i} {c}" for c in self.columns)
-            for i in np.asarray(indices).tolist()
-        ]
 
 
 def published() -> list[dict]:

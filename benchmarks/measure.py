@@ -1,4 +1,7 @@
-"""What the benchmarks share: one thread, turns, medians, memory, and where it was measured."""
+"""What the benchmarks share: one thread, turns, medians, memory, and where it was measured.
+
+python benchmarks/measure.py  # a second: writes the table of README.md anew from results/*.json
+"""
 
 import argparse
 import json
@@ -15,6 +18,8 @@ from pathlib import Path
 
 import pyarrow as pa
 from matplotlib.figure import Figure
+
+from contrastive_st.machine import processor_name
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,14 +81,8 @@ def real_data() -> Path:
 
 def hardware() -> str:
     "Processor and memory of this machine."
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in cpuinfo.splitlines()
-        if line.startswith("model name")
-    ]
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {size:.0f} GiB"
+    return f"{processor_name()}, {size:.0f} GiB"
 
 
 def record(*packages: str) -> dict:

@@ -1,7 +1,7 @@
 """One side of speed.py in its own process: it does one unit of work when told, and says the cost.
 
-speed.py starts it and talks to it in lines of JSON. Each job imports its own side only, so that
-neither carries the other's libraries.
+You do not start this program: speed.py does, and talks to it in lines of JSON. Each job imports
+its own side only, so that neither carries the other's libraries.
 """
 
 import json

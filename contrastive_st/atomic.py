@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['quoted', 'MANIFEST', 'remove', 'expanded', 'abandoned', 'new_file', 'write_text', 'write_json', 'read_json', 'quote',
-           'named', 'is_disk_full', 'writing', 'reading', 'tidy', 'Damaged', 'digest_file', 'write_manifest',
-           'describe_file', 'is_whole', 'check_folder', 'new_folder', 'lock', 'Part']
+           'named', 'is_whole_number', 'Problem', 'first_problem', 'is_disk_full', 'writing', 'reading', 'tidy',
+           'Damaged', 'digest_file', 'write_manifest', 'describe_file', 'is_whole', 'check_folder', 'new_folder',
+           'lock', 'Part']
 
 # %% ../nbs/26_atomic.ipynb #imports
 import ctypes
@@ -23,8 +24,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -228,6 +230,49 @@ def named(
 def _printable(words, most):
     "The first characters of a text, each of which can be shown."
     return "".join(c if c.isprintable() else "?" for c in words[:most])
+
+# %% ../nbs/26_atomic.ipynb #checks
+def is_whole_number(
+    value: Any,  # what a file or a user gave
+    least: int | None = None,  # the smallest that will do; None = any
+) -> bool:  # of Python or NumPy; True and False are none
+    "Tell whether a value is a whole number, and large enough."
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and (least is None or value >= least)
+
+
+class Problem(NamedTuple):
+    "What is wrong with a record, for a sentence."
+
+    key: str  # where, such as "prompts.query"; printable
+    kind: str  # "unknown" key, "missing" key, "wrong" value, or "own" for a sentence of ours
+    text: str  # what stands behind the key: "should be a valid integer, not 'x'"
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_MISSING = ("missing", "missing_argument")
+_TRIED = ("int", "float", "str", "bool", "none")
+
+
+def first_problem(
+    error: Exception,  # a pydantic.ValidationError
+) -> Problem:
+    "Put the first complaint of pydantic in words: which key, what it should be, what it is."
+    first = error.errors(include_url=False)[0]
+    # Of a key that takes two types pydantic adds which it tried, as in prompts.dict[str,str].
+    begin, *rest = [*map(str, first["loc"]), ""]
+    steps = [begin, *(step for step in rest if step not in _TRIED and "[" not in step)]
+    key = ".".join(named(step, 40) for step in steps[:3] if step)
+    if first["type"] in _UNKNOWN:
+        return Problem(key, "unknown", "is unknown")
+    if first["type"] in _MISSING:
+        return Problem(key, "missing", "is missing")
+    text = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return Problem(key, "own", text)
+    # pydantic names a Python class where a file holds a table.
+    what = text.partition(" or instance of ")[0].replace("Input should", "should")[:80]
+    return Problem(key, "wrong", f"{what}, not {quoted(first['input'])}")
 
 # %% ../nbs/26_atomic.ipynb #boundary
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from . import atomic
-from .evaluation import format_interval
+from .evaluation import embed_texts, format_interval
 
 # %% ../nbs/20_bias.ipynb #item
 class BiasItem(NamedTuple):
@@ -46,35 +46,13 @@ def _texts(items):
     return texts
 
 
-def _unit_rows(rows, texts):
-    "Check what an encoder returned for some texts, and make it unit vectors, (N, D) float64."
-    if rows.ndim != 2 or len(rows) != len(texts):
-        raise ValueError(
-            f"encode returned shape {rows.shape} for {len(texts)} texts; it must return one row per"
-            " text, (N, D)"
-        )
-    if rows.dtype in (np.int8, np.uint8, np.bool_) or rows.dtype.kind not in "fiu":
-        raise ValueError(
-            f"encode returned {str(rows.dtype)[:40]}, which are codes or no numbers; measure"
-            " float32 vectors"
-        )
-    rows = rows.astype(np.float64)
-    sound = np.isfinite(rows).all(axis=1)
-    if not sound.all():
-        text = texts[int(sound.argmin())]
-        raise ValueError(
-            f"encode returned NaN or inf, first for {text[:60]!r}; the model has diverged"
-        )
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
 def leans(
     encode: Callable,  # list of N texts -> (N, D) array
     items: list[BiasItem],  # n questions
 ) -> np.ndarray:  # (n,) float64; above 0 = the male sentence is nearer, 0 = tie
     "Say for each item how much nearer the male sentence is to the anchor than the female one."
     texts = _texts(items)
-    rows = _unit_rows(np.asarray(encode(texts)), texts)  # (3 * n, D)
+    rows = embed_texts(encode, texts, dtype=np.float64)  # (3 * n, D), of length one
     anchor, male, female = rows.reshape(len(items), 3, -1).swapaxes(0, 1)  # (n, D) each
     lean = (anchor * (male - female)).sum(axis=1)
     return np.where(np.abs(lean) < 1e-6, 0, lean)  # less is the rounding of float32

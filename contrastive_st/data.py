@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Example', 'ROW_TEXTS', 'ROW_CHARACTERS', 'LOOK_AHEAD', 'AHEAD_CHARACTERS', 'Columns', 'is_saved_dataset',
-           'read_examples', 'Source', 'is_hub_id', 'load_source', 'is_store', 'store_folder', 'Prepared', 'prepare',
-           'ScoredPairs', 'read_sts', 'Retrieval', 'read_retrieval', 'quickstart_folder']
+           'read_examples', 'Source', 'is_hub_id', 'load_source', 'is_store', 'store_folder', 'share_counter',
+           'count_rows', 'Prepared', 'prepare', 'ScoredPairs', 'read_sts', 'Retrieval', 'read_retrieval',
+           'quickstart_folder']
 
 # %% ../nbs/07_data.ipynb #imports
 import hashlib
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -31,12 +32,13 @@ from .atomic import expanded, quote, reading
 from .files import MOST_COLUMNS, ROW_FORMATS, EmptyText, Header, Rejects
 from .files import choose_columns, dataset_rows, dataset_tables, list_names
 from .files import pick_columns, plain_name, read_columns, read_rows
-from .files import regular_file, report_rejects, row_text, sample_value, spelled
+from .files import regular_file, report_rejects, row_text, sample_value
 from .store import MOST_NEGATIVES, REJECTS, SUMMARY, Store, column_names
 from .store import fit_negatives, negatives_changed, text_identity, warn_of_width
 from .store import write_store
 from .workers import worker_pool
 
+# %% ../nbs/07_data.ipynb #example-type
 Example = tuple[str, ...]  # (anchor, positive, *hard negatives): C texts
 
 # %% ../nbs/07_data.ipynb #columns
@@ -85,7 +87,7 @@ _NO_TEXT = """id ids idx index key keys guid uuid hash md5 sha1 docid qid pid sc
     file filename path meta metadata level""".split()
 
 
-def _only(names):
+def _only_spelling(names):
     "The only one of several spellings; ValueError if there are two of them."
     if len(names) > 1:
         raise ValueError(
@@ -165,73 +167,94 @@ class Columns(Header):
 
     def __init__(
         self,
-        asked: Sequence[str | int] | None = None,  # names or positions; None: we find them
+        columns: Sequence[str | int] | None = None,  # names or positions; None: we find them
         remarks: dict | None = None,  # where to write down what there is to say
     ):
-        super().__init__()
-        self.asked = asked
-        self.positions = bool(asked) and isinstance(asked[0], int)
-        self.hint = "" if asked else ", and columns=(0, 1) reads a table without a header"
+        super().__init__(columns or ())
+        self.positions = bool(columns) and isinstance(columns[0], int)
+        self.hint = "" if columns else ", and columns=(0, 1) reads a table without a header"
         # "guessed": two columns of unknown names, "unused": columns of texts that are not read
         self.remarks = {} if remarks is None else remarks
-        self._seen = {}  # names of a row -> (chosen, others that may hold text)
+        self._choices = {}  # names of a row -> (chosen, others that may hold text)
 
-    def fits(self, cells):
+    def fits(
+        self,
+        cells: Sequence[str],  # of the first line
+    ) -> bool:
         "Can these cells be the header, or a row, of a table?"
         if self.positions:
-            return len(cells) > max(self.asked)
-        if self.asked:
-            return all(spelled(name, cells) for name in self.asked)
+            return len(cells) > max(self.columns)
+        if self.columns:
+            return super().fits(cells)
         return len(cells) <= MOST_COLUMNS and _pair(_spellings(cells)) is not None
 
-    def check(self, names, row, only_names):
+    def check(
+        self,
+        names: tuple[str, ...],  # of the header
+        row: dict,  # the first row
+        only_names: bool,  # whether line 1 looks like names
+    ) -> None:
         "ValueError unless the header of a table names the columns."
         self.choose(names, row, only_names)
         if "guessed" in self.remarks:
             self.remarks["header"] = True
 
-    def select(self, names, samples):
+    def select(
+        self,
+        names: tuple[str, ...],  # of the columns of a Parquet file
+        samples: dict,  # name -> a value like those of the column
+    ) -> list[str] | None:
         "The columns to read of a Parquet file; all, where one holds whole examples."
-        if not self.asked and {"texts", "set"} & samples.keys():
+        if not self.columns and {"texts", "set"} & samples.keys():
             return None
         return list(dict.fromkeys(self.choose(names, samples)))
 
-    def choose(self, names, row, may_guess=True):
+    def choose(
+        self,
+        names: tuple[str, ...],  # of a row
+        row: dict,  # its values
+        may_guess: bool = True,  # may two columns of unknown names be taken in their order?
+    ) -> Sequence[str]:
         "The columns of (anchor, positive, *negatives) among the names of a row."
-        if self.asked:
-            if len(row) == len(names) and all(name in row for name in self.asked):
-                return self.asked
-            return choose_columns(names, self.asked)
-        if names not in self._seen:
-            if len(names) > MOST_COLUMNS:
-                raise ValueError(
-                    f"{len(names):,} columns among {list_names(names)}; a row may have "
-                    f"{MOST_COLUMNS:,}, or name yours with columns=(anchor, positive)"
-                )
-            if len(self._seen) >= 64:  # every row may have other names
-                self._seen.clear()
-            self._seen[names] = self._find(names, row, may_guess)
-        chosen, others = self._seen[names]
+        if self.columns:
+            # the usual case, tried first because it is quick: the row has the very names, once
+            if len(row) == len(names) and all(name in row for name in self.columns):
+                return self.columns
+            return choose_columns(names, self.columns)
+        if names not in self._choices:
+            self._remember(names, self._find(names, row, may_guess))
+        chosen, others = self._choices[names]
         for name in [name for name in others if _is_text(row[name])]:
             others.remove(name)
             self._leave_out(name)
         return chosen
 
+    def _remember(self, names, choice):
+        "Keep the choice for rows of the same names, but not too many: every row may have others."
+        if len(self._choices) >= 64:
+            self._choices.clear()
+        self._choices[names] = choice
+
     def _find(self, names, row, may_guess):
         "The columns to read, and the others that may hold text."
+        if len(names) > MOST_COLUMNS:
+            raise ValueError(
+                f"{len(names):,} columns among {list_names(names)}; a row may have "
+                f"{MOST_COLUMNS:,}, or name yours with columns=(anchor, positive)"
+            )
         plain = _spellings(names)
         pair = _pair(plain)
         judge = _judged(plain)
         if pair and judge is not None:
             raise ValueError(
                 f"column {quote(judge)} judges the pairs, so not each is a positive; "
-                f"keep the positives, then pass columns={_shown(plain, pair[:2])}"
+                f"keep the positives, then pass columns={_as_argument(plain, pair[:2])}"
             )
-        texts = [_only(plain[key]) for key in (pair or ())[:2]]
+        texts = [_only_spelling(plain[key]) for key in (pair or ())[:2]]
         negatives = _negatives(plain)
         texts = texts or self._guess(names, row, negatives, judge is None and may_guess)
         if pair and pair[2]:
-            negatives.append(_only(plain[pair[2]]))
+            negatives.append(_only_spelling(plain[pair[2]]))
         chosen = (*texts, *(name for name in negatives if name not in texts))
         if len(self.remarks.get("unused", ())) >= self.MOST_SAID:
             return chosen, []  # as many as we name were found
@@ -259,14 +282,14 @@ class Columns(Header):
             unused.append(str(name))
 
 
-def _shown(plain, keys):
+def _as_argument(plain, keys):
     "Names as a user writes them after columns=."
     return quote(tuple(plain[key][0] for key in keys), 80)
 
 
-def _remarks(remarks, said=None):
-    "Sentences on guessed and unused columns; `said`: how many unused ones were named before."
-    if "guessed" in remarks and said is None:
+def _remarks(remarks, before=None):
+    "Sentences on guessed and unused columns; `before`: how many unused ones were named already."
+    if "guessed" in remarks and before is None:
         anchor, positive = (quote(name) for name in remarks["guessed"])
         row = ""
         if remarks.get("header"):
@@ -276,7 +299,7 @@ def _remarks(remarks, said=None):
             f"{positive} as the positive, in their order; pass columns=(anchor, positive) to "
             f"choose{row}"
         )
-    if unused := remarks.get("unused", [])[said or 0 :]:
+    if unused := remarks.get("unused", [])[before or 0 :]:
         several = len(unused) > 1
         yield (
             f"column{'s' * several} {list_names(unused)} hold{'s' * (not several)} text that is "
@@ -300,7 +323,7 @@ def _texts(row, columns):
     "One row of any form -> its examples, unchecked: one for each positive."
     if hasattr(row, "texts"):  # InputExample of sentence-transformers, which we need not import
         row = list(row.texts)
-    if isinstance(row, dict) and not columns.asked:
+    if isinstance(row, dict) and not columns.columns:
         if isinstance(row.get("set"), list):
             return _ring(row["set"])
         if isinstance(row.get("set"), dict):
@@ -328,13 +351,13 @@ def _check_size(texts, characters):
 
 def _by_position(row, columns):
     "The texts of a list, or those at the positions asked for."
-    asked = columns.asked
-    if not all(isinstance(c, int) and 0 <= c < len(row) for c in asked or ()):
+    positions = columns.columns
+    if not all(isinstance(c, int) and 0 <= c < len(row) for c in positions):
         raise ValueError(
-            f"columns={quote(asked, 80)} does not fit a list of {len(row)}; "
+            f"columns={quote(positions, 80)} does not fit a list of {len(row)}; "
             "give positions such as (0, 1)"
         )
-    return [row[c] for c in asked] if asked else row
+    return [row[c] for c in positions] if positions else row
 
 
 def _by_name(row, columns):
@@ -358,7 +381,7 @@ def _as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def _checked(texts) -> Example:
+def _check_texts(texts) -> Example:
     "The example as a tuple, after every text was looked at."
     if len(texts) < 2:
         raise ValueError(
@@ -400,7 +423,7 @@ def _load_saved(folder, split):
     return dataset[split]
 
 
-def _existing(path):
+def _readable(path):
     "The path, after it was seen to be a file, or a saved dataset, that can be read."
     return expanded(path) if is_saved_dataset(path) else regular_file(path, ROW_FORMATS)
 
@@ -412,7 +435,7 @@ def _rows(path, columns, reject, after=0):
     return read_rows(path, columns, reject, after)
 
 
-def _check_number(example):
+def _check_width(example):
     "Refuse more negatives than one row may ask all rows to have."
     if len(example) - 2 > MOST_NEGATIVES:
         raise ValueError(
@@ -426,9 +449,9 @@ def _examples(rows, columns, reject, after=0, negatives=None):
     some = after > 0  # an interrupted run has read some already
     for line, row in rows:
         try:
-            examples = [_checked(texts) for texts in _texts(row, columns)]
+            examples = [_check_texts(texts) for texts in _texts(row, columns)]
             if negatives is None:
-                _check_number(examples[0])  # all examples of a row share its negatives
+                _check_width(examples[0])  # all examples of a row share its negatives
         except ValueError as problem:
             reject(line, problem)
             continue
@@ -448,7 +471,7 @@ def _examples(rows, columns, reject, after=0, negatives=None):
 LOOK_AHEAD, AHEAD_CHARACTERS = 1000, 2**24
 
 
-class _Fitted:
+class _Widths:
     "Gives all examples of a file one width: that asked for, or that of the first with negatives."
 
     def __init__(self, path, negatives, ahead, characters):
@@ -498,21 +521,21 @@ def read_examples(
     negatives: int | None = None,
 ) -> Iterator[Example]:  # tuples of C texts, the same C in the whole file
     "Iterate over the checked examples of a file, all of one width; an error names file and line."
-    path, columns = _existing(path), Columns(_checked_columns(columns))
-    negatives, reject = _checked_negatives(negatives), Rejects(path, on_error)
+    path, columns = _readable(path), Columns(_check_columns(columns))
+    negatives, reject = _check_negative_count(negatives), Rejects(path, on_error)
     examples = _examples(_rows(path, columns, reject), columns, reject, 0, negatives)
-    fitted = _Fitted(path, negatives, LOOK_AHEAD, AHEAD_CHARACTERS)
-    return _warned(examples, fitted, columns.remarks, reject)
+    fitted = _Widths(path, negatives, LOOK_AHEAD, AHEAD_CHARACTERS)
+    return _with_warnings(examples, fitted, columns.remarks, reject)
 
 
-def _warned(examples, fitted, remarks, reject):
+def _with_warnings(examples, fitted, remarks, reject):
     "Yield the examples; warn of columns at the first, of skipped and changed rows at the end."
-    rows, said = 0, None
+    rows, named = 0, None
     for rows, example in enumerate(fitted(examples), 1):
         if rows == 1:  # you may not walk to the end
-            said = _say(reject.path, remarks, stacklevel=3)
+            named = _warn_of_columns(reject.path, remarks, stacklevel=3)
         yield example
-    _say(reject.path, remarks, said, stacklevel=3)
+    _warn_of_columns(reject.path, remarks, named, stacklevel=3)
     changes = negatives_changed(fitted.changed, fitted.width)
     if reject.skipped:
         warnings.warn(report_rejects(reject.path, rows, reject.skipped, reject.first), stacklevel=2)
@@ -520,14 +543,14 @@ def _warned(examples, fitted, remarks, reject):
         warnings.warn(f"{reject.path}: {changes}", stacklevel=2)
 
 
-def _say(name, remarks, said=None, stacklevel=3):
+def _warn_of_columns(name, remarks, before=None, stacklevel=3):
     "Warn of guessed and unused columns, once for each; returns how many unused ones were named."
-    for sentence in _remarks(remarks, said):
+    for sentence in _remarks(remarks, before):
         warnings.warn(f"{name}: {sentence}", stacklevel=stacklevel)
     return len(remarks.get("unused", []))
 
 
-def _checked_columns(columns):
+def _check_columns(columns):
     "None, or a tuple of at least two names or of at least two positions."
     if columns is None:
         return None
@@ -540,7 +563,7 @@ def _checked_columns(columns):
     return tuple(columns)
 
 
-def _checked_negatives(negatives):
+def _check_negative_count(negatives):
     "None, or a number of negatives."
     if negatives is None:
         return None
@@ -552,7 +575,7 @@ def _checked_negatives(negatives):
     return negatives
 
 # %% ../nbs/07_data.ipynb #table-of-dataset
-class _Table:
+class _DatasetRows:
     "The text columns of a dataset, read by row number."
 
     def __init__(self, dataset, fields):
@@ -569,6 +592,28 @@ class _Table:
     def identities(self, indices):
         ids = [[text_identity(text) for text in row] for row in self.rows(indices)]
         return np.array(ids, np.int64).reshape(len(ids), len(self._fields))  # (n, C), also for n=0
+
+
+def _from_dataset(dataset, columns, name, check):
+    "The text columns of a dataset or a data frame, checked."
+    if hasattr(dataset, "iloc"):  # a DataFrame of pandas, which we need not import to know it
+        with reading(name, "give it columns of texts"):
+            dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"{name}: a {type(dataset).__name__} has no rows to index; "
+            "pass one split as a datasets.Dataset, a pandas DataFrame, a dictionary of "
+            "columns, or a list of tuples"
+        )
+    samples = {field.name: sample_value(field.type) for field in dataset.features.arrow_schema}
+    try:
+        fields = columns.choose(tuple(dataset.column_names), samples)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    _warn_of_columns(name, columns.remarks, stacklevel=4)
+    if check:
+        _check_dataset(dataset, fields, name)
+    return _DatasetRows(dataset, fields)
 
 
 def _check_types(dataset, fields, name):
@@ -593,9 +638,9 @@ def _check_dataset(dataset, fields, name):
     _check_types(dataset, fields, name)
     if not len(dataset):
         raise ValueError(f"{name}: no rows; check the filter or the split")
-    # `alike`: the columns that hold the text of the first row in all rows so far
+    # the columns that hold the text of the first row in all rows so far
     dataset = dataset.select_columns(list(dict.fromkeys(fields)))
-    first, alike = dataset.with_format(None)[0], set(range(len(fields)))
+    first, constant = dataset.with_format(None)[0], set(range(len(fields)))
     for start, batch in dataset_tables(dataset):
         for column, field in enumerate(fields):
             if (bad := _first_empty(batch[field])) >= 0:
@@ -603,17 +648,17 @@ def _check_dataset(dataset, fields, name):
                     f"{name} row {start + bad}: column {field!r} is empty; "
                     "leave such rows out with dataset.filter(...)"
                 )
-            if column in alike and not pc.all(pc.equal(batch[field], first[field])).as_py():
-                alike.discard(column)
-    _check_negatives(alike, len(fields), name)
+            if column in constant and not pc.all(pc.equal(batch[field], first[field])).as_py():
+                constant.discard(column)
+    _check_contrast(constant, len(fields), name)
 
 
-def _check_negatives(alike, width, where):
+def _check_contrast(constant, width, where):
     "ValueError when the columns that never change leave nothing to tell apart."
-    if len(alike) == width:
+    if len(constant) == width:
         what = "the same texts"
-    elif width == 2 and alike:
-        what = f"the same {('anchor', 'positive')[min(alike)]}"
+    elif width == 2 and constant:
+        what = f"the same {('anchor', 'positive')[min(constant)]}"
     else:
         return
     raise ValueError(
@@ -622,7 +667,7 @@ def _check_negatives(alike, width, where):
     )
 
 # %% ../nbs/07_data.ipynb #source-list
-class _Listed:
+class _InMemory:
     "Examples that are held in memory."
 
     def __init__(self, examples):
@@ -655,16 +700,21 @@ def _rows_of(table, name):
 def _from_list(rows, columns, name):
     "A list of rows of any form, checked, in memory."
     endless = float("inf")  # the rows are in memory already
-    reject, fitted = Rejects(name, between=" row "), _Fitted(name, None, endless, endless)
+    reject, fitted = Rejects(name, between=" row "), _Widths(name, None, endless, endless)
     examples = list(fitted(_examples(enumerate(rows), columns, reject)))
-    _say(name, columns.remarks, stacklevel=4)
+    _warn_of_columns(name, columns.remarks, stacklevel=4)
     if changed := negatives_changed(fitted.changed, fitted.width):
         warnings.warn(f"{name}: {changed}", stacklevel=4)
-    alike = {c for c in range(fitted.width) if len({example[c] for example in examples}) == 1}
-    _check_negatives(alike, fitted.width, name)
-    return _Listed(examples)
+    constant = {c for c in range(fitted.width) if len({example[c] for example in examples}) == 1}
+    _check_contrast(constant, fitted.width, name)
+    return _InMemory(examples)
 
 # %% ../nbs/07_data.ipynb #source
+def _row_number(i, rows):
+    "The number that `i` means among so many rows, as in a list: -1 is the last; or IndexError."
+    return range(rows)[operator.index(i)]
+
+
 class Source:
     "A named dataset of examples with random access; texts stay on disk if the dataset's do."
 
@@ -682,38 +732,20 @@ class Source:
         if isinstance(dataset, Store):
             self._table, self.columns = dataset, dataset.columns
             return
-        columns = Columns(_checked_columns(columns))
+        columns = Columns(_check_columns(columns))
         if type(dataset) is dict:
             dataset = _rows_of(dataset, name)
         if isinstance(dataset, (list, tuple)):
             self._table = _from_list(dataset, columns, name)
-            self.columns = column_names(len(self._table.rows([0])[0]))
-            return
-        if hasattr(dataset, "iloc"):  # a DataFrame of pandas, which we need not import to know it
-            with reading(name, "give it columns of texts"):
-                dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
-        if not isinstance(dataset, datasets.Dataset):
-            raise ValueError(
-                f"{name}: a {type(dataset).__name__} has no rows to index; "
-                "pass one split as a datasets.Dataset, a pandas DataFrame, a dictionary of "
-                "columns, or a list of tuples"
-            )
-        samples = {field.name: sample_value(field.type) for field in dataset.features.arrow_schema}
-        try:
-            fields = columns.choose(tuple(dataset.column_names), samples)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        _say(name, columns.remarks)
-        if check:
-            _check_dataset(dataset, fields, name)
-        self._table, self.columns = _Table(dataset, fields), column_names(len(fields))
+        else:
+            self._table = _from_dataset(dataset, columns, name, check)
+        self.columns = column_names(len(self._table.rows([0])[0]))
 
     def __len__(self):
         return len(self._table)
 
     def __getitem__(self, i: int) -> Example:
-        # a range raises IndexError out of bounds, and knows that -1 is the last
-        return self.rows([range(len(self))[operator.index(i)]])[0]
+        return self.rows([_row_number(i, len(self))])[0]
 
     def __repr__(self):
         return f"Source({self.name!r}, {len(self):,} rows of {', '.join(self.columns)})"
@@ -753,7 +785,7 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None):
     return folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', path.name)}-{digest}.store"
 
 
-def _opened(place, columns, split):
+def _open_raw(place, columns, split):
     "What a file or a hub dataset is made of, and a function that reads its raw rows."
     hub = is_hub_id(place)
     if hub or is_saved_dataset(place):
@@ -761,26 +793,26 @@ def _opened(place, columns, split):
         # datasets has no public name for the hash of what a dataset holds
         origin = {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}
         return origin, lambda reject, after: dataset_rows(dataset, after)
-    path = _existing(place)
+    path = _readable(place)
     state = path.stat()
     origin = {"file": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
     return origin, lambda reject, after: _rows(path, columns, reject, after)
 
 
-def _stored(
+def _write_if_needed(
     place,
     folder,
     columns=None,
     split="train",
     on_error="raise",
-    told=lambda rows: None,
+    on_progress=lambda rows: None,
     negatives=None,
     full=False,
 ):
     "The store of a file or a hub dataset, written if it is not there or not up to date."
     columns = Columns(columns)
-    origin, rows = _opened(place, columns, split)
-    origin |= {"columns": list(columns.asked or ()), "on_error": on_error}
+    origin, rows = _open_raw(place, columns, split)
+    origin |= {"columns": list(columns.columns), "on_error": on_error}
     if negatives is not None:
         origin |= {"negatives": negatives}
 
@@ -789,10 +821,10 @@ def _stored(
         return _examples(rows(reject, after), columns, reject, after, negatives)
 
     def check(summary):
-        alike = {c for c, n in enumerate(summary["distinct"].values()) if n == 1}
-        _check_negatives(alike, len(summary["columns"]), place)
+        constant = {c for c, n in enumerate(summary["distinct"].values()) if n == 1}
+        _check_contrast(constant, len(summary["columns"]), place)
 
-    return write_store(folder, origin, read, check, told, negatives, full, columns.remarks)
+    return write_store(folder, origin, read, check, on_progress, negatives, full, columns.remarks)
 
 # %% ../nbs/07_data.ipynb #hub
 # old names without an owner
@@ -842,18 +874,18 @@ def load_source(
 ) -> Source:  # random access in constant memory
     "Open a file, a store or a hub dataset; a file is checked once and memory-mapped from then on."
     if is_store(path_or_hub_id):
-        return Source(_spoken(Store(path_or_hub_id)), name or Path(path_or_hub_id).stem)
+        return Source(_open_store(Store(path_or_hub_id)), name or Path(path_or_hub_id).stem)
     if is_hub_id(path_or_hub_id):
         return Source(_load_hub(str(path_or_hub_id), split), name or str(path_or_hub_id), columns)
     if is_saved_dataset(path_or_hub_id):
         folder = expanded(path_or_hub_id)
         return Source(_load_saved(folder, split), name or folder.name, columns)
-    path, columns = _existing(path_or_hub_id), _checked_columns(columns)
-    negatives = _checked_negatives(negatives)
+    path, columns = _readable(path_or_hub_id), _check_columns(columns)
+    negatives = _check_negative_count(negatives)
     on_error = Rejects(path, on_error).on_error
     place = _cache_path(path, columns, on_error, cache_dir, negatives)
-    store = _stored(path, place, columns, split, on_error, negatives=negatives)
-    return Source(_spoken(store), name or path.name)
+    store = _write_if_needed(path, place, columns, split, on_error, negatives=negatives)
+    return Source(_open_store(store), name or path.name)
 
 
 def is_store(
@@ -863,13 +895,13 @@ def is_store(
     return (expanded(path) / SUMMARY).is_file()
 
 
-def _spoken(store):
+def _open_store(store):
     "The store, after a warning if bad rows were left out of it, or negatives changed."
     todo, rejects = "prepare the data again", store.folder / REJECTS
     with reading(store.folder / SUMMARY, todo):
         left_out, file = sum(store.summary["rejected"].values()), store.summary["origin"]["file"]
         changes = negatives_changed(store.summary["negatives"], len(store.columns))
-        _say(file, store.summary["remarks"], stacklevel=4)
+        _warn_of_columns(file, store.summary["remarks"], stacklevel=4)
     if left_out:
         with reading(rejects, todo), open(rejects, encoding="utf-8") as lines:
             first = [(r["line"], r["problem"]) for r in map(json.loads, islice(lines, 3))]
@@ -891,8 +923,8 @@ def store_folder(
 def _prepare_one(
     out,
     on_error,
-    full,
-    told,
+    full,  # compare every byte of a store that is there
+    on_progress,  # called with the rows of each shard
     name,
     path_or_hub_id,
     columns=None,
@@ -904,50 +936,55 @@ def _prepare_one(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            store = _stored(
+            store = _write_if_needed(
                 path_or_hub_id,
                 folder,
-                _checked_columns(columns),
+                _check_columns(columns),
                 split,
                 on_error,
-                told,
-                _checked_negatives(negatives),
+                on_progress,
+                _check_negative_count(negatives),
                 full,
             )
             summary, work, problem = store.summary, (store.is_new, store.verified), None
-            _say(str(path_or_hub_id), summary["remarks"])
+            _warn_of_columns(str(path_or_hub_id), summary["remarks"])
         except ValueError as error:
             summary, work, problem = None, None, str(error)
     return summary, work, problem, [str(w.message) for w in caught if w.category is UserWarning]
 
 
-def _share(counter):
-    "In a worker process: where to count written rows."
-    global _written
-    _written = counter
+def share_counter(
+    counter: Any,  # a shared whole number of multiprocessing; below 0 it stops the workers
+) -> None:
+    "Say, in a worker process, where to count the rows that are written."
+    global _rows_written
+    _rows_written = counter
 
 
-def _count(rows):
-    with _written.get_lock():
-        if _written.value < 0:
+def count_rows(
+    rows: int,  # that were written just now
+) -> None:
+    "Count rows for the parent's progress bar; stop here if the parent has stopped."
+    with _rows_written.get_lock():
+        if _rows_written.value < 0:
             raise KeyboardInterrupt  # the command was stopped, or failed
-        _written.value += rows
+        _rows_written.value += rows
 
 
-def _in_processes(jobs, workers, told):
-    "The results of `_prepare_one(*args, _count, **wanted)` for each (args, wanted), in order."
-    counter, seen = multiprocessing.get_context("spawn").Value("q", 0), 0
+def _in_processes(jobs, workers, on_progress):
+    "The results of `_prepare_one(*args, count_rows, **wanted)` for each (args, wanted), in order."
+    counter, before = multiprocessing.get_context("spawn").Value("q", 0), 0
     with worker_pool(
-        workers, _share, (counter,), "run again with fewer workers: finished shards are kept"
+        workers, share_counter, (counter,), "run again with fewer workers: finished shards are kept"
     ) as pool:
         try:
-            jobs = [pool.submit(_prepare_one, *args, _count, **wanted) for args, wanted in jobs]
+            jobs = [pool.submit(_prepare_one, *args, count_rows, **wanted) for args, wanted in jobs]
             waiting = True
             while waiting:
                 waiting = wait(jobs, 0.2).not_done
                 now = counter.value
-                told(now - seen)
-                seen = now
+                on_progress(now - before)
+                before = now
             return [job.result() for job in jobs]
         finally:
             counter.value = -1  # a worker that has begun the next dataset stops at its next shard
@@ -966,7 +1003,7 @@ class Prepared(dict):
         self.written, self.verified = tuple(written), dict(verified or {})
 
 
-def _check_shared(wanted, stores):
+def _check_names(wanted, stores):
     "Refuse two datasets of one store."
     if shared := {store for store in stores if stores.count(store) > 1}:
         who = ", ".join(repr(w["name"]) for w, store in zip(wanted, stores) if store == min(shared))
@@ -990,7 +1027,7 @@ def prepare(
 ) -> Prepared:  # {name: summary}, with `written` and `verified`
     "Write each dataset into a store of its own; what is there and up to date is left alone."
     Rejects("", on_error)
-    _check_shared(wanted, [store_folder(out, w["name"]) for w in wanted])
+    _check_names(wanted, [store_folder(out, w["name"]) for w in wanted])
     args, several = (out, on_error, verify), min(workers, len(wanted))
     look = {"unit": " rows", "unit_scale": True, "desc": "reading"}
     with tqdm(total=total, disable=not progress, **look) as bar:
@@ -1030,16 +1067,16 @@ def _number(value):
         return -1.0
 
 
-def _scored(row, top):
+def _score_pair(row, top):
     "One row -> (sentence1, sentence2, score in 0..1)."
-    given, *texts = pick_columns(row, _STS).values()
-    score = _number(given)
+    grade, *texts = pick_columns(row, _STS).values()
+    score = _number(grade)
     if not 0 <= score <= top:  # not so for NaN
         raise ValueError(
-            f"score {quote(given)} is not a number from 0 to {top}; "
+            f"score {quote(grade)} is not a number from 0 to {top}; "
             "mend the row (a set that hides its scores is no test)"
         )
-    return *_checked(texts), score / top
+    return *_check_texts(texts), score / top
 
 
 def _sts_rows(path, split):
@@ -1076,7 +1113,7 @@ def read_sts(
     pairs = []
     for where, row in rows:
         try:
-            pairs.append(_scored(row, top))
+            pairs.append(_score_pair(row, top))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return ScoredPairs(*map(list, zip(*pairs)))

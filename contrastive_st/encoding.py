@@ -77,14 +77,14 @@ class _Texts:
         try:
             together = "".join(taken).encode()
         except UnicodeEncodeError:
-            from contrastive_st.model import _mend  # torch is not needed before
+            from contrastive_st.tokens import fix_surrogates  # torch is not needed before
 
-            bad = [self.row + i for i, text in enumerate(taken) if _mend(text) != text]
+            bad = [self.row + i for i, text in enumerate(taken) if fix_surrogates(text) != text]
             self.mended = (
                 self.mended[0] + len(bad),
                 bad[0] if self.mended[1] is None else self.mended[1],
             )
-            taken = list(map(_mend, taken))
+            taken = list(map(fix_surrogates, taken))
             together = "".join(taken).encode()
         # The lengths are hashed too: the joined bytes do not show where a text ends.
         sizes = np.fromiter(map(len, taken), np.int64, len(taken))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STDIN', 'LINE_BYTES', 'JSON_BYTES', 'MOST_COLUMNS', 'BATCH_BYTES', 'BATCH_ROWS', 'ROW_FORMATS', 'TEXT_COLUMNS',
            'format_of', 'regular_file', 'EmptyText', 'Rejects', 'report_rejects', 'read_lines', 'read_text',
-           'plain_name', 'spelled', 'list_names', 'choose_columns', 'Header', 'dataset_tables', 'dataset_rows',
+           'plain_name', 'find_spellings', 'list_names', 'choose_columns', 'Header', 'dataset_tables', 'dataset_rows',
            'parquet_batches', 'sample_value', 'read_rows', 'pick_columns', 'read_columns', 'row_text', 'read_texts']
 
 # %% ../nbs/05_files.ipynb #imports
@@ -174,7 +174,7 @@ def _raw_lines(path):
         raise _unreadable(name, n, error) from error
 
 
-def _decoded(n, raw, reject):
+def _decode(n, raw, reject):
     "The text of a line without its line end; None, and a reject, if it is not UTF-8."
     encoding = "utf-8-sig" if n == 1 else "utf-8"  # -sig drops a byte order mark
     try:
@@ -247,7 +247,7 @@ def read_lines(
 def _text_lines(path, reject):
     "Yield (line number, text without its line end); a line that is not UTF-8 goes to `reject`."
     for n, raw in _raw_lines(path):
-        if (text := _decoded(n, raw, reject)) is not None:
+        if (text := _decode(n, raw, reject)) is not None:
             yield n, text
 
 
@@ -276,7 +276,7 @@ def plain_name(
     return name.replace(" ", "").replace("-", "").replace(".", "").casefold()
 
 
-def spelled(
+def find_spellings(
     name: str,  # as we write it
     names: Sequence[str],  # of a file's columns
 ) -> list[str]:  # those that mean it; more than one where a file has several spellings
@@ -302,7 +302,7 @@ def choose_columns(
     "Find columns by their names; ValueError when one is missing or doubled."
     chosen = []
     for name in columns:
-        matches = spelled(name, names)
+        matches = find_spellings(name, names)
         if len(matches) != 1:
             raise ValueError(
                 f"{len(matches) or 'no'} column {quote(name)} among {list_names(names)}"
@@ -329,9 +329,12 @@ class Header:
     ):
         self.columns, self.optional = tuple(columns), tuple(optional)
 
-    def fits(self, cells: Sequence[str]) -> bool:
+    def fits(
+        self,
+        cells: Sequence[str],  # of the first line
+    ) -> bool:
         "Tell whether cells could be this header; it decides what separates the cells of a CSV."
-        return bool(self.columns) and all(spelled(name, cells) for name in self.columns)
+        return bool(self.columns) and all(find_spellings(name, cells) for name in self.columns)
 
     def check(
         self,
@@ -350,10 +353,16 @@ class Header:
         "Choose what to read of a file that can give some columns without the others."
         if not self.columns:
             return None
-        others = chain.from_iterable(spelled(name, names) for name in self.optional)
+        others = chain.from_iterable(find_spellings(name, names) for name in self.optional)
         return list(dict.fromkeys([*choose_columns(names, self.columns), *others]))
 
 # %% ../nbs/05_files.ipynb #jsonl
+def _json_fault(error):
+    "What is wrong with a JSON text; the line that the parser counts is left to the caller."
+    words = f"{error.msg} at column {error.colno}" if hasattr(error, "colno") else str(error)
+    return f"not JSON ({words[:80]})"
+
+
 def _jsonl(path, header, reject, after=0):
     "Yield (line, value) for each line that is not blank."
     for n, raw in _raw_lines(path):
@@ -363,14 +372,14 @@ def _jsonl(path, header, reject, after=0):
             yield n, orjson.loads(raw)
         except ValueError:
             # the fast and strict parser says no: the slow one says why, or is more lenient
-            if not (text := _decoded(n, raw, reject) or "").strip():
+            if not (text := _decode(n, raw, reject) or "").strip():
                 continue
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
                 reject(
                     n,
-                    f"not JSON ({str(error)[:80]}); "
+                    f"{_json_fault(error)}; "
                     "write one JSON list or object per line, texts in double quotes",
                 )
             else:
@@ -388,7 +397,7 @@ def _json(path, header, reject, after=0):
     except (ValueError, RecursionError) as error:
         where = f"{path}:{getattr(error, 'lineno', 1)}"
         raise ValueError(
-            f"{where}: not JSON ({str(error)[:80]}); "
+            f"{where}: {_json_fault(error)}; "
             "if each line is a JSON value of its own, name the file .jsonl"
         ) from None
     if not isinstance(whole, list):
@@ -586,7 +595,7 @@ def dataset_rows(
         yield from enumerate(table.to_pylist(), start + 1)
 
 # %% ../nbs/05_files.ipynb #parquet
-def _decoded_batch(batch):
+def _decode_batch(batch):
     "The batch with every text written out, also those that are coded by a number."
     columns = [
         column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
@@ -600,23 +609,23 @@ def parquet_batches(
     columns: list[str] | None,  # to read; None is all
 ) -> Iterator[pa.RecordBatch]:  # in file order
     "Read a Parquet file in Arrow batches, of few rows where they are large."
-    n, grows = 1, True
+    size, grows = 1, True  # rows of a batch, and whether they may become more
     for group in range(file.num_row_groups):
-        done, again = 0, True
-        while again:  # another number of rows needs another reader, from the group's beginning
-            again, seen = False, 0
-            for batch in file.iter_batches(n, row_groups=[group], columns=columns):
-                seen += len(batch)
-                if seen <= done:
+        begin, again = 0, True  # the first row of the group that was not given yet
+        while again:  # another size needs another reader, from the group's beginning
+            again, end = False, 0
+            for batch in file.iter_batches(size, row_groups=[group], columns=columns):
+                end += len(batch)
+                if end <= begin:  # all of it was given before the size changed
                     continue
-                batch = _decoded_batch(batch.slice(len(batch) - min(len(batch), seen - done)))
-                done = seen
+                batch = _decode_batch(batch.slice(len(batch) - min(len(batch), end - begin)))
+                begin = end
                 yield batch
-                better = _next_rows(n, batch.nbytes)
+                better = _next_rows(size, batch.nbytes)
                 # once too large, never more again: each change reads the group from its beginning
-                grows = grows and better >= n
-                if better < n or (grows and better > n and done < file.metadata.num_rows):
-                    n, again = better, True
+                grows = grows and better >= size
+                if better < size or (grows and better > size and end < file.metadata.num_rows):
+                    size, again = better, True
                     break
 
 # %% ../nbs/05_files.ipynb #parquet-rows
@@ -687,7 +696,7 @@ def pick_columns(
     if not isinstance(row, dict):
         raise ValueError(f"a row needs {', '.join(columns)}, and this is {quote(row)}; mend it")
     names = tuple(row)
-    there = [name for name in optional if spelled(name, names)]
+    there = [name for name in optional if find_spellings(name, names)]
     try:
         chosen = choose_columns(names, (*columns, *there))
     except ValueError as error:
@@ -705,10 +714,10 @@ def read_columns(
 ) -> Iterator[tuple[int, dict[str, Any]]]:  # (line, {column as you spell it: value})
     "Read some columns of a file by their names, in whatever spelling the file has."
     reject = reject or Rejects(expanded(path))
-    return _picked(read_rows(path, Header(columns, optional), reject), columns, optional, reject)
+    return _pick_all(read_rows(path, Header(columns, optional), reject), columns, optional, reject)
 
 
-def _picked(rows, columns, optional, reject):
+def _pick_all(rows, columns, optional, reject):
     "Yield (line, columns of the row); a row without them goes to `reject`."
     for line, row in rows:
         try:
@@ -728,14 +737,14 @@ def _text_columns(names, column):
     "The columns of a title that belongs before the text, or None, and of the text."
     if column:
         return None, choose_columns(names, (column,))[0]
-    known = [name for wanted in TEXT_COLUMNS for name in spelled(wanted, names)]
+    known = [name for wanted in TEXT_COLUMNS for name in find_spellings(wanted, names)]
     if not known and len(names) != 1:
         raise ValueError(
             "which column holds the texts is not clear; "
             f"the columns are {list_names(names) or 'none'}, name one"
         )
     name = (known or names)[0]
-    titles = spelled("title", names) if plain_name(name) == "text" else []
+    titles = find_spellings("title", names) if plain_name(name) == "text" else []
     return (titles or [None])[0], name
 
 

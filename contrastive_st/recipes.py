@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'ModelPlan', 'DataPlan', 'EvaluationPlan', 'Recipe', 'check_values', 'build', 'known', 'merge', 'parse',
-           'RunRecord', 'load', 'inside', 'data_config', 'SizedSet', 'plan']
+           'RunRecord', 'load', 'inside', 'data_config', 'report_figure', 'SizedSet', 'plan']
 
 # %% ../nbs/21_recipes.ipynb #imports-export
 import difflib
@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from transformers import BertConfig, BertModel
 
 from . import atomic
-from .mixture import Mixture, Plan, read_config, tempered
+from .mixture import Mixture, read_config, tempered
 from .model import SentenceEncoder
 
 # %% ../nbs/21_recipes.ipynb #plans
@@ -131,18 +131,18 @@ class Recipe:
 
     def folder(
         self,
-        given: str | Path | None = None,  # data folder, if not the recipe's own
+        data_folder: str | Path | None = None,  # if not the one that the recipe names
     ) -> Path:  # exists
-        "Return the data folder: the one `given`, or the recipe's own."
-        return _data_folder(self, given)
+        "Return the data folder: the one that is given, or the recipe's own."
+        return _data_folder(self, data_folder)
 
     def mixture(
         self,
-        given: str | Path | None = None,  # data folder, if not the recipe's own
+        data_folder: str | Path | None = None,  # if not the one that the recipe names
         store: str | Path | None = None,  # folder of prepared stores to read instead of the files
     ) -> Mixture:  # ready to give any step's batch
         "Open the datasets and return their mixture."
-        return _open_mixture(self, given, store)
+        return _open_mixture(self, data_folder, store)
 
     def encoder(self) -> SentenceEncoder:  # in evaluation mode
         "Load the encoder to start from."
@@ -323,10 +323,10 @@ def _recipe(table, path, text, where):
     return build(Recipe, table | {"path": str(path), "text": text}, where)
 
 
-def _tiny(table, path, wanted):
-    "The changes of the tiny variant, checked; {} if it is not wanted."
+def _tiny(table, path, is_used):
+    "The changes of the tiny variant, checked; {} if it is not used."
     changes = table.get("tiny", {})
-    if not changes and wanted:
+    if not changes and is_used:
         raise ValueError(
             f"{path}: the recipe has no [tiny] table; train it as it is, or shorten it with --set"
             " train.steps=..."
@@ -334,7 +334,7 @@ def _tiny(table, path, wanted):
     if not changes or not isinstance(changes, dict):  # the recipe's own check names what is none
         return {}
     _recipe(merge(deepcopy(table), changes), path, "", f"{path}: tiny")
-    return deepcopy(changes) if wanted else {}
+    return deepcopy(changes) if is_used else {}
 
 # %% ../nbs/21_recipes.ipynb #record
 @dataclass(frozen=True, config=_STRICT)
@@ -421,15 +421,19 @@ def load(
 # %% ../nbs/21_recipes.ipynb #folder
 def _data_folder(
     recipe: Recipe,  # may name a folder of its own
-    given: str | Path | None = None,  # overrides it
+    data_folder: str | Path | None = None,  # overrides it
 ) -> Path:  # exists
     "Return the folder that holds the recipe's data; raise `ValueError` if there is none."
-    if given is None and not recipe.data.folder:
+    if data_folder is None and not recipe.data.folder:
         raise ValueError(
             f"{recipe.path}: the recipe names no data folder; give one (command line: --data"
             " FOLDER)"
         )
-    folder = Path(given) if given is not None else Path(recipe.path).parent / recipe.data.folder
+    folder = (
+        Path(data_folder)
+        if data_folder is not None
+        else Path(recipe.path).parent / recipe.data.folder
+    )
     if not os.path.isdir(folder):
         raise ValueError(
             f"{recipe.path}: the data folder {_cut(str(folder), 200)} does not exist; give another"
@@ -461,10 +465,10 @@ def inside(
 
 def data_config(
     recipe: Recipe,  # names the datasets
-    given: str | Path | None = None,  # data folder, if not the recipe's own
+    data_folder: str | Path | None = None,  # if not the one that the recipe names
 ) -> tuple[Path | list[dict[str, Any]], Path]:  # data config, folder its names are relative to
     "Find a recipe's data config and data folder."
-    mix, folder = recipe.data.mix, _data_folder(recipe, given)
+    mix, folder = recipe.data.mix, _data_folder(recipe, data_folder)
     return _mix_file(recipe, folder) if isinstance(mix, str) else mix, folder
 
 
@@ -499,11 +503,11 @@ def _check_store(
 
 def _open_mixture(
     recipe: Recipe,  # names the datasets and the batch
-    given: str | Path | None = None,  # data folder, if not the recipe's own
+    data_folder: str | Path | None = None,  # if not the one that the recipe names
     store: str | Path | None = None,  # folder of prepared stores
 ) -> Mixture:  # ready to give any step's batch
     "Open a recipe's datasets as a mixture."
-    d, (config, folder) = recipe.data, data_config(recipe, given)
+    d, (config, folder) = recipe.data, data_config(recipe, data_folder)
     with _naming(recipe, config if isinstance(config, Path) else "", store or folder):
         if store is not None:
             _check_store(recipe, config, store)
@@ -526,8 +530,65 @@ def _naming(recipe, *files):
         message = str(error)
         if isinstance(recipe.data.mix, list):  # which has no file of its own
             message = message.replace("data config", f"{recipe.path}: data.mix", 1)
-        named = any(str(file) in message for file in (recipe.path, *files) if str(file))
-        raise ValueError(message if named else f"{recipe.path}: {message}") from None
+        is_named = any(str(file) in message for file in (recipe.path, *files) if str(file))
+        raise ValueError(message if is_named else f"{recipe.path}: {message}") from None
+
+# %% ../nbs/21_recipes.ipynb #report-figure
+def _groups(datasets, most):
+    "Name -> datasets, largest share first; those beyond `most` share the last name."
+    ordered = sorted(datasets, key=lambda d: -d["asked"])
+    groups = [[d] for d in ordered[:most]]
+    names = [re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-56:] for d in ordered[:most]]
+    if ordered[most:]:
+        groups.append(ordered[most:])
+        names.append(f"{len(ordered) - most} more, together")
+    return names, groups
+
+
+def _draw_shares(axis, names, groups):
+    "Draw bars of the shares, asked and realised."
+    y = list(range(len(groups)))
+    for offset, key in ((-0.2, "asked"), (0.2, "realised")):
+        shares = [100 * sum(d[key] for d in group) for group in groups]
+        axis.barh([row + offset for row in y], shares, 0.4, label=f"{key} share")
+    axis.set(
+        yticks=y,
+        yticklabels=names,
+        ylim=(len(groups) - 0.4, -0.6),
+        xlabel="% of all rows",
+        title="Who fills the batches?",
+    )
+    axis.tick_params("y", labelsize="small")
+
+
+def _draw_epochs(axis, groups):
+    "Draw how often a row is seen, from the least to the most of a group."
+    for row, group in enumerate(groups):
+        # What is never seen has no place on a logarithmic axis.
+        epochs = [d["epochs"] for d in group if d["epochs"]] or [math.nan]
+        axis.plot([min(epochs), max(epochs)], [row, row], "o-", color="tab:gray")
+    axis.axvline(100, color="tab:red", ls=":", label="100 times")
+    axis.set(xscale="log", xlabel="times each row is seen", title="How often?")
+    axis.grid(axis="y", alpha=0.3)
+
+
+def report_figure(
+    report: dict,  # of mixture.Mixture.report or mixture.account
+    path: str | Path,  # PNG to write
+    most: int = 30,  # datasets with a row of their own, largest first; the others share one
+) -> None:
+    "Draw what each dataset was asked to give, what it gives, and how often its rows are seen."
+    from matplotlib.figure import Figure
+
+    names, groups = _groups(report["datasets"], most)
+    figure = Figure(figsize=(9, 1.7 + 0.25 * len(groups)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_epochs(right, groups)
+    _draw_shares(left, names, groups)  # last, as it sets the limits of the axis that both share
+    figure.suptitle(f"{report['steps']:,} steps of {report['batch_size']:,} examples")
+    figure.legend(loc="outside lower center", ncols=3)
+    with atomic.writing(path), atomic.new_file(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
 
 # %% ../nbs/21_recipes.ipynb #sizes
 @dataclass(frozen=True, config=_STRICT)
@@ -585,7 +646,7 @@ def _columns(name, recipe):
 # %% ../nbs/21_recipes.ipynb #plan
 def plan(
     recipe: Recipe,  # its data config gives every dataset's 'lines'
-) -> Plan:  # for mixture.account: shares and epochs, without any text
+) -> Mixture:  # for account.account: shares and epochs, without any text
     "Plan the batches of a recipe from the sizes of its datasets; no data file is opened."
     d, sets = recipe.data, _sized(recipe)
     if d.temperature is None:
@@ -593,7 +654,7 @@ def plan(
     else:
         weights = tempered([s.lines for s in sets], d.temperature)
     with _naming(recipe):
-        return Plan(sets, weights, d.batch_size, d.datasets_per_batch, d.seed)
+        return Mixture(sets, weights, d.batch_size, d.datasets_per_batch, d.seed)
 
 # %% ../nbs/21_recipes.ipynb #backbones
 BACKBONES = {  # hub id -> layers, width D, parameters without the unused pooler

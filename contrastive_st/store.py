@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'SUMMARY', 'REJECTS', 'TOKENS', 'MOST_NEGATIVES', 'MANY_NEGATIVES', 'SHARD_ROWS', 'SHARD_TEXTS',
            'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards', 'Store', 'warn_of_width', 'fit_negatives',
-           'negatives_changed', 'summary_table', 'is_current', 'write_store', 'verify', 'write_tokens']
+           'negatives_changed', 'write_batch', 'count_distinct', 'summary_table', 'is_current', 'write_store', 'verify',
+           'write_tokens']
 
 # %% ../nbs/06_store.ipynb #imports-std
 import json
@@ -51,7 +52,7 @@ def column_names(
     return ("anchor", "positive", "negative", *further)[:width]
 
 # %% ../nbs/06_store.ipynb #shard
-_TODO = "copy the store again, or delete this folder and prepare the data again"
+_ADVICE = "copy the store again, or delete this folder and prepare the data again"
 
 
 def _ragged(array):
@@ -59,8 +60,14 @@ def _ragged(array):
     wide = pa.types.is_large_list(array.type)
     size = array.type.value_type.bit_width // 8 if wide else 1
     # Arrow's layout: which values are missing, where each begins, the values themselves
-    _, at, *rest = array.buffers()
-    return memoryview(at).cast("q"), memoryview(rest[-1] or b"").cast("B"), size
+    _, offsets, *rest = array.buffers()
+    return memoryview(offsets).cast("q"), memoryview(rest[-1] or b"").cast("B"), size
+
+
+def _fixed(array):
+    "The numbers of a column that has one of 64 bits in each row: identities, or whether cut."
+    _, numbers = array.buffers()
+    return memoryview(numbers).cast("q")
 
 
 class _Shard:
@@ -68,27 +75,24 @@ class _Shard:
 
     def __init__(self, path, rows):
         self.path = path
-        with reading(path, _TODO):
+        with reading(path, _ADVICE):
             with pa.memory_map(str(path)) as file:  # the map outlives the file handle
                 self.batch = pa.ipc.open_file(file).get_batch(0)
             self.batch.validate()  # cheap: it looks at sizes, not at values
             if self.batch.num_rows != rows:
                 raise ValueError(f"{self.batch.num_rows:,} rows where {rows:,} were written")
-            columns = [(column.type, column) for column in self.batch.columns]
-            ragged = pa.types.is_large_string, pa.types.is_large_list
-            self.ragged = [_ragged(c) for t, c in columns if any(test(t) for test in ragged)]
-            fixed = [c for t, c in columns if pa.types.is_int64(t)]
-            self.fixed = [memoryview(c.buffers()[1]).cast("q") for c in fixed]
+            self.ragged = [_ragged(c) for c in self.batch.columns if not pa.types.is_int64(c.type)]
+            self.fixed = [_fixed(c) for c in self.batch.columns if pa.types.is_int64(c.type)]
 
     def values(self, i):
         "The ragged values of a row as bytes."
         values = []
-        for at, data, size in self.ragged:
-            begin, end = at[i], at[i + 1]
+        for offsets, data, size in self.ragged:
+            begin, end = offsets[i], offsets[i + 1]
             # a slice of wrong bounds would silently be another text
             if not 0 <= begin <= end <= len(data) // size:
                 raise ValueError(
-                    f"{self.path}: row {i} is damaged (its offsets are {begin}, {end}); {_TODO}"
+                    f"{self.path}: row {i} is damaged (its offsets are {begin}, {end}); {_ADVICE}"
                 )
             values.append(data[begin * size : end * size])
         return values
@@ -99,7 +103,7 @@ class _Shard:
             return tuple([str(value, "utf-8") for value in self.values(i)])
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self.path}: row {i} is damaged (it is not UTF-8); {_TODO}"
+                f"{self.path}: row {i} is damaged (it is not UTF-8); {_ADVICE}"
             ) from error
 
 # %% ../nbs/06_store.ipynb #shards
@@ -116,7 +120,8 @@ class Shards:
             {"name": fspath(f["name"]), "rows": index(f["rows"]), "bytes": index(f["bytes"])}
             for f in files
         ]
-        self._ends, self._open = np.cumsum([f["rows"] for f in self.files]), {}
+        self._ends = np.cumsum([f["rows"] for f in self.files])  # running totals of rows
+        self._open = {}  # number of a file -> its shard, mapped
 
     def __len__(self):
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -130,22 +135,24 @@ class Shards:
         path, right_size = self.folder / self.files[n]["name"], self.files[n]["bytes"]
         size = path.stat().st_size if path.is_file() else 0
         if size != right_size:  # the folder may have been replaced since it was opened
-            raise ValueError(f"{path}: has {size:,} bytes instead of {right_size:,}; {_TODO}")
+            raise ValueError(f"{path}: has {size:,} bytes instead of {right_size:,}; {_ADVICE}")
         self._open[n] = _Shard(path, self.files[n]["rows"])
         return self._open[n]
 
     def find(
         self,
         indices: Sequence[int],  # row numbers in any order
-    ) -> Iterator[tuple[_Shard, int]]:  # the shard of each row, and its place there
+    ) -> Iterator[tuple[_Shard, int]]:  # the shard of each row, and its number there
         "Find rows."
         indices = np.asarray(indices, np.int64)
         if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
             raise IndexError(f"rows {indices.min()}..{indices.max()} asked of {len(self)}")
-        number = np.searchsorted(self._ends, indices, "right")
-        place = indices - np.concatenate([[0], self._ends])[number]
-        shards = {n: self._shard(n) for n in np.unique(number).tolist()}
-        return zip(map(shards.__getitem__, number.tolist()), place.tolist())
+        # the shard of a row is the first whose running total exceeds the row's number
+        numbers = np.searchsorted(self._ends, indices, "right")
+        begins = np.concatenate([[0], self._ends])[numbers]
+        shards = {n: self._shard(n) for n in np.unique(numbers).tolist()}
+        # all rows at once: a loop in Python would take longer than the reading
+        return zip(map(shards.__getitem__, numbers.tolist()), (indices - begins).tolist())
 
     def __iter__(self):
         return map(self._shard, range(len(self.files)))
@@ -162,14 +169,14 @@ def _read_summary(folder):
         raise ValueError(
             f"{folder}: no {SUMMARY}, so this is no prepared dataset; prepare it (again)"
         )
-    summary = read_json(path, todo=_TODO)
+    summary = read_json(path, todo=_ADVICE)
     if (version := summary.get("format")) != FORMAT:
         version = repr(version)[:20]  # the file may hold anything
         raise ValueError(
             f"{path}: format {version}, this version reads {FORMAT}; prepare the data again"
         )
-    with reading(folder, _TODO):
-        check_folder(folder, full=False, todo=_TODO)
+    with reading(folder, _ADVICE):
+        check_folder(folder, full=False, todo=_ADVICE)
     return summary
 
 # %% ../nbs/06_store.ipynb #store-class
@@ -184,12 +191,12 @@ class Store:
         self.summary = _read_summary(self.folder)
         # set by `write_store`: whether it wrote the store, and what it compared, in files and bytes
         self.is_new, self.verified = False, {}
-        with reading(self.folder / SUMMARY, _TODO):
+        with reading(self.folder / SUMMARY, _ADVICE):
             self.columns = tuple(self.summary["columns"])
-            self._texts = Shards(self.folder, self.summary["shards"])
+            self.text_shards = Shards(self.folder, self.summary["shards"])
 
     def __len__(self):
-        return len(self._texts)
+        return len(self.text_shards)
 
     def __reduce__(self):
         return Store, (self.folder,)
@@ -199,14 +206,16 @@ class Store:
         indices: Sequence[int],  # row numbers in any order
     ) -> list[tuple[str, ...]]:  # C texts for each
         "Read the texts of rows."
-        return [shard.texts(i) for shard, i in self._texts.find(indices)]
+        return [shard.texts(i) for shard, i in self.text_shards.find(indices)]
 
     def identities(
         self,
         indices: Sequence[int],  # row numbers in any order
     ) -> np.ndarray:  # (n, C) int64
         "Read the identities of rows."
-        rows = [[column[i] for column in shard.fixed] for shard, i in self._texts.find(indices)]
+        rows = [
+            [column[i] for column in shard.fixed] for shard, i in self.text_shards.find(indices)
+        ]
         return np.array(rows, np.int64).reshape(len(rows), len(self.columns))
 
     @cached_property
@@ -215,9 +224,10 @@ class Store:
         return _read_summary(self.folder / TOKENS) if (self.folder / TOKENS).exists() else None
 
     @cached_property
-    def _tokens(self):
+    def token_shards(self) -> Shards:
+        "Open the files of the tokens; ValueError if there are none, or not whole ones."
         summary = _read_summary(self.folder / TOKENS)
-        with reading(self.folder / TOKENS / SUMMARY, _TODO):
+        with reading(self.folder / TOKENS / SUMMARY, _ADVICE):
             return Shards(self.folder / TOKENS, summary["shards"])
 
     def tokens(
@@ -225,7 +235,7 @@ class Store:
         indices: Sequence[int],  # row numbers in any order
     ) -> list[tuple]:  # for each row C byte strings of token ids, then C flags: cut or not
         "Read the token ids of rows as raw bytes of the store's number type."
-        rows = self._tokens.find(indices)
+        rows = self.token_shards.find(indices)
         return [(*shard.values(i), *[column[i] for column in shard.fixed]) for shard, i in rows]
 
 # %% ../nbs/06_store.ipynb #fit-negatives
@@ -265,12 +275,12 @@ def negatives_changed(
     width: int,  # C, texts of an example
 ) -> str:  # one sentence; empty if no row was changed
     "Say how many rows were given another number of negatives."
-    done = {
+    words = {
         "cut": "had more and were cut",
         "repeated": "had fewer and repeat theirs",
         "none": "had none and hold their own positive instead, which the loss masks",
     }
-    parts = [f"{counts[kind]:,} {words}" for kind, words in done.items() if counts.get(kind)]
+    parts = [f"{counts[change]:,} {words[change]}" for change in words if counts.get(change)]
     if not parts:
         return ""
     have = f"which have {width - 2} negative{'s' * (width != 3)} each"
@@ -335,7 +345,11 @@ def _resume(folder, origin, notes):
     return part
 
 # %% ../nbs/06_store.ipynb #write-shards
-def _write_batch(path, arrays, names):
+def write_batch(
+    path: Path,  # of the file
+    arrays: Sequence[pa.Array],  # columns of equal length
+    names: Sequence[str],  # of the columns
+) -> None:
     "Write one Arrow file."
     batch = pa.record_batch(arrays, names=names)
     with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
@@ -345,7 +359,7 @@ def _write_batch(path, arrays, names):
 def _add_shard(part, arrays, names, **notes):
     "Add one shard to a part, and note how many rows it has."
     rows = part.notes["rows"]
-    write = partial(_write_batch, arrays=arrays, names=names)
+    write = partial(write_batch, arrays=arrays, names=names)
     part.add(f"shard-{len(rows):05}.arrow", write, **notes, rows=[*rows, len(arrays[0])])
 
 
@@ -371,13 +385,13 @@ def _text_arrays(rows):
     return texts + [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
 
 # %% ../nbs/06_store.ipynb #write-texts
-_NOTES = {
-    "line": 0,
-    "rows": [],
-    "rejects": 0,
-    "width": None,
-    "negatives": {"cut": 0, "repeated": 0, "none": 0},
-    "remarks": {},
+_NOTES = {  # what a part of a store knows beside its pieces, so that the next run can go on
+    "line": 0,  # the last line that gave rows or a reject
+    "rows": [],  # of each shard
+    "rejects": 0,  # bytes of the rejects file that are valid
+    "width": None,  # C, once a row with negatives has fixed it
+    "negatives": {"cut": 0, "repeated": 0, "none": 0},  # rows by what `fit_negatives` did
+    "remarks": {},  # of the reader, on the columns
 }
 
 
@@ -405,6 +419,7 @@ class _Texts:
 
     @property
     def is_full(self):
+        "Whether the rows that wait are enough for a shard: so many, or so large ones."
         texts = len(self.rows) * (self.width or 2)
         return len(self.rows) >= SHARD_ROWS or texts >= SHARD_TEXTS or self.size >= SHARD_CHARACTERS
 
@@ -443,14 +458,14 @@ class _Texts:
         return self.part.notes["rows"][-1]
 
 # %% ../nbs/06_store.ipynb #write-lines
-def _write_texts(part, read, told, remarks):
+def _write_texts(part, read, on_progress, remarks):
     "Cut examples into shards; returns the width to begin anew with, if shards turn out too narrow."
     with open(part.folder / REJECTS, "ab") as rejects:
         texts = _Texts(part, rejects, remarks)
-        told(sum(part.notes["rows"]))
+        on_progress(sum(part.notes["rows"]))
         for line, example in read(texts.after, texts.reject):
             if line > texts.line and texts.is_full:
-                told(texts.flush())
+                on_progress(texts.flush())
             if texts.width is None and len(example) > 2:  # the first with negatives
                 warn_of_width(f"{part.path}: line {line}", len(example))
                 if part.notes["rows"] or len(texts.rows) * len(example) > SHARD_TEXTS:
@@ -458,7 +473,7 @@ def _write_texts(part, read, told, remarks):
                 texts.widen(len(example))
             texts.add(line, example)
         if texts.rows:
-            told(texts.flush())
+            on_progress(texts.flush())
     return None
 
 # %% ../nbs/06_store.ipynb #summary
@@ -467,20 +482,25 @@ def _characters(shards, column):
     counts = np.zeros(2**16, np.int64)  # lengths of 65,535 and more share the last place
     total = longest = 0
     for shard in shards:
-        n = pc.utf8_length(shard.batch.column(column)).to_numpy()
-        counts += np.bincount(np.minimum(n, len(counts) - 1), minlength=len(counts))
-        total, longest = total + int(n.sum()), max(longest, int(n.max()))
+        lengths = pc.utf8_length(shard.batch.column(column)).to_numpy()
+        counts += np.bincount(np.minimum(lengths, len(counts) - 1), minlength=len(counts))
+        total, longest = total + int(lengths.sum()), max(longest, int(lengths.max()))
     below = np.cumsum(counts)
     middle, high = (int(np.searchsorted(below, share * below[-1])) for share in (0.5, 0.95))
     mean = round(total / int(below[-1]), 1)
     return {"mean": mean, "median": middle, "p95": high, "longest": longest}
 
 
-def _distinct(numbers, rows, at_once=2**23):
-    "Count the different numbers in the uint64 arrays of `numbers()`, a share of them at a time."
+def count_distinct(
+    numbers: Callable,  # () -> uint64 arrays
+    rows: int,  # numbers in all
+    at_once: int = 2**23,  # about so many are held in memory
+) -> int:
+    "Count the different numbers in arrays, a share of them at a time."
     passes = rows // at_once + 1
 
     def different(share):
+        # equal numbers leave equal remainders, so no number is counted in two shares
         mine = np.concatenate([n[n % np.uint64(passes) == share] for n in numbers()])
         mine.sort()  # np.unique takes twenty times longer on millions of numbers
         return int(np.count_nonzero(mine[1:] != mine[:-1])) + (len(mine) > 0)
@@ -495,6 +515,7 @@ def _ids(shard, width, c):
 
 def _row_numbers(shard, width):
     "One number for the texts of each row, in their order."
+    # odd factors lose no bit, and another one for each column tells (a, b) from (b, a)
     return sum(_ids(shard, width, c) * np.uint64(2 * c + 3) for c in range(width))
 
 
@@ -510,16 +531,17 @@ def _summary(part, remarks):
     shards = Shards(part.folder, _shard_files(part))
     rows = len(shards)
     columns = column_names(part.notes["width"] or 2) if rows else ()
-    C = len(columns)
+    width = len(columns)
     return {
         "format": FORMAT,
         "columns": list(columns),
         "rows": rows,
         "rejected": _rejected(part),
         "negatives": part.notes["negatives"],
-        "duplicate_rows": rows - _distinct(lambda: (_row_numbers(s, C) for s in shards), rows),
+        "duplicate_rows": rows
+        - count_distinct(lambda: (_row_numbers(s, width) for s in shards), rows),
         "distinct": {
-            name: _distinct(lambda: (_ids(s, C, c) for s in shards), rows)
+            name: count_distinct(lambda: (_ids(s, width, c) for s in shards), rows)
             for c, name in enumerate(columns)
         },
         "characters": {name: _characters(shards, c) for c, name in enumerate(columns)},
@@ -593,7 +615,7 @@ def _damage(folder, origin):
         _read_summary(folder)
         return ""
     except ValueError as error:
-        damage = str(error).removesuffix(f"; {_TODO}")
+        damage = str(error).removesuffix(f"; {_ADVICE}")
     with suppress(ValueError, KeyError):  # a summary that cannot be read is damaged, too
         summary = read_json(folder / SUMMARY)
         if summary["format"] != FORMAT or summary["origin"] != origin:
@@ -601,13 +623,13 @@ def _damage(folder, origin):
     return damage
 
 # %% ../nbs/06_store.ipynb #fill
-def _fill(folder, origin, read, check, told, negatives, remarks):
+def _fill(folder, origin, read, check, on_progress, negatives, remarks):
     "Write a store, from the beginning or from where an interrupted run stopped."
     width = None if negatives is None else 2 + negatives
     while True:
         part = _resume(folder, origin, _NOTES | {"width": width})
         try:
-            width = _write_texts(part, read, told, remarks)
+            width = _write_texts(part, read, on_progress, remarks)
             if width is None:
                 summary = _summary(part, remarks)
                 check(summary)
@@ -618,7 +640,7 @@ def _fill(folder, origin, read, check, told, negatives, remarks):
                 part.discard()
             raise
         # negatives come after shards without any: once more, with room for them
-        told(-sum(part.notes["rows"]))
+        on_progress(-sum(part.notes["rows"]))
         part.discard()
     _add_summary(part, summary)
     part.finish()
@@ -632,7 +654,7 @@ def write_store(
     # a bad one
     read: Callable,
     check: Callable = lambda summary: None,  # raises ValueError for a summary that will not do
-    told: Callable = lambda rows: None,  # called with the rows of each shard
+    on_progress: Callable = lambda rows: None,  # called with the rows of each shard
     negatives: int | None = None,  # of each row; None: as many as the first row has that has any
     full: bool = False,  # read a current store byte by byte, and write it anew if it is damaged
     # JSON: what `read` notes of the file's columns while it reads; the summary keeps it
@@ -651,7 +673,7 @@ def write_store(
             # another process may have written it while this one waited
             if is_new := not is_current(folder, origin):
                 remarks = {} if remarks is None else remarks
-                _fill(folder, origin, read, check, told, negatives, remarks)
+                _fill(folder, origin, read, check, on_progress, negatives, remarks)
     store = Store(folder)
     store.is_new, store.verified = is_new, verified
     return store
@@ -659,12 +681,12 @@ def write_store(
 # %% ../nbs/06_store.ipynb #verify
 def _check_all(folder):
     "Compare every byte of a folder with its manifest, and the manifest with the folder."
-    with reading(folder, _TODO):
-        files = check_folder(folder, full=True, todo=_TODO)
+    with reading(folder, _ADVICE):
+        files = check_folder(folder, full=True, todo=_ADVICE)
     patterns = ("shard-*.arrow", SUMMARY, REJECTS)
     ours = {path.name for pattern in patterns for path in folder.glob(pattern)}
     if not ours <= files.keys():
-        raise Damaged(f"{folder / MANIFEST}: does not name all files of the store; {_TODO}")
+        raise Damaged(f"{folder / MANIFEST}: does not name all files of the store; {_ADVICE}")
     return files
 
 
@@ -677,9 +699,9 @@ def verify(
     store = Store(folder)
     if (folder / TOKENS).exists():
         _check_all(folder / TOKENS)
-        if len(store._tokens) != len(store):
+        if len(store.token_shards) != len(store):
             raise Damaged(
-                f"{folder / TOKENS}: holds {len(store._tokens):,} rows, "
+                f"{folder / TOKENS}: holds {len(store.token_shards):,} rows, "
                 f"the texts {len(store):,}; delete it and tokenise again"
             )
     return store
@@ -697,7 +719,7 @@ def _drop_damaged(folder):
         try:
             files = _check_all(place)
         except ValueError as error:
-            warnings.warn(str(error).removesuffix(f"; {_TODO}") + again, stacklevel=4)
+            warnings.warn(str(error).removesuffix(f"; {_ADVICE}") + again, stacklevel=4)
             with lock(folder, wait=True), writing(folder):
                 remove(place / MANIFEST)
                 if place != folder:
@@ -710,25 +732,25 @@ def _drop_damaged(folder):
 # %% ../nbs/06_store.ipynb #write-tokens
 def _list_array(ids, lengths, dtype):
     "An Arrow column of number lists."
-    at = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return pa.LargeListArray.from_arrays(pa.array(at), pa.array(ids.astype(dtype)))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids.astype(dtype)))
 
 
 def _token_arrays(columns, encode, dtype, texts_at_once=8192):
-    "Arrow columns of token ids, then of whether the text was cut (1) or not (0)."
+    "Arrow columns of token ids, then of whether the text was truncated (1) or not (0)."
     lists, flags = [], []
     for column in columns:
         starts = range(0, len(column), texts_at_once)
         parts = [encode(column[i : i + texts_at_once].to_pylist()) for i in starts]
-        ids, lengths, cut = (np.concatenate(p) for p in zip(*parts))
+        ids, lengths, truncated = (np.concatenate(p) for p in zip(*parts))
         lists.append(_list_array(ids, lengths, dtype))
-        flags.append(pa.array(cut.astype(np.int64)))
+        flags.append(pa.array(truncated.astype(np.int64)))
     return lists + flags
 
 
 def _shard_tokens(shard, width, encode, dtype):
     "The token columns of a shard, after every offset and every text of it was checked."
-    with reading(shard.path, _TODO):
+    with reading(shard.path, _ADVICE):
         shard.batch.validate(full=True)
     return _token_arrays(shard.batch.columns[:width], encode, dtype)
 
@@ -736,19 +758,21 @@ def _shard_tokens(shard, width, encode, dtype):
 def _is_tokenised(store, engine):
     "Are the tokens there, whole, and made by this engine?"
     try:
-        return (store.tokenised or {}).get("origin") == engine and len(store._tokens) == len(store)
+        return (store.tokenised or {}).get("origin") == engine and len(store.token_shards) == len(
+            store
+        )
     except ValueError:
         return False
 
 
-def _fill_tokens(store, engine, encode, told):
+def _fill_tokens(store, engine, encode, on_progress):
     "Write the tokens of a store, from the beginning or from where an interrupted run stopped."
     tidy(store.folder / TOKENS)
     part = _resume(store.folder / TOKENS, engine, {"rows": []})
     dtype = np.uint16 if engine["vocabulary"] <= 2**16 else np.uint32
     names = [*store.columns, *(f"{c}_cut" for c in store.columns)]
     # 1. the shards, one for each shard of texts
-    for n, shard in enumerate(store._texts):
+    for n, shard in enumerate(store.text_shards):
         if n >= len(part.notes["rows"]):
             try:
                 arrays = _shard_tokens(shard, len(store.columns), encode, dtype)
@@ -756,11 +780,14 @@ def _fill_tokens(store, engine, encode, told):
                 part.discard()
                 raise
             _add_shard(part, arrays, names)
-        told(shard.batch.num_rows)
-    # 2. how many texts were cut, and by whom, comes last
+        on_progress(shard.batch.num_rows)
+    # 2. how many texts were truncated, and by which tokenizer, comes last
     shards = Shards(part.folder, _shard_files(part))
-    cuts = [sum(int(np.sum(s.fixed[c])) for s in shards) for c in range(len(store.columns))]
-    summary = {"format": FORMAT, "origin": engine, "truncated": dict(zip(store.columns, cuts))}
+    truncated = {
+        name: sum(int(np.sum(shard.fixed[c])) for shard in shards)
+        for c, name in enumerate(store.columns)
+    }
+    summary = {"format": FORMAT, "origin": engine, "truncated": truncated}
     _add_summary(part, summary | {"shards": shards.files})
     part.finish()
 
@@ -769,7 +796,7 @@ def write_tokens(
     folder: str | Path,  # a store
     engine: dict,  # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary
     encode: Callable,  # N texts -> token ids (sum of lengths,) int, lengths (N,) int, cut (N,) bool
-    told: Callable = lambda rows: None,  # called with the rows of each finished shard
+    on_progress: Callable = lambda rows: None,  # called with the rows of each finished shard
 ) -> None:
     "Tokenise every text of a store once, beside the texts; go on where an interrupted run stopped."
     folder = expanded(folder)
@@ -780,4 +807,4 @@ def write_tokens(
     with _one_writer(folder):  # the same lock as for the texts: they must not be replaced meanwhile
         store = Store(folder)
         if not _is_tokenised(store, engine):
-            _fill_tokens(store, engine, encode, told)
+            _fill_tokens(store, engine, encode, on_progress)

@@ -32,11 +32,10 @@ from torch import Tensor
 
 from .atomic import expanded
 from .machine import pair_arguments, refusal, tpu_chips
-from .model import POOLINGS, SentenceEncoder, _most_tokens
+from .model import POOLINGS, SentenceEncoder
 from .tokens import TokenBatch, Tokens, feed, pad
-from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig
-from .run import load_training, load_weights, lr_factor
-from .trainer import batch_loss, check_health, log_line, mean_cosine
+from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig, check_health
+from .run import load_training, load_weights, log_line, set_learning_rate, train_step
 
 # %% ../nbs/16_xla.ipynb #seam
 def _same_release(a, b):
@@ -297,7 +296,7 @@ def _scramble(x):
     return x ^ _right(x, 16)
 
 
-def _places(shape, device):
+def _positions(shape, device):
     "Number the elements of a shape; a long arange would become a constant of the program."
     place = torch.zeros((), dtype=torch.int32, device=device)
     for n in shape:
@@ -327,7 +326,7 @@ class Noise:
         layer_seed = _signed((self.seed * 0x85EBCA77 + layer * 0xC2B2AE3D) % 2**32)
         row = _scramble(_scramble(self.rows * _signed(0x9E3779B1) + self.step) + layer_seed)
         # 2. a number for each place in a row, the shape of x[0]
-        place = _scramble(_places(x.shape[1:], x.device) * _signed(0x27D4EB2F))
+        place = _scramble(_positions(x.shape[1:], x.device) * _signed(0x27D4EB2F))
         # 3. both together, 31 bits, the shape of x
         bits = _scramble(row.view(-1, *[1] * place.dim()) ^ place) & 0x7FFFFFFF
         return bits >= row.new_full((), int(p * 2**31))  # a plain number would widen all bits to 64
@@ -349,7 +348,7 @@ class HashDropout(torch.nn.Dropout):
 
 # %% ../nbs/16_xla.ipynb #shardable
 # The families that were checked; others may read the mask on the host or reshape across rows.
-_FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
+_SHARDABLE = ("bert", "roberta", "distilbert", "mpnet")
 _QUERIES = ("query", "q_lin", "q")  # what an attention layer calls its query projection
 
 
@@ -371,10 +370,10 @@ def shardable(
 
 
 def _check_family(backbone):
-    if backbone.config.model_type not in _FAMILIES:
+    if backbone.config.model_type not in _SHARDABLE:
         raise ValueError(
             f"backbones of type {backbone.config.model_type} were not checked under SPMD;"
-            f" use one of {', '.join(_FAMILIES)}, or train with contrastive_st.trainer"
+            f" use one of {', '.join(_SHARDABLE)}, or train with contrastive_st.trainer"
         )
 
 
@@ -437,26 +436,26 @@ def _optimizer(backbone, config, saved=None):
     return optimizer
 
 
-def _twin(encoder, config, mesh, saved=None):
+def _device_copy(encoder, config, mesh, saved=None):
     "A copy of the encoder on the devices, ready for SPMD, with its optimiser and its noise."
     torch_xla, noise = _torch_xla(), Noise(config.seed)
-    twin = copy.deepcopy(encoder).train()
-    shardable(twin.backbone, noise)
-    twin.to(torch_xla.device())
+    replica = copy.deepcopy(encoder).train()
+    shardable(replica.backbone, noise)
+    replica.to(torch_xla.device())
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in replica.parameters():
             p.mul_(1)  # else the first step would be a program of its own
-    optimizer = _optimizer(twin.backbone, config, saved)
+    optimizer = _optimizer(replica.backbone, config, saved)
     moments = [t for state in _states(optimizer) for t in state.values() if t.dim()]
-    _replicate([*twin.parameters(), *twin.buffers(), *moments], mesh)
+    _replicate([*replica.parameters(), *replica.buffers(), *moments], mesh)
     torch_xla.sync(wait=True)
-    return twin, optimizer, noise
+    return replica, optimizer, noise
 
 
-def _to_host(encoder, twin):
+def _to_host(encoder, replica):
     "Copy the devices' weights into the encoder on the host."
     encoder.backbone.load_state_dict(
-        {name: value.cpu() for name, value in twin.backbone.state_dict().items()}
+        {name: value.cpu() for name, value in replica.backbone.state_dict().items()}
     )
 
 # %% ../nbs/16_xla.ipynb #step
@@ -474,28 +473,17 @@ def make_step(
     "Compile the training step; a program too many, or a wait for the host inside, is an error."
 
     def contrastive(totals, step, input_ids, lengths, rows, identities, truncated):
-        noise.rows, noise.step, (B, C) = rows, step, identities.shape
-        # 1. embed
-        with torch.autocast("xla", torch.bfloat16, enabled=config.bf16):
-            vectors = embed(encoder, input_ids, lengths)  # (C*B, D)
-        # 2. contrast
-        value, masked = batch_loss(_columns_first(vectors, C, devices), identities, config)
-        # 3. backward
-        value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.clip, foreach=False)
-        # 4. step
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # 5. numbers for the log, which stay on the device: in the order of _LOGGED
-        scalars = [
-            value.detach(),
-            norm,
-            masked,
-            B * (C - 1) - 1 - masked,  # negatives of an anchor
-            truncated.sum() / (B * C),
-            mean_cosine(vectors.detach()),
-        ]
-        return totals + torch.stack([s.float() for s in scalars]), step + 1
+        noise.rows, noise.step, columns = rows, step, identities.shape[1]
+
+        def embed_columns(input_ids, lengths):
+            with torch.autocast("xla", torch.bfloat16, enabled=config.bf16):
+                vectors = embed(encoder, input_ids, lengths)  # (C*B, D)
+            return _columns_first(vectors, columns, devices)
+
+        batch = TokenBatch(input_ids, lengths, identities, truncated)
+        logs = train_step(encoder, batch, config, optimizer, embed_columns)
+        # Numbers for the log, which stay on the device.
+        return totals + torch.stack([logs[name].float() for name in _LOGGED]), step + 1
 
     options = {"full_graph": True, "name": "contrastive", "max_different_graphs": graphs}
     return _in_words(_torch_xla().compile(contrastive, **options), graphs)
@@ -574,9 +562,9 @@ def check_program(
     )
 
 
-def _guard(twin, devices):
+def _guard(replica, devices):
     "A context for a step that looks at each program once, after the first batch of its shape."
-    shapes, sizes = set(), {n for p in twin.parameters() for n in p.shape}
+    shapes, sizes = set(), {n for p in replica.parameters() for n in p.shape}
 
     @contextlib.contextmanager
     def guard(input_ids):
@@ -593,7 +581,7 @@ def _check(encoder, mixture, config, buckets, devices):
     "Refuse, before anything is written or compiled, what would fail later or only look right."
     _check_family(encoder.backbone)
     _divisible(mixture.batch_size, devices)
-    longest, limit = max((encoder.max_length, *buckets)), _most_tokens(encoder.backbone)
+    longest, limit = max((encoder.max_length, *buckets)), encoder.token_limit
     if longest > (limit or longest):
         raise ValueError(
             f"bucket {longest} is longer than the {limit} positions of this backbone;"
@@ -657,13 +645,13 @@ class _Log:
 
     def __init__(self, run, progress):
         self.run, self.progress = run, progress
-        self.last_step = run.step  # of the line before
+        self.last_step = run.tracker.step  # of the line before
         self.pool, self.line = ThreadPoolExecutor(1, "log"), None
         self.zero, self.begun = torch.zeros(len(_LOGGED)).to(_torch_xla().device()), time.time()
 
     def __call__(self, totals, lr):
         self.wait()
-        step = self.run.step
+        step = self.run.tracker.step
         self.line = self.pool.submit(self._write, step, totals, step - self.last_step, lr)
         self.last_step = step
         return self.zero
@@ -672,7 +660,7 @@ class _Log:
         means = (totals.cpu() / steps).tolist()  # waits for the devices
         logs = dict(zip(_LOGGED, means)) | {"learning_rate": lr, "step": step}
         check_health(logs, step, self.run.config)
-        self.run.history.append(logs)
+        self.run.tracker.history.append(logs)
         rate = steps * self.run.mixture.batch_size / (time.time() - self.begun)
         self.begun = time.time()
         if self.progress:
@@ -685,37 +673,35 @@ class _Log:
 
 def _evaluate(run, progress):
     "Measure the encoder on the host; says whether to stop early."
-    metrics = run.evaluate(f" at step {run.step}")
+    tracker = run.tracker
+    metrics = run.evaluate(f" at step {tracker.step}")
     entry = {f"eval_{name}": value for name, value in metrics.items()}
-    run.history.append({"step": run.step} | entry)
-    if progress and (line := log_line(run.step, run.history[-1])):
+    tracker.history.append({"step": tracker.step} | entry)
+    if progress and (line := log_line(tracker.step, tracker.history[-1])):
         print(line, flush=True)
-    run.improves(metrics)
-    return run.out_of_patience()
+    tracker.improves(metrics)
+    return tracker.out_of_patience()
 
 # %% ../nbs/16_xla.ipynb #checkpoint
 _TRAINING_KEYS = {"step", "best_step", "best", "history", "buckets", "state"}
 
 
-def _save(run, encoder, optimizer, buckets):
+def _save(run, optimizer, buckets):
     "Write a checkpoint: a model directory, with the optimiser's state and the history beside it."
-    state = {
-        "step": run.step,
-        "best_step": run.best_step,
-        "best": run.best,
-        "history": run.history,
+    state = run.tracker.state() | {
+        "history": run.tracker.history,
         "buckets": list(buckets),
         "state": [{key: value.cpu() for key, value in s.items()} for s in _states(optimizer)],
     }
 
     def write(folder):
-        encoder.save_pretrained(folder)
+        run.encoder.save_pretrained(folder)
         torch.save(state, folder / "training.pt")
 
     run.save(write)
 
 
-def _load(run, checkpoint, encoder, buckets):
+def _load(run, checkpoint, buckets):
     "Read a checkpoint into the encoder and the run; return the optimiser's state."
     saved = load_training(checkpoint, _TRAINING_KEYS)
     if saved["buckets"] != list(buckets):
@@ -723,54 +709,75 @@ def _load(run, checkpoint, encoder, buckets):
             f"{run.out} was trained with buckets {saved['buckets']}, now {list(buckets)}; "
             "resume with the same, or start in a new directory"
         )
-    load_weights(encoder, checkpoint)
-    run.step = saved["step"]
-    run.best_step, run.best, run.history = saved["best_step"], saved["best"], saved["history"]
+    load_weights(run.encoder, checkpoint)
+    tracker = run.tracker
+    tracker.step, tracker.history = saved["step"], saved["history"]
+    tracker.best_step, tracker.best = saved["best_step"], saved["best"]
     return saved["state"]
 
 # %% ../nbs/16_xla.ipynb #loop
-def _due(run, every):
-    "Is it time, after this step, for what happens every so many steps, and at the end?"
-    return every and (run.step % every == 0 or run.step == run.config.steps)
+class _Due(NamedTuple):
+    "What is to be done after a step."
+
+    log: bool
+    measure: bool
+    save: bool
+    stop: bool
 
 
-def _loop(run, encoder, twin, optimizer, step, batches, buckets, devices, progress):
-    "The training loop: five lines a step, and nothing in them waits for the devices."
-    config, log, guard = run.config, _Log(run, progress), _guard(twin, devices)
-    saved = time.monotonic()
+def _due(run, saved):
+    "What is due after this step, if a checkpoint was `saved` at that time."
+    config, step = run.config, run.tracker.step
+
+    def at_every(steps):
+        return bool(steps) and (step % steps == 0 or step == config.steps)
+
     alone = _hosts()[1] == 1  # several hosts would disagree about clocks and signals
-    totals, count = log.zero, torch.tensor(run.step, dtype=torch.int32, device=log.zero.device)
+    stop = alone and bool(run.signals.number)
+    late = alone and time.monotonic() - saved > SAVE_SECONDS
+    measure = at_every(config.eval_every)
+    save = at_every(config.save_every or config.eval_every) or late or stop
+    return _Due(measure or save or at_every(config.log_every), measure, save, stop)
+
+
+def _measure_and_save(run, due, optimizer, buckets, progress):
+    "Do what is due, with the devices' weights in the encoder; says whether to stop."
+    save, stop = due.save, due.stop
+    try:
+        stop = (due.measure and _evaluate(run, progress)) or stop
+    except Abandoned:  # the evaluation is made again after a resume
+        save = stop = True
+    if save:
+        _save(run, optimizer, buckets)
+    return stop
+
+
+def _loop(run, replica, optimizer, step, batches, buckets, devices, progress):
+    "The training loop: a few lines a step, and nothing in them waits for the devices."
+    tracker, log, guard = run.tracker, _Log(run, progress), _guard(replica, devices)
+    totals, saved = log.zero, time.monotonic()
+    count = torch.tensor(tracker.step, dtype=torch.int32, device=totals.device)
     for batch in batches:  # on the devices already
         # 1. the step
-        lr = config.lr * lr_factor(run.step, config.steps, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(optimizer, run.config, tracker.step)
         with guard(batch["input_ids"]):
             totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
-        run.step += 1
+        tracker.step += 1
         # 2. what is due after it
-        stop = alone and bool(run.signals.number)
-        late = alone and time.monotonic() - saved > SAVE_SECONDS
-        measure = _due(run, config.eval_every)
-        save = _due(run, config.save_every or config.eval_every) or late or stop
-        if measure or save or _due(run, config.log_every):
+        due = _due(run, saved)
+        if due.log:
             totals = log(totals, lr)
-        if not (measure or save):
+        if not (due.measure or due.save):
             continue
         # 3. measure, save, and perhaps stop: here the loop waits for the devices
         log.wait()
-        _to_host(encoder, twin)
-        try:
-            stop = (measure and _evaluate(run, progress)) or stop
-        except Abandoned:  # the evaluation is made again after a resume
-            save = stop = True
-        if save:
-            _save(run, encoder, optimizer, buckets)
-            saved = time.monotonic()
-        if stop:
+        _to_host(run.encoder, replica)
+        if _measure_and_save(run, due, optimizer, buckets, progress):
             break
+        if due.save:
+            saved = time.monotonic()
     log.wait()
-    _to_host(encoder, twin)
+    _to_host(run.encoder, replica)
 
 # %% ../nbs/16_xla.ipynb #train
 def train(
@@ -819,18 +826,22 @@ def train(
 
 def _train(run, checkpoint, tokens, mesh, progress):
     "Train a run to its end, or raise `Stopped` when a signal came and the step is saved."
-    encoder, config, devices = run.encoder, run.config, mesh.size()
-    saved = _load(run, checkpoint, encoder, tokens.buckets) if checkpoint else None
-    if run.owes_evaluation():
+    config, tracker, buckets = run.config, run.tracker, tokens.buckets
+    # 1. where it stands
+    optimizer_state = _load(run, checkpoint, buckets) if checkpoint else None
+    if tracker.owes_evaluation():
         _evaluate(run, progress)
-    if run.step and run.is_over():
+    if tracker.step and tracker.is_over():
         return
-    twin, optimizer, noise = _twin(encoder, config, mesh, saved)
-    graphs = len(tokens.buckets) * len({len(source.columns) for source in run.mixture.sources})
-    step = make_step(twin, optimizer, config, noise, devices, graphs)
-    with contextlib.closing(_batches(run.mixture, tokens, config, run.step, mesh)) as batches:
-        _loop(run, encoder, twin, optimizer, step, batches, tokens.buckets, devices, progress)
-    if run.signals.number and not run.is_over():
+    # 2. its encoder on the devices, and the compiled step
+    replica, optimizer, noise = _device_copy(run.encoder, config, mesh, optimizer_state)
+    graphs = len(buckets) * len({len(source.columns) for source in run.mixture.sources})
+    step = make_step(replica, optimizer, config, noise, mesh.size(), graphs)
+    # 3. all steps that are left
+    batches = _batches(run.mixture, tokens, config, tracker.step, mesh)
+    with contextlib.closing(batches):
+        _loop(run, replica, optimizer, step, batches, buckets, mesh.size(), progress)
+    if run.signals.number and not tracker.is_over():
         raise run.stopped()
 
 # %% ../nbs/16_xla.ipynb #step-time

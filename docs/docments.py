@@ -6,6 +6,13 @@ def pad(
     # stands above it
     pad_id: int = 0,
 ) -> Tensor:  # (N, T)
+
+Why an extension of our own? Sphinx itself reads comments beside attributes (`#:`), but none beside
+parameters, and the extensions for parameters that we found read docstrings or annotations. nbdev
+shows such comments in Quarto's pages only. Its parser, fastcore.docments, agrees with ours on 745
+of 797 comments of this package. The others are those on `**options`, which it does not read, on
+what a function without a type returns, and the help texts of the command line. The linter of the
+notebooks needs the source of a cell to be read without importing it, which fastcore does not do.
 """
 
 import ast

@@ -22,14 +22,13 @@ from huggingface_hub import ModelCard
 
 from contrastive_st import atomic, evaluation, mixture, recipes, trainer
 from contrastive_st.card import (
-    _POOLING,
-    _card_to_send,
-    _files,
-    _hide,
+    card_to_send,
+    files_to_send,
+    metric_rows,
     model_card,
     push_to_hub,
-    read_run,
-    scores,
+    read_records,
+    usage,
     with_command,
     write_card,
 )
@@ -110,11 +109,11 @@ def run(tmp_path_factory):
         }
 
     def both(e):
-        found = evaluation.evaluate_retrieval(
+        ranked = evaluation.evaluate_retrieval(
             lambda t: e.encode(t, progress=False), *desk, resamples=50
         )
-        del found["n"]
-        return graded(e) | found | {"retrieval_n": len(desk[1])}
+        del ranked["n"]
+        return graded(e) | ranked | {"retrieval_n": len(desk[1])}
 
     config = trainer.TrainConfig(
         steps=4, warmup=1, lr=1e-3, eval_every=2, metric="spearman", workers=0
@@ -180,18 +179,18 @@ def test_the_three_ways_give_the_same_vectors(copy, monkeypatch, pooling, option
     model.save_pretrained(copy / "model")
     write_card(copy)
     monkeypatch.chdir(copy)
-    found = blocks((copy / "model/README.md").read_text())
+    code = blocks((copy / "model/README.md").read_text())
     assert [
         re.search(r"(?:from|import) (sentence_transformers|transformers|contrastive_st)", b)[1]
-        for b in found
+        for b in code
     ] == ["sentence_transformers", "transformers", "contrastive_st"]
-    theirs, plain, ours = map(computed, found)
+    theirs, plain, ours = map(computed, code)
     assert theirs.shape == (2, 32) and theirs == pytest.approx(plain, abs=3e-6)
     assert theirs == pytest.approx(ours, abs=3e-6)
     assert bool(np.allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-4)) == options["normalize"]
     assert np.abs(theirs[0] - theirs[1]).max() > 1e-4  # else equality would prove nothing
     # and a wrong pooling is seen
-    other = found[1].replace("pool(model", "(lambda s, m: s[:, -1])(model")
+    other = code[1].replace("pool(model", "(lambda s, m: s[:, -1])(model")
     assert np.abs(computed(other) - theirs).max() > 1e-4
 
 
@@ -201,16 +200,17 @@ def test_the_pooling_written_out_is_the_models(name):
     torch.manual_seed(0)
     states = torch.randn(3, 5, 4) - 2
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]])
+    model = {"pooling": name, "normalize": False, "max_length": 5, "prompt": "", "prompts": {}}
     names = {"torch": torch}
-    exec(_POOLING[name], names)  # noqa: S102
+    exec(re.search(r"def pool.*?\n\n", usage(model), re.S)[0], names)  # noqa: S102
     assert torch.allclose(names["pool"](states, mask), POOLINGS[name](states, mask))
 
 
 def test_technical_details(copy):
-    said = section(model_card(copy), "Technical details")
+    part = section(model_card(copy), "Technical details")
     parameters = sum(p.numel() for p in encoder().backbone.state_dict().values())
-    kept = SentenceEncoder.from_pretrained(copy / "model")
-    parameters += sum(w.numel() for w in kept.pooler_weights.values())
+    opened = SentenceEncoder.from_pretrained(copy / "model")
+    parameters += sum(w.numel() for w in opened.pooler_weights.values())
     for row in (
         "| Dimensions | 32 |",
         "| Unit length | yes |",
@@ -220,14 +220,14 @@ def test_technical_details(copy):
         "not trained for it",
         "| Prompt | none |",
     ):
-        assert row in said, row
-    assert f"BertModel, {parameters:,} parameters" in said
+        assert row in part, row
+    assert f"BertModel, {parameters:,} parameters" in part
     shutil.rmtree(copy / "model")
     encoder(pooling="cls", normalize=False).save_pretrained(copy / "model")
     change(copy, "config", similarity="dot", widths=[16, 8])
-    said = section(model_card(copy), "Technical details")
-    assert "| Score functions | dot product |" in said and "| Unit length | no |" in said
-    assert "16, 8" in said and "first token" in said
+    part = section(model_card(copy), "Technical details")
+    assert "| Score functions | dot product |" in part and "| Unit length | no |" in part
+    assert "16, 8" in part and "first token" in part
 
 
 def test_prompts_that_have_to_be_asked_for_are_named(copy, monkeypatch):
@@ -267,39 +267,41 @@ def test_prompts_that_have_to_be_asked_for_are_named(copy, monkeypatch):
 
 
 def test_training_data_is_what_the_run_accounted_for(run):
-    said = section(model_card(run), "Training data")
+    part = section(model_card(run), "Training data")
     report = json.loads((run / "mixture.json").read_text())
     assert len(report["datasets"]) == 2
     for d, weight in zip(report["datasets"], (2, 1)):
         name = d["name"].replace("|", "\\|")
         assert (
             f"| {name} | {d['rows']} | {d['columns']} | {weight} | {d['asked']:.2%} |"
-            f" {d['realised']:.2%} | {d['epochs']:.2f} |" in said
+            f" {d['realised']:.2%} | {d['epochs']:.2f} |" in part
         )
-    assert "| **all** | 54 |" in said and "32 examples" in said and "7 in-batch" in said
+    assert "| **all** | 54 |" in part and "32 examples" in part and "7 in-batch" in part
     # a name with a bar breaks no column
     assert all(
         len(re.findall(r"(?<!\\)\|", line)) == 8
-        for line in said.splitlines()
+        for line in part.splitlines()
         if line.startswith("|")
     )
 
 
 # None: the pool was not looked into
-@pytest.mark.parametrize("masked, said", [(None, False), (0, False), (0.004, False), (0.25, True)])
-def test_masked_negatives_are_told_where_there_are_any(copy, masked, said):
+@pytest.mark.parametrize(
+    "masked, is_shown", [(None, False), (0, False), (0.004, False), (0.25, True)]
+)
+def test_masked_negatives_are_told_where_there_are_any(copy, masked, is_shown):
     report = json.loads((copy / "mixture.json").read_text())
     change(copy, "mixture", pools=[pool | {"masked": masked} for pool in report["pools"]])
     assert (
         ("0.25 of them masked" in model_card(copy))
-        == said
+        == is_shown
         == ("masked" in section(model_card(copy), "Training data"))
     )
 
 
 def test_evaluation_has_intervals_and_says_what_chose(run):
     card, metrics = model_card(run), json.loads((run / "metrics.json").read_text())
-    said = section(card, "Evaluation")
+    part = section(card, "Evaluation")
     sets = (
         ("dev.tsv", "evaluation, 18 pairs", metrics, ["spearman", "pearson"]),
         ("test.tsv", "test, 18 pairs", metrics["test"], ["spearman"]),
@@ -312,20 +314,20 @@ def test_evaluation_has_intervals_and_says_what_chose(run):
                 f" {both[when][name + '_high']:.3f}]"
                 for when in ("before", "after")
             ]
-            assert f"| {path} ({kind}) | {name} | {cells[0]} | {cells[1]} |" in said
-    assert f"The checkpoint of step {metrics['best_step']} was chosen by spearman" in said
-    assert "optimistic" in said
+            assert f"| {path} ({kind}) | {name} | {cells[0]} | {cells[1]} |" in part
+    assert f"The checkpoint of step {metrics['best_step']} was chosen by spearman" in part
+    assert "optimistic" in part
 
 
 def test_training_has_the_command_and_every_setting(run):
-    said = section(model_card(run), "Training")
+    part = section(model_card(run), "Training")
     config = json.loads((run / "config.json").read_text())
     versions = json.loads((run / "versions.json").read_text())
-    assert "```bash\ncontrastive-st train recipe.toml --set train.lr=1e-3\n```" in said
+    assert "```bash\ncontrastive-st train recipe.toml --set train.lr=1e-3\n```" in part
     for name, value in config.items():
-        assert name == "mix" or f"| {name} | {json.dumps(value)} |" in said, name
-    assert versions["date"] in said and f"torch {versions['torch']}" in said
-    assert all(f"{name} {value}" in said for name, value in versions["compute"].items())
+        assert name == "mix" or f"| {name} | {json.dumps(value)} |" in part, name
+    assert versions["date"] in part and f"torch {versions['torch']}" in part
+    assert all(f"{name} {value}" in part for name, value in versions["compute"].items())
 
 
 def test_limits_are_counted(copy):
@@ -336,10 +338,10 @@ def test_limits_are_counted(copy):
         warnings=["file x is small"],
         tokens=report["tokens"] | {"columns": {"anchor": {"mean": 9, "truncated": 0.125}}},
     )
-    said = section(model_card(copy), "Intended use and limits")
-    assert "cut at 32 tokens; in training, up to 12.5%" in said
-    assert "The run warned: file x is small" in said and "32 examples of 2 dataset(s)" in said
-    assert "No licence" in said
+    part = section(model_card(copy), "Intended use and limits")
+    assert "cut at 32 tokens; in training, up to 12.5%" in part
+    assert "The run warned: file x is small" in part and "32 examples of 2 dataset(s)" in part
+    assert "No licence" in part
     assert "No licence" not in model_card(copy, metadata={"license": "mit"})
 
 
@@ -385,7 +387,7 @@ def test_a_figure_that_could_not_be_measured_is_called_so(copy):
     # NaN is written as null
     after = {k: v for k, v in metrics["after"].items() if k != "sts_n"} | {"spearman": None}
     change(copy, "metrics", after=after, before={})
-    rows = scores(read_run(copy))
+    rows = metric_rows(read_records(copy))
     assert [(r["metric"], r["after"] is None) for r in rows if r["split"] == "evaluation"] == [
         ("spearman", True),
         ("pearson", False),
@@ -595,9 +597,9 @@ sts = "/home/alice"
     card = model_card(copy)
     for word in ("alice", "bob", str(tmp_path), "/home", "/data"):
         assert word not in card, re.findall(f".*{word}.*", card)
-    said = section(card, "Training").split("```")[1]
+    part = section(card, "Training").split("```")[1]
     assert (
-        said == "bash\ncontrastive-st train my.toml --out run --data=data --set"
+        part == "bash\ncontrastive-st train my.toml --out run --data=data --set"
         " 'evaluation.sts='\"'\"'../sets/my dev.tsv'\"'\"'' --set model.name=.../sets --store"
         " .../stores\n"
     )
@@ -605,15 +607,10 @@ sts = "/home/alice"
     assert ".../my dev.tsv (evaluation" in card and ".../a.jsonl: is small" in card
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("and/or", "3 / 4", "https://a.b/c/d", "~/data"),
-        *("a/b/c.txt", "../x", "</b>", "s/step", "cosine/dot"),
-    ],
-)
-def test_what_is_no_absolute_path_stays(text):
-    assert _hide(text) == text
+def test_what_is_no_absolute_path_stays(copy):
+    texts = "and/or 3 / 4 https://a.b/c/d ~/data a/b/c.txt ../x </b> s/step cosine/dot"
+    (copy / "recipe.toml").write_text(f"# {texts}\n")
+    assert f"# {texts}\n" in model_card(copy)
 
 
 # --- whole or not at all ---
@@ -645,7 +642,7 @@ def test_half_a_card_is_none(copy, keep):
         card[: int(keep * len(card)) if isinstance(keep, float) else keep] if left is None else left
     )
     (copy / "model/README.md").write_text(left)
-    assert _card_to_send(copy, "me/model", {"license": "mit"}) == model_card(
+    assert card_to_send(copy, "me/model", {"license": "mit"}) == model_card(
         copy, "me/model", {"license": "mit"}
     )
 
@@ -654,10 +651,10 @@ def test_an_edited_card_is_sent_unless_it_names_a_home(copy):
     card = write_card(copy).read_text()
     path = copy / "model/README.md"
     path.write_text(card.replace("Made for semantic search", "Made for the harbour"))
-    assert "Made for the harbour" in _card_to_send(copy, "me/model", {})
-    assert 'SentenceTransformer("me/model")' in _card_to_send(copy, "me/model", {})
+    assert "Made for the harbour" in card_to_send(copy, "me/model", {})
+    assert 'SentenceTransformer("me/model")' in card_to_send(copy, "me/model", {})
     path.write_text("my own words")
-    assert _card_to_send(copy, "me/model", {}) == "my own words"
+    assert card_to_send(copy, "me/model", {}) == "my own words"
     path.write_text("trained in /home/alice/runs")
     with pytest.raises(ValueError, match="names a folder of this machine"):
         push_to_hub(copy, "me/model")
@@ -670,7 +667,7 @@ def test_what_is_pushed_is_what_the_manifest_says(copy, tmp_path):
     (copy / "checked").rename(copy / "model")
     write_card(copy)
     (copy / "model/notes.txt").write_text("mine")
-    assert set(_files(copy / "model")) == {
+    assert set(files_to_send(copy / "model")) == {
         *json.loads((copy / "model/manifest.json").read_text())["files"],
         "manifest.json",
     } - {"README.md"}
@@ -712,8 +709,8 @@ def test_with_command_keeps_the_recipe_a_recipe(copy, argv):
     assert tomllib.loads(text) == tomllib.loads(RECIPE) and text.startswith(RECIPE.rstrip())
     (copy / "recipe.toml").write_text(text, encoding="utf-8")
     training = section(model_card(copy), "Training")
-    said = re.search(r"^```+bash\n(.*?)^```+$", training, re.M | re.S)[1]
-    assert shlex.split(said) == [Path(argv[0]).name, *argv[1:]]
+    command = re.search(r"^```+bash\n(.*?)^```+$", training, re.M | re.S)[1]
+    assert shlex.split(command) == [Path(argv[0]).name, *argv[1:]]
 
 
 # --- the hub reads it ---
@@ -732,7 +729,7 @@ def test_metadata_survives_the_hubs_library(run):
     )
     assert data.model_name == "a small run"
     assert {"sentence-transformers", "sentence-similarity"} <= set(data.tags)
-    found = {
+    results = {
         (r.task_type, r.dataset_name, r.dataset_split, r.metric_type): r for r in data.eval_results
     }
     after, test = metrics["after"], metrics["test"]["after"]
@@ -742,10 +739,10 @@ def test_metadata_survives_the_hubs_library(run):
         ("information-retrieval", "desk", "test", "cosine_ndcg@10"): test["ndcg@10"],
     }
     for key, value in expected.items():
-        assert found[key].metric_value == pytest.approx(value, abs=5e-5)
-        assert "95% interval" in found[key].metric_name
+        assert results[key].metric_value == pytest.approx(value, abs=5e-5)
+        assert "95% interval" in results[key].metric_name
     # the two sets of pairs stay apart
-    assert len(found) == len(data.eval_results) == len(scores(read_run(run)))
+    assert len(results) == len(data.eval_results) == len(metric_rows(read_records(run)))
     assert card.text.strip().startswith("# a small run")
 
 
@@ -810,7 +807,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        self.server.requests.append((self.path, self.headers.get("Authorization"), body))
         status, answer = 200, {}
         if self.path == "/api/repos/create":
             asked = json.loads(body)
@@ -851,7 +848,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen, server.address = [], f"http://127.0.0.1:{server.server_port}"
+    server.requests, server.address = [], f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -862,18 +859,18 @@ PUSHES = """
 import json, sys
 from pathlib import Path
 from contrastive_st.card import model_card, push_to_hub, write_card
-run, said = Path(sys.argv[1]), {}
+run, answers = Path(sys.argv[1]), {}
 model_card(run); write_card(run)
 print("written", flush=True); sys.stdin.readline()
 for name, more in json.loads(sys.argv[2]):
-    try: said[name] = push_to_hub(run, name, metadata=more)
-    except ValueError as error: said[name] = f"error: {error}"
+    try: answers[name] = push_to_hub(run, name, metadata=more)
+    except ValueError as error: answers[name] = f"error: {error}"
 if sys.argv[3] == "on":
     write_card(run, {"language": "en", "license": "mit"})
     push_to_hub(run, "me/written")
 (run / "model/README.md").write_text("my own words")
-said["me/edited"] = push_to_hub(run, "me/edited", private=False) if sys.argv[3] == "on" else ""
-print(json.dumps(said))
+answers["me/edited"] = push_to_hub(run, "me/edited", private=False) if sys.argv[3] == "on" else ""
+print(json.dumps(answers))
 """
 
 
@@ -918,7 +915,7 @@ def received(body):
 
 def test_push_to_a_stub_of_the_hub(copy, hub, tmp_path, monkeypatch):
     silent = []
-    said = pushes(
+    answers = pushes(
         copy,
         [
             ("me/model", {"license": "mit"}),
@@ -927,17 +924,19 @@ def test_push_to_a_stub_of_the_hub(copy, hub, tmp_path, monkeypatch):
             ("no name!", {}),
         ],
         hub.address,
-        meanwhile=lambda: silent.extend(hub.seen),
+        meanwhile=lambda: silent.extend(hub.requests),
     )
     assert silent == []  # making and writing a card asks nobody
-    assert said["me/model"] == f"{hub.address}/me/model/commit/abc"
-    assert "me/forbidden was not pushed" in said["me/forbidden"]
-    assert "rights" in said["me/forbidden"]
-    assert "license" in said["me/strange"] and "no name! was not pushed" in said["no name!"]
-    assert all("\n" not in sentence for sentence in said.values())
+    assert answers["me/model"] == f"{hub.address}/me/model/commit/abc"
+    assert "me/forbidden was not pushed" in answers["me/forbidden"]
+    assert "rights" in answers["me/forbidden"]
+    assert "license" in answers["me/strange"] and "no name! was not pushed" in answers["no name!"]
+    assert all("\n" not in sentence for sentence in answers.values())
     created = {
         f"{b['organization']}/{b['name']}" if b.get("organization") else b["name"]: b
-        for p, _, b in ((p, a, json.loads(b)) for p, a, b in hub.seen if p == "/api/repos/create")
+        for p, _, b in (
+            (p, a, json.loads(b)) for p, a, b in hub.requests if p == "/api/repos/create"
+        )
     }
     assert (
         created["me/model"].get("private") is True
@@ -947,10 +946,10 @@ def test_push_to_a_stub_of_the_hub(copy, hub, tmp_path, monkeypatch):
         created["me/edited"].get("private") is False
         or created["me/edited"].get("visibility") == "public"
     ), created["me/edited"]
-    assert {token for _, token, _ in hub.seen} == {"Bearer hf_of_the_test"}
+    assert {token for _, token, _ in hub.requests} == {"Bearer hf_of_the_test"}
     commits = {
         path.split("/")[3] + "/" + path.split("/")[4]: received(body)
-        for path, _, body in hub.seen
+        for path, _, body in hub.requests
         if "/commit/" in path
     }
     # keeps what it was written with
@@ -978,9 +977,9 @@ def test_push_to_a_stub_of_the_hub(copy, hub, tmp_path, monkeypatch):
 
 
 def test_push_without_a_hub(copy, monkeypatch):
-    said = pushes(copy, [("me/model", {})], "http://127.0.0.1:9")  # nobody listens on port 9
-    assert "me/model was not pushed" in said["me/model"]
-    assert "check the name, the network and the token" in said["me/model"]
+    answers = pushes(copy, [("me/model", {})], "http://127.0.0.1:9")  # nobody listens on port 9
+    assert "me/model was not pushed" in answers["me/model"]
+    assert "check the name, the network and the token" in answers["me/model"]
     before = (copy / "model/README.md").read_text()
     # this process is told to stay offline
     with pytest.raises(ValueError, match="me/model was not pushed.*offline"):

@@ -28,8 +28,9 @@ from typer.testing import CliRunner
 
 from contrastive_st import cli, data, evaluation
 from contrastive_st.card import model_card
+from contrastive_st.cpu import has_bf16
 from contrastive_st.demo import LIMIT
-from contrastive_st.model import SentenceEncoder, _has_bf16
+from contrastive_st.model import SentenceEncoder
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
 COMMANDS = {
@@ -145,7 +146,7 @@ def place(tmp_path_factory):
 
 def command(*args, stdin=""):
     "What the installed script does, in this interpreter: exit code, standard output and error."
-    out, err, kept = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin, warnings.showwarning)
+    out, err, state = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin, warnings.showwarning)
     stdin = io.TextIOWrapper(
         io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()), "utf-8"
     )
@@ -156,7 +157,7 @@ def command(*args, stdin=""):
     except SystemExit as end:
         code = end.code or 0
     finally:
-        sys.argv, sys.stdin, warnings.showwarning = kept
+        sys.argv, sys.stdin, warnings.showwarning = state
     return code, out.getvalue(), err.getvalue()
 
 
@@ -169,13 +170,13 @@ def works(*args, **kwargs):
 def refuses(*args, words=(), **kwargs):
     "Exit code 2, and one line of standard error that begins with 'error: ' and holds the words."
     code, out, err = command(*args, **kwargs)
-    said = [line for line in err.splitlines() if line.strip() and not line.startswith("note: ")]
-    assert code == 2 and len(said) == 1 and said[0].startswith("error: "), (
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("note: ")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
         f"exit {code}\n{out}\n{err}"
     )
-    assert all(str(word) in said[0] for word in words), said[0]
+    assert all(str(word) in lines[0] for word in words), lines[0]
     assert "Traceback" not in err and "\x1b" not in err
-    return said[0]
+    return lines[0]
 
 
 def recipe(place, name, *changes):
@@ -298,7 +299,7 @@ def test_train_fills_the_run_directory_and_says_what_next(place, run):
     assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "similarity.png").stat().st_size > 5000
     assert "changed: 6 steps" in out and "before" in out and "after" in out and "Next:" in out
-    assert "sentence_transformers" in out
+    assert "runs/first/model/README.md" in out
     for name in ("spearman", "ndcg@10"):
         assert f"{metrics['after'][name]:.3f}" in out and f"{metrics['before'][name]:.3f}" in out
 
@@ -438,26 +439,6 @@ def test_inspect_warns_and_draws(place):
     assert "pairs.jsonl dominates" in out and "triplets.jsonl repeats" in out and "plan.png" in out
     assert (place / "plan.png").read_bytes().startswith(b"\x89PNG")
     (place / "plan.png").unlink()
-
-
-def test_the_plan_of_many_datasets_is_drawn(tmp_path):
-    "Long names, more datasets than rows, datasets never seen; the file is a PNG whatever its name."
-    rows = [
-        {
-            "name": f"{'long/' * 30}{n}.jsonl.gz",
-            "asked": (n + 1) / 820,
-            "realised": (n % 2) / 50,
-            "epochs": float(n % 2 * n),
-        }
-        for n in range(40)
-    ]
-    for most in (1, 30, 40):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            cli.report_figure(
-                {"steps": 1000, "batch_size": 64, "datasets": rows}, tmp_path / "plan.jpg", most
-            )
-        assert (tmp_path / "plan.jpg").read_bytes().startswith(b"\x89PNG")
 
 
 def test_inspect_draws_into_a_new_folder(place):
@@ -614,15 +595,15 @@ def test_every_run_leaves_its_card_with_the_command_that_was_typed(place):
     works(*typed)
     card = (place / "runs" / "card" / "model" / "README.md").read_text()
     assert card == model_card(place / "runs" / "card") and "\n# a: 'b' # c\n" in card
-    said = re.search(r"```bash\n(contrastive-st .*?)\n```", card, re.S)[1]
-    assert shlex.split(said) == ["contrastive-st", *typed]
+    line = re.search(r"```bash\n(contrastive-st .*?)\n```", card, re.S)[1]
+    assert shlex.split(line) == ["contrastive-st", *typed]
 
 
 def test_a_push_is_asked_for_and_its_name_is_checked_first(place, monkeypatch):
-    pushed = []
+    pushes = []
     monkeypatch.setattr(
         "contrastive_st.card.push_to_hub",
-        lambda run, name: pushed.append((run, name)) or "the address",
+        lambda run, name: pushes.append((run, name)) or "the address",
     )
     arguments = (
         "train recipe.toml --out runs/pushed --overwrite --no-progress --set train.steps=2".split()
@@ -630,9 +611,9 @@ def test_a_push_is_asked_for_and_its_name_is_checked_first(place, monkeypatch):
     for wrong in ("no name!", "me/my/model", "-x"):
         refuses(*arguments, "--push-to-hub", wrong, words=[wrong, "USER/NAME"])
     assert not (place / "runs" / "pushed").exists()
-    assert "Pushed" not in works(*arguments) and not pushed
+    assert "Pushed" not in works(*arguments) and not pushes
     assert works(*arguments, "--push-to-hub", "me/model").endswith("Pushed: the address\n")
-    assert pushed == [(Path("runs/pushed"), "me/model")]
+    assert pushes == [(Path("runs/pushed"), "me/model")]
 
 
 def test_a_push_that_fails_leaves_the_run_and_says_how_to_go_on(place):
@@ -755,10 +736,10 @@ def test_prepare_cuts_texts_where_the_recipe_does(place):
         place, "short.toml", ("max_length = 64", "max_length = 16"), ("steps = 6", "steps = 2")
     )
     works("prepare", path, "--out", "short", "--tokenizer", "encoder", "--workers", "1")
-    found = json.loads(
+    result = json.loads(
         (place / "short" / "pairs.jsonl.store" / "tokens" / "summary.json").read_text()
     )
-    assert found["origin"]["max_length"] == 16
+    assert result["origin"]["max_length"] == 16
     assert works("inspect", path, "--store", "short") == works("inspect", path)
 
 
@@ -771,12 +752,12 @@ def test_an_interrupted_prepare_says_how_to_go_on(place, monkeypatch):
         code, out, err = command("prepare", "recipe.toml", "--out", "stopped")
     assert code == 130 and not out and "the same command" in err and "Traceback" not in err
     counter = multiprocessing.get_context("spawn").Value("q", 5)
-    data._share(counter)
-    data._count(3)
+    data.share_counter(counter)
+    data.count_rows(3)
     assert counter.value == 8
     counter.value = -1  # as the command leaves it when it stops
     with pytest.raises(KeyboardInterrupt):
-        data._count(3)
+        data.count_rows(3)
 
 
 def test_a_store_that_lacks_a_dataset_names_what_makes_it(place):
@@ -838,10 +819,10 @@ def test_evaluate_equals_the_functions_called_directly(place):
     expected |= evaluation.evaluate_retrieval(
         encode, *data.read_retrieval(place / "data" / "retrieval")
     )
-    found = json.loads((place / "scores.json").read_text())
+    result = json.loads((place / "scores.json").read_text())
     for name, value in expected.items():
         if name != "n":
-            assert found[name] == pytest.approx(value, abs=1e-9), name
+            assert result[name] == pytest.approx(value, abs=1e-9), name
     assert (
         f"{expected['spearman']:.3f} [{expected['spearman_low']:.3f},"
         f" {expected['spearman_high']:.3f}]" in out
@@ -855,9 +836,9 @@ def test_evaluate_on_both_keeps_both_counts(place):
         "score\tsentence1\tsentence2\n5\ta dog\ta dog is\n3\ta cat\tthe rain\n0\ta cat\tthe snow\n"
     )
     works(*"evaluate encoder --sts few.tsv --retrieval data/retrieval --out both.json".split())
-    found = json.loads((place / "both.json").read_text())
-    assert {3, len(THINGS)} <= {v for k, v in found.items() if "n" in k.split("_")}, {
-        k: v for k, v in found.items() if isinstance(v, int)
+    result = json.loads((place / "both.json").read_text())
+    assert {3, len(THINGS)} <= {v for k, v in result.items() if "n" in k.split("_")}, {
+        k: v for k, v in result.items() if isinstance(v, int)
     }
 
 
@@ -890,15 +871,15 @@ def test_encode_keeps_the_order_and_every_line(place):
     out = works(
         "encode", "encoder", "lines.txt", "--out", "lines.npy", "--batch-size", "2", "--no-progress"
     )
-    found = np.load(place / "lines.npy")
-    assert found.shape == (9, 32) and found.dtype == np.float32 and "9 texts" in out
+    result = np.load(place / "lines.npy")
+    assert result.shape == (9, 32) and result.dtype == np.float32 and "9 texts" in out
     assert "lines.npy" in out
     np.testing.assert_allclose(
-        found,
+        result,
         SentenceEncoder.from_pretrained(place / "encoder").encode(lines, progress=False),
         atol=1e-6,
     )
-    np.testing.assert_allclose(found[2], found[4], atol=1e-6)
+    np.testing.assert_allclose(result[2], result[4], atol=1e-6)
 
 
 def test_encode_in_bfloat16(place):
@@ -906,7 +887,7 @@ def test_encode_in_bfloat16(place):
         works("encode", "encoder", "texts.txt", "--out", f"{name}.npy", "--no-progress", *option)
     fine, coarse = np.load(place / "fine.npy"), np.load(place / "coarse.npy")
     np.testing.assert_allclose(coarse, fine, atol=0.05)
-    assert (coarse == fine).all() != _has_bf16("cpu")
+    assert (coarse == fine).all() != has_bf16("cpu")
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c"])
@@ -980,16 +961,16 @@ def test_encode_in_fewer_bits_and_other_files(place, name, precision):
     card = json.loads((place / f"{name}.json").read_text())
     assert (card["rows"], card["width"], card["precision"]) == (len(vectors), 32, precision)
     if name == "v.npy":
-        found = np.load(place / name)
+        result = np.load(place / name)
     else:
         table = (
             pq.read_table(place / name)
             if name == "v.parquet"
             else pa.ipc.open_file(place / name).read_all()
         )
-        found = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    near = np.abs(found.astype(float) - quantize(vectors, precision, card["ranges"]).astype(float))
-    assert found.dtype == quantize(vectors, precision, card["ranges"]).dtype
+        result = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    near = np.abs(result.astype(float) - quantize(vectors, precision, card["ranges"]).astype(float))
+    assert result.dtype == quantize(vectors, precision, card["ranges"]).dtype
     assert (near > (1e-3 if precision == "float16" else 0)).mean() < 0.01
 
 
@@ -1073,15 +1054,15 @@ def test_search_shows_all_passages_when_there_are_fewer(place):
 
 
 def test_demo_hands_on_what_was_typed(place, monkeypatch):
-    asked = []
-    monkeypatch.setattr("contrastive_st.demo.launch", lambda *args: asked.append(args))
+    calls = []
+    monkeypatch.setattr("contrastive_st.demo.launch", lambda *args: calls.append(args))
     works(
         "demo",
         *"encoder runs/other --run runs/a --run runs/b".split(),
         *"--host 0.0.0.0 --port 0 --limit 5".split(),
     )
     works("demo", "encoder")
-    assert [args[:5] for args in asked] == [
+    assert [args[:5] for args in calls] == [
         (["encoder", "runs/other"], [Path("runs/a"), Path("runs/b")], "0.0.0.0", 0, 5),
         (["encoder"], [], "127.0.0.1", 7860, LIMIT),
     ]
@@ -1111,7 +1092,9 @@ def broken(place):
     torch.save({}, place / "pickled" / "pytorch_model.bin")
     (place / "empty").mkdir()
     (place / "latin.txt").write_bytes("a dog\nGröße\n".encode("latin-1"))
-    (place / "corpus.jsonl").write_text('{"text": "a dog"}\n\n{"text": "a cat"}\n{"txt": "rain"}\n')
+    (place / "corpus.jsonl").write_text(
+        '{"text": "a dog"}\n\n{"text": "a cat"}\n{"txt": "rain", "n": 1}\n'
+    )
     (place / "cut.jsonl").write_text('{"text": "a dog"}\n{"text": "a c\n')
     (place / "number.jsonl").write_text('{"text": "a dog"}\n{"text": 5}\n')
     (place / "null.jsonl").write_text('{"text": null}\n')
@@ -1405,10 +1388,8 @@ def test_blank_lines_are_no_passages(place):
     [
         ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", ["deep.jsonl:2"]),
         ("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ["digits.jsonl:1"]),
-        ("title.jsonl", b'{"text": "a", "title": {"a": 5}}\n', ["title.jsonl:1"]),
         ("latin.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', ["latin.jsonl:3", "UTF-8"]),
-        ("endless.txt", b"a\n" + b"x" * (2**24 + 1), ["endless.txt:2", "16,777,216"]),
-        ("bomb.jsonl", b'{"txt": "' + b"x" * 10**6 + b'"}\n', ["bomb.jsonl:1"]),
+        ("bomb.jsonl", b'{"n": 1, "txt": "' + b"x" * 10**6 + b'"}\n', ["bomb.jsonl:1"]),
     ],
 )
 def test_texts_that_are_not_right_name_the_line(place, name, content, words):
@@ -1424,7 +1405,7 @@ def test_what_is_no_regular_file_is_refused(place, name):
     else:
         (place / name).symlink_to("/dev/zero" if name == "zero.txt" else "nowhere")
     for args in (["search", "encoder", name, "a dog"], ["encode", "encoder", name]):
-        refuses(*args, words=[name, "standard input"])
+        refuses(*args, words=[name])
     (place / name).unlink()
 
 
@@ -1478,8 +1459,8 @@ def test_outputs_are_checked_before_any_work(place, monkeypatch, args, option, t
 def test_outputs_are_written_whole_or_not_at_all(place, monkeypatch):
     (place / "kept.json").write_text("{}")
     monkeypatch.setattr(
-        "contrastive_st.atomic._sync",
-        lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        "os.fsync",
+        lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     refuses(
         *"evaluate encoder --sts data/sts.tsv --out kept.json".split(),
@@ -1495,7 +1476,7 @@ def test_outputs_are_written_whole_or_not_at_all(place, monkeypatch):
 # ---- stopping and going on ----
 
 
-@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (cli._Terminated, 143)])
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (cli.Terminated, 143)])
 @pytest.mark.parametrize(
     "args",
     [
@@ -1503,16 +1484,14 @@ def test_outputs_are_written_whole_or_not_at_all(place, monkeypatch):
         ["search", "encoder", "texts.txt", "a"],
         ["inspect", "recipe.toml"],
         ["encode", "encoder", "texts.txt", "--out", "stop.npy"],
-        ["train", "recipe.toml", "--out", "never"],
+        ["train", "recipe.toml", "--out", "never", "--no-progress"],
     ],
 )
 def test_a_stop_is_one_line(place, monkeypatch, args, error, code):
     monkeypatch.setattr(
         SentenceEncoder, "encode", lambda *args, **kwargs: (_ for _ in ()).throw(error)
     )
-    monkeypatch.setattr(
-        "contrastive_st.trainer.run_report", lambda *args: (_ for _ in ()).throw(error)
-    )
+    monkeypatch.setattr("contrastive_st.run.run_report", lambda *args: (_ for _ in ()).throw(error))
     ended, out, err = command(*args)
     assert (ended, out) == (code, "") and err.startswith("stopped") and err.count("\n") == 1
     assert ("--resume" in err) == (args[0] == "encode")
@@ -1525,17 +1504,17 @@ def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
         raise trainer.Stopped("stopped at step 3 of 6, and saved", 143)
 
     monkeypatch.setattr(trainer, "train", stop)
-    typed = [
-        *("train", "recipe.toml", "--out", "runs/my run"),
-        *("--overwrite", "--set", "title='a b'", "--no-progress"),
-    ]
-    code, out, err = command(*typed)
-    assert (code, out) == (143, "") and err.count("\n") == 1
-    assert err.startswith("stopped at step 3 of 6, and saved; go on with: ")
-    said = shlex.split(err.partition("go on with: ")[2])
-    assert said[0].endswith("contrastive-st")
-    assert said[1:] == [word for word in typed if word != "--overwrite"] + ["--resume"]
-    assert cli._resume_command(["x", "train", "--resume", "--", "a.toml"]).endswith(
+    words = ["train", "recipe.toml", "--out", "runs/my run", "--overwrite", "--set", "title='a b'"]
+    code, out, err = command(*words)
+    first, last = err.splitlines()
+    # 18 graded pairs; for the evaluation also 18 documents and as many questions
+    texts = "72 texts of evaluation and 36 texts of test"
+    assert (code, out, first) == (143, "", f"measuring the model before training, on {texts}")
+    assert last.startswith("stopped at step 3 of 6, and saved; go on with: ")
+    program, *rest = shlex.split(last.partition("go on with: ")[2])
+    assert program.endswith("contrastive-st")
+    assert rest == [word for word in words if word != "--overwrite"] + ["--resume"]
+    assert cli.resume_command(["x", "train", "--resume", "--", "a.toml"]).endswith(
         "contrastive-st train --resume -- a.toml"
     )
 
@@ -1599,11 +1578,11 @@ def test_a_recorded_recipe_trains_that_run_again(place):
 
 
 def test_prepare_hands_on_verify(place, monkeypatch):
-    asked, prepare = [], data.prepare
-    monkeypatch.setattr(data, "prepare", lambda *args: asked.append(args[6]) or prepare(*args))
+    calls, prepare = [], data.prepare
+    monkeypatch.setattr(data, "prepare", lambda *args: calls.append(args[6]) or prepare(*args))
     for options in ([], ["--verify"]):
         works("prepare", "recipe.toml", "--out", "verified", "--workers", "1", *options)
-    assert asked == [False, True]
+    assert calls == [False, True]
 
 
 def test_sigterm_ends_a_command_and_is_left_as_it_was(place, monkeypatch):
@@ -1650,12 +1629,30 @@ def test_the_table_shows_each_metric_with_its_interval():
         {"spearman": v, "spearman_low": v - 0.1, "spearman_high": v + 0.1, "n": 5}
         for v in (0.5, 0.75)
     )
-    row = cli.score_table({"before": one, "after": two}).splitlines()[1]
+    one |= {"mrr@10": 1, "mrr@10_low": 1, "mrr@10_high": 1}  # not in both, so not shown
+    head, row = cli.score_table({"before": one, "after": two}).splitlines()
+    assert head.split() == ["before", "after"]
     assert row.split() == ["spearman", "0.500", "[0.400,", "0.600]", "0.750", "[0.650,", "0.850]"]
-    result = cli.score_table(
-        {"before": one | {"mrr@10": 1, "mrr@10_low": 1, "mrr@10_high": 1}, "after": two}
-    ).splitlines()
-    assert len(result) == 2
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "400"])
+def test_no_cell_of_a_table_is_cut_or_wrapped(monkeypatch, columns):
+    "Whatever the terminal, and whatever rich would make of a name."
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    names = [
+        "[bold]a[/bold]",
+        "long/" * 60,
+        "\x1b[31m東京",
+        ":smile: https://a.b",
+        "two words " * 9,
+    ]
+    lines = cli.table_text(["dataset", "rows"], [[name, f"{i:,}"] for i, name in enumerate(names)])
+    head, *rows = lines.splitlines()
+    assert len(rows) == len(names) and head.split() == ["dataset", "rows"]
+    for i, (name, row) in enumerate(zip(names, rows)):
+        assert row.startswith(cli.printable(name).rstrip()) and row.endswith(f" {i}")
+        assert row.isprintable()
 
 
 def test_the_app_runs_under_typers_own_runner(place):

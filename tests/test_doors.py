@@ -477,9 +477,8 @@ def test_the_cell_installs_the_package_only_if_it_is_not_there(tmp_path, folder,
     assert done.stderr == "" and (done.stdout == "pip\n") == asks
 
 
-def test_a_replica_runs_this_clone(monkeypatch):
+def test_a_replica_runs_this_clone():
     "What is executed as on Colab is the page as it is, but with this clone for the address."
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     colab, cfg = load("colab"), tool.settings()
     for slow, name in ((False, "01_loss"), (True, "tutorials/one_billion_pairs_tpu")):
         nb = colab.everything(ROOT / f"nbs/{name}.ipynb", slow)
@@ -501,7 +500,6 @@ def test_headers_are_written_once(tmp_path, monkeypatch):
         cells=[new_markdown_cell("# A\n> B", id="title"), new_markdown_cell("text", id="text")]
     )
     (tmp_path / "nbs").mkdir()
-    (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
     nbformat.write(nb, tmp_path / "nbs/a.ipynb")
     assert tool.write_header(tmp_path / "nbs/a.ipynb")
     assert not tool.write_header(tmp_path / "nbs/a.ipynb")

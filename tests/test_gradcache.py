@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from contrastive_st.gradcache import _chunks, cached_step
+from contrastive_st.gradcache import cached_step, split_batch
 from contrastive_st.loss import info_nce, same_text
 from contrastive_st.model import SentenceEncoder
-from contrastive_st.packed import _runs
+from contrastive_st.tokens import split_by_budget
 from contrastive_st.trainer import TrainConfig, batch_loss
 
 ALL = 10**9  # tokens: one chunk
@@ -62,7 +62,7 @@ def plain(encoder, token_ids, lengths, loss):
 
 def through_all(encoder, token_ids, lengths, loss, chunk_tokens):
     "One backward pass through all chunks: the naive version where chunks draw random numbers."
-    rows, chunks = zip(*_chunks(token_ids, lengths, chunk_tokens))
+    rows, chunks = zip(*split_batch(token_ids, lengths, chunk_tokens))
     value = loss(torch.cat([encoder(*chunk) for chunk in chunks])[torch.cat(rows).argsort()])
     value.backward()
     return value
@@ -228,7 +228,7 @@ class Counted:
 def test_each_chunk_is_embedded_twice_but_the_first(chunk_tokens):
     (token_ids, lengths, _), encoder = make_batch(), Counted(make_encoder())
     cached_step(encoder, token_ids, lengths, contrast, chunk_tokens)
-    sizes = [len(rows) for rows, _ in _chunks(token_ids, lengths, chunk_tokens)]
+    sizes = [len(rows) for rows, _ in split_batch(token_ids, lengths, chunk_tokens)]
     assert encoder.calls == [(sizes[0], True)] + [(n, False) for n in sizes[1:]] + [
         (n, True) for n in sizes[1:]
     ]
@@ -316,7 +316,7 @@ def test_memory_is_that_of_a_chunk_whatever_the_batch(layout):
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 400))
 def test_cuts(lengths, chunk_tokens):
     lengths = sorted(lengths, reverse=True)
-    runs = _runs(lengths, chunk_tokens)
+    runs = split_by_budget(lengths, chunk_tokens)
     sizes = [sum(run) for run in runs]
     assert sum(runs, []) == lengths
     assert all(size <= chunk_tokens or len(run) == 1 for run, size in zip(runs, sizes))
@@ -332,7 +332,7 @@ def test_cuts(lengths, chunk_tokens):
 def test_chunks_hold_each_text_once_and_similar_lengths_together(chunk_tokens):
     token_ids, lengths, _ = make_batch(30)
     texts, seen, longest = token_ids.split(lengths.tolist()), [], []
-    for rows, (ids, n) in _chunks(token_ids, lengths, chunk_tokens):
+    for rows, (ids, n) in split_batch(token_ids, lengths, chunk_tokens):
         assert ids.tolist() == torch.cat([texts[i] for i in rows]).tolist()
         assert n.tolist() == lengths[rows].tolist()
         seen += rows.tolist()
@@ -362,7 +362,7 @@ def test_only_the_last_chunk_synchronises(chunk_tokens):
         return encoder(*chunk)
 
     cached_step(embed, token_ids, lengths, contrast, chunk_tokens, no_sync)
-    n = len(_chunks(token_ids, lengths, chunk_tokens))
+    n = len(split_batch(token_ids, lengths, chunk_tokens))
     assert passes == [True] * (n - 1) + [False]
 
 
@@ -372,7 +372,7 @@ def test_only_the_last_chunk_synchronises(chunk_tokens):
         ({"chunk_tokens": 0}, "chunk_tokens is 0; a chunk needs 1 token or more"),
         ({"chunk_tokens": -5}, "chunk_tokens is -5"),
         ({"lengths": torch.tensor([3, 4])}, "2 lengths add up to 7, but there are .* token ids"),
-        ({"lengths": torch.tensor([], dtype=torch.int64)}, "0 lengths add up to 0"),
+        ({"lengths": torch.tensor([], dtype=torch.int64)}, "the batch has no text"),
         (
             {"encoder": lambda ids, n: torch.ones(1, 8, requires_grad=True)},
             "1 embeddings for 24 texts; it must give one row for each",

@@ -21,21 +21,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from contrastive_st import mixture as module
+from contrastive_st.account import concerns, masked_negatives, report_table
 from contrastive_st.data import Source, prepare, store_folder
 from contrastive_st.mixture import (
     WINDOW,
     GlobalBatch,
     Mixture,
-    Plan,
     as_mixture,
-    concerns,
     draw_counts,
     draw_window,
     epoch_order,
-    masked_negatives,
     permute,
     read_config,
-    report_table,
     tempered,
 )
 from contrastive_st.store import text_identity
@@ -73,7 +70,7 @@ class Fake:
 
 
 def pairs_of(rows):
-    "What `Plan.rows` gives, as a list of (source number, row number)."
+    "What `Mixture.rows` gives, as a list of (source number, row number)."
     return list(zip(*(part.tolist() for part in rows)))
 
 
@@ -297,7 +294,7 @@ def test_draws_are_fixed_for_all_time():
     "The draws, and all that follows from them, for pairs and triplets, small and huge."
     choice, _ = draw_window((4, 3, 2, 1), 2, 1, 0)
     assert choice[:6].tolist() == [[2, 1], [2, 1], [0, 1], [0, 3], [2, 1], [0, 1]]
-    plan = Plan(
+    plan = Mixture(
         [Fake("a", 1000), Fake("b", 50), Fake("c", 2**33), Fake("d", 300, 3), Fake("e", 40, 3)],
         [3, 1, 2.5, 1, 0.5],
         6,
@@ -549,10 +546,7 @@ def test_batches_are_read_as_they_are_asked():
         ),
         (
             {"weights": [1, 0], "datasets_per_batch": 2},
-            (
-                r"but only 1 has 2 columns \(a\); use datasets_per_batch=1, add datasets of 2"
-                r" columns, or give it weight 0"
-            ),
+            (r"but only 1 has 2 columns \(a\); use datasets_per_batch=1, or weight 0 for these"),
         ),
         (
             {
@@ -597,7 +591,7 @@ def test_bad_steps_and_ranks(args, words):
         Mixture([Fake("a", 10)], [1], 8, 1).batch(*args)
     if len(args) == 1:
         with pytest.raises(ValueError, match=words):
-            Plan([Fake("a", 10)], [1], 8, 1).draws(*args)
+            Mixture([Fake("a", 10)], [1], 8, 1).draws(*args)
 
 
 def test_numpy_numbers_are_numbers():
@@ -612,8 +606,7 @@ def test_numpy_numbers_are_numbers():
 
 def test_a_source_smaller_than_its_sub_batch_warns_and_wraps():
     message = (
-        r"b: 10 rows are fewer than the 20 of a sub-batch \(global batch 40 / 2 datasets per"
-        r" batch\).*at most 20, more datasets per batch"
+        "^b: 10 rows are fewer than the 20 of a sub-batch, so rows meet .* at most 20, or weight 0"
     )
     with pytest.warns(UserWarning, match=message):
         mixture = Mixture([Fake("a", 1000), Fake("b", 10)], [1, 1], 40)
@@ -624,7 +617,7 @@ def test_a_source_smaller_than_its_sub_batch_warns_and_wraps():
     masked = masked_negatives(batch.identities)
     # the loss does not take a row's copy for a negative
     assert sorted(set(zip(batch.sources, masked.tolist()))) == [("a", 0), ("b", 1)]
-    message = r"^c: 1 rows are fewer .* \(and so it is with a, b\); use a global batch of at most 3"
+    message = r"^c: 1 rows are fewer .* \(so are 2 others\).*; use a global batch of at most 3"
     with pytest.warns(UserWarning, match=message):
         Mixture([Fake("a", 3), Fake("b", 5), Fake("c", 1), Fake("d", 9)], [1] * 4, 18, 3)
 
@@ -662,111 +655,6 @@ def test_temperature_one_is_by_size_and_infinity_is_equal():
 def test_bad_temperatures(temperature):
     with pytest.raises(ValueError, match="temperature is .* it must be a number from 1"):
         tempered([1, 2], temperature)
-
-
-# ---- accounting
-
-
-@quick
-@given(
-    st.lists(
-        st.lists(st.sampled_from("abcdefg"), min_size=3, max_size=3).map(tuple),
-        min_size=1,
-        max_size=20,
-    )
-)
-def test_masked_negatives_are_those_of_the_rule(examples):
-    candidates = [e[1] for e in examples] + [e[2] for e in examples]
-    naive = [
-        sum(
-            n != i and (text == e[0] or text in [o[1] for o in examples if o[0] == e[0]])
-            for n, text in enumerate(candidates)
-        )
-        for i, e in enumerate(examples)
-    ]
-    assert (
-        masked_negatives(np.array([[text_identity(text) for text in e] for e in examples])).tolist()
-        == naive
-    )
-
-
-def test_masked_negatives_are_those_of_the_loss():
-    "Counted here, masked there."
-    torch = pytest.importorskip("torch")
-    from contrastive_st.loss import same_text
-
-    identities = np.random.default_rng(3).integers(0, 30, (40, 4))
-    assert (
-        masked_negatives(identities).tolist()
-        == same_text(torch.from_numpy(identities)).sum(1).tolist()
-    )
-
-
-def test_a_source_of_duplicates_ends_and_is_reported():
-    class Same(Fake):
-        def rows(self, indices):
-            return [("same question", "Same Answer" if i % 2 else "same answer") for i in indices]
-
-    report = Mixture([Same("copies", 100)], [1], 16, 1).report(10)
-    [pool] = report["pools"]
-    assert pool["masked"] == 15 and pool["negatives"] == 0
-    assert pool["duplicates"] == pytest.approx(30 / 32)
-    assert report["warnings"] == [
-        "batches of 2 columns are mostly duplicates: 0.0 of 15 negatives are left to an anchor;"
-        " remove copies from the data"
-    ]
-
-
-def test_concerns_name_what_dominates_and_what_repeats():
-    sources = [Fake("forum", 10**6), Fake("articles", 10**5), Fake("manual", 20)]
-    report = Mixture(sources, [6, 2, 1], 16, 2).report(1000)
-    # the manual is seen 89 times
-    assert [w.split(";")[0] for w in report["warnings"]] == [
-        "forum dominates: 67% of all rows come from it"
-    ]
-    report = Mixture(sources, [6, 2, 1], 16, 2).report(64 * 36)
-    assert [w.split(";")[0] for w in report["warnings"]] == [
-        "forum dominates: 67% of all rows come from it",
-        "manual repeats: its 20 rows are seen 205 times each",
-    ]
-    assert "warning: manual repeats" in report_table(report)
-    assert Mixture(sources, [1, 1, 1], 16, 2).report(100)["warnings"] == []
-    # one dataset cannot help being all
-    assert Mixture(sources[:1], [1], 16, 1).report(100)["warnings"] == []
-
-
-def test_concerns_begin_above_their_bounds():
-    base = {"name": "a", "rows": 9, "realised": 0.5, "epochs": 100}
-
-    def report(**change):
-        return {
-            "datasets": [base | change, base | {"name": "b"}],
-            "pools": [{"columns": 2, "in_batch": 7, "hard": 0, "negatives": 3.5}],
-        }
-
-    assert concerns(report()) == []
-    assert [
-        len(concerns(report(**change)))
-        for change in ({"epochs": 100.4}, {"realised": 0.51}, {"epochs": 101, "realised": 0.51})
-    ] == [1, 1, 2]
-    assert concerns(report(epochs=1234.5)) == [
-        "a repeats: its 9 rows are seen 1,234 times each; lower its weight, or shorten the run"
-    ]
-
-
-def test_a_report_that_reads_nothing_says_nothing_of_duplicates():
-    source = Fake("a", 100)
-    report = Mixture([source], [1], 8, 1).report(10, sample=0)
-    assert source.read == 0 and math.isnan(report["pools"][0]["masked"])
-    assert report["warnings"] == [] and "duplicates" not in report_table(report)
-
-
-@pytest.mark.parametrize(
-    ("args", "words"), [((0,), "steps is 0"), ((10, -1), "sample is -1"), ((2.0,), "steps is 2.0")]
-)
-def test_bad_reports(args, words):
-    with pytest.raises(ValueError, match=words):
-        Mixture([Fake("a", 10)], [1], 8, 1).report(*args)
 
 
 # ---- configs

@@ -14,9 +14,10 @@ import transformers as tf
 from conftest import ROOT, make_tokenizer
 from torch.nn.utils import parametrize, prune
 
-from contrastive_st import packed
+from contrastive_st import cpu, packed
+from contrastive_st.cpu import has_fused_bf16
 from contrastive_st.model import SentenceEncoder
-from contrastive_st.packed import Segments, packable, packed_states
+from contrastive_st.packed import Segments, packable, packed_copy, packed_states
 
 FAMILIES = {
     "bert": tf.BertModel,
@@ -107,7 +108,7 @@ def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-LOW = pytest.mark.skipif(not packed._fuses(), reason="this processor has no bfloat16 products")
+LOW = pytest.mark.skipif(not has_fused_bf16(), reason="this processor has no bfloat16 products")
 
 
 def autocast(enabled=True):
@@ -152,7 +153,7 @@ def test_it_can_fail():
     places = torch.cat([torch.arange(n) for n in lengths])[None]
 
     def states(positions, sizes):
-        return packed._unpadded(backbone)(
+        return packed_copy(backbone)(
             inputs_embeds=words, position_ids=positions, segments=Segments(sizes, 4)
         ).last_hidden_state[0]
 
@@ -201,7 +202,7 @@ def test_attention_equals_softmax_text_by_text(step, most):
         upstream = torch.randn(1, sum(sizes), 3, 4, dtype=torch.float64)
         ours, none = packed.attention(None, q, k, v, None, scaling=0.3, segments=segments)
         # the way of CPUs, and that of GPUs
-        for out in (ours, packed._ragged(q, k, v, segments, 0.3, 0.0)[None]):
+        for out in (ours, packed.ragged_attention(q, k, v, segments, 0.3, 0.0)[None]):
             assert none is None and apart(out, expected) < 1e-12
             for a, b in zip(
                 torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True),
@@ -222,9 +223,9 @@ def gpu_way(monkeypatch):
         module, query, key, value, mask, scaling=None, dropout=0.0, segments=None, **kwargs
     ):
         segments.calls += 1
-        return packed._ragged(query, key, value, segments, scaling, dropout)[None], None
+        return packed.ragged_attention(query, key, value, segments, scaling, dropout)[None], None
 
-    monkeypatch.setitem(tf.AttentionInterface._global_mapping, packed._NAME, attention)
+    monkeypatch.setitem(tf.AttentionInterface._global_mapping, packed.ATTENTION_NAME, attention)
     monkeypatch.setattr(
         Segments, "cells", property(lambda self: pytest.fail("tokens were laid out"))
     )
@@ -242,7 +243,7 @@ def test_the_way_of_gpus_gives_the_padded_numbers(gpu_way, kind):
 def test_the_way_of_gpus_drops_attention_weights(gpu_way):
     "Values of one: an attended sum is 1 without dropout, and 1 on average with it."
     segments, (q, k, v) = Segments([300, 200, 100], 2), qkv(600, 2)
-    dropped = packed._ragged(q, k, torch.ones_like(v), segments, 0.5, 0.3)
+    dropped = packed.ragged_attention(q, k, torch.ones_like(v), segments, 0.5, 0.3)
     assert dropped.shape == (600, 2, 4) and 0.02 < dropped.std() < 0.2
     assert abs(dropped.mean() - 1) < 0.01
 
@@ -272,7 +273,7 @@ def test_inference_in_16_bits_is_as_near_as_its_rounding():
         )
         assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape
         assert apart(ours, expected) < 2**-7
-    filled, _, shown = packed._in_sixteens(*torch.ones(2, 4, 17, 6, dtype=torch.bfloat16))
+    filled, _, shown = packed.fill_to_sixteens(*torch.ones(2, 4, 17, 6, dtype=torch.bfloat16))
     assert filled.shape == (4, 32, 6) and filled.sum() == 4 * 17 * 6 and shown.sum() == 17 * 17
 
 
@@ -327,38 +328,6 @@ def test_attention_dropout_changes_nothing_on_average():
     )
     assert error.abs().max() < 5  # standard errors
     assert not packed.attention(None, *inputs, None, dropout=1.0, segments=segments)[0].any()
-
-
-# ---- dropout ----
-
-
-@pytest.mark.parametrize("p", [0.01, 0.1, 0.37, 0.9, 0.999])
-def test_dropout_rate_mean_and_variance(p):
-    torch.manual_seed(0)
-    n, c = 2**20, min(round(256 * p), 255)
-    y = packed._Dropout(p)(torch.ones(n))
-    assert set(y.unique().tolist()) == {0.0, torch.tensor(256 / (256 - c)).item()}
-    assert abs((y == 0).double().mean() - c / 256) < 5 * (c / 256 * (1 - c / 256) / n) ** 0.5
-    assert abs(c / 256 - p) <= 1 / 256
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dropout_keeps_the_numbers_and_the_gradient_its_mask(dtype):
-    x = torch.randn(7, 33, dtype=dtype).requires_grad_()  # not a multiple of eight
-    y = packed._Dropout(0.5)(x.t())
-    y.backward(torch.ones_like(y))
-    kept = y != 0
-    assert torch.equal(y[kept], 2 * x.t()[kept]) and torch.equal(x.grad.t(), 2 * kept.to(dtype))
-    assert 0 < kept.sum() < kept.numel()
-
-
-def test_dropout_at_its_ends():
-    x = torch.randn(50)
-    assert packed._Dropout(0.0)(x) is x or torch.equal(packed._Dropout(0.0)(x), x)
-    assert not packed._Dropout(1.0)(x).any()
-    assert torch.equal(packed._Dropout(0.001)(x), x)  # rounds to 0 of 256
-    assert torch.equal(packed._Dropout(0.5).eval()(x), x)
-    assert packed._Dropout(0.5)(x[:0]).shape == (0,)
 
 
 def test_dropout_is_independent_from_layer_to_layer_and_step_to_step():
@@ -461,7 +430,7 @@ def test_hooks_fire_and_weights_are_shared():
     laid(backbone, ids, lengths).sum().backward()
     assert fired == ["before", "after", "backward"]
     assert all(p.grad is not None for p in backbone.parameters())
-    twin = packed._unpadded(backbone)
+    twin = packed_copy(backbone)
     assert all(a is b for a, b in zip(twin.parameters(), backbone.parameters(), strict=True))
     assert not {id(m) for m in twin.modules()} & {id(m) for m in backbone.modules()}
 
@@ -505,13 +474,13 @@ def test_the_backbone_is_left_as_it_was(tmp_path):
     vectors = encoder(ids, lengths)
     vectors.sum().backward()
     assert encoder.layout == "packed" and encoder.backbone.config.to_dict() == before
-    assert encoder.backbone.config._attn_implementation == attends != packed._NAME
+    assert encoder.backbone.config._attn_implementation == attends != packed.ATTENTION_NAME
     assert [type(m) for m in encoder.modules()] == kinds
     assert (
         apart(padded(encoder.backbone, ids, lengths), laid(encoder.backbone, ids, lengths)) < 1e-5
     )
     encoder.save_pretrained(tmp_path)
-    assert not [p.name for p in tmp_path.rglob("*.json") if packed._NAME in p.read_text()]
+    assert not [p.name for p in tmp_path.rglob("*.json") if packed.ATTENTION_NAME in p.read_text()]
     for again in (
         copy.deepcopy(encoder),
         pickle.loads(pickle.dumps(encoder)),
@@ -525,34 +494,6 @@ def test_the_backbone_is_left_as_it_was(tmp_path):
 
 
 # ---- linear maps in bfloat16, in one call ----
-
-
-@LOW
-@pytest.mark.parametrize("into, out, bias", [(24, 40, True), (40, 24, True), (32, 32, False)])
-def test_a_linear_map_in_one_call(into, out, bias):
-    "Values and gradients as near to float32 as autocast's; no gradient for what asks for none."
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(into, out, bias=bias)
-    x = torch.randn(2, 30, into, requires_grad=True)
-    pull = torch.randn(2, 30, out)
-    with autocast():
-        twin = packed._twin(linear, None, None)
-        ours, theirs = twin(x), linear(x)
-    assert ours.dtype == torch.bfloat16 and "_Product" in str(ours.grad_fn)
-    assert apart(ours, linear(x)) < 2**-7
-    found, low, exact = (
-        torch.autograd.grad((y.float() * pull).sum(), [x, *linear.parameters()])
-        for y in (ours, theirs, linear(x))
-    )
-    for a, b, c in zip(found, low, exact, strict=True):
-        assert a.dtype == torch.float32 and apart(a, c) < 1.1 * apart(b, c) + 1e-3
-    leaves = [x, *linear.parameters()]
-    for one, gradient_ in zip(leaves, found, strict=True):
-        for leaf in leaves:
-            leaf.requires_grad_(leaf is one)
-        with autocast():
-            y = packed._twin(linear, None, None)(x)
-        assert torch.equal(torch.autograd.grad((y.float() * pull).sum(), one)[0], gradient_)
 
 
 @LOW
@@ -576,9 +517,9 @@ def test_bfloat16_is_as_near_as_the_padded_forward(kind):
 def test_inference_adds_the_residual_inside_the_product(monkeypatch):
     backbone, (ids, lengths), seen = make(), batch(MIXED), []
     monkeypatch.setattr(
-        packed._Linear,
+        cpu.FusedLinear,
         "forward",
-        lambda self, *x, plain=packed._Linear.forward: (seen.append(len(x)), plain(self, *x))[1],
+        lambda self, *x, plain=cpu.FusedLinear.forward: (seen.append(len(x)), plain(self, *x))[1],
     )
     with autocast(), torch.no_grad():
         laid(backbone, ids, lengths)
@@ -660,7 +601,7 @@ def test_bfloat16_training_drops_the_same_and_moves_the_same(monkeypatch):
     "Against the linear maps of autocast itself, with dropout."
     found, (ids, lengths) = [], batch(MIXED)
     for fuses in (True, False):
-        monkeypatch.setattr(packed, "_fuses", lambda fuses=fuses: fuses)
+        monkeypatch.setattr(cpu, "has_fused_bf16", lambda fuses=fuses: fuses)
         backbone = make(p=0.3).train()
         torch.manual_seed(1)
         with autocast():
@@ -669,25 +610,10 @@ def test_bfloat16_training_drops_the_same_and_moves_the_same(monkeypatch):
     assert apart(found[0][0], found[1][0]) < 0.01 and apart(found[0][1], found[1][1]) < 0.02
 
 
-@LOW
-def test_a_frozen_linear_map_keeps_no_input():
-    linear = torch.nn.Linear(32, 32).requires_grad_(False)
-    x = torch.randn(4, 32, requires_grad=True)
-    kept = []
-    with (
-        autocast(),
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
-        ),
-    ):
-        packed._twin(linear, None, None)(x)
-    assert kept == [(32, 32)]  # the weight, for the gradient of x
-
-
 def fused(backbone):
-    return {type(module).__name__ for module in packed._unpadded(backbone).modules()} & {
-        "_Linear",
-        "_AddNorm",
+    return {type(module).__name__ for module in packed_copy(backbone).modules()} & {
+        "FusedLinear",
+        "AddNorm",
     }
 
 
@@ -697,11 +623,11 @@ def test_where_nothing_is_fused(monkeypatch):
     with torch.autocast("cpu", torch.float16):
         assert not fused(backbone)
     with autocast():
-        assert fused(backbone) == ({"_Linear", "_AddNorm"} if packed._fuses() else set())
+        assert fused(backbone) == ({"FusedLinear", "AddNorm"} if has_fused_bf16() else set())
         assert not fused(make().double())  # autocast leaves these numbers alone
         with torch.backends.mkldnn.flags(enabled=False):
             assert not fused(backbone)
-        monkeypatch.setattr(packed, "_fuses", lambda: False)
+        monkeypatch.setattr(cpu, "has_fused_bf16", lambda: False)
         assert not fused(backbone)
         assert apart(laid(backbone, ids, lengths), padded(make(), ids, lengths)) < 0.05
 
@@ -758,8 +684,6 @@ def test_the_budget_bounds_the_rows_of_a_chunk(budget):
             assert states.shape[:2].numel() <= max(budget, max(sizes))
             assert states.shape[1] == lengths[numbers[0]]
     assert max(rows) <= max(budget, max(sizes)) and sum(rows) == 2 * sum(sizes)
-    # about equal, no small rest
-    assert [sum(run) for run in packed._runs([10] * 21, 100)] == [70, 70, 70]
 
 
 # ---- real weights and texts ----

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -17,8 +18,8 @@ import pytest
 from conftest import ROOT
 
 from contrastive_st import recipes
+from contrastive_st.account import account
 from contrastive_st.data import prepare
-from contrastive_st.mixture import account
 from contrastive_st.model import POOLINGS
 from contrastive_st.recipes import (
     DataPlan,
@@ -1064,3 +1065,26 @@ def test_an_installed_package_has_every_recipe(tmp_path):
     assert ast.literal_eval(said) == {
         name: ["quickstart" if name == "quickstart" else "published", True] for name in known()
     }
+
+
+# --- the picture of a plan ---
+
+
+def test_the_plan_of_many_datasets_is_drawn(tmp_path):
+    "Long names, more datasets than rows, datasets never seen; the file is a PNG whatever its name."
+    rows = [
+        {
+            "name": f"{'long/' * 30}{n}.jsonl.gz",
+            "asked": (n + 1) / 820,
+            "realised": (n % 2) / 50,
+            "epochs": float(n % 2 * n),
+        }
+        for n in range(40)
+    ]
+    for most in (1, 30, 40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            recipes.report_figure(
+                {"steps": 1000, "batch_size": 64, "datasets": rows}, tmp_path / "plan.jpg", most
+            )
+        assert (tmp_path / "plan.jpg").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """A run's records, checkpoints and ends: what is kept, what is refused, what a signal leaves."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -8,19 +9,24 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import make_tokenizer
 from test_trainer import (
     At,
     Crash,
     Scores,
     checkpoints,
     config,
+    counted,
     crash,
     losses,
     make_encoder,
     make_mixture,
     read,
     snapshot,
+    stop,
     torchrun,
+    train_tiny,
     weights,
 )
 
@@ -31,21 +37,25 @@ from contrastive_st.mixture import Mixture
 from contrastive_st.run import (
     Stopped,
     TrainConfig,
+    check_health,
     claim,
     find_checkpoint,
     load_training,
+    log_line,
+    lr_factor,
+    mean_cosine,
     plain_metrics,
+    run_report,
     run_state,
     write_checkpoint,
 )
+from contrastive_st.tokens import Tokens
 from contrastive_st.trainer import train
 
 
 def dropout_run(out, c=None, **options):
     "Train the tiny encoder with dropout; return its weights, also when an exception ended the run."
-    encoder = make_encoder(dropout=0.1)
-    train(encoder, make_mixture(), c or config(6, save_every=2), out, progress=False, **options)
-    return weights(encoder)
+    return weights(train_tiny(out, c or config(6, save_every=2), dropout=0.1, **options))
 
 
 def same(one, other):
@@ -173,15 +183,7 @@ def test_a_moved_run_uses_nothing_of_the_old_place(tmp_path, monkeypatch):
     c, scores = config(6, eval_every=2, metric="score"), Scores(0.1, 0.9, 0.2)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Crash):
-        train(
-            make_encoder(),
-            make_mixture(),
-            c,
-            "here",
-            scores,
-            callbacks=[At(5, crash)],
-            progress=False,
-        )
+        train_tiny("here", c, evaluate=scores, callbacks=[At(5, crash)])
     shutil.copytree("here", "there")
     (tmp_path / "elsewhere").mkdir()
     for folder in (tmp_path / "here").rglob("checkpoint-2"):  # another run at the old path
@@ -199,6 +201,49 @@ def test_a_moved_run_uses_nothing_of_the_old_place(tmp_path, monkeypatch):
 
 
 # ---- states of a run ----
+
+
+def test_resuming_twice_and_resuming_a_finished_run(tmp_path, whole):
+    dropout_run(tmp_path, callbacks=[At(2, stop)])
+    dropout_run(tmp_path, callbacks=[At(4, stop)], resume=True)
+    for _ in range(2):  # the second time there is nothing left to do
+        assert same(dropout_run(tmp_path, resume=True), whole)
+    assert read(tmp_path, "metrics")["steps"] == 6
+
+
+def test_claim_only_checks_when_told_so(tmp_path):
+    claim(tmp_path / "new", make=False)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((ValueError, OSError)):
+        claim(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x")
+    assert claim(tmp_path / "full") == tmp_path / "full"  # other files are no run
+
+
+def test_overwrite_leaves_a_model_directory_alone(tmp_path):
+    "A model directory has a config.json too, but it is no run."
+    make_encoder().save_pretrained(tmp_path / "precious")
+    before = snapshot(tmp_path / "precious")
+    try:
+        claim(tmp_path / "precious", overwrite=True)
+    except ValueError:
+        pass
+    assert snapshot(tmp_path / "precious") == before
+
+
+def test_overwrite_and_links(tmp_path):
+    "A link in the run directory is removed, never what it leads to."
+    train_tiny(tmp_path / "run", config(2))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "kept.txt").write_text("mine")
+    link = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(link, ignore_errors=True)
+    link.symlink_to(tmp_path / "disk", target_is_directory=True)
+    claim(tmp_path / "run", overwrite=True)
+    assert (tmp_path / "disk" / "kept.txt").read_text() == "mine" and not link.is_symlink()
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys, monkeypatch):
@@ -432,7 +477,92 @@ def test_numbers_of_other_libraries_are_numbers(tmp_path):
         assert len(str(caught.value)) < 300
 
 
-# ---- the configuration ----
+# ---- the configuration, the schedule and the log ----
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": -1e-5}, "lr"),
+        ({"lr": "1e-4"}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"lr": math.inf}, "lr"),
+        ({"clip": 0.0}, "clip"),
+        ({"scale": -20.0}, "scale"),
+        ({"scale": math.inf}, "scale"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"warmup": -1}, "warmup"),
+        ({"warmup": 4}, "warmup is 4 steps but the run has 4"),
+        ({"metric": "spearman"}, "eval_every"),
+        ({"patience": 2}, "metric"),
+        ({"eval_every": -1}, "eval_every"),
+        ({"log_every": 0}, "log_every"),
+        ({"similarity": "cosine"}, "similarity"),
+        ({"widths": (0, 8)}, "widths"),
+        ({"widths": (-8,)}, "widths"),
+        ({"seed": -1}, "seed"),
+        ({"chunk_tokens": -1}, "chunk_tokens"),
+        ({"matmul": "mkl"}, "matmul"),
+        ({"fused": 1}, "fused"),
+        ({"step": 5}, "step"),
+        ({"eval_every": 2, "save_every": 3, "metric": "m"}, "save_every is 3"),
+        ({"symmetric": "no"}, "symmetric"),
+    ],
+)
+def test_wrong_configurations_are_refused_by_name(changes, named):
+    with pytest.raises((ValueError, TypeError), match=named) as caught:
+        config(**changes)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_schedule_values():
+    factors = [lr_factor(s, 10, 4) for s in range(10)]
+    assert factors == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert [lr_factor(s, 4, 0) for s in range(4)] == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4])
+    assert lr_factor(0, 1, 0) == 1 and min(lr_factor(s, 300, 299) for s in range(300)) > 0
+
+
+def test_a_log_line_shows_what_there_is():
+    logs = {
+        "loss": 2.1844,
+        "learning_rate": 1.5e-4,
+        "masked": 0.15,
+        "negatives": 1022.85,
+        "truncated": 0.031,
+        "mean_cosine": 0.2,
+        "grad_norm": 3.0,
+    }
+    line = log_line(540_000, logs)
+    assert (
+        line
+        == "step 540000 loss 2.184   lr 1.5e-04   masked 0.15   negatives 1022.85   truncated 3.1%"
+    )
+    assert log_line(20, {"eval_ndcg@10": 0.5, "eval_other": 1.0}) == "step 20     ndcg@10 0.500"
+    assert log_line(20, {"eval_other": 1.0}) == ""
+    assert log_line(5, {"loss": 1.0, "input_share": 0.034}) == "step 5      loss 1.000   waiting 3%"
+
+
+def test_mean_cosine_is_the_mean_of_all_cosines():
+    x = torch.randn(9, 5)
+    assert mean_cosine(x).item() == pytest.approx(
+        np.mean([[F.cosine_similarity(a, b, dim=0).item() for a in x] for b in x]), abs=1e-6
+    )
+    with pytest.raises(ValueError, match="became inf"):
+        check_health({"loss": math.inf, "mean_cosine": 0.1}, 20, config())
+
+
+@pytest.mark.parametrize(
+    "steps, sample, looked",
+    [(100, 4, [0, 25, 50, 75]), (3, 8, [0, 1, 2]), (1, 8, [0]), (10, 0, [])],
+)
+def test_the_account_looks_at_different_batches_spread_over_the_run(steps, sample, looked):
+    mixture, asked = counted(make_mixture(), whole=True)
+    report = run_report(mixture, Tokens(make_tokenizer(), 64), steps, sample)
+    assert asked == looked and ("tokens" in report) == bool(looked) and report["steps"] == steps
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "clip", "scale"])
@@ -444,15 +574,13 @@ def test_numbers_must_be_finite(name, value):
 
 def test_a_full_width_that_is_not_trained_is_said(tmp_path):
     with pytest.warns(UserWarning, match="the full width of 32 is not trained itself; add 32"):
-        train(
-            make_encoder(), make_mixture(), config(1, widths=(8,)), tmp_path / "a", progress=False
-        )
+        train_tiny(tmp_path / "a", config(1, widths=(8,)))
 
 
 @pytest.mark.parametrize("data", [[("a", "b")], {"anchor": ["a"]}, "file.jsonl", None])
 def test_data_that_is_no_mixture_is_refused(tmp_path, data):
     with pytest.raises(ValueError, match="train takes a Mixture"):
-        train(make_encoder(), data, config(1), tmp_path / "run", progress=False)
+        train(make_encoder(), data, config(), tmp_path / "run", progress=False)
 
 
 def test_a_device_of_torch_tpu_is_refused(tmp_path, monkeypatch):
@@ -602,11 +730,11 @@ def test_one_text_of_a_small_source_is_enough_to_be_another_run(tmp_path):
     c = config(6, save_every=2)
     with pytest.raises(Crash):
         mixture = Mixture([Source(rows, "pairs")], [1.0], 8, 1)
-        train(make_encoder(), mixture, c, tmp_path, callbacks=[At(5, crash)], progress=False)
+        train_tiny(tmp_path, c, mixture=mixture, callbacks=[At(5, crash)])
     rows[17] = (rows[17][0].upper(), rows[17][1])
     mixture = Mixture([Source(rows, "pairs")], [1.0], 8, 1)
     with pytest.raises(ValueError, match="texts.pairs was"):
-        train(make_encoder(), mixture, c, tmp_path, resume=True, progress=False)
+        train_tiny(tmp_path, c, mixture=mixture, resume=True)
 
 
 # ---- checkpoints of others ----
@@ -744,14 +872,7 @@ def test_a_record_of_another_shape_is_named_before_any_step(broken, name, text):
     if name == "versions.json" and text in ('{"before": 5}', '{"ended_by": []}'):
         return  # it may lack what it computes with
     with pytest.raises(ValueError, match=f"{name}: |was trained with another configuration"):
-        train(
-            make_encoder(dropout=0.1),
-            mixture,
-            config(6, save_every=2),
-            broken,
-            resume=True,
-            progress=False,
-        )
+        train_tiny(broken, config(6, save_every=2), mixture=mixture, dropout=0.1, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_interrupted_anywhere_and_continued_is_the_same_store(
     assert sorted(p.name for p in folder.iterdir()) == expected
 
 
-@pytest.mark.parametrize("where", ["_summary", "_add_summary", "_write_batch", "_text_arrays"])
+@pytest.mark.parametrize("where", ["_summary", "_add_summary", "write_batch", "_text_arrays"])
 @pytest.mark.parametrize("nth", [0, 1, 2, 3])
 def test_interrupted_between_any_two_writes(tmp_path, monkeypatch, where, nth):
     small(monkeypatch, 4)
@@ -241,12 +241,12 @@ def test_finished_shards_are_not_written_again(tmp_path, monkeypatch):
     small(monkeypatch, 2)
     lines, told = pairs([(f"a{i}", f"b{i}") for i in range(10)]), []
     with pytest.raises(KeyboardInterrupt):
-        write_store(tmp_path / "a.store", ORIGIN, reader(lines, 8), told=told.append)
+        write_store(tmp_path / "a.store", ORIGIN, reader(lines, 8), on_progress=told.append)
     part = tmp_path / "a.store.part"
     kept = {p.name: p.stat().st_mtime_ns for p in part.glob("*.arrow")}
     assert told == [0, 2, 2, 2] and len(kept) == 3
     told.clear()
-    write_store(tmp_path / "a.store", ORIGIN, reader(lines), told=told.append)
+    write_store(tmp_path / "a.store", ORIGIN, reader(lines), on_progress=told.append)
     assert told == [6, 2, 2]
     assert {name: (tmp_path / "a.store" / name).stat().st_mtime_ns for name in kept} == kept
 
@@ -550,7 +550,7 @@ def test_what_another_process_wrote_meanwhile_is_not_written_again(tmp_path, mon
 def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeypatch, code, todo):
     old, lines = older(tmp_path), pairs([("new", str(i)) for i in range(9)])
     small(monkeypatch, 2)
-    real, count = store._write_batch, Counter()
+    real, count = store.write_batch, Counter()
 
     def full(*args, **more):
         count["shards"] += 1
@@ -559,7 +559,7 @@ def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeyp
         real(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_batch", full)
+        patch.setattr(store, "write_batch", full)
         refuses(
             lambda: write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines)),
             tmp_path / "a.store",
@@ -568,7 +568,7 @@ def test_a_full_disk_is_said_in_words_and_the_next_run_goes_on(tmp_path, monkeyp
         )
     assert Store(tmp_path / "a.store").rows([1]) == old.rows([1]) == [("old", "2")]
     told = []
-    made = write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines), told=told.append)
+    made = write_store(tmp_path / "a.store", {"bytes": 8}, reader(lines), on_progress=told.append)
     assert told[0] == 6 and made.rows(range(9)) == [row for [row] in lines]
 
 
@@ -795,7 +795,7 @@ def test_the_first_row_with_negatives_decides_the_width(tmp_path, monkeypatch):
     told = []
     # shards without negatives are written before the first negative comes
     late = [*pairs([(f"a{i}", f"p{i}") for i in range(7)]), *pairs(rows)]
-    made = write_store(tmp_path / "b.store", ORIGIN, reader(late), told=told.append)
+    made = write_store(tmp_path / "b.store", ORIGIN, reader(late), on_progress=told.append)
     assert made.rows(range(7, 12)) == expected and made.rows([0]) == [("a0", "p0", "p0", "p0")]
     assert sum(told) == 12
     assert made.summary["negatives"] == {"cut": 1, "repeated": 1, "none": 9}
@@ -908,7 +908,7 @@ def test_the_summary_is_a_naive_count(tmp_path_factory, lines, shard_rows):
     st.integers(1, 40),
 )
 def test_distinct_counts_are_exact_in_any_number_of_passes(parts, at_once):
-    assert store._distinct(lambda: iter(parts), sum(map(len, parts)), at_once) == len(
+    assert store.count_distinct(lambda: iter(parts), sum(map(len, parts)), at_once) == len(
         {n for part in parts for n in part.tolist()}
     )
 

@@ -30,7 +30,10 @@ from contrastive_st.tokens import (
     Tokens,
     computed_tokens,
     feed,
+    fix_surrogates,
     pad,
+    sort_by_length,
+    split_by_budget,
     text_identity,
     token_report,
 )
@@ -200,11 +203,38 @@ def test_pad_is_the_loop(lengths, extra, pad_id):
 def test_pad_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="a text has 3 tokens and does not fit length 2"):
         pad(torch.arange(5), torch.tensor([2, 3]), 2)
-    with pytest.raises(ValueError, match="add up to 4 but there are 5 tokens"):
+    with pytest.raises(ValueError, match="add up to 4, but there are 5 token ids"):
         pad(torch.arange(5), torch.tensor([2, 2]))
 
 
 # ---- identity
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120))
+@quick
+def test_runs_hold_the_budget_and_every_token_once(padded, sizes, budget):
+    lengths = torch.tensor(sizes)
+    token_ids, positions, order = sort_by_length(torch.arange(sum(sizes)), lengths)
+    texts = [torch.arange(sum(sizes)).split(sizes)[i] for i in order]
+    assert token_ids.tolist() == torch.cat(texts).tolist()
+    assert positions.tolist() == [i for text in texts for i in range(len(text))]
+    runs = split_by_budget(lengths[order].tolist(), budget, padded)
+    assert sum(runs, []) == sorted(sizes, reverse=True)
+    for run in runs:
+        assert len(run) == 1 or (len(run) * run[0] if padded else sum(run)) <= budget
+
+
+def test_runs_are_about_equal():
+    assert [sum(run) for run in split_by_budget([10] * 21, 100)] == [70, 70, 70]
+
+
+@pytest.mark.parametrize(
+    "text, fixed",
+    [("snow", "snow"), ("a \ud83d", "a \ufffd"), ("\ud83d\ude00 b", "\U0001f600 b"), ("", "")],
+)
+def test_surrogates_are_joined_or_replaced(text, fixed):
+    assert fix_surrogates(text) == fixed and fix_surrogates(fixed) is fixed
 
 
 @quick
@@ -807,7 +837,7 @@ def test_a_text_that_the_tokenizer_refuses_is_named():
     with pytest.raises(ValueError, match=r"text 2 cannot be tokenised .*\[UNK\].*leave it out"):
         tokens.encode(["a", "the dog", "\u65e5", "b"])
     with pytest.raises(ValueError, match="text 17 cannot be tokenised"):
-        tokens._ragged(["a", "\u65e5"], [5, 17])
+        tokens.ragged(["a", "\u65e5"], [5, 17])
 
 
 @pytest.mark.parametrize("texts, said", [(["a", 5], "text 1 is of type int"), ([None], "NoneType")])

@@ -29,8 +29,8 @@ from xla_child import BATCH, LENGTH, TEXTS, make_encoder, make_mixture
 from contrastive_st import xla
 from contrastive_st.machine import pair_arguments
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.run import TrainConfig, batch_loss
 from contrastive_st.tokens import Tokens
-from contrastive_st.trainer import TrainConfig, batch_loss
 
 XLA = importlib.util.find_spec("torch_xla") is not None
 FAMILIES = ("bert", "roberta", "distilbert", "mpnet")

@@ -26,8 +26,8 @@ from contrastive_st.data import ScoredPairs, Source, load_source, quickstart_fol
 from contrastive_st.evaluation import evaluate_sts
 from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.run import TrainConfig, batch_loss
 from contrastive_st.tokens import Tokens
-from contrastive_st.trainer import TrainConfig, batch_loss
 
 DEVICES = int(os.environ.get("DEVICES", 0))
 BUCKETS, LENGTH, BATCH = (16, 32, 64), 64, 24

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import nbformat
 import notebooks as tool
+from pages import ROOT, notebooks, settings
 
-ROOT = tool.ROOT
 VERSIONS = {"cpu": "constraints-colab.txt", "tpu": "constraints-colab-tpu.txt", "empty": ""}
 # not needed for text, or installed before the others
 LEFT_OUT = ("torchvision", "torchaudio", "libtpu", "torch")
@@ -52,7 +52,7 @@ def build(venv: Path, kind: str, python: str, pip_args: list[str]) -> None:
 
 def everything(path: Path, slow: bool) -> nbformat.NotebookNode:
     "A notebook as Colab runs it, except that the repository is this clone's last commit."
-    nb, cfg = nbformat.read(path, as_version=4), tool.settings()
+    nb, cfg = nbformat.read(path, as_version=4), settings()
     tool.readdress(nb, path, cfg)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -136,7 +136,7 @@ def main() -> int:
     venv = args.venv or ROOT / f".venv-colab-{args.kind}"
     if not args.venv and not (venv / ".ready").exists():
         build(venv, args.kind, args.python, args.pip_args.split())
-    every = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
+    every = notebooks()
     if unknown := set(args.names) - {p.stem for p in every}:
         parser.error(f"there is no notebook {', '.join(sorted(unknown))} in nbs/")
     subprocess.run(

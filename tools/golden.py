@@ -179,28 +179,19 @@ def tokens(kind: str) -> dict:
     return lengths | batch._asdict()
 
 
-class Virtual:
-    "A dataset with a size and no texts."
-
-    def __init__(self, name, rows, columns, **_):
-        self.name, self.size = name, rows
-        self.columns = ("anchor", "positive", "negative")[:columns]
-
-    def __len__(self):
-        return self.size
-
-
 def virtual_mixture(config: str):
     "Lay out a billion pairs, or batches of four datasets, or a single dataset."
     from contrastive_st.mixture import Mixture
+    from contrastive_st.notebook import VirtualSource
 
     if config == "billion":
         sets = json.loads((ROOT / "benchmarks/all_datasets_v3.json").read_text())["datasets"]
-        return Mixture([Virtual(**d) for d in sets], [d["weight"] for d in sets], 1024, 2)
+        sources = [VirtualSource(d["name"], d["rows"], d["columns"]) for d in sets]
+        return Mixture(sources, [d["weight"] for d in sets], 1024, 2)
     if config == "single":
-        return Mixture([Virtual("alone", 1000, 2)], [1], 64, 1)
+        return Mixture([VirtualSource("alone", 1000, 2)], [1], 64, 1)
     sizes = (100, 257, 1_000, 30_000, 2_000_000, 5_000, 70, 900)  # up to 256 rows go another way
-    sources = [Virtual(f"set {i}", size, 2 + i % 2) for i, size in enumerate(sizes)]
+    sources = [VirtualSource(f"set {i}", size, 2 + i % 2) for i, size in enumerate(sizes)]
     return Mixture(sources, [1, 2.5, 3, 0.1, 7, 1, 1, 1], 128, 4, seed=7)
 
 

@@ -26,14 +26,12 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from configparser import ConfigParser
 from pathlib import Path
 from unittest import SkipTest
 from urllib.parse import quote
 
 import nbformat
-
-ROOT = Path(__file__).resolve().parent.parent
+from pages import ROOT, flags_of, notebooks, settings, split_directives
 
 PAGES = ROOT / "tools/pages.json"  # seconds, date and needs of each notebook
 
@@ -49,12 +47,6 @@ if getattr(find_spec("{lib_name}"), "origin", None) is None:
 from {lib_name}.machine import ready
 
 ready()  # ready(slow=True) runs the studies of many minutes, too"""
-
-
-def settings() -> dict[str, str]:
-    parser = ConfigParser(delimiters="=")
-    parser.read(ROOT / "settings.ini", encoding="utf-8")
-    return dict(parser["DEFAULT"])
 
 
 def duration(seconds: float) -> str:
@@ -105,11 +97,6 @@ def readdress(nb, path: Path, cfg: dict[str, str]) -> None:
         ]
     for cell in nb.cells:
         cell.source = address.sub(cfg["git_url"], cell.source)
-
-
-def flags_of(source: str) -> set[str]:
-    "Return the directives of a cell: '#| eval: false' gives {'eval: false'}."
-    return {m[1].strip() for m in re.finditer(r"^#\|\s*(.+)$", source, re.M)}
 
 
 def skipped_flags(forced: str) -> set[str]:
@@ -164,15 +151,6 @@ def write_header(path: Path) -> bool:
 
 
 # --- formatting ---
-
-
-def split_directives(source: str) -> tuple[str, str]:
-    "Split a cell into its leading directive lines and its code."
-    lines = source.split("\n")
-    count = 0
-    while count < len(lines) and lines[count].startswith("#|"):
-        count += 1
-    return "\n".join(lines[:count]), "\n".join(lines[count:])
 
 
 def is_python(code: str) -> bool:
@@ -265,8 +243,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    everything = sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))
-    parser.add_argument("notebooks", nargs="*", type=Path, default=everything)
+    parser.add_argument("notebooks", nargs="*", type=Path, default=notebooks())
     parser.add_argument("--flags", default="", help="run cells with these flags too, e.g. 'slow'")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(

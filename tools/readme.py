@@ -11,14 +11,13 @@ import argparse
 import base64
 import re
 import sys
-from configparser import ConfigParser
 from pathlib import Path, PurePosixPath
 
 import nbformat
 from jinja2 import DictLoader
 from nbconvert import MarkdownExporter
+from pages import HIDDEN, ROOT, flags_of, settings, split_directives
 
-ROOT = Path(__file__).resolve().parent.parent
 FENCES = """{%- extends 'markdown/index.md.j2' -%}
 {%- block input %}
 ```python
@@ -38,32 +37,20 @@ FENCES = """{%- extends 'markdown/index.md.j2' -%}
 """
 
 
-def settings(root: Path) -> dict[str, str]:
-    "Everything that settings.ini says."
-    parser = ConfigParser(delimiters="=")
-    parser.read(root / "settings.ini", encoding="utf-8")
-    return dict(parser["DEFAULT"])
-
-
 def shown(cell):
     "A cell as the README shows it: without directives; None if the README leaves it out."
-    found = {line[2:].strip() for line in cell.source.split("\n") if line.startswith("#|")}
+    flags, source = flags_of(cell.source), split_directives(cell.source)[1].strip("\n")
     # the README has badges of its own
-    if cell.cell_type == "raw" or found & {"hide", "include: false"} or cell.id == "page-header":
-        return None
-    source = "\n".join(line for line in cell.source.split("\n") if not line.startswith("#|")).strip(
-        "\n"
-    )
-    if not source:
+    if cell.cell_type == "raw" or flags & HIDDEN or cell.id == "page-header" or not source:
         return None
     if cell.cell_type == "markdown":
         return nbformat.v4.new_markdown_cell(source, id=cell.id)
     outputs = (
         []
-        if found & {"hide_output", "output: false"}
+        if flags & {"hide_output", "output: false"}
         else [o for o in cell.outputs if o.get("name") != "stderr"]
     )
-    if found & {"hide_input", "echo: false"}:
+    if flags & {"hide_input", "echo: false"}:
         source = ""
     return nbformat.v4.new_code_cell(source, id=cell.id, outputs=outputs)
 

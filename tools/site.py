@@ -19,13 +19,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
+from pages import HIDDEN, ROOT, flags_of, modules, notebooks, parts, settings, split_directives
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / ".cache/site"
 BUILD = ROOT / ".cache/build"
 MATHJAX = ROOT / ".cache/mathjax"
@@ -51,20 +50,6 @@ TAGS = {
     "export": "exported",
     "exports": "exported",
 }
-
-
-def settings() -> dict[str, str]:
-    "Everything that settings.ini says."
-    parser = ConfigParser(delimiters="=")
-    parser.read(ROOT / "settings.ini", encoding="utf-8")
-    return dict(parser["DEFAULT"])
-
-
-def notebooks() -> tuple[list[Path], list[Path]]:
-    "The numbered notebooks in reading order, and the tutorials."
-    return sorted((ROOT / "nbs").glob("[0-9]*.ipynb")), sorted(
-        (ROOT / "nbs/tutorials").glob("[!.]*.ipynb")
-    )
 
 
 def public_names() -> dict[str, str]:
@@ -142,18 +127,11 @@ def symbols(text: str, names: dict[str, str]) -> str:
 # --- one notebook ---
 
 
-def directives(source: str) -> tuple[list[str], str]:
-    "The `#|` directives of a cell, and its source without them."
-    lines = source.split("\n")
-    found = [line[2:].strip() for line in lines if line.startswith("#|")]
-    return found, "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
-
-
 def code_cell(cell):
     "A code cell as the page shows it; None if the page does not."
-    found, source = directives(cell.source)
-    words = {d.split()[0] for d in found} | set(found)
-    if words & {"hide", "include: false"} or not source:
+    flags, source = flags_of(cell.source), split_directives(cell.source)[1].strip("\n")
+    words = {flag.split()[0] for flag in flags} | flags
+    if words & HIDDEN or not source:
         return None
     tags = sorted({TAGS[d] for d in words if d in TAGS})
     return nbformat.v4.new_code_cell(
@@ -198,8 +176,7 @@ def badges(path: Path, tpu: bool, depth: int, cfg: dict[str, str]) -> str:
 def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
     "Turn a notebook into a page: no directives or hidden cells, folded answers, links, badges."
     nb, depth = nbformat.read(path, as_version=4), len(path.relative_to(ROOT / "nbs").parts) - 1
-    found = [d for c in nb.cells for d in directives(c.source)[0]]
-    module = next((d.split()[1] for d in found if d.startswith("default_exp ")), "")
+    module = module_of(nb)
     cells, words = [], ""
     for cell in nb.cells:
         # its badges are made anew for the site, how long it runs and what it needs is kept
@@ -238,6 +215,12 @@ def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
     )
 
 
+def module_of(nb) -> str:
+    "The module that a notebook is the source of, or ''."
+    flags = (flag for cell in nb.cells for flag in flags_of(cell.source))
+    return next((f.split()[1] for f in flags if f.startswith("default_exp ")), "")
+
+
 def title_of(path: Path) -> str:
     "The title of a notebook: its first heading."
     for cell in nbformat.read(path, as_version=4).cells:
@@ -249,14 +232,9 @@ def title_of(path: Path) -> str:
 # --- the whole tree ---
 
 
-def api_pages(learn: list[Path]) -> dict[str, str]:
+def api_pages() -> dict[str, str]:
     "One page per module, and their table of contents."
-    explained = {
-        directives(c.source)[0][0].split()[1]: p
-        for p in learn
-        for c in nbformat.read(p, as_version=4).cells[:3]
-        if c.cell_type == "code" and c.source.startswith("#| default_exp")
-    }
+    explained = {module_of(nbformat.read(path, as_version=4)): path for path in modules()}
     order = [m for m in explained if (ROOT / f"contrastive_st/{m}.py").exists()]
     order += sorted(
         p.stem for p in (ROOT / "contrastive_st").glob("[!_]*.py") if p.stem not in order
@@ -288,20 +266,25 @@ def api_pages(learn: list[Path]) -> dict[str, str]:
     return pages
 
 
-def contents(learn: list[Path], tutorials: list[Path], cfg: dict[str, str]) -> str:
+def entry(path: Path) -> str:
+    "The line of a page in the table of contents: its title, after its number if it has one."
+    place = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+    if not path.stem[0].isdigit():
+        return place
+    return f"{path.stem[:2]} {title_of(path)} <{place}>"
+
+
+def contents(cfg: dict[str, str]) -> str:
     "The site's table of contents, as hidden toctrees for the end of the start page."
 
     def tree(caption, entries):
-        if not entries:
-            return ""
         lines = "\n".join(entries)
         return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
 
     about = [name.removesuffix(".md") for source, name in PAGES.items() if (ROOT / source).exists()]
     return "\n".join(
         [
-            tree("Learn", [p.stem for p in learn]),
-            tree("Tutorials", [f"tutorials/{p.stem}" for p in tutorials]),
+            *(tree(caption, map(entry, pages)) for caption, pages in parts().items()),
             tree("Reference", ["api/index"]),
             tree("Project", about + [f"Repository <{cfg['git_url']}>"]),
         ]
@@ -317,26 +300,15 @@ def write(path: Path, text: str) -> None:
 
 def stage() -> None:
     "Write all pages into the staging folder and delete those that are no longer wanted."
-    cfg, names, (learn, tutorials) = settings(), public_names(), notebooks()
+    cfg, names = settings(), public_names()
     STAGE.mkdir(parents=True, exist_ok=True)
     pages = {
-        p.relative_to(ROOT / "nbs").as_posix(): nbformat.writes(staged(p, cfg, names))
-        for p in learn + tutorials
+        path.relative_to(ROOT / "nbs").as_posix(): staged(path, cfg, names) for path in notebooks()
     }
-    index = ROOT / "nbs/index.ipynb"
-    if index.exists():
-        start = staged(index, cfg, names)
-        start.cells.append(
-            nbformat.v4.new_markdown_cell(contents(learn, tutorials, cfg), id="contents")
-        )
-        pages["index.ipynb"] = nbformat.writes(start)
-    else:
-        pages["index.md"] = (
-            (ROOT / "docs/index.md").read_text(encoding="utf-8")
-            + "\n"
-            + contents(learn, tutorials, cfg)
-        )
-    pages |= api_pages(learn)
+    last = nbformat.v4.new_markdown_cell(contents(cfg), id="contents")
+    pages["index.ipynb"].cells.append(last)
+    pages = {name: nbformat.writes(page) for name, page in pages.items()}
+    pages |= api_pages()
     for source, name in PAGES.items():
         if (ROOT / source).exists():
             pages[name] = outside_fences(

@@ -1,0 +1,53 @@
+"""The reading order: "Next" walks every page once, in the order of the site's sidebar."""
+
+import re
+from collections import Counter
+
+import nbformat
+import pages
+import pytest
+
+FIRST_LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+\.ipynb)(?:#[^)]*)?\)")
+
+
+def next_of(path):
+    "The page to which the first link of the cell `next` leads; None if there is no such cell."
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.id == "next"]
+    link = FIRST_LINK.search(cells[0].source) if cells else None
+    return (path.parent / link[1]).resolve() if link else None
+
+
+def test_next_walks_every_page_once():
+    "From the start page to the last tutorial; what the last one links to is free."
+    order = pages.notebooks()
+    if next_of(order[0]) is None:  # the start page links to many
+        order = order[1:]
+    wrong = [
+        f"{page.name}: its first link under Next leads to {getattr(next_of(page), 'name', None)},"
+        f" not to {following.name}"
+        for page, following in zip(order, order[1:])
+        if next_of(page) != following
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_page_has_a_number_of_its_own_and_a_part():
+    numbers = Counter(map(pages.number, pages.modules()))
+    assert not [number for number, times in numbers.items() if times > 1]
+    listed = [page for part in pages.parts().values() for page in part]
+    assert listed == pages.modules() + pages.tutorials()
+    assert {page.stem for page in pages.tutorials()} == set(pages.TUTORIALS)
+
+
+@pytest.mark.parametrize(
+    "text, target",
+    [
+        ("## Next\n\n[A](02_model.ipynb) and [B](03_x.ipynb).", "02_model.ipynb"),
+        ("## Next\n\n[A](https://x.y) and [B](tutorials/mteb.ipynb#top).", "tutorials/mteb.ipynb"),
+        ("## Next\n\nNothing.", None),
+    ],
+)
+def test_the_first_link_to_a_page_counts(tmp_path, text, target):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="next")])
+    nbformat.write(nb, tmp_path / "a.ipynb")
+    assert next_of(tmp_path / "a.ipynb") == (tmp_path / target if target else None)

@@ -16,7 +16,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/16_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults test-xla run-xla test-colab test-mteb bench format notebooks export readme docs clean
+.PHONY: help install train test test-faults test-xla run-xla test-colab test-mteb bench format notebooks export readme docs screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -104,6 +104,9 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 
 docs: $(READY)  ## build the site into _site/ (needs npm once, for the math renderer)
 	$(BIN)/python tools/site.py
+
+screenshots: $(READY)  ## take the demo's pictures anew (needs a Chromium: apt install chromium)
+	$(BIN)/python tools/screenshots.py
 
 clean:  ## delete what was built; keep runs/ and the environments
 	rm -rf _site .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

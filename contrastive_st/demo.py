@@ -36,6 +36,7 @@ from .evaluation import format_interval
 from .files import read_texts, regular_file
 from .model import SentenceEncoder
 from .search import cluster, import_extra, semantic_search
+from .tokens import fix_surrogates
 from .server import FILE_BYTES, LOOPBACK, bind, brief, go_on, guard, in_thread
 from .server import listen, serve
 
@@ -224,7 +225,7 @@ def note(
     style: str = "note",  # or "error"
 ) -> str:  # HTML
     "Make a paragraph of a sentence."
-    return f'<p class="{style}">{html.escape(clip(_whole(text)))}</p>'
+    return f'<p class="{style}">{html.escape(clip(fix_surrogates(text)))}</p>'
 
 # %% ../nbs/24_demo.ipynb #compare
 def score_matrix(
@@ -290,11 +291,6 @@ TEXT = 100_000  # characters in one text
 _ELSEWHERE = "use contrastive-st search, or start the demo with a higher --limit"
 
 
-def _whole(text):
-    "A text without half characters, which no tokenizer takes; they become question marks."
-    return text.encode("utf-8", "replace").decode()
-
-
 def _check_text(text, what, number):
     "Raise `ValueError` for a text that is too long."
     if len(text) > TEXT:
@@ -326,7 +322,7 @@ def keep_texts(
     "Check texts one by one; a warning counts those that are left out because they are empty."
     full, empty, size = [], 0, 0
     for number, text in texts:
-        text = _whole(text).strip()
+        text = fix_surrogates(text).strip()
         _check_text(text, what, number)
         size += len(text)
         if text:
@@ -349,7 +345,7 @@ def one_text(
     what: str,  # what it is, for the message
 ) -> str:  # without blanks around it
     "Read one text; raise `ValueError` if there is none."
-    text = _whole(text or "").strip()
+    text = fix_surrogates(text or "").strip()
     if not text:
         raise ValueError(f"the {what} is empty; write one")
     return text
@@ -562,7 +558,7 @@ def reply(
         except (ValueError, OSError) as error:
             return [note(without_folders(str(error)), "error"), *[None] * figures]
     notes = dict.fromkeys(without_folders(message) for message in heard)
-    return ["".join(map(note, notes)) + _whole(answer), *charts]
+    return ["".join(map(note, notes)) + fix_surrogates(answer), *charts]
 
 # %% ../nbs/24_demo.ipynb #action
 AT_A_TIME = 4  # requests that are computed

@@ -396,7 +396,7 @@ def test_typed_texts_are_limited():
 
 
 def test_lines_and_half_characters():
-    assert demo.split_lines(" a \r\nb\ud800c", "line") == ["a", "b?c"]
+    assert demo.split_lines(" a \r\nb\ud800c", "line") == ["a", "b\ufffdc"]
     with pytest.warns(UserWarning, match="empty: 1 of 3"):
         demo.split_lines("a\n\nb", "line")
     for text in (None, "", " \n\t"):

@@ -699,7 +699,7 @@ def _summary(report):
     )
     if len(margins):
         low, middle, high = np.quantile(margins, [0.05, 0.5, 0.95])
-        yield f"margin to the positive: median {middle:.3f}, 5% below {low:.3f}, 5% above {high:.3f}"
+        yield f"margin to the positive: median {middle:.3f}, 90% from {low:.3f} to {high:.3f}"
         yield (
             f"suspected false: {c['suspected']:,} of {c['negatives']:,} negatives"
             f" ({c['suspected'] / c['negatives']:.1%}) score within {SUSPECT:.0%} of the positive,"
@@ -893,6 +893,51 @@ def _check_room(task, options):
             " are out; pass a larger corpus, or lower num_negatives or range_min"
         )
 
+# %% ../nbs/11_mining.ipynb #mine-checks
+def _default_range(range_min, num_negatives):
+    "Ten candidates for each negative, where both are numbers."
+    numbers = isinstance(range_min, Integral) and isinstance(num_negatives, Integral)
+    return range_min + 10 * num_negatives if numbers else 1
+
+
+def _checked_path(path):
+    "Where to write, or None; raise a ValueError unless it is named .jsonl."
+    if path is None:
+        return None
+    if (path := expanded(path)).suffix != ".jsonl":
+        raise ValueError(f"{path}: the examples are lines of JSON; name the file .jsonl")
+    return path
+
+
+def _check_index(index, similarity, rows):
+    "Raise a ValueError unless an index can stand for the corpus."
+    if index is None:
+        return
+    if similarity != "cos":
+        raise ValueError("an index compares cosines; leave out index, or similarity='dot'")
+    if index.ntotal != rows:
+        raise ValueError(
+            f"the index holds {index.ntotal:,} vectors and the corpus {rows:,} passages;"
+            " build it from the same rows: faiss_index(corpus_embeddings)"
+        )
+
+
+def _origin(miner, digests):
+    "What a part was mined from: a mining of anything else begins anew."
+    digest = xxhash.xxh3_128()
+    for numbers in miner.task:
+        digest.update(np.ascontiguousarray(numbers))
+    name = getattr(miner.rescore, "__qualname__", type(miner.rescore).__name__)
+    return {
+        "holds": "hard negatives",
+        "format": _FORMAT,
+        "options": miner.options._asdict(),
+        "texts": digest.hexdigest(),
+        "vectors": digests,
+        "index": None if miner.index is None else type(miner.index).__name__,
+        "rescore": None if miner.rescore is None else name,
+    }
+
 # %% ../nbs/11_mining.ipynb #mine
 def mine_hard_negatives(
     queries: Sequence[str],  # one a row; a query that has several positives is repeated
@@ -902,7 +947,7 @@ def mine_hard_negatives(
     query_embeddings=None,  # (rows, D)
     corpus_embeddings=None,  # (N, D); without a corpus, of the positives
     query_prompt: str | None = None,  # instead of the saved one: a name, or literal text
-    corpus_prompt: str | None = None,
+    corpus_prompt: str | None = None,  # the same for the passages
     index=None,  # of the corpus, as `search.faiss_index` builds it; None compares exactly
     rescore: Callable | None = None,  # a cross-encoder, or pairs of texts -> one score a pair
     similarity: str = "cos",  # "cos" or "dot"
@@ -950,48 +995,3 @@ def mine_hard_negatives(
         if path is None:
             return _mine_list(miner, block, bar)
         return _mine_file(miner, block, bar, path, _origin(miner, digests))
-
-
-def _default_range(range_min, num_negatives):
-    "Ten candidates for each negative, where both are numbers."
-    numbers = isinstance(range_min, Integral) and isinstance(num_negatives, Integral)
-    return range_min + 10 * num_negatives if numbers else 1
-
-
-def _checked_path(path):
-    "Where to write, or None; raise a ValueError unless it is named .jsonl."
-    if path is None:
-        return None
-    if (path := expanded(path)).suffix != ".jsonl":
-        raise ValueError(f"{path}: the examples are lines of JSON; name the file .jsonl")
-    return path
-
-
-def _check_index(index, similarity, rows):
-    "Raise a ValueError unless an index can stand for the corpus."
-    if index is None:
-        return
-    if similarity != "cos":
-        raise ValueError("an index compares cosines; leave out index, or similarity='dot'")
-    if index.ntotal != rows:
-        raise ValueError(
-            f"the index holds {index.ntotal:,} vectors and the corpus {rows:,} passages;"
-            " build it from the same rows: faiss_index(corpus_embeddings)"
-        )
-
-
-def _origin(miner, digests):
-    "What a part was mined from: a mining of anything else begins anew."
-    digest = xxhash.xxh3_128()
-    for numbers in miner.task:
-        digest.update(np.ascontiguousarray(numbers))
-    name = getattr(miner.rescore, "__qualname__", type(miner.rescore).__name__)
-    return {
-        "holds": "hard negatives",
-        "format": _FORMAT,
-        "options": miner.options._asdict(),
-        "texts": digest.hexdigest(),
-        "vectors": digests,
-        "index": None if miner.index is None else type(miner.index).__name__,
-        "rescore": None if miner.rescore is None else name,
-    }

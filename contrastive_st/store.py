@@ -172,7 +172,8 @@ def _read_summary(folder):
     summary = read_json(path, todo=_ADVICE)
     if (version := summary.get("format")) != FORMAT:
         raise ValueError(
-            f"{path}: format {quote(version, 20)}, this version reads {FORMAT}; prepare the data again"
+            f"{path}: format {quote(version, 20)}, this version reads {FORMAT};"
+            " prepare the data again"
         )
     with reading(folder, _ADVICE):
         check_folder(folder, full=False, todo=_ADVICE)

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
-from .atomic import expanded, quote, reading
+from .atomic import expanded, is_whole_number, quote, reading
 from .files import MOST_COLUMNS, ROW_FORMATS, EmptyText, Header, Rejects
 from .files import choose_columns, dataset_rows, dataset_tables, list_names
 from .files import pick_columns, plain_name, read_columns, read_rows
@@ -567,12 +567,11 @@ def _check_negative_count(negatives):
     "None, or a number of negatives."
     if negatives is None:
         return None
-    whole = isinstance(negatives, int) and not isinstance(negatives, bool)  # True is an int
-    if not whole or not 0 <= negatives <= MOST_NEGATIVES:
+    if not is_whole_number(negatives, 0) or negatives > MOST_NEGATIVES:
         raise ValueError(
             f"negatives is {quote(negatives)}; give a whole number from 0 to {MOST_NEGATIVES:,}"
         )
-    return negatives
+    return int(negatives)
 
 # %% ../nbs/07_data.ipynb #table-of-dataset
 class _DatasetRows:
@@ -645,7 +644,7 @@ def _check_dataset(dataset, fields, name):
         for column, field in enumerate(fields):
             if (bad := _first_empty(batch[field])) >= 0:
                 raise ValueError(
-                    f"{name} row {start + bad}: column {field!r} is empty; "
+                    f"{name} row {start + bad}: column {quote(field)} is empty; "
                     "leave such rows out with dataset.filter(...)"
                 )
             if column in constant and not pc.all(pc.equal(batch[field], first[field])).as_py():
@@ -854,7 +853,7 @@ def _load_hub(name, split):
         return datasets.load_dataset(f"{owner}/{repository}", *configuration, split=split)
     except Exception as error:
         # whatever stops the hub, you need the name that you gave and the two ways out
-        why = f"the hub does not give split {split!r} of it ({str(error)[:200]})"
+        why = f"the hub does not give split {quote(split)} of it ({str(error)[:200]})"
         raise ValueError(
             f"{name}: no such file, and {why}; check name and network, or pass a file"
         ) from error
@@ -1006,7 +1005,9 @@ class Prepared(dict):
 def _check_names(wanted, stores):
     "Refuse two datasets of one store."
     if shared := {store for store in stores if stores.count(store) > 1}:
-        who = ", ".join(repr(w["name"]) for w, store in zip(wanted, stores) if store == min(shared))
+        who = ", ".join(
+            quote(w["name"]) for w, store in zip(wanted, stores) if store == min(shared)
+        )
         raise ValueError(
             f"datasets {who} would share the store {min(shared)}; rename one, or leave it out"
         )
@@ -1091,7 +1092,7 @@ def _sts_rows(path, split):
             yield where, row
     if split not in splits:
         have = f"it has {quote(sorted(splits)[:3])}" if splits else "the file is empty"
-        raise ValueError(f"{path}: no rows of split {split!r}; {have}")
+        raise ValueError(f"{path}: no rows of split {quote(split)}; {have}")
 
 # %% ../nbs/07_data.ipynb #read-sts
 def read_sts(

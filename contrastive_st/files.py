@@ -198,7 +198,7 @@ class Rejects:
         between: str = ":",  # stands between the name and the number: "pairs.csv:3", "list row 3"
     ):
         if on_error not in (None, "raise", "skip"):
-            raise ValueError(f"on_error is {on_error!r}; use 'raise' or 'skip'")
+            raise ValueError(f"on_error is {quote(on_error)}; use 'raise' or 'skip'")
         self.path, self.on_error, self.note, self.between = path, on_error, note, between
         self.skipped, self.first = 0, []
 
@@ -559,7 +559,7 @@ def _separator_hint(names):
     if other is None:
         return ""
     return (
-        f"; cells seem to be separated by {other!r}, "
+        f"; cells seem to be separated by {quote(other)}, "
         "so the file may need another ending, .csv or .tsv"
     )
 

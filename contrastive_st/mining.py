@@ -20,7 +20,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from .atomic import Damaged, Part, describe_file, expanded
-from .atomic import lock, named, new_file, quoted, writing
+from .atomic import lock, named, new_file, quote, writing
 from .search import faiss_search, semantic_search
 from .store import text_identity
 
@@ -49,7 +49,7 @@ class _Options(NamedTuple):
 def _check_whole(name, value, least):
     "Raise a ValueError unless a value is a whole number of at least so much."
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} is {quoted(value)}; it must be a whole number, at least {least}")
+        raise ValueError(f"{name} is {quote(value)}; it must be a whole number, at least {least}")
 
 
 def _check_options(options):
@@ -65,7 +65,7 @@ def _check_options(options):
     for name in RULES:
         value = getattr(options, name)
         if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-            raise ValueError(f"{name} is {quoted(value)}; it must be a finite number, or None")
+            raise ValueError(f"{name} is {quote(value)}; it must be a finite number, or None")
     if not 0 <= (options.relative_margin or 0) < 1:
         raise ValueError(
             f"relative_margin is {options.relative_margin}; it is a share of the positive's score:"
@@ -80,7 +80,7 @@ def _check_options(options):
     for name, values in choices.items():
         if getattr(options, name) not in values:
             words = " or ".join(map(repr, values))
-            raise ValueError(f"{name} is {quoted(getattr(options, name))}; choose {words}")
+            raise ValueError(f"{name} is {quote(getattr(options, name))}; choose {words}")
 
 # %% ../nbs/11_mining.ipynb #rules
 def _fates(
@@ -209,7 +209,7 @@ def _positive_of(answers, passages, positives):
     if len(i) < len(answers):
         missing = np.setdiff1d(np.arange(len(answers)), i)
         raise ValueError(
-            f"positives[{missing[0]}], {quoted(positives[int(missing[0])])}, is not in the corpus"
+            f"positives[{missing[0]}], {quote(positives[int(missing[0])])}, is not in the corpus"
             f" ({len(missing):,} of {len(answers):,} are not); pass corpus + positives"
         )
     return j
@@ -231,7 +231,7 @@ def _check_positive_ids(ids, positive_ids, corpus_ids, answers, texts):
         row = int((~right).argmax())
         why = "has another text in the corpus" if known[row] else "is not among the corpus_ids"
         raise ValueError(
-            f"positive_ids[{row}], {quoted(ids[row])}, {why} ({(~right).sum():,} of"
+            f"positive_ids[{row}], {quote(ids[row])}, {why} ({(~right).sum():,} of"
             f" {len(right):,} do not match); take the ids and the texts from the same rows"
         )
 
@@ -353,7 +353,7 @@ def _rescored(
             )
         if not (sound := torch.isfinite(scores).reshape(-1)).all():
             bad = batch[(~sound).nonzero()[0].item()]
-            raise ValueError(f"rescore gave NaN or inf for the pair {quoted(bad)}; mend the model")
+            raise ValueError(f"rescore gave NaN or inf for the pair {quote(bad)}; mend the model")
         parts.append(scores.reshape(-1).numpy())
     return np.concatenate(parts)
 

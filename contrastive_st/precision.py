@@ -8,6 +8,8 @@ __all__ = ['PRECISIONS', 'unit_rows', 'check_precision', 'calibrate', 'quantize'
 # %% ../nbs/17_precision.ipynb #imports
 import numpy as np
 
+from .atomic import quote
+
 # %% ../nbs/17_precision.ipynb #unit-rows
 def unit_rows(
     vectors: np.ndarray,  # (N, D) float
@@ -32,7 +34,7 @@ def check_precision(
     "Raise a ValueError for a precision that is not known."
     if precision not in PRECISIONS:
         raise ValueError(
-            f"precision {precision!r} is not supported; use one of {', '.join(PRECISIONS)}"
+            f"precision {quote(precision)} is not supported; use one of {', '.join(PRECISIONS)}"
         )
 
 

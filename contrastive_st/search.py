@@ -9,10 +9,11 @@ __all__ = ['nearest_rows', 'semantic_search', 'import_extra', 'faiss_index', 'fa
 # %% ../nbs/19_search.ipynb #imports
 import importlib
 from collections.abc import Hashable, Iterable, Iterator
-from numbers import Integral
 
 import numpy as np
 import torch
+
+from .atomic import is_whole_number, quote
 
 # %% ../nbs/19_search.ipynb #stable-topk
 def _stable_topk(
@@ -144,8 +145,8 @@ def _check_table(
             " vector[None]"
         )
     for name, n in numbers.items():
-        if isinstance(n, bool) or not isinstance(n, Integral):
-            raise ValueError(f"{name} is {str(n)[:40]!r}; it must be a whole number, at least 1")
+        if not is_whole_number(n):
+            raise ValueError(f"{name} is {quote(n)}; it must be a whole number, at least 1")
     if bad := [f"{name}={n}" for name, n in {"rows": shape[0], **numbers}.items() if n < 1]:
         raise ValueError(f"{', '.join(bad)}: there is nothing to search; each must be at least 1")
 
@@ -170,7 +171,7 @@ def _check_sizes(
             " same model and truncate_dim"
         )
     if similarity not in ("cos", "dot"):
-        raise ValueError(f"unknown similarity {similarity!r}; choose 'cos' or 'dot'")
+        raise ValueError(f"unknown similarity {quote(similarity)}; choose 'cos' or 'dot'")
     return min(top_k, corpus[0])
 
 # %% ../nbs/19_search.ipynb #semantic-search
@@ -226,7 +227,7 @@ def faiss_index(
             index.train(_rows(sample, where="corpus").cpu().numpy())
     except RuntimeError as error:
         raise ValueError(
-            f"faiss cannot make {factory!r} from {N} rows of width {D}:"
+            f"faiss cannot make {quote(factory)} from {N} rows of width {D}:"
             f" {str(error).split(': ')[-1].strip()}"
         ) from None
     for start in range(0, N, chunk):

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .atomic import MANIFEST, Damaged, Part, check_folder, expanded, is_whole
-from .atomic import lock, read_json, reading, remove, tidy, writing
+from .atomic import lock, quote, read_json, reading, remove, tidy, writing
 
 # %% ../nbs/06_store.ipynb #identity
 def text_identity(
@@ -171,9 +171,9 @@ def _read_summary(folder):
         )
     summary = read_json(path, todo=_ADVICE)
     if (version := summary.get("format")) != FORMAT:
-        version = repr(version)[:20]  # the file may hold anything
         raise ValueError(
-            f"{path}: format {version}, this version reads {FORMAT}; prepare the data again"
+            f"{path}: format {quote(version, 20)}, this version reads {FORMAT};"
+            " prepare the data again"
         )
     with reading(folder, _ADVICE):
         check_folder(folder, full=False, todo=_ADVICE)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from numbers import Integral
 from multiprocessing.context import SpawnContext
+
+from .atomic import is_whole_number, quote
 
 # %% ../nbs/27_workers.ipynb #worker
 def _end_with_parent():
@@ -78,8 +79,8 @@ def worker_pool(
     # multiprocessing's own mark of a worker that is still importing the user's script
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_NO_MAIN_GUARD)
-    if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
-        raise ValueError(f"workers is {workers!r:.60}; it must be a whole number, 1 or more")
+    if not is_whole_number(workers, 1):
+        raise ValueError(f"workers is {quote(workers)}; it must be a whole number, 1 or more")
     context = _Context()
     pool = ProcessPoolExecutor(int(workers), context, _begin, (start, args))
     try:

@@ -9,14 +9,14 @@ from scipy import stats
 
 from contrastive_st.bias import (
     BiasItem,
-    _rate,
-    _separation,
     bias_summary,
     by_occupation,
     gender_bias,
     leans,
+    rate,
     read_bias,
     read_winogender,
+    separation,
 )
 
 LABELS = {f"m{i}": "male" for i in range(12)} | {f"f{i}": "female" for i in range(12)}
@@ -81,7 +81,7 @@ def test_the_encoders_array_stays_as_it_was():
 
 def test_rate_is_wilsons_and_the_sign_tests():
     for k, n in ((0, 5), (3, 7), (41, 58), (6, 6)):
-        found = _rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4))
+        found = rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4))
         z = stats.norm.ppf(0.975)
         centre = (k / n + z * z / (2 * n)) / (1 + z * z / n)
         spread = z / (1 + z * z / n) * np.sqrt(k * (n - k) / n**3 + z * z / (4 * n * n))
@@ -96,7 +96,7 @@ def test_separation_counts_pairs():
     rng = np.random.default_rng(0)
     for a, b in ((1, 1), (2, 9), (12, 12)):
         male, female = rng.integers(-3, 4, a) / 10, rng.integers(-3, 4, b) / 10
-        found = _separation(male, female)
+        found = separation(male, female)
         assert found["separation"] == pytest.approx(
             np.mean([(m > f) + (m == f) / 2 for m in male for f in female])
         )
@@ -107,11 +107,11 @@ def test_separation_interval_covers_the_truth():
     "Two normal samples one standard deviation apart: 95% intervals hold the truth 95% of the time."
     truth, rng = stats.norm.cdf(1 / np.sqrt(2)), np.random.default_rng(0)
     intervals = [
-        _separation(rng.standard_normal(12) + 1, rng.standard_normal(12)) for _ in range(400)
+        separation(rng.standard_normal(12) + 1, rng.standard_normal(12)) for _ in range(400)
     ]
     held = sum(i["separation_low"] <= truth <= i["separation_high"] for i in intervals)
     assert 0.92 * 400 <= held <= 0.99 * 400
-    perfect = _separation(np.arange(5) + 10.0, np.arange(5.0))
+    perfect = separation(np.arange(5) + 10.0, np.arange(5.0))
     # no false certainty
     assert perfect["separation"] == 1 == perfect["separation_high"]
     assert 0.5 < perfect["separation_low"] < 0.8
@@ -248,19 +248,13 @@ HEAD = "base_sentence,occupation,stereotypical_gender,male_sentence,female_sente
 @pytest.mark.parametrize(
     "text, name",
     [
-        (HEAD + 'The nurse said "they, maybe" left.,nurse,female,He left.,She left.\n', "a.csv"),
         (
-            "\ufeff"
-            + HEAD.replace("\n", "\r\n")
-            + '"The nurse said ""they, maybe"" left.",nurse,female,He left.,She left.\r\n',
+            HEAD + '"The nurse said ""they, maybe"" left.",nurse,female,He left.,She left.\n',
             "a.csv",
         ),
         (
-            (
-                ",Base Sentence,Occupation,Steretypical_Gender,Male Sentence,Female"
-                ' Sentence\n0,"The nurse said ""they, maybe"" left.",nurse,female,He left.,She'
-                " left.\n"
-            ),
+            ",Base Sentence,Occupation,Steretypical_Gender,Male Sentence,Female Sentence\n"
+            '0,"The nurse said ""they, maybe"" left.",nurse,female,He left.,She left.\n',
             "a.csv",
         ),
         (
@@ -273,19 +267,14 @@ HEAD = "base_sentence,occupation,stereotypical_gender,male_sentence,female_sente
                     "female_sentence": "She left.",
                     "more": 1,
                 }
-            )
-            + "\n\n",
+            ),
             "a.jsonl",
         ),
     ],
-    ids=["bare", "bom, crlf", "the card's spelling and an index column", "jsonl"],
+    ids=["csv", "the card's spelling and an index column", "jsonl"],
 )
 def test_read_bias(tmp_path, text, name):
-    if text.startswith(HEAD):
-        text = text.replace(
-            'The nurse said "they, maybe" left.', '"The nurse said ""they, maybe"" left."'
-        )
-    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / name).write_text(text)
     assert read_bias(tmp_path / name) == [
         BiasItem('The nurse said "they, maybe" left.', "He left.", "She left.", "nurse", "female")
     ]
@@ -313,70 +302,29 @@ def test_anchors_that_hold_the_answer_are_counted(tmp_path):
         assert len(read_bias(tmp_path / "a.csv")) == 2
 
 
-def test_read_bias_line_numbers_count_lines_and_not_rows(tmp_path):
-    (tmp_path / "a.csv").write_text(HEAD + '"A\nlonger\none.",b,,He.,She.\n"A.",b,,He.,He.\n')
-    with pytest.raises(ValueError, match="a.csv:5: male and female sentence are equal"):
-        read_bias(tmp_path / "a.csv")
-    row = json.dumps(
-        {
-            "base_sentence": "A\u2028b.",
-            "occupation": "b",
-            "male_sentence": "He.",
-            "female_sentence": "She.",
-        },
-        ensure_ascii=False,
-    )
-    (tmp_path / "a.jsonl").write_text(f"{row}\n{row}\n[1]\n")
-    with pytest.raises(
-        ValueError,
-        match="a.jsonl:3: no text in base_sentence, male_sentence, female_sentence, occupation",
-    ):
-        read_bias(tmp_path / "a.jsonl")
-
-
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, words",
     [
         ("a.csv", HEAD, "a.csv:1: no rows"),
-        ("a.csv", "", "a.csv:1: no rows"),
-        ("a.csv", "one,two\nA,B\n", "a.csv:2: no text in base_sentence, male_sentence"),
-        ("a.csv", HEAD + "A.,b,,He.\n", "a.csv:2: no text in female_sentence"),
+        ("a.csv", "one,two\nA,B\n", "a.csv:1: no column 'base_sentence' among one, two"),
         ("a.csv", HEAD + "A.,b,,He.,  \n", "a.csv:2: no text in female_sentence"),
+        ("a.csv", HEAD + '"A\nlong.",b,,He.,She.\nA.,b,,He.,He.\n', "a.csv:4: male and female"),
         ("a.csv", HEAD + "A.,b,neutral,He.,She.\n", "a.csv:2: stereotypical_gender is 'neutral'"),
-        ("a.csv", HEAD + 'A.,b,,He.,She.\n"A.,b,,He.,She.\n', "a.csv:3: not CSV"),
-        ("a.csv", HEAD.encode() + b"A.,b,,He.,She.\nA\xff.,b,,He.,She.\n", "a.csv:3: not UTF-8"),
-        ("a.jsonl", "{}\n", "a.jsonl:1: no text in base_sentence"),
-        ("a.jsonl", '{"base_sentence": 5}', "a.jsonl:1: no text in base_sentence"),
-        ("a.jsonl", "\n{'a': 1}", "a.jsonl:2: cannot be read (JSONDecodeError"),
-        ("a.jsonl", "[" * 100_000, "a.jsonl:1: cannot be read (RecursionError"),
-        ("a.jsonl", '{"a": ' * 100_000, "a.jsonl:1: cannot be read (RecursionError"),
-        ("a.jsonl", "9" * 5000, "a.jsonl:1: cannot be read (ValueError"),
-        ("a.jsonl", "NaN", "a.jsonl:1: no text in base_sentence"),
-        (
-            "a.jsonl",
-            json.dumps(ROW | {"stereotypical_gender": ["male"] * 999}),
-            "a.jsonl:1: stereotypical_gender is ['male'",
-        ),
-        (
-            "a.jsonl",
-            json.dumps(ROW | {"stereotypical_gender": 5}),
-            "a.jsonl:1: stereotypical_gender is 5",
-        ),
+        ("a.csv", HEAD + f"A.,b,{'m' * 10_000},He.,She.\n", "stereotypical_gender is 'mmm"),
+        ("a.jsonl", "{}\n", "a.jsonl:1: a row needs base_sentence"),
+        ("a.jsonl", json.dumps(ROW | {"base_sentence": 5}), "a.jsonl:1: no text in base_sentence"),
         ("a.jsonl", json.dumps(ROW).replace('"b"', "NaN"), "a.jsonl:1: no text in occupation"),
-        (
-            "a.csv",
-            HEAD + "A.,b," + "m" * 10_000 + ",He.,She.\n",
-            "a.csv:2: stereotypical_gender is 'mmm",
-        ),
-        ("a.csv", HEAD + "A.,b," + "m" * 200_000 + ",He.,She.\n", "a.csv:2: "),
-        ("a.xlsx", b"PK", "must end in .csv or .jsonl"),
+        ("a.jsonl", json.dumps(ROW | {"stereotypical_gender": ["male"] * 999}), "is ['male'"),
+        ("a.jsonl", json.dumps(ROW | {"stereotypical_gender": 5}), "stereotypical_gender is 5"),
+        ("a.xlsx", "PK", "a.xlsx"),
     ],
 )
-def test_read_bias_errors(tmp_path, name, content, said):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_read_bias_errors(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
     with pytest.raises(ValueError) as error:
         read_bias(tmp_path / name)
-    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    message = str(error.value)
+    assert words in message and "\n" not in message and len(message) < 400
 
 
 def test_missing_file(tmp_path):

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -470,7 +471,7 @@ def test_equal_names_in_two_folders_do_not_meet(tmp_path):
 def test_interrupted_build_leaves_no_store(tmp_path, monkeypatch):
     path = put(tmp_path / "a.jsonl", GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_summary", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(store.Part, "finish", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load_source(path, cache_dir=tmp_path / "cache")
     assert [name for name in stores(tmp_path / "cache") if not name.endswith(".part")] == []

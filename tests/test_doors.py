@@ -216,9 +216,9 @@ def call(monkeypatch, tmp_path, *looks, cards=(), answer=(0, ""), needs=NEEDS):
             asked[-1][-1] = Path(asked[-1][-1]).read_text().split()
         return answer
 
-    monkeypatch.setattr(machine, "_needs", lambda extra: list(needs))
+    monkeypatch.setattr(machine.metadata, "requires", lambda package: list(needs))
     monkeypatch.setattr(machine.os, "environ", {})
-    monkeypatch.setattr(machine, "_hub_answers", lambda: True)
+    monkeypatch.setattr(machine, "getproxies", lambda: {"https": "a proxy may reach the hub"})
     error = ""
     try:
         machine.ready(devices=bus(tmp_path / "bus", *cards), pip=pip, look=lambda: next(states))
@@ -345,11 +345,12 @@ def test_what_cannot_run_here(monkeypatch, tmp_path):
     "Each mark of settings.ini has its reason, and so have figures committed in the repository."
     (tmp_path / "a/b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a/b")
-    monkeypatch.setattr(machine, "_hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     assert set(machine.cells_to_skip()) == set(tool.settings()["tst_flags"].split()) | {"clone"}
     monkeypatch.chdir(ROOT / "nbs/tutorials")
-    monkeypatch.setattr(machine, "_hub_answers", lambda: True)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(machine, "getproxies", lambda: {"https": "a proxy may reach the hub"})
     monkeypatch.setattr(machine, "find_spec", lambda name: True)
     assert machine.cells_to_skip(slow=True, chips=1) == {}
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "xla": {"model", "run", "tokens"},
     "encoding": {"model", "precision", "tokens"},
     "mining": {"search", "store"},
-    "evaluation": {"search"},
+    "evaluation": {"precision", "search"},
     "bias": {"evaluation"},
     "card": {"evaluation"},
     "charts": {"evaluation", "search"},

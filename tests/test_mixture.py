@@ -153,7 +153,7 @@ def test_every_order_of_few_rows_comes_equally_often():
     "All 24 orders of 4 rows and all 120 of 5: chi-square within 5 standard deviations."
     for n in (4, 5):
         seen = Counter(
-            tuple(permute(np.arange(n), n, module._key("key", i, bits=512)).tolist())
+            tuple(permute(np.arange(n), n, module.make_key("key", i, bits=512)).tolist())
             for i in range(12_000)
         )
         orders = math.factorial(n)
@@ -165,7 +165,7 @@ def test_every_order_of_few_rows_comes_equally_often():
 def test_every_row_is_equally_likely_at_every_position(n):
     "Over 2,000 keys: position against row, and rows of neighbouring positions against each other."
     orders = np.array(
-        [permute(np.arange(n), n, module._key("key", i, bits=512)) for i in range(2000)]
+        [permute(np.arange(n), n, module.make_key("key", i, bits=512)) for i in range(2000)]
     )
     fields, size = 20, np.bincount(np.arange(n) * 20 // n)
     place = np.broadcast_to(np.arange(n), orders.shape)
@@ -194,7 +194,7 @@ def test_another_seed_name_or_epoch_gives_an_unrelated_order(n):
         ("rows", 0, "a", 1),
         ("rows", 0, "a", 2),
     ]
-    orders = [permute(positions, n, module._key(*key, bits=512)) for key in keys]
+    orders = [permute(positions, n, module.make_key(*key, bits=512)) for key in keys]
     bound = 5 / math.sqrt(len(positions))
     for i, one in enumerate(orders):
         assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < bound
@@ -317,7 +317,10 @@ def test_every_pair_of_datasets_meets():
 
 def test_the_weight_of_a_pool_is_exact():
     "Python 3.12 sums floats in another way than 3.11; the draws must not depend on it."
-    assert module._totals(module._pools([2] * 10 + [3], [0.1] * 10 + [2])) == (1.0, 2.0)
+    sources = [Fake(f"pair {i}", 1000) for i in range(10)] + [Fake("triplet", 1000, 3)]
+    tenths = Mixture(sources, [0.1] * 10 + [2], 4)
+    whole = Mixture([Fake("pair", 1000), sources[-1]], [1, 2], 4)
+    assert tenths.counts(3 * 10**17)[0] == whole.counts(3 * 10**17)[0]
 
 
 # ---- the plan

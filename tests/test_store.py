@@ -132,8 +132,10 @@ def test_a_store_is_sent_to_another_process_closed(tmp_path, monkeypatch):
     made.rows(range(9))  # all shards are mapped
     sent = pickle.dumps(made)
     assert len(sent) < 500 and pickle.loads(sent).rows([8, 0]) == [("a8", "b8"), ("a0", "b0")]
-    shards = pickle.loads(pickle.dumps(Shards(made.folder, made.summary["shards"])))
-    assert len(shards) == 9 and not shards._open
+    shards = Shards(made.folder, made.summary["shards"])
+    closed = pickle.dumps(shards)
+    list(shards.find(range(9)))
+    assert pickle.dumps(shards) == closed and len(pickle.loads(closed)) == 9
 
 
 def test_a_thousand_shards_keep_no_file_open(tmp_path, monkeypatch):

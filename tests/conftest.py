@@ -1,6 +1,7 @@
 """Fixtures that several test files share: everything is built in memory, nothing is downloaded."""
 
 import gc
+import json
 import os
 import signal
 import sys
@@ -33,7 +34,6 @@ WORDS = """
 def make_tokenizer():
     "A WordPiece tokenizer over sixty words and all letters: any lower-case text has tokens."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     pieces = list(
         dict.fromkeys(
@@ -54,6 +54,13 @@ def make_tokenizer():
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
+    return wrapped_tokenizer(core)
+
+
+def wrapped_tokenizer(core):
+    "The tokenizer of transformers around an engine with BERT's special tokens."
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         model_max_length=64,
@@ -64,6 +71,21 @@ def make_tokenizer():
         mask_token="[MASK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def edited_tokenizer(edit):
+    "The tokenizer of `make_tokenizer` after `edit` changed the JSON of its engine."
+    from tokenizers import Tokenizer
+
+    spec = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    edit(spec)
+    return wrapped_tokenizer(Tokenizer.from_str(json.dumps(spec)))
+
+
+def forget_unknown(spec):
+    "Take [UNK] away, so that a character without a token is an error of the engine."
+    del spec["model"]["vocab"]["[UNK]"]
+    spec["added_tokens"] = []
 
 
 def make_backbone(vocab_size: int):

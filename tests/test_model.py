@@ -1,7 +1,6 @@
 """The encoder against sentence-transformers: pooling, forward, encode, prompts, threads."""
 
 import copy
-import json
 import os
 import platform
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_backbone
+from conftest import edited_tokenizer, forget_unknown, make_backbone
 from encoders import TEXTS, backbone_and_tokenizer, theirs
 
 from contrastive_st import model
@@ -371,9 +370,7 @@ def test_a_data_frame_is_refused_and_its_column_is_not(encoder):
 def test_an_iterator_is_read_in_parts(encoder, monkeypatch):
     texts = [f"{text} {i}" for i in range(20) for text in TEXTS]
     alive = []
-    monkeypatch.setattr(
-        model, "_in_parts", lambda texts, parts=model._in_parts: parts(texts, rows=7)
-    )
+    monkeypatch.setattr(model, "PART_TEXTS", 7)
     gen = (alive.append(torch.is_inference_mode_enabled()) or text for text in texts)
     np.testing.assert_allclose(encoder.encode(gen), encoder.encode(texts), atol=1e-6)
     assert not any(alive) and encoder.encode(iter([])).shape == (0, 32)
@@ -504,12 +501,10 @@ def test_vectors_that_are_no_numbers_are_said(encoder):
         encoder.encode(TEXTS)
 
 
-def test_a_text_that_the_tokenizer_refuses_is_named_by_its_number(tiny_backbone, tiny_tokenizer):
-    spec = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
-    spec["model"]["vocab"].pop("[UNK]")
-    spec["added_tokens"] = []
-    tiny_tokenizer._tokenizer = type(tiny_tokenizer.backend_tokenizer).from_str(json.dumps(spec))
-    encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=16)
+def test_a_text_that_the_tokenizer_refuses_is_named_by_its_number():
+    tokenizer = edited_tokenizer(forget_unknown)
+    rows = 1 + max(tokenizer.get_vocab().values())
+    encoder = SentenceEncoder(make_backbone(rows), tokenizer, max_length=16)
     texts = ["a long text with many words"] * 5 + ["\u65e5", "b"]
     for given in (texts, iter(texts)):
         with pytest.raises(ValueError, match="text 5 cannot be tokenised"):

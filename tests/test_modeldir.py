@@ -270,7 +270,7 @@ def test_half_precision_weights_become_float32(encoder, tmp_path):
 
 
 def test_packaged_minilm_equals_sentence_transformers(minilm):
-    folder = modeldir._packaged_folder(MINILM)
+    folder = modeldir.packaged_folder(MINILM)
     gen = np.random.default_rng(0)
     words = (
         "The quick ünïcode train 東京 doesn't pay 3.5% of $100, e.g. running: password; naïve? cats"
@@ -288,11 +288,11 @@ def test_packaged_minilm_equals_sentence_transformers(minilm):
 
 def test_both_names_lead_to_the_package(minilm):
     assert (
-        modeldir._packaged_folder("all-MiniLM-L6-v2")
-        == modeldir._packaged_folder(MINILM)
+        modeldir.packaged_folder("all-MiniLM-L6-v2")
+        == modeldir.packaged_folder(MINILM)
         == modeldir.find_folder("all-MiniLM-L6-v2")
     )
-    assert modeldir._packaged_folder("bert-base-uncased") is None
+    assert modeldir.packaged_folder("bert-base-uncased") is None
     expected = ("mean", True, 256, 384)
     assert (minilm.pooling, minilm.normalize, minilm.max_length, minilm.width) == expected
     assert set(minilm.pooler_weights) == {"pooler.dense.weight", "pooler.dense.bias"}
@@ -306,7 +306,7 @@ def test_altered_packaged_weights_are_refused(tmp_path, monkeypatch):
     )
     (folder / "model.safetensors").write_bytes(b"altered")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(modeldir, "_PACKAGED", {MINILM: ("altered_weights", "53aa")})
+    monkeypatch.setattr(modeldir, "PACKAGED", {MINILM: ("altered_weights", "53aa")})
     message = (
         "model.safetensors has sha256 .*, expected 53aa; reinstall the package altered_weights"
     )
@@ -315,7 +315,7 @@ def test_altered_packaged_weights_are_refused(tmp_path, monkeypatch):
 
 
 def test_without_the_package_the_hub_is_asked(monkeypatch):
-    monkeypatch.setattr(modeldir, "_PACKAGED", {MINILM: ("no_such_package_of_weights", "53aa")})
+    monkeypatch.setattr(modeldir, "PACKAGED", {MINILM: ("no_such_package_of_weights", "53aa")})
     asked = []
     monkeypatch.setattr(
         modeldir,
@@ -505,7 +505,7 @@ def test_a_save_that_fails_leaves_the_old_model(encoder, tmp_path, monkeypatch):
     expected = encoder.encode(TEXTS)
     monkeypatch.setattr(
         modeldir,
-        "_write_layout",
+        "write_json",
         lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")),
     )
     with pytest.raises(ValueError, match="model: cannot be written .Input/output error"):
@@ -877,7 +877,7 @@ def test_a_save_that_fails_changes_no_byte_of_a_foreign_directory(
         path: path.read_bytes() for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()
     }
     monkeypatch.setattr(
-        "contrastive_st.modeldir._write_layout",
+        "contrastive_st.modeldir.write_json",
         lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     with pytest.raises(ValueError, match="the disk is full"):

@@ -13,27 +13,31 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import WORDS, make_tokenizer
+from conftest import SPECIAL, WORDS, edited_tokenizer, forget_unknown, make_tokenizer
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from contrastive_st import tokens as tokens_module
 from contrastive_st.data import Source, prepare
 from contrastive_st.mixture import GlobalBatch, Mixture
 from contrastive_st.store import Store
 from contrastive_st.tokens import (
     LAYOUTS,
+    WORD_LETTER,
+    HeadTokenizer,
+    RaggedTokenizer,
     TokenBatch,
     Tokens,
+    WordTokenizer,
     computed_tokens,
     feed,
     fix_surrogates,
     pad,
     sort_by_length,
     split_by_budget,
+    splits_into_words,
     text_identity,
     token_report,
 )
@@ -308,27 +312,13 @@ def byte_tokenizer():
 
 def wide_tokenizer():
     "Few words, but ids beyond 16 bits: the length of such a vocabulary says nothing of its ids."
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(
-        models.WordLevel(
-            {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}
-            | {word: 65_500 + 7 * i for i, word in enumerate(WORDS)},
-            unk_token="[UNK]",
-        )
-    )
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        model_max_length=64,
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-    )
+    def spread(spec):
+        special = {token["content"] for token in spec["added_tokens"]}
+        vocab = spec["model"]["vocab"]
+        vocab |= {word: 65_500 + 7 * i for word, i in vocab.items() if word not in special}
+
+    return edited_tokenizer(spread)
 
 
 def some_rows(n, columns, seed):
@@ -639,17 +629,17 @@ def test_words_and_heads_give_the_engines_numbers(tiny_tokenizer, real, limit):
         if real
         else tiny_tokenizer
     )
-    engine = tokens_module._engine(tokenizer, limit)
-    assert tokens_module._parted(engine)
+    engine = RaggedTokenizer(tokenizer, limit).backend
+    assert splits_into_words(engine)
     # so small that the table is begun anew again and again
-    words = tokens_module._Words(engine, most=200)
+    words = WordTokenizer(engine, most=200)
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(odd_texts, max_size=12))
     def check(texts):
         texts = texts + [" ".join(texts * 9)]  # and one that is long
         expected = plainly(engine, texts)
-        for ids, lengths, cut in (words(texts), tokens_module._Heads(engine)(texts)):
+        for ids, lengths, cut in (words(texts), HeadTokenizer(engine)(texts)):
             assert [part.tolist() for part in np.split(ids, lengths.cumsum()[:-1])] == expected[0]
             assert cut.tolist() == expected[1]
 
@@ -660,10 +650,10 @@ def test_words_and_heads_give_the_engines_numbers(tiny_tokenizer, real, limit):
     "change", [dict(pre_tokenizer=pre_tokenizers.Whitespace()), dict(normalizer=normalizers.NFC())]
 )
 def test_words_are_only_for_tokenizers_that_part_at_spaces(tiny_tokenizer, change):
-    engine = tokens_module._engine(tiny_tokenizer, 16)
+    engine = RaggedTokenizer(tiny_tokenizer, 16).backend
     for part, value in change.items():
         setattr(engine, part, value)
-    assert not tokens_module._parted(engine)
+    assert not splits_into_words(engine)
 
 
 # ---- a long text costs what its first tokens cost
@@ -703,35 +693,16 @@ LONG = {
 
 def metaspace_tokenizer():
     "Like SentencePiece's: a unigram model, whose first tokens may depend on the text's length."
-    from tokenizers import Tokenizer, models, processors
-    from transformers import PreTrainedTokenizerFast
 
-    pieces = [
-        ("<unk>", 0.0),
-        ("<s>", 0.0),
-        ("</s>", 0.0),
-        ("▁", -2.0),
-        ("x", -3.0),
-        ("xx", -3.0),
-        ("xxx", -3.0),
-        ("▁dog", -4.0),
-        ("中文", -4.0),
-    ]
-    pieces += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwyz,.中文字"]
-    core = Tokenizer(models.Unigram(pieces, unk_id=0))
-    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", " ")])
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        model_max_length=64,
-        pad_token="<s>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
+    def become_unigram(spec):
+        pieces = {"▁": -2, "x": -3, "xx": -3, "xxx": -3, "▁dog": -4, "中文": -4}
+        pieces |= dict.fromkeys("abcdefghijklmnopqrstuvwyz,.中文字", -6)
+        vocab = [*dict.fromkeys(SPECIAL, 0).items(), *pieces.items()]
+        spec["model"] = {"type": "Unigram", "unk_id": SPECIAL.index("[UNK]"), "vocab": vocab}
+        spec["normalizer"] = {"type": "NFKC"}
+        spec["pre_tokenizer"] = json.loads(pre_tokenizers.Metaspace().__getstate__())
+
+    return edited_tokenizer(become_unigram)
 
 
 def merging_tokenizer():
@@ -765,10 +736,8 @@ def merging_tokenizer():
 )
 @pytest.mark.parametrize("limit", [4, 20])
 def test_the_head_of_a_text_gives_the_tokens_of_the_whole(make, limit):
-    engine = tokens_module._engine(make(), limit)
-    ways = [tokens_module._Heads(engine)] + (
-        [tokens_module._Words(engine)] if make is make_tokenizer else []
-    )
+    engine = RaggedTokenizer(make(), limit).backend
+    ways = [HeadTokenizer(engine)] + ([WordTokenizer(engine)] if make is make_tokenizer else [])
     texts = [
         *LONG.values(),
         *(text + " and the dog" for text in LONG.values()),
@@ -784,11 +753,11 @@ def test_the_head_of_a_text_gives_the_tokens_of_the_whole(make, limit):
 
 
 def test_every_letter_and_digit_stays_in_its_word(tiny_tokenizer):
-    "What `_Words` takes for granted where it leaves out the rest of an endless word."
+    "What `WordTokenizer` takes for granted where it leaves out the rest of an endless word."
     import re
 
     core = tiny_tokenizer.backend_tokenizer
-    solid = [c for c in map(chr, range(0x10000)) if re.fullmatch(tokens_module._SOLID, c)]
+    solid = [c for c in map(chr, range(0x10000)) if re.fullmatch(WORD_LETTER, c)]
     for c in solid:
         ((piece, _),) = core.pre_tokenizer.pre_tokenize_str(
             core.normalizer.normalize_str("a" + c + "a")
@@ -823,17 +792,8 @@ for kind in ("words", "one word", "ideographs", "spaces", "lines", "punctuation"
         assert seconds < 1 and megabytes < 100, said
 
 
-def bpe_without_unknown():
-    tokenizer = make_tokenizer()
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    spec["model"]["vocab"].pop("[UNK]")
-    spec["added_tokens"] = []
-    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
-    return tokenizer
-
-
 def test_a_text_that_the_tokenizer_refuses_is_named():
-    tokens = Tokens(bpe_without_unknown(), max_length=16)
+    tokens = Tokens(edited_tokenizer(forget_unknown), max_length=16)
     with pytest.raises(ValueError, match=r"text 2 cannot be tokenised .*\[UNK\].*leave it out"):
         tokens.encode(["a", "the dog", "\u65e5", "b"])
     with pytest.raises(ValueError, match="text 17 cannot be tokenised"):

@@ -21,8 +21,8 @@ from speed_side import GEMM_TOKENS, layer_products
 from transformers import AutoTokenizer
 
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.run import TrainConfig, batch_loss
 from contrastive_st.tokens import Tokens
-from contrastive_st.trainer import TrainConfig, batch_loss
 
 KINDS = {  # name of an operation -> what it is for
     r"aten::(mm|addmm)$|linear_pointwise": "products of weights",

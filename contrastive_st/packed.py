@@ -138,7 +138,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments, scale, p):
         q, k, v = map(segments.lay_out, (q, k, v))  # (S * H, d) -> (cells, d)
-        out, saved, trains = torch.empty_like(q), [], any(ctx.needs_input_grad)
+        out, parts, trains = torch.empty_like(q), [], any(ctx.needs_input_grad)
         # In each block n = texts * heads rectangles: Q, K, V and O are (n, T, d), W is (n, T, T).
         for block in segments.blocks:
             Q, K, V, O = _views(block, q, k, v, out)
@@ -146,9 +146,9 @@ class _Attention(torch.autograd.Function):
             mask = drop_mask(W.shape, p) if p else None
             torch.bmm(drop(W, mask) if p else W, V, out=O)
             if trains:
-                saved += [W, mask]
+                parts += [W, mask]
         if trains:
-            ctx.save_for_backward(q, k, v, *saved)
+            ctx.save_for_backward(q, k, v, *parts)
         ctx.segments, ctx.scale, ctx.p, out = segments, scale, p, segments.pack(out)
         # What dropout left is scaled here, once for each number and not for each weight.
         return out.mul_(drop_scale(p)) if p else out  # (S * H, d)
@@ -158,13 +158,13 @@ class _Attention(torch.autograd.Function):
     # An autocast that you put around backward() must not change the precision of forward.
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
-        q, k, v, *saved = ctx.saved_tensors  # (cells, d) each, then W and mask of each block
+        q, k, v, *parts = ctx.saved_tensors  # (cells, d) each, then W and mask of each block
         segments, p, outs = ctx.segments, ctx.p, [torch.empty_like(q) for _ in range(3)]
         # The gradient of each cell, (cells, d): 0 where there is no token, only a copy of one.
         g = segments.lay_out(grad * drop_scale(p) if p else grad).index_fill_(
             0, segments.cells.pads, 0
         )
-        for block, W, mask in zip(segments.blocks, saved[::2], saved[1::2]):
+        for block, W, mask in zip(segments.blocks, parts[::2], parts[1::2]):
             Q, K, V, G, dQ, dK, dV = _views(block, q, k, v, g, *outs)  # (n, T, d) each
             # 1. O = W @ V, so dV = W.T @ G and dW = G @ V.T
             torch.bmm((drop(W, mask) if p else W).transpose(1, 2), G, out=dV)

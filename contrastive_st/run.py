@@ -37,12 +37,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.dataclasses import dataclass
 
 from .atomic import MANIFEST, Damaged, abandoned, check_folder, digest_file
-from .atomic import expanded, is_whole, lock, new_folder, read_json, reading, remove
-from .atomic import write_json, write_text
+from .atomic import expanded, first_problem, is_whole, lock, named, new_folder
+from .atomic import quote, read_json, reading, remove, write_json, write_text
 from . import loss as contrastive
 from .gradcache import cached_step
 from .machine import processor_name
 from .model import SentenceEncoder
+from .modeldir import read_weights
 from .tokens import TokenBatch, Tokens, token_report
 
 # %% ../nbs/04_run.ipynb #config
@@ -123,32 +124,16 @@ class TrainConfig:
                 "with a metric leave save_every 0, so that each measured model is kept"
             )
 
-# %% ../nbs/04_run.ipynb #complaint
-def _short(value):
-    "A value as Python writes it, in at most 60 characters."
-    try:
-        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _complaint(error, names=()):
-    "The first problem that pydantic found, in words: which key, what it should be, what it is."
-    first, *others = error.errors(include_url=False)
-    # Of a key that takes two types, pydantic adds the type, as in best_step.int.
-    path = [str(step) for step in first["loc"] if step not in ("int", "float", "none")]
-    key = ".".join(path)[:60].encode("unicode_escape").decode()
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = get_close_matches(key, names, 1)
-        return f"there is no setting {key}" + (f"; did you mean {near[0]}?" if near else "")
-    if first["type"] == "value_error":  # one of our own sentences
-        return first["msg"].removeprefix("Value error, ")
-    more = f" ({len(others)} more are wrong)" if others else ""
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{key} is missing{more}"
-    what = re.sub(" or instance of .*", "", first["msg"]).replace("Input should", "should")
-    return f"{key} {what}, not {_short(first['input'])}{more}"
+# %% ../nbs/04_run.ipynb #sentence
+def _sentence(error, names=()):
+    "The first problem that pydantic has with a record, as a sentence without its end."
+    problem = first_problem(error)
+    if problem.kind == "own":  # one of our own sentences
+        return problem.text
+    if problem.kind == "unknown":
+        near = get_close_matches(problem.key, names, 1)
+        return f"there is no setting {problem.key}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{problem.key} {problem.text}"
 
 
 def _in_a_sentence(init):
@@ -160,7 +145,7 @@ def _in_a_sentence(init):
             init(self, *args, **values)
         except ValidationError as error:
             names = type(self).__dataclass_fields__
-            raise ValueError(f"{type(self).__name__}: {_complaint(error, names)}") from None
+            raise ValueError(f"{type(self).__name__}: {_sentence(error, names)}") from None
 
     return checked
 
@@ -405,7 +390,7 @@ def read_record(
     try:
         (_Ended if "ended_by" in record else _SHAPES[Path(path).name]).model_validate(record)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_complaint(error)}; {todo}") from None
+        raise ValueError(f"{path}: {_sentence(error)}; {todo}") from None
     return record
 
 # %% ../nbs/04_run.ipynb #state
@@ -677,6 +662,23 @@ class Signals:
         return Stopped(what, 128 + (self.number or signal.SIGTERM))
 
 # %% ../nbs/04_run.ipynb #measure
+def _plain_metric(name, value):
+    "A metric as a number of Python."
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(
+            f"the evaluation gives {quote(name)} as a number beyond 1e308, the largest "
+            "that a float can hold; every value must be below it"
+        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the evaluation gives {quote(name)} as {type(value).__name__}; "
+            "every value must be one number"
+        ) from error
+    return value if type(value) is int else number
+
+
 def plain_metrics(
     metrics: dict,  # name -> number: Python's, NumPy's, or a tensor of one element
     where: str = "",  # when it was measured, for the warning
@@ -686,21 +688,7 @@ def plain_metrics(
         raise ValueError(
             f"the evaluation returned a {type(metrics).__name__}; it must return a dict of numbers"
         )
-    plain = {}
-    for name, value in metrics.items():
-        try:
-            number = float(value)
-            plain[str(name)] = value if type(value) is int else number
-        except OverflowError as error:
-            raise ValueError(
-                f"the evaluation gives {_short(str(name))} as a number beyond 1e308, the largest "
-                "that a float can hold; every value must be below it"
-            ) from error
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"the evaluation gives {_short(str(name))} as {type(value).__name__}; "
-                "every value must be one number"
-            ) from error
+    plain = {str(name): _plain_metric(str(name), value) for name, value in metrics.items()}
     # NaN is not below anything
     if bad := [name for name, value in plain.items() if not abs(value) < float("inf")]:
         warnings.warn(
@@ -803,7 +791,7 @@ def load_weights(
     folder: str | Path,  # a model directory or checkpoint of the same backbone
 ) -> None:
     "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
-    weights, shapes = SentenceEncoder.from_pretrained(folder).backbone.state_dict(), []
+    weights, shapes = read_weights(folder), []
     for state in (weights, encoder.backbone.state_dict()):
         shapes.append({name: value.shape for name, value in state.items()})
     # names with another shape, or in one of the two only
@@ -883,12 +871,17 @@ def _leaves(value, name=""):
         yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
+def _show(value):
+    "A setting for a message; a list whole, since two may differ in their ends."
+    return named(str(value)) if isinstance(value, list) else quote(value)
+
+
 def _check_same(out, before, now):
     "Raise `ValueError` unless a run was made with these settings; other keys of it are left alone."
     before = dict(_leaves({key: before.get(key) for key in now}))
     now = dict(_leaves(now))
     differ = [
-        f"{key[:80]} was {_short(before.get(key))}, now {_short(now.get(key))}"
+        f"{key[:80]} was {_show(before.get(key))}, now {_show(now.get(key))}"
         for key in {**now, **before}
         if before.get(key) != now.get(key)
     ]
@@ -985,9 +978,9 @@ def _newest(out):
 def _check_exam(out, before, metrics):
     "Raise `ValueError` unless a resumed run measures what it measured first."
     if before.keys() != metrics.keys():
-        begun, now = (", ".join(names)[:80] or "nothing" for names in (before, metrics))
+        first, now = (", ".join(names)[:80] or "nothing" for names in (before, metrics))
         raise ValueError(
-            f"{out}: the run began with an evaluation that measures {begun}, and this one "
+            f"{out}: the run began with an evaluation that measures {first}, and this one "
             f"measures {now}; resume with the same one, or start in a new directory"
         )
 
@@ -1020,7 +1013,7 @@ class Run:
         self._evaluate, self._test = evaluate, test
         self.id = ""  # made when the run begins
         self.tracker = Tracker(config, evaluate is not None)
-        self.trained, self._begun = 0.0, time.monotonic()  # seconds of earlier processes; now
+        self.seconds, self._start = 0.0, time.monotonic()  # that earlier processes trained; now
         self._first = {}  # what a resumed run measured before its first step
         self.signals = Signals()
 
@@ -1030,13 +1023,13 @@ class Run:
 
     def identity(self) -> dict:  # as JSON gives it back
         "Say what else makes the run that run: its encoder, its texts, and whether it is measured."
-        known = {
+        identity = {
             "encoder": _encoder_identity(self.encoder),
             "texts": {source.name: _texts_digest(source) for source in self.mixture.sources},
             "evaluation": self._evaluate is not None,
             "test": self._test is not None,
         }
-        return json.loads(json.dumps(known))
+        return json.loads(json.dumps(identity))
 
     @contextmanager
     def taken(
@@ -1063,10 +1056,11 @@ class Run:
             print(f"{out} holds no run yet, so one is started", file=sys.stderr)
             return None
         records = (out / name for name in ("run.json", "config.json", "metrics.json"))
-        made = checkpoint_steps(out, whole=False) or (out / "model").exists()
-        if not made and not all(path.is_file() for path in records):
-            begun = "holds a run that had only just begun, so it starts over"
-            print(f"{out} {begun}", file=sys.stderr)
+        steps = checkpoint_steps(out, whole=False)
+        young = not steps and not (out / "model").exists()
+        if young and not all(path.is_file() for path in records):
+            why = "holds a run that had only just begun, so it starts over"
+            print(f"{out} {why}", file=sys.stderr)
             _clear(out)
             return None
         self.id = _check_run(out, self.settings() | self.identity(), self.finished)
@@ -1079,7 +1073,7 @@ class Run:
             read_record(out / "metrics.json")  # a model without it was not made by a kill
             _clear(out)
         else:
-            self.trained = _look_ahead(out, checkpoint, self.id)["seconds"]
+            self.seconds = _look_ahead(out, checkpoint, self.id)["seconds"]
             write_json(out / "data_config.json", self.settings()["mix"])
         print(why, file=sys.stderr)
         return checkpoint
@@ -1111,7 +1105,7 @@ class Run:
             versions = _versions(self.device, self.versions)
             _write_records(self.out, versions, identity, self.settings(), recipe)
             write_json(self.out / "metrics.json", self.before)  # now its beginning is complete
-        self._begun = time.monotonic()
+        self._start = time.monotonic()
 
     def _measure_before(self):
         "Measure the untrained encoder, and see that the metric is among what the evaluation gives."
@@ -1135,7 +1129,7 @@ class Run:
     ) -> Path:  # the checkpoint
         "Write a checkpoint of this step, with what a resumed run has to know of this one."
         first = {"before": self.before["before"], "test": {"before": self.before["test"]["before"]}}
-        seconds = self.trained + time.monotonic() - self._begun
+        seconds = self.seconds + time.monotonic() - self._start
         about = {"run": self.id, "seconds": seconds, "metrics": first}
         return write_checkpoint(self.out, self.tracker.step, self.tracker.best_step, write, about)
 
@@ -1147,8 +1141,8 @@ class Run:
 
     def stopped(self) -> Stopped:  # to be raised
         "Make the exception that says where the run stands."
-        saved = self.tracker.step in checkpoint_steps(self.out)[-1:]
-        where = f"saved in {self.out}, resume goes on" if saved else _newest(self.out)
+        is_saved = self.tracker.step in checkpoint_steps(self.out)[-1:]
+        where = f"saved in {self.out}, resume goes on" if is_saved else _newest(self.out)
         return self.signals.stopped(
             f"stopped at step {self.tracker.step} of {self.config.steps}; {where}"
         )
@@ -1185,7 +1179,7 @@ class Run:
                 f"no evaluation gave a number for {self.config.metric}, so the last model is kept",
                 stacklevel=2,
             )
-        seconds += self.trained
+        seconds += self.seconds
         pairs = tracker.step * self.mixture.batch_size
         metrics = {
             "before": self.before["before"],

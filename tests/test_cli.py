@@ -1498,10 +1498,10 @@ def test_a_stop_is_one_line(place, monkeypatch, args, error, code):
 
 
 def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
-    from contrastive_st import trainer
+    from contrastive_st import run, trainer
 
     def stop(*args, **kwargs):
-        raise trainer.Stopped("stopped at step 3 of 6, and saved", 143)
+        raise run.Stopped("stopped at step 3 of 6, and saved", 143)
 
     monkeypatch.setattr(trainer, "train", stop)
     words = ["train", "recipe.toml", "--out", "runs/my run", "--overwrite", "--set", "title='a b'"]

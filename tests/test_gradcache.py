@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from contrastive_st.gradcache import cached_step, split_batch
 from contrastive_st.loss import info_nce, same_text
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.run import TrainConfig, batch_loss
 from contrastive_st.tokens import split_by_budget
-from contrastive_st.trainer import TrainConfig, batch_loss
 
 ALL = 10**9  # tokens: one chunk
 

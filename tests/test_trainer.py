@@ -608,13 +608,13 @@ def test_by_default_a_batch_keeps_about_two_gibibytes(layout, bf16, length):
     )
     encoder = SentenceEncoder(BertModel(shape), make_tokenizer(), max_length=64)
     encoder.layout = layout
-    chosen = trainer._compute(encoder, config(bf16=bf16), "cpu")["chunk_tokens"]
+    chosen = trainer.choose_arithmetic(encoder, config(bf16=bf16), "cpu")["chunk_tokens"]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         each = kept_bytes(encoder, 2048, length) / 2048
     assert 0.5 * 2**31 < chosen * each < 1.7 * 2**31
 
 
-def test_by_default_a_thousand_long_pairs_go_in_chunks():
+def test_by_default_a_thousand_long_pairs_go_in_chunks(monkeypatch):
     "MiniLM by its shape; 1,024 pairs of 250 tokens are 512,000."
 
     class Shape:
@@ -623,36 +623,16 @@ def test_by_default_a_thousand_long_pairs_go_in_chunks():
     class Like:
         layout, backbone = "packed", type("Backbone", (), {"config": Shape})
 
-    assert trainer._fitting(Like, False, "cpu") == 9 * 1024
-    assert trainer._fitting(Like, True, "cpu") == 18 * 1024
+    def chunk(bf16):
+        return trainer.choose_arithmetic(Like, config(bf16=bf16), "cpu")["chunk_tokens"]
+
+    monkeypatch.setattr(trainer, "has_bf16", lambda device: True)
+    assert (chunk(bf16=False), chunk(bf16=True)) == (9 * 1024, 18 * 1024)
     Shape.num_hidden_layers, Shape.hidden_size = 96, 12288
-    assert trainer._fitting(Like, False, "cpu") == 1024  # never nothing
+    assert chunk(bf16=False) == 1024  # never nothing
 
 
 # ---- waiting for input ----
-
-
-def test_the_clock_divides_waiting_by_waiting_and_steps(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
-
-    def passes(seconds):
-        now[0] += seconds
-
-    def batches():
-        for seconds in (3.0, 1.0):
-            passes(seconds)
-            yield seconds
-
-    clock, shares = trainer._Clock(), []
-    for _ in clock.wait(batches()):
-        clock.on_step_begin(None, None, None)
-        passes(1.0)
-        clock.on_step_end(None, None, None)
-        passes(10.0)  # evaluation is no step, and no wait
-        shares.append(clock.share())
-    assert shares == [3 / 4, 4 / 6] and clock.share(3.0, 1.0) == 1 / 2
-    assert trainer._Clock().share() == 0
 
 
 def waiting(out, batch, step, passes, workers=0):

@@ -556,39 +556,53 @@ def test_spmd_has_to_come_first(jobs):
     )
 
 
-def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch):
-    "The advice fits this Python and this machine; a long text of the linker is cut."
+@pytest.fixture
+def broken_torch_xla(monkeypatch, tmp_path):
+    "A torch_xla that cannot be imported, for a reason that may be given; no other is installed."
+
+    def install(reason):
+        (tmp_path / "torch_xla.py").write_text(f"raise ImportError({reason!r})")
+
+    install("none")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
     monkeypatch.setattr(xla, "find_spec", lambda name: None)
     monkeypatch.setattr(xla.metadata, "distributions", lambda name: [])
+    return install
+
+
+def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch, broken_torch_xla):
+    "The advice fits this Python and this machine; a long text of the linker is cut."
+    python = {"version": (3, 13)}
+    monkeypatch.setattr(
+        xla, "pair_arguments", lambda chips: pair_arguments(chips, python["version"], "Linux x86_64")
+    )
+    broken_torch_xla("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900)
     for chips in (0, 1):
         monkeypatch.setattr(xla, "tpu_chips", lambda: chips)
-        monkeypatch.setattr(
-            xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 13), "Linux x86_64")
-        )
-        said = xla._no_torch_xla(
-            ImportError("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900)
-        )
-        assert "(_XLAC.so: undefined symbol" in said
-        assert "torch==2.9.0+cpu torch_xla==2.9.0" in said
-        assert ("libtpu==0.0.21.1" in said) == bool(chips) and len(said) <= 330
-    monkeypatch.setattr(
-        xla, "pair_arguments", lambda chips: pair_arguments(chips, (3, 14), "Linux x86_64")
-    )
+        with pytest.raises(ValueError) as caught:
+            xla.start()
+        text = str(caught.value)
+        assert "(_XLAC.so: undefined symbol" in text
+        assert "torch==2.9.0+cpu torch_xla==2.9.0" in text
+        assert ("libtpu==0.0.21.1" in text) == bool(chips) and len(text) <= 330
+    python["version"] = (3, 14)
     with pytest.raises(
         ValueError, match="has wheels for Linux on x86-64 and Python 3.11 to 3.13, not for"
     ):
-        xla._no_torch_xla(ImportError("none"))
+        xla.start()
 
 
-def test_a_torch_xla_of_another_release_is_named_although_it_cannot_be_imported(monkeypatch):
+def test_a_torch_xla_of_another_release_is_named_although_it_cannot_be_imported(
+    monkeypatch, broken_torch_xla
+):
     "Its library asks for a symbol that this torch has not: the versions say more than the linker."
-    monkeypatch.setattr(xla, "find_spec", lambda name: None)
     monkeypatch.setattr(
         xla.metadata, "distributions", lambda name: [SimpleNamespace(version="1.13.0")]
     )
-    assert xla._no_torch_xla(ImportError("undefined symbol")).startswith(
-        f"torch_xla 1.13.0 does not fit torch {torch.__version__}; install the same version"
-    )
+    sentence = "torch_xla 1.13.0 does not fit torch .*; install the same version"
+    with pytest.raises(ValueError, match=sentence):
+        xla.start()
 
 
 def test_the_successor_alone_is_refused(monkeypatch):
@@ -606,12 +620,12 @@ def test_the_cpu_of_a_machine_with_a_tpu_is_said_loudly(monkeypatch):
         UserWarning,
         match=r"has a TPU \(4 chips\), but XLA computes on its CPU.* remove PJRT_DEVICE",
     ):
-        xla._say_if_on_cpu("CPU")
+        xla.warn_if_on_cpu("CPU")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        xla._say_if_on_cpu("TPU")
+        xla.warn_if_on_cpu("TPU")
         monkeypatch.setattr(xla, "tpu_chips", lambda: 0)
-        xla._say_if_on_cpu("CPU")
+        xla.warn_if_on_cpu("CPU")
 
 
 @pytest.mark.parametrize(

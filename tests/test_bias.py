@@ -13,7 +13,7 @@ from contrastive_st.bias import (
     by_occupation,
     gender_bias,
     leans,
-    rate,
+    positive_rate,
     read_bias,
     read_winogender,
     separation,
@@ -81,7 +81,7 @@ def test_the_encoders_array_stays_as_it_was():
 
 def test_rate_is_wilsons_and_the_sign_tests():
     for k, n in ((0, 5), (3, 7), (41, 58), (6, 6)):
-        found = rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4))
+        found = positive_rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4))
         z = stats.norm.ppf(0.975)
         centre = (k / n + z * z / (2 * n)) / (1 + z * z / n)
         spread = z / (1 + z * z / n) * np.sqrt(k * (n - k) / n**3 + z * z / (4 * n * n))

@@ -12,11 +12,11 @@ from contrastive_st.bias import (
     bias_summary,
     by_occupation,
     gender_bias,
+    label_separation,
     leans,
-    rate,
+    positive_rate,
     read_bias,
     read_winogender,
-    separation,
 )
 
 LABELS = {f"m{i}": "male" for i in range(12)} | {f"f{i}": "female" for i in range(12)}
@@ -81,7 +81,7 @@ def test_the_encoders_array_stays_as_it_was():
 
 def test_rate_is_wilsons_and_the_sign_tests():
     for k, n in ((0, 5), (3, 7), (41, 58), (6, 6)):
-        found = rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4))
+        found = positive_rate("r", np.array([1.0] * k + [-0.5] * (n - k) + [0.0] * 4))
         z = stats.norm.ppf(0.975)
         centre = (k / n + z * z / (2 * n)) / (1 + z * z / n)
         spread = z / (1 + z * z / n) * np.sqrt(k * (n - k) / n**3 + z * z / (4 * n * n))
@@ -96,7 +96,7 @@ def test_separation_counts_pairs():
     rng = np.random.default_rng(0)
     for a, b in ((1, 1), (2, 9), (12, 12)):
         male, female = rng.integers(-3, 4, a) / 10, rng.integers(-3, 4, b) / 10
-        found = separation(male, female)
+        found = label_separation(male, female)
         assert found["separation"] == pytest.approx(
             np.mean([(m > f) + (m == f) / 2 for m in male for f in female])
         )
@@ -107,11 +107,11 @@ def test_separation_interval_covers_the_truth():
     "Two normal samples one standard deviation apart: 95% intervals hold the truth 95% of the time."
     truth, rng = stats.norm.cdf(1 / np.sqrt(2)), np.random.default_rng(0)
     intervals = [
-        separation(rng.standard_normal(12) + 1, rng.standard_normal(12)) for _ in range(400)
+        label_separation(rng.standard_normal(12) + 1, rng.standard_normal(12)) for _ in range(400)
     ]
     held = sum(i["separation_low"] <= truth <= i["separation_high"] for i in intervals)
     assert 0.92 * 400 <= held <= 0.99 * 400
-    perfect = separation(np.arange(5) + 10.0, np.arange(5.0))
+    perfect = label_separation(np.arange(5) + 10.0, np.arange(5.0))
     # no false certainty
     assert perfect["separation"] == 1 == perfect["separation_high"]
     assert 0.5 < perfect["separation_low"] < 0.8

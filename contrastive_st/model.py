@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from .atomic import is_whole_number, named, quoted, reading
+from .atomic import is_whole_number, named, quote, reading
 from .cpu import has_bf16, keep_memory
 from .modeldir import ModelParts, ModelSettings, find_folder, read_model
 from .modeldir import take_off_pooler, token_limit, try_tokenizer, write_model
@@ -290,7 +290,7 @@ class SentenceEncoder(torch.nn.Module):
 def _check_parts(backbone, tokenizer, pooling, max_length, prompts):
     "Raise a ValueError if the parts of an encoder do not fit together."
     if not isinstance(pooling, str) or pooling not in POOLINGS:
-        raise ValueError(f"pooling {quoted(pooling)} is not one of {', '.join(POOLINGS)}")
+        raise ValueError(f"pooling {quote(pooling)} is not one of {', '.join(POOLINGS)}")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} is not a fast tokenizer; load it with AutoTokenizer"
@@ -320,7 +320,7 @@ def _check_prompts(prompts):
     for name, text in (prompts or {}).items():
         if not isinstance(name, str) or not isinstance(text, str | None):
             raise ValueError(
-                f"prompt {quoted(name)} is {quoted(text)}; both a prompt and its name are strings"
+                f"prompt {quote(name)} is {quote(text)}; both a prompt and its name are strings"
             )
 
 
@@ -330,7 +330,7 @@ def _check_length(max_length, backbone):
     # At least [CLS], one token and [SEP].
     if not is_whole_number(max_length, 3) or max_length > (limit or 2**31):
         raise ValueError(
-            f"max_length {quoted(max_length)} does not fit; this backbone takes 3 to"
+            f"max_length {quote(max_length)} does not fit; this backbone takes 3 to"
             f" {limit or 'any number of'} tokens"
         )
 
@@ -394,7 +394,7 @@ def _find_prompt(prompt, prompts, default=None):
     bare_end = name[-1:].isalnum() or name[-1:] in ("-", "_")
     if bare_end and not any(map(str.isspace, name)):
         raise ValueError(
-            f"the model has no prompt named {quoted(name)}"
+            f"the model has no prompt named {quote(name)}"
             f" (it has: {named(', '.join(prompts), 120) or 'none'});"
             " literal text must contain a space or end in a mark such as a colon"
         )
@@ -477,14 +477,14 @@ def _check_options(batch_size, truncate_dim, precision, width):
     "Raise a ValueError for options of `encode` that make no sense."
     if not is_whole_number(batch_size, 1):
         raise ValueError(
-            f"batch_size is {quoted(batch_size)}; it must be a whole number, at least 1"
+            f"batch_size is {quote(batch_size)}; it must be a whole number, at least 1"
         )
     check_precision(precision)
     if truncate_dim is None:
         return
     if not is_whole_number(truncate_dim, 1) or truncate_dim > width:
         raise ValueError(
-            f"truncate_dim {quoted(truncate_dim)} does not fit;"
+            f"truncate_dim {quote(truncate_dim)} does not fit;"
             f" the vectors have 1 to {width} dimensions to keep"
         )
 
@@ -613,7 +613,7 @@ def _budget(layout, token_budget, device):
         token_budget = 3072 if device == "cpu" else 65536
     if not is_whole_number(token_budget, 1) or layout not in ("packed", "padded"):
         raise ValueError(
-            f"layout {quoted(layout)} with token_budget {quoted(token_budget)} does not work;"
+            f"layout {quote(layout)} with token_budget {quote(token_budget)} does not work;"
             " use 'packed' or 'padded' and at least 1 token"
         )
     return token_budget

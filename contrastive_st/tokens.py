@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from .atomic import is_whole_number, quoted
+from .atomic import is_whole_number, quote
 from .store import column_names, text_identity, write_tokens
 
 # %% ../nbs/10_tokens.ipynb #pad
@@ -51,7 +51,7 @@ def pad(
     "Make the rectangle of ragged texts."
     longest = int(lengths.max()) if len(lengths) else 0
     if length is not None and not is_whole_number(length):
-        raise ValueError(f"length is {quoted(length)}; it must be a whole number of tokens")
+        raise ValueError(f"length is {quote(length)}; it must be a whole number of tokens")
     T = longest if length is None else length
     if longest > T:
         raise ValueError(
@@ -113,7 +113,7 @@ def _engine(tokenizer, max_length):
     least = tokenizer.num_special_tokens_to_add() + 1
     if not is_whole_number(max_length, least):
         raise ValueError(
-            f"max_length is {quoted(max_length)}; it must be a whole number, {least} or more: "
+            f"max_length is {quote(max_length)}; it must be a whole number, {least} or more: "
             "the special tokens and one of the text"
         )
     engine = copy.deepcopy(shared)
@@ -419,7 +419,7 @@ class RaggedTokenizer:
         if i is not None and not isinstance(texts[i], str):
             raise ValueError(f"{name} is of type {type(texts[i]).__name__}, not a string")
         raise ValueError(
-            f"{name} cannot be tokenised ({type(error).__name__}: {quoted(str(error), 120)});"
+            f"{name} cannot be tokenised ({type(error).__name__}: {quote(str(error), 120)});"
             " leave it out, or repair the tokenizer"
         ) from error
 
@@ -521,7 +521,7 @@ class Tokens:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.pad_id = tokenizer.pad_token_id or 0
         if not isinstance(buckets, Iterable) or not all(is_whole_number(b, 1) for b in buckets):
-            raise ValueError(f"buckets are {quoted(buckets)}; they must be whole numbers above 0")
+            raise ValueError(f"buckets are {quote(buckets)}; they must be whole numbers above 0")
         self.buckets = (*sorted({int(b) for b in buckets if b < max_length}), max_length)
 
     def _arrays(self, texts):
@@ -604,7 +604,7 @@ def feed(
     "Make the batches of the next steps in the background while the current one trains."
     if not is_whole_number(workers, 0) or not is_whole_number(ahead, 1):
         raise ValueError(
-            f"workers is {quoted(workers)} and ahead is {quoted(ahead)}; "
+            f"workers is {quote(workers)} and ahead is {quote(ahead)}; "
             "use 0 workers or more, and let 1 step or more wait for each"
         )
     if not workers:
@@ -640,7 +640,7 @@ def computed_tokens(
 ) -> int:  # tokens that the model computes, padding included
     "Count what a layout makes of a batch."
     if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {quoted(layout)}; choose one of {', '.join(LAYOUTS)}")
+        raise ValueError(f"unknown layout {quote(layout)}; choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[layout](batch, tokens)
 
 # %% ../nbs/10_tokens.ipynb #token-report

@@ -47,51 +47,49 @@ class _Texts:
                 " them"
             )
         self.texts, self.row, self.error = iter(texts), 0, None
-        self.mended = (0, None)  # how many texts, and the number of the first
-        self._seen = blake2b(digest_size=16), blake2b(digest_size=16)
+        self.repairs = (0, None)  # how many texts, and the number of the first
+        self._digests = blake2b(digest_size=16), blake2b(digest_size=16)
 
     def digest(self):
         # of all texts so far, however they were cut into windows
-        return "".join(seen.hexdigest() for seen in self._seen)
+        return "".join(digest.hexdigest() for digest in self._digests)
 
     def take(self, rows, characters=math.inf):
         "Take the next texts: `rows`, or fewer at so many characters, the end or an error."
-        taken = []
+        part = []
         if self.error is None:
             try:
                 for text in islice(self.texts, rows):
                     if not isinstance(text, str):
                         raise ValueError(
-                            f"text {self.row + len(taken)} is of type {type(text).__name__}, not a"
+                            f"text {self.row + len(part)} is of type {type(text).__name__}, not a"
                             " string; drop it or convert it with str()"
                         )
-                    taken.append(text)
+                    part.append(text)
                     if (characters := characters - len(text)) <= 0:
                         break
             except Exception as error:
                 self.error = error
-        return self._whole(taken)
+        return self._repair(part)
 
-    def _whole(self, taken):
+    def _repair(self, texts):
         "Replace what is no Unicode, count it, and add the texts to the digest."
         try:
-            together = "".join(taken).encode()
+            together = "".join(texts).encode()
         except UnicodeEncodeError:
             from contrastive_st.tokens import fix_surrogates  # torch is not needed before
 
-            bad = [self.row + i for i, text in enumerate(taken) if fix_surrogates(text) != text]
-            self.mended = (
-                self.mended[0] + len(bad),
-                bad[0] if self.mended[1] is None else self.mended[1],
-            )
-            taken = list(map(fix_surrogates, taken))
-            together = "".join(taken).encode()
+            bad = [self.row + i for i, text in enumerate(texts) if fix_surrogates(text) != text]
+            count, first = self.repairs
+            self.repairs = (count + len(bad), bad[0] if first is None else first)
+            texts = list(map(fix_surrogates, texts))
+            together = "".join(texts).encode()
         # The lengths are hashed too: the joined bytes do not show where a text ends.
-        sizes = np.fromiter(map(len, taken), np.int64, len(taken))
-        for seen, part in zip(self._seen, (together, sizes)):
-            seen.update(part)
-        self.row += len(taken)
-        return taken
+        sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+        for digest, part in zip(self._digests, (together, sizes)):
+            digest.update(part)
+        self.row += len(texts)
+        return texts
 
 # %% ../nbs/18_encoding.ipynb #embed
 def _load(encoder):
@@ -112,7 +110,7 @@ def _function(encoder, options):
 
 def _embed(encode, texts):
     "The vectors of one batch, and what the encoder warned of."
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always", UserWarning)
         vectors = np.asarray(encode(texts))
     if vectors.ndim != 2 or len(vectors) != len(texts) or vectors.dtype.kind != "f":
@@ -120,7 +118,7 @@ def _embed(encode, texts):
             f"the encoder gave {vectors.shape} {vectors.dtype} for {len(texts)} texts; "
             "it must give one vector of floats for each, (N, D)"
         )
-    messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    messages = [str(w.message) for w in records if issubclass(w.category, UserWarning)]
     return vectors.astype(np.float32, copy=False), messages
 
 
@@ -136,8 +134,8 @@ def _batches(source, window, orders):
 def _embed_windows(source, window, encode_batches, on_progress):
     "Yield (digest so far, vectors (n, D) in the order of the texts, warnings) of each window."
     orders = deque()  # of the windows that were read and are not finished: the encoder may be ahead
-    vectors, done, messages = None, 0, []
-    for batch, warned in encode_batches(_batches(source, window, orders)):
+    vectors, rows, messages = None, 0, []
+    for batch, more in encode_batches(_batches(source, window, orders)):
         digest, order = orders[0]
         if vectors is None:
             vectors = np.empty((len(order), batch.shape[1]), np.float32)
@@ -146,13 +144,13 @@ def _embed_windows(source, window, encode_batches, on_progress):
                 f"the encoder gave vectors of {vectors.shape[1]} dimensions, then of"
                 f" {batch.shape[1]}; it must give one width for all texts"
             )
-        vectors[order[done : done + len(batch)]] = batch  # back to the order of the texts
-        done, messages = done + len(batch), messages + warned
+        vectors[order[rows : rows + len(batch)]] = batch  # back to the order of the texts
+        rows, messages = rows + len(batch), messages + more
         on_progress(len(batch))
-        if done == len(order):
+        if rows == len(order):
             yield digest, vectors, messages
             orders.popleft()
-            vectors, done, messages = None, 0, []
+            vectors, rows, messages = None, 0, []
 
 # %% ../nbs/18_encoding.ipynb #npy
 FORMAT = 1  # raise it when what is compared on resume changes
@@ -178,7 +176,7 @@ def _header(rows, columns, dtype):
     }
 
 
-def _add_window(part, rows, digest, made):
+def _add_window(part, rows, digest, settings):
     "Add a window of rows to a part, with what a later run must know to go on."
     header = _header(*rows.shape, rows.dtype)
     part.add(
@@ -186,7 +184,7 @@ def _add_window(part, rows, digest, made):
         lambda path: _write_rows(path, header, [rows]),
         rows=part.notes["rows"] + len(rows),
         texts=digest,
-        made=made,
+        made=settings,
     )
 
 # %% ../nbs/18_encoding.ipynb #finish
@@ -241,15 +239,17 @@ def _write_arrow(path, pieces, columns, dtype, parquet):
 
 def _finish(part, path):
     "Join the pieces under the final name, write the card, and delete the pieces."
-    rows, texts, made = (part.notes[name] for name in ("rows", "texts", "made"))
-    columns, dtype = made["columns"], np.dtype(PRECISIONS[made["precision"]])
+    if not part.files:
+        raise ValueError(f"{path}: there are no texts to encode; nothing is written")
+    rows, texts, settings = (part.notes[name] for name in ("rows", "texts", "made"))
+    columns, dtype = settings["columns"], np.dtype(PRECISIONS[settings["precision"]])
     with atomic.writing(path, _AGAIN):
-        with atomic.new_file(path) as beside:
+        with atomic.new_file(path) as new:
             if path.suffix in ARROW:
-                _write_arrow(beside, _pieces(part), columns, dtype, path.suffix == ".parquet")
+                _write_arrow(new, _pieces(part), columns, dtype, path.suffix == ".parquet")
             else:
-                _write_rows(beside, _header(rows, columns, dtype), _pieces(part))
-            card = {"rows": rows, "texts": texts, **made, **atomic.describe_file(beside)}
+                _write_rows(new, _header(rows, columns, dtype), _pieces(part))
+            card = {"rows": rows, "texts": texts, **settings, **atomic.describe_file(new)}
             atomic.remove(_card_of(path))
         atomic.write_json(_card_of(path), card)
     part.discard()
@@ -281,9 +281,10 @@ def verify(
         )
     with atomic.reading(path, _RENEW):
         facts = atomic.describe_file(path) if full else {"bytes": path.stat().st_size}
-    if wrong := [name for name in facts if facts[name] != card[name]]:
+    name = next((name for name in facts if facts[name] != card[name]), None)
+    if name is not None:
         raise atomic.Damaged(
-            f"{path}: {wrong[0]} is {facts[wrong[0]]}, its card says {str(card[wrong[0]])[:40]}, "
+            f"{path}: {name} is {facts[name]}, its card says {str(card[name])[:40]}, "
             f"so it is not as it was written; {_RENEW}"
         )
     return card
@@ -339,41 +340,41 @@ def _name(encoder):
 
 def _fingerprint(encoder):
     "Describe an encoder: settings, weights and tokenizer, or the name of a plain function."
-    owner, filled_in = _owner(encoder), getattr(encoder, "keywords", {})
-    arguments = {name: value for name, value in filled_in.items() if name not in _NO_MATTER}
-    known = {"arguments": str(arguments)}
+    owner, partial_arguments = _owner(encoder), getattr(encoder, "keywords", {})
+    arguments = {name: value for name, value in partial_arguments.items() if name not in _NO_MATTER}
+    description = {"arguments": str(arguments)}
     if not hasattr(owner, "state_dict"):
-        return known | {"function": _name(encoder)}
+        return description | {"function": _name(encoder)}
     core = getattr(getattr(owner, "tokenizer", None), "backend_tokenizer", None)
     tokenizer = None
     if core is not None:  # truncation and padding change from call to call
         tokenizer = json.loads(core.to_str()) | {"truncation": None, "padding": None}
     settings = {name: getattr(owner, name, None) for name in _SETTINGS}
-    return known | {
+    return description | {
         "weights": _weights_digest(owner.state_dict()),
         "settings": json.dumps(settings, sort_keys=True, default=str),
         "tokenizer": blake2b(json.dumps(tokenizer).encode(), digest_size=16).hexdigest(),
     }
 
 # %% ../nbs/18_encoding.ipynb #resume
-def _made(encoder, precision, ranges, options):
+def _settings_of(encoder, precision, ranges, options):
     "All that decides what the rows are, as JSON gives it back."
     ranges = None if ranges is None else np.asarray(ranges, np.float32).tolist()
     options = {name: value for name, value in options.items() if name not in _NO_MATTER}
-    made = {"format": FORMAT, "precision": precision, "options": options, "ranges": ranges}
-    return json.loads(json.dumps(made | {"encoder": _fingerprint(encoder)}, default=str))
+    settings = {"format": FORMAT, "precision": precision, "options": options, "ranges": ranges}
+    return json.loads(json.dumps(settings | {"encoder": _fingerprint(encoder)}, default=str))
 
 
-def _compared(made, with_ranges):
+def _comparable(settings, with_ranges):
     "What must be equal, by name."
     names = ("format", "precision", "options", "ranges")[: 4 if with_ranges else 3]
-    encoder = made["encoder"] if isinstance(made["encoder"], dict) else {"encoder": None}
-    return encoder | {name: made.get(name) for name in names}
+    encoder = settings["encoder"] if isinstance(settings["encoder"], dict) else {"encoder": None}
+    return encoder | {name: settings.get(name) for name in names}
 
 
-def _check_same(path, begun, made):
+def _check_same(path, earlier, settings):
     "Raise a ValueError unless rows that are there were made in the same way."
-    first, second = (_compared(m, made["ranges"] is not None) for m in (begun, made))
+    first, second = (_comparable(m, settings["ranges"] is not None) for m in (earlier, settings))
     if differ := [name for name in first | second if first.get(name) != second.get(name)]:
         raise ValueError(
             f"{path}: made with another encoder or other options ({', '.join(differ)[:80]}); "
@@ -394,10 +395,10 @@ def _skip(path, source, rows, digest):
         )
 
 
-def _finished(path, source, made):
+def _check_finished(path, source, settings):
     "The card of a file that is there, if it was made in the same way from the same texts."
     card = _read_card(path)
-    _check_same(path, card, made)
+    _check_same(path, card, settings)
     _skip(path, source, card["rows"], card["texts"])
     if source.take(1):
         raise ValueError(
@@ -407,12 +408,12 @@ def _finished(path, source, made):
     return verify(path) if "xxh3" in card else card  # an older version wrote no digest
 
 
-def _go_on(part, source, made):
+def _go_on(part, source, settings):
     "Read past the texts whose rows are there; return what the rows are made with."
     notes = part.notes
     if not notes["rows"]:
-        return made
-    _check_same(part.folder, notes["made"], made)
+        return settings
+    _check_same(part.folder, notes["made"], settings)
     _skip(part.folder, source, notes["rows"], notes["texts"])
     return notes["made"]
 
@@ -480,13 +481,13 @@ def _work(texts):
 
 def _in_order(pool, ahead, batches):
     "Results in the order of the batches, with at most `ahead` of them under way."
-    waiting = deque()
+    queue = deque()
     for texts in batches:
-        waiting.append(pool.submit(_work, texts))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        queue.append(pool.submit(_work, texts))
+        if len(queue) >= ahead:
+            yield queue.popleft().result()
+    while queue:
+        yield queue.popleft().result()
 
 
 @contextmanager
@@ -517,7 +518,7 @@ def _check_sendable(encoder, options):
         ) from error
 
 # %% ../nbs/18_encoding.ipynb #errors
-def _check_arguments(path, precision, window, workers):
+def _check_arguments(path, encoder, precision, window, workers, options):
     "Raise a ValueError for arguments that make no sense."
     check_precision(precision)
     if window < 1 or workers < 1:
@@ -528,6 +529,8 @@ def _check_arguments(path, precision, window, workers):
         raise ValueError(
             f"{path}: there is no folder {path.parent}; name a file in a folder that exists"
         )
+    if workers > 1:
+        _check_sendable(encoder, options)
 
 
 def _check_vectors(vectors, first, width, folder):
@@ -545,7 +548,7 @@ def _check_vectors(vectors, first, width, folder):
         )
 
 
-def _calibrated(vectors, precision):
+def _ranges_of(vectors, precision):
     "Ranges from the first window, where the precision needs them."
     if not precision.endswith("int8"):
         return None
@@ -557,11 +560,11 @@ def _calibrated(vectors, precision):
     return calibrate(vectors).tolist()
 
 # %% ../nbs/18_encoding.ipynb #fill
-def _warn(fixed, count, first):
+def _warn(repairs, count, first):
     "Say once what happened many times."
-    if fixed[0]:
+    if repairs[0]:
         warnings.warn(
-            f"{fixed[0]:,} texts hold surrogates, text {fixed[1]:,} first; "
+            f"{repairs[0]:,} texts hold surrogates, text {repairs[1]:,} first; "
             "pairs were joined, lone ones replaced by U+FFFD",
             stacklevel=4,
         )
@@ -570,24 +573,25 @@ def _warn(fixed, count, first):
         warnings.warn(first if count == 1 else several, stacklevel=4)
 
 
-def _fill(part, source, windows, made):
+def _fill(part, source, windows, settings):
     "Add all windows to the part, then say what was wrong with the texts."
-    count, first, written = 0, None, Future()  # count and first of the encoder's warnings
-    written.set_result(None)
+    count, first = 0, None  # of the encoder's warnings
+    pending = Future()  # the write of the window before; before the first there is none to wait for
+    pending.set_result(None)
     with ThreadPoolExecutor(1) as disk:  # it waits for the disk while we encode the next window
         for digest, vectors, messages in windows:
-            written.result()
-            width = made.get("width", vectors.shape[1])
+            pending.result()
+            width = settings.get("width", vectors.shape[1])
             _check_vectors(vectors, part.notes["rows"], width, part.folder)
-            if "width" not in made:  # the first window settles what was left open
-                ranges = made["ranges"] or _calibrated(vectors, made["precision"])
-                made = made | {"width": vectors.shape[1], "ranges": ranges}
-            rows = quantize(vectors, made["precision"], made["ranges"])
-            made["columns"] = rows.shape[1]
-            written = disk.submit(_add_window, part, rows, digest, made)
+            if "width" not in settings:  # the first window settles what was left open
+                ranges = settings["ranges"] or _ranges_of(vectors, settings["precision"])
+                settings = settings | {"width": vectors.shape[1], "ranges": ranges}
+            rows = quantize(vectors, settings["precision"], settings["ranges"])
+            settings["columns"] = rows.shape[1]
+            pending = disk.submit(_add_window, part, rows, digest, settings)
             count, first = count + len(messages), first or (messages or [None])[0]
-        written.result()
-    _warn(source.mended, count, first)
+        pending.result()
+    _warn(source.repairs, count, first)
     if source.error is not None:
         source.error.add_note(
             f"the {part.notes['rows']:,} rows before it are in {part.folder}; run again with resume"
@@ -607,6 +611,14 @@ def _open_part(path, resume):
     return part
 
 
+def _progress_bar(texts, total, part, progress):
+    "A bar that begins after the rows of a part; it appears after a second."
+    if total is None and hasattr(texts, "__len__"):
+        total = len(texts)
+    rows = part.notes["rows"]
+    return tqdm(total=total, initial=rows, unit="text", disable=not progress, delay=1)
+
+
 def write_embeddings(
     path: str | Path,  # .arrow, .feather, .parquet, else an .npy; replaced by a whole file only
     # The encoder: a SentenceEncoder, its directory or name, or any function.
@@ -623,30 +635,24 @@ def write_embeddings(
 ) -> dict:  # the card, NAME.json: rows, width, precision, ranges, encoder, options, bytes, xxh3
     "Encode texts into a file, in their order and in constant memory."
     path, source = Path(path), _Texts(texts)
-    _check_arguments(path, precision, window, workers)
-    if workers > 1:
-        _check_sendable(encoder, options)
-    if total is None and hasattr(texts, "__len__"):
-        total = len(texts)
+    _check_arguments(path, encoder, precision, window, workers, options)
     with atomic.lock(path):
         # 1. What an earlier run left: a part to go on with, a finished file, or nothing.
         has_part = _part_is_there(path)
         if resume and not has_part and path.is_file() and _card_of(path).is_file():
-            return _finished(path, source, _made(_load(encoder), precision, ranges, options))
+            settings = _settings_of(_load(encoder), precision, ranges, options)
+            return _check_finished(path, source, settings)
         part = _open_part(path, resume)
-        rows = part.notes["rows"]
         try:
             # 2. Read past the texts that have their rows, then embed the others.
-            opened = _load(encoder)
-            made = _go_on(part, source, _made(opened, precision, ranges, options))
-            opened = opened if workers == 1 else encoder  # workers load their own
-            bar = tqdm(total=total, initial=rows, unit="text", disable=not progress, delay=1)
-            with bar, _batch_encoder(opened, options, workers) as encode_batches:
+            own = _load(encoder)
+            settings = _go_on(part, source, _settings_of(own, precision, ranges, options))
+            encoder = own if workers == 1 else encoder  # workers load their own
+            bar = _progress_bar(texts, total, part, progress)
+            with bar, _batch_encoder(encoder, options, workers) as encode_batches:
                 windows = _embed_windows(source, window, encode_batches, bar.update)
-                _fill(part, source, windows, made)
+                _fill(part, source, windows, settings)
             # 3. Join the pieces under the final name.
-            if not part.files:
-                raise ValueError(f"{path}: there are no texts to encode; nothing is written")
             return _finish(part, path)
         except BaseException:
             if not part.files:  # there is nothing to go on with

@@ -49,10 +49,10 @@ def same_text(
     pairs = torch.zeros(B, len(candidates), dtype=torch.bool, device=identities.device)
     pairs[anchor, candidate[:B]] = True
     # 2. looked up for each anchor and candidate; or the candidate equals the anchor
-    same = pairs[anchor][:, candidate] | (anchors[:, None] == candidates)  # (B, N)
+    is_right = pairs[anchor][:, candidate] | (anchors[:, None] == candidates)  # (B, N)
     # 3. the own positive is never masked
     own = torch.eye(B, len(candidates), dtype=torch.bool, device=identities.device)
-    return same & ~own
+    return is_right & ~own
 
 # %% ../nbs/01_loss.ipynb #check
 def _check_shapes(anchors, positives, negatives):
@@ -139,7 +139,8 @@ def info_nce(
         scores = scale * _SIMILARITIES[similarity](anchors, candidates)  # (B, N)
         if same is not None:
             own = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)  # (B, N)
-            scores = scores.masked_fill(same & ~own, float("-inf"))
+            no_negative = same & ~own
+            scores = scores.masked_fill(no_negative, float("-inf"))
         labels = torch.arange(len(scores), device=scores.device)  # (B,), the own positives
         loss = F.cross_entropy(scores, labels)  # scalar
         if not symmetric:

@@ -575,7 +575,9 @@ def test_what_to_do_without_torch_xla_is_a_short_sentence(monkeypatch, broken_to
     "The advice fits this Python and this machine; a long text of the linker is cut."
     python = {"version": (3, 13)}
     monkeypatch.setattr(
-        xla, "pair_arguments", lambda chips: pair_arguments(chips, python["version"], "Linux x86_64")
+        xla,
+        "pair_arguments",
+        lambda chips: pair_arguments(chips, python["version"], "Linux x86_64"),
     )
     broken_torch_xla("/long/path/_XLAC.so: undefined symbol: _ZN3c10" + "x" * 900)
     for chips in (0, 1):

@@ -351,7 +351,8 @@ def test_what_travels_does_not_grow_with_the_devices(jobs, devices, kind, C):
     assert sizes <= reduced  # each gradient once
     rest = reduced - sizes
     assert rest.pop(tuple(sorted((candidates, WIDTH)))) == 1  # the candidates' gradients
-    assert rest.pop((WIDTH,)) == 1  # the mean cosine
+    # the mean cosine is of the embeddings that every device has: it costs no exchange
+    assert (WIDTH,) not in rest
     # softmax over columns, scalars
     assert {len(dims) for dims in rest} <= {0, 1}
     assert sum(n * math.prod(dims) for dims, n in rest.items()) <= 3 * BATCH + 6

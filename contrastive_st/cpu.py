@@ -271,7 +271,7 @@ def onednn_error() -> float:
 
 @cache
 def mkl_is_slow() -> bool:
-    "Say whether torch multiplies with MKL on an AMD processor with AVX-512, of which MKL uses half."
+    "Say whether torch multiplies with MKL on an AMD processor, of which MKL uses half."
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere Python may know the vendor
     about = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -31,7 +31,7 @@ WIDE_OUTPUTS = {
     "07_data": """
         fitted-demo read-pain filter load-demo prepare-demo quickstart-demo wrong-loud
     """,
-    "06_store": "demo verify-demo constant verify-cost tokens-demo tokens-verified wrong",
+    "06_store": "demo verify-demo constant verify-cost tokens-demo tokens-verified",
     "08_mixture": """
         pain epoch-check window-show virtual temperature-show tiny-files as-mixture-demo slices
         wrong-loud
@@ -42,11 +42,10 @@ WIDE_OUTPUTS = {
     "14_gradcache": "example chunks-try",
     "03_evaluation": "own-show wrong-loud",
     "16_xla": "run",
-    "18_encoding": "read-try verify-try wrong-loud wrong-half-way",
-    "17_precision": "wrong-loud",
+    "18_encoding": "verify-try",
     "19_search": "cluster-check map-names",
     "20_bias": """
-        own-items gender-bias-show controls read-bias-show winogender-run wrong-loud
+        own-items gender-bias-show controls read-bias-show winogender-run
         wrong-silent exercise-three
     """,
     "21_recipes": "tiny-runs",

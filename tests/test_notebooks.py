@@ -38,11 +38,10 @@ WIDE_OUTPUTS = {
     """,
     "09_account": "report-show cross-negatives cross-blind",
     "12_packed": "same-check wrong-silent",
-    "01_loss": "scale-shares hard-figure",
+    "01_loss": "hard-figure",
     "14_gradcache": "example chunks-try",
     "03_evaluation": "own-show wrong-loud",
     "16_xla": "run",
-    "18_encoding": "verify-try",
     "19_search": "cluster-check map-names",
     "20_bias": """
         own-items gender-bias-show controls read-bias-show winogender-run

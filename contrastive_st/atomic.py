@@ -243,6 +243,7 @@ class Problem(NamedTuple):
     key: str  # where, such as "prompts.query"; printable
     kind: str  # "unknown" key, "missing" key, "wrong" value, or "own" for a sentence of ours
     text: str  # what stands behind the key: "should be a valid integer, not 'x'"
+    path: list[str]  # the steps to the key, as the file has them
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -250,25 +251,36 @@ _MISSING = ("missing", "missing_argument")
 _TRIED = ("int", "float", "str", "bool", "none")
 
 
+def _foremost(problems):
+    "The complaint to show: an unknown key, else the most precise one of the first key."
+    # A misspelt key is also a missing one, so the unknown name explains more.
+    first = min(problems, key=lambda problem: problem["type"] not in _UNKNOWN)
+    if first["type"] in _UNKNOWN:
+        return first
+    # A key that takes two types brings a complaint of each.
+    of_this_key = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
+    return max(of_this_key, key=lambda problem: len(problem["loc"]))
+
+
 def first_problem(
     error: Exception,  # a pydantic.ValidationError
 ) -> Problem:
-    "Put the first complaint of pydantic in words: which key, what it should be, what it is."
-    first = error.errors(include_url=False)[0]
+    "Put the foremost complaint of pydantic in words: which key, what it should be, what it is."
+    first = _foremost(error.errors(include_url=False))
     # Of a key that takes two types pydantic adds which it tried, as in prompts.dict[str,str].
-    begin, *rest = [*map(str, first["loc"]), ""]
-    steps = [begin, *(step for step in rest if step not in _TRIED and "[" not in step)]
-    key = ".".join(named(step, 40) for step in steps[:3] if step)
+    steps = [*map(str, first["loc"])]
+    path = steps[:1] + [step for step in steps[1:] if step not in _TRIED and "[" not in step]
+    key = ".".join(named(step, 40) for step in path[:5])
     if first["type"] in _UNKNOWN:
-        return Problem(key, "unknown", "is unknown")
+        return Problem(key, "unknown", "is unknown", path)
     if first["type"] in _MISSING:
-        return Problem(key, "missing", "is missing")
+        return Problem(key, "missing", "is missing", path)
     text = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return Problem(key, "own", text)
+        return Problem(key, "own", text, path)
     # pydantic names a Python class where a file holds a table.
     what = text.partition(" or instance of ")[0].replace("Input should", "should")[:80]
-    return Problem(key, "wrong", f"{what}, not {quote(first['input'])}")
+    return Problem(key, "wrong", f"{what}, not {quote(first['input'])}", path)
 
 # %% ../nbs/26_atomic.ipynb #boundary
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

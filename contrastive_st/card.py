@@ -25,6 +25,7 @@ from safetensors import safe_open
 from .atomic import MANIFEST, check_folder, is_whole, new_file, read_json, reading
 from .atomic import write_text, writing
 from .evaluation import METRICS, format_interval
+from .modeldir import POOLING_FLAGS
 
 # %% ../nbs/22_card.ipynb #read-run
 _RECORDS = {  # what the card needs of each
@@ -187,17 +188,10 @@ def _whole_number(value):
     return value
 
 
-_POOLING_FLAGS = {  # key of sentence-transformers' pooling module -> our name
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-}
-
-
 def _pooling(record):
     "Width and pooling of a pooling module."
     width = _whole_number(record["word_embedding_dimension"])
-    return width, next(name for flag, name in _POOLING_FLAGS.items() if record.get(flag) is True)
+    return width, next(name for name, flag in POOLING_FLAGS.items() if record.get(flag) is True)
 
 
 def _prompts_of(record):

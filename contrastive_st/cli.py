@@ -340,15 +340,11 @@ def similarity(
 ) -> np.ndarray:  # (N, N) cosine
     "Return the cosine of every question with every passage."
     from contrastive_st import evaluation
+    from contrastive_st.precision import unit_rows
 
     prompts = query_prompt, document_prompt
     query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
-    return _unit(query(left)) @ _unit(document(right)).T
-
-
-def _unit(rows):
-    "Rows of length one; a row of zeros stays zero."
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit_rows(query(left)) @ unit_rows(document(right)).T
 
 # %% ../nbs/23_cli.ipynb #pairs
 def sample_pairs(

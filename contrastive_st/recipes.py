@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from transformers import BertConfig, BertModel
 
 from . import atomic
+from .atomic import first_problem, named, quote
 from .mixture import Mixture, read_config, tempered
 from .model import SentenceEncoder
 
@@ -159,16 +160,9 @@ class Recipe:
 _DEEPEST = 20  # levels of tables and lists; a recipe has five
 
 
-def _cut(value, most=60):
-    "A value as Python writes it, printable and short enough to be quoted."
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
 def _dotted(path):
     "The name of a key, short enough to be quoted, as in train.lr."
-    name = ".".join(map(str, path))
-    return name if len(name) <= 60 and name.isprintable() else _cut(name)
+    return named(".".join(map(str, path)))
 
 
 def check_values(
@@ -200,7 +194,7 @@ def _problem(value):
     if isinstance(value, int) and abs(value) >= 2**63:
         return "should be a number below 2 ** 63"
     if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        return f"should be Unicode, not {_cut(value)}"
+        return f"should be Unicode, not {quote(value)}"
     return ""
 
 # %% ../nbs/21_recipes.ipynb #build
@@ -216,39 +210,20 @@ def build(
         text = json.dumps(table, default=lambda date: [str(date)])
         return TypeAdapter(record).validate_json(text)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_sentence(record, _foremost(error.errors()))}") from None
+        raise ValueError(f"{where}: {_sentence(record, first_problem(error))}") from None
 
 # %% ../nbs/21_recipes.ipynb #sentence
-_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
-
-
-def _foremost(problems):
-    "The complaint to show: an unknown key, else the first, the most precise of its key."
-    # A misspelt key is also a missing one, so the unknown name explains more.
-    first = min(problems, key=lambda problem: problem["type"] not in _UNKNOWN)
-    if first["type"] in _UNKNOWN:
-        return first
-    # A key that takes two types brings a complaint of each.
-    of_this_key = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]
-    return max(of_this_key, key=lambda problem: len(problem["loc"]))
-
-
 def _sentence(record, problem):
-    "One readable sentence for a complaint of pydantic."
-    path, complaint = [str(p) for p in problem["loc"]], problem["type"]
-    if complaint in _UNKNOWN:
-        names = _names(record, path[:-1])
-        near = difflib.get_close_matches(path[-1][:100], names, 1)
+    "One readable sentence for what is wrong with a recipe."
+    if problem.kind == "unknown":
+        *tables, key = problem.path
+        names = _names(record, tables)
+        near = difflib.get_close_matches(key[:100], names, 1)
         advice = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
-        return f"unknown key '{_dotted(path)}'; {advice}"
-    # Of a key that takes two types, pydantic adds the type.
-    path = [p for p in path if "[" not in p and p != "str"]
-    if complaint in ("missing", "missing_argument"):
-        return f"key '{_dotted(path)}' is missing; add it"
-    key = f"{_dotted(path)}: " if path else ""
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    value = "" if complaint == "value_error" else f", not {_cut(problem['input'])}"
-    return key + message + value
+        return f"unknown key '{problem.key}'; {advice}"
+    if problem.kind == "missing":
+        return f"key '{problem.key}' is missing; add it"
+    return f"{problem.key}: {problem.text}" if problem.key else problem.text
 
 
 def _names(record, path):
@@ -398,7 +373,7 @@ def load(
     path = known().get(str(name_or_path)) or Path(name_or_path)
     if not os.path.isfile(path):
         raise ValueError(
-            f"there is no recipe {_cut(str(name_or_path), 200)}; give the path of a .toml file, or"
+            f"there is no recipe {quote(str(name_or_path), 200)}; give the path of a .toml file, or"
             f" one of the names {', '.join(known())}"
         )
     if path.suffix == ".json":
@@ -436,7 +411,7 @@ def _data_folder(
     )
     if not os.path.isdir(folder):
         raise ValueError(
-            f"{recipe.path}: the data folder {_cut(str(folder), 200)} does not exist; give another"
+            f"{recipe.path}: the data folder {quote(str(folder), 200)} does not exist; give another"
             " (command line: --data FOLDER; for the tiny variants, CONTRASTIVE_ST_DATA may"
             " name it)"
         )
@@ -455,11 +430,11 @@ def inside(
         within, there = path.resolve().is_relative_to(Path(folder).resolve()), path.exists()
     if not within:
         raise ValueError(
-            f"{where}: {_cut(name)} leaves the data folder; move the file inside, or choose the"
+            f"{where}: {quote(name)} leaves the data folder; move the file inside, or choose the"
             " folder above it"
         )
     if not there:
-        raise ValueError(f"{where}: there is no {_cut(name)} in the data folder {folder}")
+        raise ValueError(f"{where}: there is no {quote(name)} in the data folder {folder}")
     return path
 
 
@@ -617,7 +592,7 @@ def _entries(recipe):
 def _check_entry(entry, where):
     "Raise `ValueError` for an entry of a data config that says no size."
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {_cut(entry)}; write it as name, weight and lines")
+        raise ValueError(f"{where} is {quote(entry)}; write it as name, weight and lines")
     if "lines" not in entry:
         raise ValueError(
             f"{where} ({_dotted([entry.get('name')])}) has no 'lines', so the run cannot be planned"
@@ -633,7 +608,7 @@ def _sized(recipe):
     sets = [build(SizedSet, entry, f"{label}: dataset {n}") for n, entry in enumerate(entries, 1)]
     if strange := set(recipe.data.triplets) - {s.name for s in sets}:
         raise ValueError(
-            f"{recipe.path}: data.triplets: there is no dataset {_cut(min(strange))} in {label};"
+            f"{recipe.path}: data.triplets: there is no dataset {quote(min(strange))} in {label};"
             " spell it as there"
         )
     return [replace(s, columns=s.columns or _columns(s.name, recipe)) for s in sets]

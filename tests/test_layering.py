@@ -28,7 +28,7 @@ ALLOWED = {
     "mining": {"search", "store"},
     "evaluation": {"precision", "search"},
     "bias": {"evaluation"},
-    "card": {"evaluation"},
+    "card": {"evaluation", "modeldir"},
     "charts": {"evaluation", "search"},
     "recipes": {"mixture", "model", "tokens"},
     "notebook": {"model", "store"},

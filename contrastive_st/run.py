@@ -952,7 +952,7 @@ def _write_records(out, versions, identity, settings, recipe):
     if recipe:
         write_text(out / "recipe.toml", recipe)
 
-
+# %% ../nbs/04_run.ipynb #run-ahead
 def _look_ahead(out, checkpoint, run):
     "See that what is needed after the last step is there; make good what can be made good."
     record = read_record(checkpoint / "checkpoint.json")
@@ -965,6 +965,14 @@ def _look_ahead(out, checkpoint, run):
         print(f"{path} was gone; {checkpoint.name} knows what it held", file=sys.stderr)
     read_record(path)
     return {"seconds": 0.0} | record
+
+
+def _has_only_begun(out):
+    "Whether a run was killed before the records of its beginning were whole."
+    if checkpoint_steps(out, whole=False) or (out / "model").exists():
+        return False
+    names = ("run.json", "config.json", "metrics.json")
+    return not all((out / name).is_file() for name in names)
 
 
 def _newest(out):
@@ -1055,12 +1063,8 @@ class Run:
         if run_state(out) == "none":
             print(f"{out} holds no run yet, so one is started", file=sys.stderr)
             return None
-        records = (out / name for name in ("run.json", "config.json", "metrics.json"))
-        steps = checkpoint_steps(out, whole=False)
-        young = not steps and not (out / "model").exists()
-        if young and not all(path.is_file() for path in records):
-            why = "holds a run that had only just begun, so it starts over"
-            print(f"{out} {why}", file=sys.stderr)
+        if _has_only_begun(out):
+            print(f"{out} holds a run that had only just begun, so it starts over", file=sys.stderr)
             _clear(out)
             return None
         self.id = _check_run(out, self.settings() | self.identity(), self.finished)

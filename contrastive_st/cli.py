@@ -595,7 +595,7 @@ def tpu_time(
         seconds += pool["batches"] * sum(parts.values())
     length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} s"
     return (
-        f"on a TPU v3-8 {length}, {1000 * seconds / report['steps']:,.0f} ms a step\n(estimated,"
+        f"on a TPU v3-8 it would take {length}, {1000 * seconds / report['steps']:,.0f} ms a step\n(estimated,"
         f" not measured: every text padded to {longest}, matrix products at 35% of the peak)"
     )
 
@@ -734,9 +734,9 @@ def inspect(
     else:
         report, size, longest = _plan(recipe, steps)
         _say("planned from the sizes in the data config; --data FOLDER opens the files themselves")
+    _say(f"\n{recipe.title}\n\n{report_lines(report)}\n")
     unknown = f"no time is estimated: the size of {recipe.model.name} is not known here"
     _say(tpu_time(size, longest, report) if size else unknown)
-    _say(f"\n{recipe.title}\n\n{report_lines(report)}")
     if plot:
         plot.parent.mkdir(parents=True, exist_ok=True)
         recipes.report_figure(report, plot)

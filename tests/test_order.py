@@ -1,11 +1,13 @@
 """The reading order: "Next" walks every page once, in the order of the site's sidebar."""
 
+import json
 import re
 from collections import Counter
 
 import nbformat
 import pages
 import pytest
+from pages import ROOT
 
 FIRST_LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+\.ipynb)(?:#[^)]*)?\)")
 
@@ -37,6 +39,14 @@ def test_every_page_has_a_number_of_its_own_and_a_part():
     listed = [page for part in pages.parts().values() for page in part]
     assert listed == pages.modules() + pages.tutorials()
     assert {page.stem for page in pages.tutorials()} == set(pages.TUTORIALS)
+
+
+def test_the_start_page_names_every_page_and_each_has_a_time():
+    start = (ROOT / "nbs/index.ipynb").read_text(encoding="utf-8")
+    times = json.loads((ROOT / "tools/pages.json").read_text(encoding="utf-8"))
+    every = pages.modules() + pages.tutorials()
+    assert [page.stem for page in every if f"{page.name})" not in start] == []
+    assert [page.stem for page in every if page.stem not in times] == []
 
 
 @pytest.mark.parametrize(

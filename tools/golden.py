@@ -496,7 +496,7 @@ def compute(name: str) -> dict[str, list[float] | str]:
 
 def header() -> dict[str, str]:
     "Say with what a record was made."
-    from contrastive_st.run import processor_name
+    from contrastive_st.machine import processor_name
 
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -75,7 +75,7 @@ def concerns(
         if d["realised"] > 0.5 and len(report["datasets"]) > 1:
             sentences.append(
                 f"{d['name']} dominates: {d['realised']:.0%} of all rows come from it; "
-                "lower its weight, or raise the temperature"
+                "lower its weight, or raise the temperature of the weights (data.temperature)"
             )
         if d["epochs"] > 100:
             sentences.append(

@@ -359,7 +359,11 @@ class Header:
 # %% ../nbs/05_files.ipynb #jsonl
 def _json_fault(error):
     "What is wrong with a JSON text; the line that the parser counts is left to the caller."
-    words = f"{error.msg} at column {error.colno}" if hasattr(error, "colno") else str(error)
+    if hasattr(error, "colno"):
+        # some of the parser's messages end in the "at" that its place follows
+        words = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    else:
+        words = str(error)
     return f"not JSON ({words[:80]})"
 
 

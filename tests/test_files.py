@@ -156,6 +156,8 @@ def test_json_errors_name_the_line_of_the_item(tmp_path):
     assert [row for _, row in rows(path)] == strange
     path = put(tmp_path / "f.jsonl", "[1]\n\n[2}\n")
     refuses(lambda: rows(path), f"{path}:3: not JSON (Expecting ',' delimiter at column 3)")
+    path = put(tmp_path / "g.jsonl", '["Is it foggy?", "No\n')
+    refuses(lambda: rows(path), "g.jsonl:1: not JSON (Unterminated string starting at column 18)")
 
 
 # ---- tables

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SAVE_SECONDS', 'TrainConfig', 'lr_factor', 'set_learning_rate', 'seed_step', 'batch_loss', 'rank_count',
            'mean_cosine', 'train_step', 'check_health', 'log_line', 'read_record', 'run_state', 'checkpoint_folder',
-           'checkpoint_steps', 'write_checkpoint', 'last_checkpoint', 'check_checkpoint', 'find_checkpoint', 'claim',
-           'Stopped', 'Abandoned', 'Signals', 'plain_metrics', 'Tracker', 'run_report', 'load_weights', 'load_training',
-           'Run']
+           'checkpoint_steps', 'write_checkpoint', 'last_checkpoint', 'check_checkpoint', 'find_checkpoint',
+           'load_weights', 'load_training', 'claim', 'Stopped', 'Abandoned', 'Signals', 'plain_metrics', 'Tracker',
+           'run_report', 'Run']
 
 # %% ../nbs/04_run.ipynb #imports-export
 import hashlib
@@ -196,7 +196,7 @@ def batch_loss(
     rows, identities = contrastive.gather(rows), contrastive.gather(identities)  # (B, C, D), (B, C)
     # 2. what must not be pushed away
     same = contrastive.same_text(identities) if config.mask_same else None  # (B, N)
-    # 3. the loss; with hard negatives there is no way back
+    # 3. the loss; rows with hard negatives take one direction, as in the released script
     pairs = rows.shape[1] == 2
     inputs = (rows[:, 0], rows[:, 1], None if pairs else rows[:, 2:])  # (B, D), (B, D), (B, K, D)
     options = dict(
@@ -537,6 +537,39 @@ def find_checkpoint(
         why = f"the newest whole one, since {len(later)} later was never finished"
     return folder, f"resuming from {folder.name}, {why}"
 
+# %% ../nbs/04_run.ipynb #weights
+def load_weights(
+    encoder: SentenceEncoder,  # receives the weights
+    folder: str | Path,  # a model directory or checkpoint of the same backbone
+) -> None:
+    "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
+    weights, shapes = read_weights(folder), []
+    for state in (weights, encoder.backbone.state_dict()):
+        shapes.append({name: value.shape for name, value in state.items()})
+    # names with another shape, or in one of the two only
+    if differ := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
+        raise ValueError(
+            f"{folder} holds the weights of another model (such as {differ[0]}); "
+            "resume with the encoder that the run began with, or start in a new directory"
+        )
+    encoder.backbone.load_state_dict(weights)
+
+
+def load_training(
+    folder: str | Path,  # a checkpoint
+    keys: set[str],  # what this loop wrote
+) -> dict:  # tensors, numbers, lists and dicts
+    "Read a checkpoint's training.pt, which holds no code; `ValueError` if it is not this loop's."
+    path = expanded(folder) / "training.pt"
+    with reading(path, "delete this checkpoint to resume from the one before"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not keys <= state.keys():
+        raise ValueError(
+            f"{path}: was written by another training loop or version, "
+            "whose state has another form; resume with that one, or start in a new directory"
+        )
+    return state
+
 # %% ../nbs/04_run.ipynb #claim
 def claim(
     out: str | Path,  # run directory
@@ -769,55 +802,6 @@ def run_report(
     report = mixture.report(steps, sample)
     return report | {"tokens": token_report(batches, tokens)} if batches else report
 
-# %% ../nbs/04_run.ipynb #versions
-def _versions(device, more):
-    "Software and hardware of a run, for its record."
-    packages = ("contrastive_st", "transformers", "accelerate", "datasets", "pyarrow", "numpy")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        **{package: version(package) for package in packages},
-        "device": str(device),
-        "processor": processor_name(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **more,
-    }
-
-# %% ../nbs/04_run.ipynb #weights
-def load_weights(
-    encoder: SentenceEncoder,  # receives the weights
-    folder: str | Path,  # a model directory or checkpoint of the same backbone
-) -> None:
-    "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
-    weights, shapes = read_weights(folder), []
-    for state in (weights, encoder.backbone.state_dict()):
-        shapes.append({name: value.shape for name, value in state.items()})
-    # names with another shape, or in one of the two only
-    if differ := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
-        raise ValueError(
-            f"{folder} holds the weights of another model (such as {differ[0]}); "
-            "resume with the encoder that the run began with, or start in a new directory"
-        )
-    encoder.backbone.load_state_dict(weights)
-
-
-def load_training(
-    folder: str | Path,  # a checkpoint
-    keys: set[str],  # what this loop wrote
-) -> dict:  # tensors, numbers, lists and dicts
-    "Read a checkpoint's training.pt, which holds no code; `ValueError` if it is not this loop's."
-    path = expanded(folder) / "training.pt"
-    with reading(path, "delete this checkpoint to resume from the one before"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not keys <= state.keys():
-        raise ValueError(
-            f"{path}: was written by another training loop or version, "
-            "whose state has another form; resume with that one, or start in a new directory"
-        )
-    return state
-
 # %% ../nbs/04_run.ipynb #same-run
 def _texts_digest(source, most=1024):
     "A digest of a source's size and of rows spread evenly over it; None if it gives no texts."
@@ -914,6 +898,22 @@ def _check_recipe(out, text):
         before = path.read_text(encoding="utf-8")
     if before != text:
         _check_same(out, _exams(before, path), _exams(text, "the recipe"))
+
+# %% ../nbs/04_run.ipynb #versions
+def _versions(device, more):
+    "Software and hardware of a run, for its record."
+    packages = ("contrastive_st", "transformers", "accelerate", "datasets", "pyarrow", "numpy")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{package: version(package) for package in packages},
+        "device": str(device),
+        "processor": processor_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **more,
+    }
 
 # %% ../nbs/04_run.ipynb #run-parts
 def _settings(config, mixture):

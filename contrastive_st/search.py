@@ -297,7 +297,7 @@ def paraphrase_mining(
 
 # %% ../nbs/19_search.ipynb #exact-duplicates
 def exact_duplicates(
-    keys: Iterable[Hashable],  # one per text, N: the text itself, or its tokens.text_identity
+    keys: Iterable[Hashable],  # one per text, N: the text itself, or its store.text_identity
 ) -> list[list[int]]:  # groups of two or more rows, each in rising order, sorted by their first row
     "Group the rows that have equal keys."
     groups = {}

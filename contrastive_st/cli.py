@@ -596,7 +596,8 @@ def tpu_time(
     length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} s"
     return (
         f"on a TPU v3-8 it would take {length}, {1000 * seconds / report['steps']:,.0f} ms a step\n"
-        f"(estimated, not measured: every text padded to {longest}, matrix products at 35% of the peak)"
+        f"(estimated, not measured: every text padded to {longest},"
+        " matrix products at 35% of the peak)"
     )
 
 # %% ../nbs/23_cli.ipynb #by-folder

@@ -342,7 +342,7 @@ def test_bad_corpus_is_one_sentence(tmp_path, name, text, column, message):
 @pytest.mark.parametrize(
     "name, text, expected",
     [
-        ("a.jsonl", '{"text": "a\\ud800b"}\n', ["a?b"]),
+        ("a.jsonl", '{"text": "a\\ud800b"}\n', ["a\ufffdb"]),
         ("a.txt", "a\0b\n", ["a\0b"]),
         ("a.jsonl", '{"title": 5, "text": "two"}\n', ["two"]),
     ],

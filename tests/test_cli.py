@@ -476,7 +476,7 @@ def test_inspect_draws_into_a_new_folder(place):
         ),
         ("multi-qa-mpnet-base-cos-v1", ["81,920,000 examples", "hours"]),
         ("multi-qa-mpnet-base-dot-v1", ["81,920,000 examples", "hours"]),
-        ("nli-distilbert", ["628,736 examples", "2.00", "v3-8 351 s"]),
+        ("nli-distilbert", ["628,736 examples", "2.00", "v3-8 it would take 351 s"]),
     ],
 )
 def test_inspect_plans_a_published_run_without_its_data(place, name, words):

@@ -23,9 +23,8 @@ from jinja2 import StrictUndefined, Template
 from safetensors import safe_open
 
 from .atomic import MANIFEST, check_folder, is_whole, new_file, read_json, reading
-from .atomic import write_text, writing
+from .atomic import is_whole_number, write_text, writing
 from .evaluation import METRICS, format_interval
-from .modeldir import POOLING_FLAGS
 
 # %% ../nbs/22_card.ipynb #read-run
 _RECORDS = {  # what the card needs of each
@@ -183,13 +182,16 @@ def _entry(path, take):
 
 def _whole_number(value):
     "The same value, which must be a positive int."
-    if type(value) is not int or value < 1:
+    if not is_whole_number(value, 1):
         raise TypeError(f"{str(value)[:40]!r} is no number of tokens or dimensions")
     return value
 
 
 def _pooling(record):
     "Width and pooling of a pooling module."
+    # Here, and not above: a card is written without torch.
+    from contrastive_st.modeldir import POOLING_FLAGS
+
     width = _whole_number(record["word_embedding_dimension"])
     return width, next(name for name, flag in POOLING_FLAGS.items() if record.get(flag) is True)
 

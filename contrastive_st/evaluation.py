@@ -16,12 +16,10 @@ from typing import NamedTuple
 
 import ir_measures
 import numpy as np
-import torch
 from scipy.stats import rankdata
 
 from .atomic import is_whole_number, quote
 from .precision import unit_rows
-from .search import nearest_rows
 
 # %% ../nbs/03_evaluation.ipynb #correlation
 def _pearson(
@@ -308,6 +306,10 @@ def _rank(
     similarity: str,  # "cos" or "dot"
 ) -> np.ndarray:  # (Q, k) int, rows in `texts`, best first
     "Search exactly, chunk by chunk: never more than 256 x (chunk + k) scores at once."
+    # Here, and not above: who only shows figures, as a model card does, need not wait for torch.
+    import torch
+
+    from contrastive_st.search import nearest_rows
 
     def chunks():
         for start in range(0, len(texts), chunk):

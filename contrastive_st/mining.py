@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from .atomic import Damaged, Part, describe_file, expanded
-from .atomic import lock, named, new_file, quote, writing
+from .atomic import is_whole_number, lock, named, new_file, quote, writing
 from .search import faiss_search, semantic_search
 from .store import text_identity
 
@@ -48,7 +48,7 @@ class _Options(NamedTuple):
 
 def _check_whole(name, value, least):
     "Raise a ValueError unless a value is a whole number of at least so much."
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not is_whole_number(value, least):
         raise ValueError(f"{name} is {quote(value)}; it must be a whole number, at least {least}")
 
 
@@ -896,7 +896,7 @@ def _check_room(task, options):
 # %% ../nbs/11_mining.ipynb #mine-checks
 def _default_range(range_min, num_negatives):
     "Ten candidates for each negative, where both are numbers."
-    numbers = isinstance(range_min, Integral) and isinstance(num_negatives, Integral)
+    numbers = is_whole_number(range_min) and is_whole_number(num_negatives)
     return range_min + 10 * num_negatives if numbers else 1
 
 

@@ -274,8 +274,7 @@ class SentenceEncoder(torch.nn.Module):
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "query", or without a prompt if there is none.'
-        prompt = "query" if "query" in self.prompts else ""
-        return self.encode(texts, **{"prompt": prompt, **options})
+        return self._encode_with("query", texts, options)
 
     def encode_document(
         self,
@@ -283,7 +282,11 @@ class SentenceEncoder(torch.nn.Module):
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "document", or without a prompt if there is none.'
-        prompt = "document" if "document" in self.prompts else ""
+        return self._encode_with("document", texts, options)
+
+    def _encode_with(self, name, texts, options):
+        "Encode with the prompt of that name, if there is one and the options have none."
+        prompt = name if name in self.prompts else ""
         return self.encode(texts, **{"prompt": prompt, **options})
 
 # %% ../nbs/02_model.ipynb #parts
@@ -538,14 +541,6 @@ def _tokenize(ragged, texts, numbers, before, characters=2**24):
             parts.append(ragged(part, numbers[start:stop]))
             start, size = stop, 0
     return [np.concatenate(column) for column in zip(*parts)]
-
-
-def _tokenizer_state(tokenizer):
-    "All of a tokenizer that you may change: the normaliser, added words, the side to truncate."
-    core = tokenizer.backend_tokenizer
-    parts = (core.normalizer, core.pre_tokenizer, core.post_processor)
-    states = [part and part.__getstate__() for part in parts]
-    return core, states, core.get_vocab_size(), tokenizer.truncation_side
 
 # %% ../nbs/02_model.ipynb #encode-texts
 def _refuse_empty(encoder, row):

@@ -31,6 +31,14 @@ WORDS = """
 """.split()
 
 
+def refuses(call, *parts):
+    "call() raises ValueError and its message holds every part."
+    with pytest.raises(ValueError) as caught:
+        call()
+    for part in parts:
+        assert str(part) in str(caught.value)
+
+
 def make_tokenizer():
     "A WordPiece tokenizer over sixty words and all letters: any lower-case text has tokens."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

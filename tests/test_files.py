@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import refuses
 
 from contrastive_st import files
 from contrastive_st.files import Rejects, read_columns, read_lines, read_rows, read_text, read_texts
@@ -30,14 +31,6 @@ def put(path: Path, content) -> Path:
     content = content if isinstance(content, bytes) else content.encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
-
-
-def refuses(call, *parts):
-    "call() raises ValueError and its message holds every part."
-    with pytest.raises(ValueError) as caught:
-        call()
-    for part in parts:
-        assert str(part) in str(caught.value)
 
 
 def rows(path, **options):

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,14 +82,6 @@ def content(folder: Path) -> dict[str, bytes]:
 def small(monkeypatch, rows, characters=2**26):
     monkeypatch.setattr(store, "SHARD_ROWS", rows)
     monkeypatch.setattr(store, "SHARD_CHARACTERS", characters)
-
-
-def refuses(call, *parts):
-    "call() raises ValueError and its message holds every part."
-    with pytest.raises(ValueError) as caught:
-        call()
-    for part in parts:
-        assert str(part) in str(caught.value)
 
 
 # ---- what goes in comes out

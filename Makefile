@@ -13,7 +13,7 @@ XLA_PAIR := torch==2.9.0 torch_xla==2.9.0
 CUDA_PARTS := import importlib.metadata as m; print(*[r.split(';')[0] for r in m.requires('torch') if 'nvidia' in r], sep='\n')
 INTERRUPTED := new-file,new-folder,new-folder-over,new-folder-renames,part,part-over,part-renames,train,prepare,prepare-over,encode,encode-over,encode-parquet,save,save-over,card
 OPENVINO_VENV := .venv-openvino
-XLA_NOTEBOOKS := nbs/16_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
+XLA_NOTEBOOKS := nbs/19_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-faults test-xla run-xla test-colab test-mteb bench format notebooks export readme docs screenshots clean

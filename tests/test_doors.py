@@ -390,7 +390,7 @@ def setup_arguments():
 
 def test_the_readme_of_an_index_has_only_addresses(setup_arguments):
     text, git = setup_arguments["long_description"], tool.settings()["git_url"]
-    assert f"({git}/blob/main/nbs/16_xla.ipynb)" in text
+    assert f"({git}/blob/main/nbs/19_xla.ipynb)" in text
     assert f"![Open in Colab]({git}/raw/main/docs/_static/colab.svg)]" in text
     for target in re.findall(r"\]\(([^)\s]+)", re.sub(r"`[^`\n]*`", "", text)):
         assert target.startswith(("https://", "#")), target
@@ -511,7 +511,7 @@ def test_headers_are_written_once(tmp_path, monkeypatch):
 def test_the_site_shows_badges_of_its_own():
     "No picture from elsewhere, one line of badges, and what the header says in words."
     site = load("site")
-    for name, kaggle in (("01_loss", False), ("16_xla", True)):
+    for name, kaggle in (("01_loss", False), ("19_xla", True)):
         page = site.staged(ROOT / f"nbs/{name}.ipynb", site.settings(), {})
         line = next(c.source for c in page.cells if c.id == "badge-line")
         assert line.count("Open in Colab") == 1 and "](files/colab.svg)" in line
@@ -541,7 +541,7 @@ def test_the_copy_of_packaging_in_pip_does(monkeypatch):
 
 def test_the_page_plans_with_what_the_package_declares():
     "The needs on the page are those of settings.ini, from which the package is made."
-    page = nbformat.read(ROOT / "nbs/28_machine.ipynb", 4)
+    page = nbformat.read(ROOT / "nbs/36_machine.ipynb", 4)
     cell = next(c for c in page.cells if c.id == "runtimes")
     printed = cell.outputs[0].text.split("\n\n")[0].split()[1:]
     settings = (ROOT / "settings.ini").read_text()

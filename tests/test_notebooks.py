@@ -37,17 +37,17 @@ WIDE_OUTPUTS = {
         wrong-loud
     """,
     "09_account": "report-show cross-negatives cross-blind",
-    "12_packed": "same-check wrong-silent",
+    "14_packed": "same-check wrong-silent",
     "01_loss": "hard-figure",
-    "14_gradcache": "example chunks-try",
+    "16_gradcache": "example chunks-try",
     "03_evaluation": "own-show wrong-loud",
-    "16_xla": "run",
-    "19_search": "cluster-check map-names",
-    "20_bias": """
+    "19_xla": "run",
+    "22_search": "cluster-check map-names",
+    "24_bias": """
         own-items gender-bias-show controls read-bias-show winogender-run
         wrong-silent exercise-three
     """,
-    "21_recipes": "tiny-runs",
+    "26_recipes": "tiny-runs",
     "mteb": "choose models run hours",
     "multi_qa_search": "data exams train by-set wins failures ask wrong-loud",
     "nli_to_stsb": "bi sts-look road train recipe by-eye",

@@ -1,7 +1,7 @@
 """Execute notebooks as a stranger on Colab does: all cells, in an empty folder, install cell first.
 
     python tools/colab.py cpu                  # all notebooks, with what Colab's CPU and GPU bring
-    python tools/colab.py tpu 16_xla           # one, with what its TPU runtime brings
+    python tools/colab.py tpu 19_xla           # one, with what its TPU runtime brings
     python tools/colab.py empty 01_loss index  # two, in an environment with nothing but Jupyter
     python tools/colab.py cpu --record         # note the seconds in tools/pages.json
 

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {  # caption -> numbers of the pages in nbs/
     "I The idea": range(1, 5),
     "II Data": range(5, 11),
-    "III Better examples": range(11, 12),
-    "IV Larger, faster": range(12, 17),
-    "V In use": range(17, 21),
-    "VI From end to end": range(21, 25),
-    "VII What it stands on": range(25, 32),
+    "III Better examples": range(11, 14),
+    "IV Larger, faster": range(14, 20),
+    "V In use": range(20, 26),
+    "VI From end to end": range(26, 33),
+    "VII What it stands on": range(33, 40),
 }
 # in the order of reading, which is none of the alphabet
 TUTORIALS = ("nli_to_stsb", "multi_qa_search", "three_claims", "mteb", "one_billion_pairs_tpu")

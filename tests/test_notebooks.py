@@ -249,8 +249,13 @@ def rule_sections(nb):
             yield None, f"there is no section '## {name}'; write it"
 
 
+def is_picture(data):
+    "Whether an output is a picture: a plot, or a drawing as SVG."
+    return "image/png" in data or data.get("text/html", "").startswith("<svg ")
+
+
 def rule_plot(nb):
-    if not any(o.get("data", {}).get("image/png") for c in code(nb) for o in c.outputs):
+    if not any(is_picture(o.get("data", {})) for c in code(nb) for o in c.outputs):
         yield None, "no output is a plot; draw the one that answers this notebook's question"
 
 

@@ -585,9 +585,17 @@ def test_a_full_width_that_is_not_trained_is_said(tmp_path):
         train_tiny(tmp_path / "a", config(1, widths=(8,)))
 
 
-@pytest.mark.parametrize("data", [[("a", "b")], {"anchor": ["a"]}, "file.jsonl", None])
-def test_data_that_is_no_mixture_is_refused(tmp_path, data):
-    with pytest.raises(ValueError, match="train takes a Mixture"):
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ([("a", "b")], "every row has the same texts"),
+        ({"anchor": ["a"]}, "no known pair of columns"),
+        ("file.jsonl", "file.jsonl: no such file"),
+        (None, "a NoneType has no rows"),
+    ],
+)
+def test_data_that_holds_no_pairs_is_refused(tmp_path, data, said):
+    with pytest.raises(ValueError, match=said):
         train(make_encoder(), data, config(), tmp_path / "run", progress=False)
 
 

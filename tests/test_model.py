@@ -585,15 +585,11 @@ def test_similarity_is_that_of_sentence_transformers(encoder, tmp_path, name):
     if name:
         encoder.settings["similarity_fn_name"] = name
     encoder.save_pretrained(tmp_path)
-    peer, (a, b) = theirs(tmp_path), (encoder.encode(TEXTS[:3]), encoder.encode(TEXTS[3:8]))
+    peer, (a, b) = theirs(tmp_path), (encoder.encode(TEXTS[:2]), encoder.encode(TEXTS[2:]))
     expected = peer.similarity(a, b).numpy()
-    assert expected.shape == (3, 5)
-    for left, right in (
-        (a, b),
-        (torch.from_numpy(a), b),
-        (TEXTS[:3], list(b)),
-        (list(a), TEXTS[3:8]),
-    ):
+    assert expected.shape == (2, 4)
+    texts, other = TEXTS[:2], TEXTS[2:]
+    for left, right in ((a, b), (torch.from_numpy(a), b), (texts, list(b)), (list(a), other)):
         np.testing.assert_allclose(encoder.similarity(left, right), expected, atol=1e-5)
 
 

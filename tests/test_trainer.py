@@ -1571,7 +1571,7 @@ def test_a_small_list_is_one_batch_an_epoch():
     [
         ("a/model", PAIRS, {}, "encoder is the name 'a/model' and there is no out"),
         (None, PAIRS, {"resume": True}, "resume needs out"),
-        (None, PAIRS[:1], {}, "data has 1 row; a pair learns from the others"),
+        (None, PAIRS[:1], {}, "there are no negatives to learn from; add rows that differ"),
         (None, PAIRS, {"learning_rate": 1}, "there is no setting learning_rate"),
         (None, PAIRS, {"lr": -1}, "lr should be greater than 0"),
         (None, PAIRS, {"steps": 1, "epochs": 1}, "give one of the two"),

@@ -356,10 +356,9 @@ def _compute_line(compute):
     "Say in one line what a run computes with."
     c = compute
     return (
-        f"computing on {c['device']}: {c['layout']} texts, {c['dtype']},"
-        f" fp32 products {c['matmul']} ({c['matmul_precision']}),"
-        f" {'fused ' if c['fused'] else ''}AdamW,"
-        f" activations of {c['chunk_tokens']:,} tokens at a time"
+        f"computing on {c['device']}: {c['layout']} texts, {c['dtype']}"
+        f" by {c['matmul']} ({c['matmul_precision']}),"
+        f" {'fused ' if c['fused'] else ''}AdamW, {c['chunk_tokens']:,} tokens at a time"
     )
 
 # %% ../nbs/18_trainer.ipynb #arguments

@@ -502,8 +502,8 @@ def test_a_run_says_in_one_line_what_computes(tmp_path, capsys):
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("computing")]
     assert lines == [
-        "computing on cpu: packed texts, float32, fp32 products default (highest), fused AdamW,"
-        " activations of 5,000 tokens at a time"
+        "computing on cpu: packed texts, float32 by default (highest), fused AdamW,"
+        " 5,000 tokens at a time"
     ]
     assert read(tmp_path, "versions")["compute"] == {
         "device": "cpu",

@@ -1507,9 +1507,9 @@ def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
     words = ["train", "recipe.toml", "--out", "runs/my run", "--overwrite", "--set", "title='a b'"]
     code, out, err = command(*words)
     first, last = err.splitlines()
-    # 18 graded pairs; for the evaluation also 18 documents and as many questions
-    texts = "72 texts of evaluation and 36 texts of test"
-    assert (code, out, first) == (143, "", f"measuring the model before training, on {texts}")
+    # 18 graded pairs in each exam; for the evaluation also 18 documents
+    texts = "18 passages and 36 graded pairs"
+    assert (code, out, first) == (143, "", f"measuring before: {texts}")
     assert last.startswith("stopped at step 3 of 6, and saved; go on with: ")
     program, *rest = shlex.split(last.partition("go on with: ")[2])
     assert program.endswith("contrastive-st")

@@ -484,7 +484,7 @@ def test_unknown_keys_are_named_with_the_nearest_known(bad, text, words):
         (changed("lr = 1e-3", "widths = 8"), ["train", "widths"]),
         (changed("lr = 1e-3", 'similarity = "cosine"'), ["train", "similarity"]),
         (changed("warmup = 1", "warmup = 6"), ["train", "warmup is 6", "6"]),
-        (changed("warmup = 1", ""), ["train", "warmup is 500", "6"]),
+        (changed("warmup = 1", "epochs = 2"), ["train", "steps is 6 and epochs is 2"]),
         (changed("lr = 1e-3", 'metric = "spearman"'), ["train", "metric", "eval_every"]),
         (changed("lr = 1e-3", "patience = 2"), ["train", "patience", "metric"]),
         (changed('sts = "sts.tsv"', "sts = 1"), ["evaluation.sts"]),

@@ -52,8 +52,8 @@ def _check_whole(name, value, least):
         raise ValueError(f"{name} is {quote(value)}; it must be a whole number, at least {least}")
 
 
-def _check_options(options):
-    "Raise a ValueError for what cannot be."
+def _check_ranks(options):
+    "Raise a ValueError unless the ranks hold as many passages as are asked for."
     for name, least in {"num_negatives": 1, "range_min": 0, "range_max": 1, "seed": 0}.items():
         _check_whole(name, getattr(options, name), least)
     K, low, high = options[:3]
@@ -62,6 +62,10 @@ def _check_options(options):
             f"the ranks from range_min={low} to range_max={high} hold {max(high - low, 0)}"
             f" passages, fewer than num_negatives={K}; raise range_max"
         )
+
+
+def _check_rules(options):
+    "Raise a ValueError for a limit or a margin that is no number, or no share where it must be."
     for name in RULES:
         value = getattr(options, name)
         if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
@@ -71,6 +75,10 @@ def _check_options(options):
             f"relative_margin is {options.relative_margin}; it is a share of the positive's score:"
             " 0.05 keeps negatives that score at most 95% of it"
         )
+
+
+def _check_choices(options):
+    "Raise a ValueError for a word that is not among those to choose from."
     choices = {
         "sampling": ("top", "random"),
         "too_few": ("drop", "fill"),
@@ -81,6 +89,13 @@ def _check_options(options):
         if getattr(options, name) not in values:
             words = " or ".join(map(repr, values))
             raise ValueError(f"{name} is {quote(getattr(options, name))}; choose {words}")
+
+
+def _check_options(options):
+    "Raise a ValueError for what cannot be."
+    _check_ranks(options)
+    _check_rules(options)
+    _check_choices(options)
 
 # %% ../nbs/11_mining.ipynb #rules
 def _fates(
@@ -167,8 +182,8 @@ def _refuse_empty(identities, name):
         raise ValueError(f"{name}[{empty.argmax()}] is empty; leave that row out")
 
 
-def _task(queries, positives, corpus, ids):
-    "Number the distinct texts, and list the pairs that are never negatives -> a task."
+def _rows_of_pairs(queries, positives):
+    "The identities of both columns of the pairs, (P,) each; raise a ValueError for bad rows."
     asks, answers = _identities(queries, "queries"), _identities(positives, "positives")
     if len(asks) != len(answers) or not len(asks):
         raise ValueError(
@@ -177,18 +192,29 @@ def _task(queries, positives, corpus, ids):
         )
     _refuse_empty(asks, "queries")
     _refuse_empty(answers, "positives")
-    texts = answers if corpus is None else _identities(corpus, "corpus")
-    # 1. An empty passage teaches nothing, so it has no number.
-    filled = np.flatnonzero(texts != _EMPTY)
+    return asks, answers
+
+
+def _passages(texts):
+    "Number the passages -> first row of each (M,), number of the passage in each row (N,)."
+    filled = np.flatnonzero(texts != _EMPTY)  # an empty passage teaches nothing: it has no number
     first, numbers = _number(texts[filled])
     passage_of = np.full(len(texts), -1)
     passage_of[filled] = numbers
-    passage_rows = filled[first]
-    # 2. Each pair once, those of a query together.
+    return filled[first], passage_of
+
+
+def _task(queries, positives, corpus, ids):
+    "Number the distinct texts, and list the pairs that are never negatives -> a task."
+    # 1. The distinct queries and passages.
+    asks, answers = _rows_of_pairs(queries, positives)
+    texts = answers if corpus is None else _identities(corpus, "corpus")
+    passage_rows, passage_of = _passages(texts)
     query_rows, query_of = _number(asks)
     positive_of = _positive_of(answers, texts[passage_rows], positives)
-    pairs = np.unique(query_of * len(first) + positive_of, return_index=True)
-    order = np.sort(pairs[1])  # in the order of the rows
+    # 2. Each pair once, those of a query together.
+    keys, rows = np.unique(query_of * len(passage_rows) + positive_of, return_index=True)
+    order = np.sort(rows)  # in the order of the rows
     order = order[np.argsort(query_of[order], kind="stable")]
     task = _Task(
         query_rows,
@@ -198,7 +224,7 @@ def _task(queries, positives, corpus, ids):
         passage_of,
         query_of[order],
         positive_of[order],
-        pairs[0],
+        keys,
     )
     return task._replace(banned=_banned(task, query_of, ids, answers, texts))
 
@@ -664,6 +690,22 @@ class MiningReport:
         rows = [row for row in self.suspects if bool(row["filtered_by"]) == filtered]
         return sorted(rows, key=lambda row: row["margin"])[:_MOST_SUSPECTS]
 
+    def record(self) -> dict:  # options, counts, shares, margins, suspects, filtered
+        "Return the report as JSON can hold it."
+        counts, edges = self.histogram() if len(self.margins) else (np.empty(0), np.empty(0))
+        quantiles = np.quantile(self.margins, _QUANTILES).tolist() if len(self.margins) else []
+        return {
+            "options": self.options,
+            "counts": self.counts,
+            "shares": self.shares(),
+            "margins": {
+                "quantiles": dict(zip(map(str, _QUANTILES), quantiles)),
+                "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+            },
+            "suspects": self.table(),
+            "filtered": self.table(filtered=True),
+        }
+
     def __str__(self):
         return "\n".join([*_summary(self), *_bars(self)])
 
@@ -674,6 +716,7 @@ class MiningReport:
 
 
 _SHOWN = ("query", "positive", "negative", "positive_score", "negative_score")
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def _cell(value):
@@ -777,10 +820,14 @@ _FORMAT = 1  # raise it when the pieces change
 _RESUME = "run again: the queries that were finished are kept"
 
 
-def _mine_file(miner, block, bar, path, origin):
+def _mine_file(miner, block, bar, path, origin, resume=True):
     "Mine into a file, which goes on where a killed mining stopped -> path and report."
     with lock(path):
-        part = Part(path, origin, {"next": 0, "counts": {}, "suspects": []})
+        begin = {"next": 0, "counts": {}, "suspects": []}
+        part = Part(path, origin, begin)
+        if not resume and part.files:
+            part.discard()
+            part = Part(path, origin, begin)
         bar.update(part.notes["next"])
         try:
             for mined in _blocks(miner, block, part.notes["next"]):
@@ -966,6 +1013,7 @@ def mine_hard_negatives(
     too_few: str = "drop",  # "fill" looks for random passages that keep the rules
     output_format: str = "triplet",  # "triplet", "n-tuple", "labeled-pair"
     path: str | Path | None = None,  # a .jsonl file, written whole; None returns a list
+    resume: bool = True,  # a killed mining into the same path goes on; False begins anew
     block: int = 4096,  # queries at a time
     chunk: int = 16_384,  # passages compared at a time
     device: str | None = None,  # where to compare, such as "cuda"; None = where the corpus lies
@@ -994,4 +1042,4 @@ def mine_hard_negatives(
     with bar, torch.no_grad():
         if path is None:
             return _mine_list(miner, block, bar)
-        return _mine_file(miner, block, bar, path, _origin(miner, digests))
+        return _mine_file(miner, block, bar, path, _origin(miner, digests), resume)

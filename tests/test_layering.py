@@ -26,6 +26,7 @@ ALLOWED = {
     "xla": {"model", "run", "tokens"},
     "encoding": {"model", "precision", "tokens"},
     "mining": {"search", "store"},
+    "guard": {"store"},
     "evaluation": {"precision", "search"},
     "bias": {"evaluation"},
     "card": {"evaluation", "modeldir"},

@@ -290,6 +290,11 @@ def _make_sources(sources, weights):
     return sources
 
 # %% ../nbs/08_mixture.ipynb #global-batch
+def _labels(source, rows):
+    "The labels of rows; 0 for those of a dataset without."
+    return source.labels(rows) if getattr(source, "has_labels", False) else [0] * len(rows)
+
+
 class GlobalBatch:
     "The rows of one step, or one rank's slice of them; texts are read when you ask for them."
 
@@ -323,6 +328,26 @@ class GlobalBatch:
     def identities(self) -> np.ndarray:  # (B, C) int64
         "Which texts are equal."
         return np.array(self.read(lambda source, rows: source.identities(rows)), np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:  # (B,) int64; 0 = a row without label
+        "Which rows have one label, in a mixture of which a dataset has labels; else None."
+        # asked of the mixture, not of these rows: all ranks must find the same
+        if self._graded or not any(getattr(s, "has_labels", False) for s in self._sources):
+            return None
+        return np.array(self.read(_labels), np.int64)
+
+    @cached_property
+    def scores(self) -> np.ndarray | None:  # (B,) float32 in [0, 1]
+        "How similar the two texts of each row are, in a graded batch; else None."
+        if not self._graded:
+            return None
+        return np.array(self.read(lambda source, rows: source.scores(rows)), np.float32)
+
+    @property
+    def _graded(self):
+        "Do the rows have scores? Graded datasets are pools of their own, so all have or none."
+        return getattr(self._sources[self._numbers[0]], "has_scores", False)
 
     @property
     def sources(self) -> list[str]:  # B names

@@ -449,6 +449,10 @@ class TokenBatch(NamedTuple):
     lengths: Tensor  # tokens of each text, (C*B,) int64
     identities: Tensor  # which texts are equal, (B, C) int64
     truncated: Tensor  # texts truncated at max_length in each column, (C,) int64
+    # rows of one label are never negatives of each other, (B,) int64, 0 = no label; None: no labels
+    labels: Tensor | None = None
+    # how similar anchor and positive are, (B,) float32 in [0, 1]; None: the batch is not graded
+    scores: Tensor | None = None
 
 
 def _texts(batch):
@@ -569,7 +573,11 @@ class Tokens:
         ids, lengths, truncated = _stored(batch) if all_stored else self._arrays(_texts(batch))
         identities = _identities(batch)  # (B, C)
         counts = truncated.reshape(identities.shape[1], -1).sum(1)  # (C,)
-        return TokenBatch(*map(torch.from_numpy, (ids, lengths, identities, counts)))
+        marks = (getattr(batch, name, None) for name in ("labels", "scores"))
+        return TokenBatch(
+            *map(torch.from_numpy, (ids, lengths, identities, counts)),
+            *(None if values is None else torch.from_numpy(values) for values in marks),
+        )
 
     def bucket(
         self,

@@ -1,15 +1,21 @@
 """Guards against false negatives: the double loop, sentence-transformers, shapes, and a guide."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from conftest import sentences
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_st.guard import Guide, guide_mask, limits, score_mask, self_mask
-from contrastive_st.loss import info_nce, same_text
+from contrastive_st.loss import info_nce, matryoshka, same_text
+from contrastive_st.model import SentenceEncoder
+from contrastive_st.run import TrainConfig, batch_loss, train_step
 from contrastive_st.store import text_identity
+from contrastive_st.tokens import Tokens
 
 B, K, D = 12, 2, 8
 
@@ -205,6 +211,120 @@ def test_equals_the_peer(tiny_tokenizer, strategy, margin, K):
         assert (ours - theirs).abs().max() < 1e-6
 
 
+# --- in training ---
+
+
+def config(**options):
+    return TrainConfig(steps=10, warmup=4, guard="self", guard_margin=0.05, **options)
+
+
+def training_batch(C=4):
+    "Embeddings (C*B, D) as `train_step` gets them, identities with repeats (B, C)."
+    torch.manual_seed(0)
+    return torch.randn(C * B, D), torch.randint(0, 60, (B, C))
+
+
+def columns_of(embeddings, C=4):
+    rows = embeddings.view(C, -1, D).transpose(0, 1)  # (b, C, D)
+    return rows[:, 0], rows[:, 1], rows[:, 2:] if C > 2 else None
+
+
+@pytest.mark.parametrize("C", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"widths": (8, 4)}, {"mask_same": False}])
+def test_the_loss_of_a_batch_uses_the_mask(C, options):
+    embeddings, identities = training_batch(C)
+    columns, guarded = columns_of(embeddings, C), config(**options)
+    same = self_mask(*columns, margin=0.05)
+    assert same.any()
+    if guarded.mask_same:
+        same = same | same_text(identities)
+    function = partial(matryoshka, widths=[8, 4]) if guarded.widths else info_nce
+    expected = function(*columns, same=same, symmetric=C == 2)
+    value, masked = batch_loss(embeddings, identities, guarded)
+    assert torch.equal(value, expected) and masked == same.sum() / B
+
+
+@pytest.mark.parametrize("after, begins", [(None, 4), (0, 0), (7, 7)])
+def test_the_guard_begins_after_the_warm_up_or_when_it_is_told(after, begins):
+    embeddings, identities = training_batch()
+    guarded, plain = config(guard_after=after), TrainConfig(steps=10, warmup=4)
+    without, with_guard = (batch_loss(embeddings, identities, c) for c in (plain, guarded))
+    assert not torch.equal(without[0], with_guard[0])
+    for step in (0, 3, 4, 6, 7, 9):
+        expected = with_guard if step >= begins else without
+        for number in (step, torch.tensor(step)):  # a number, or what a compiled step has
+            assert batch_loss(embeddings, identities, guarded, step=number) == expected
+
+
+def test_a_compiled_step_reads_nothing():
+    embeddings, identities = training_batch()
+    step, guarded = torch.tensor(3), config(mask_same=False)
+    with NoReading():
+        batch_loss(embeddings, identities, guarded, step=step)
+
+
+def test_the_cached_step_has_the_same_gradients(tiny_backbone, tiny_tokenizer):
+    encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64)
+    tokens, texts = Tokens(tiny_tokenizer, 64), sentences(24, 0)
+    step_batch = tokens([(texts[n], texts[n + 8], texts[n + 16]) for n in range(8)])
+    results = []
+    for chunk_tokens in (0, 40):
+        encoder.zero_grad()
+        logs = train_step(encoder, step_batch, config(), chunk_tokens=chunk_tokens, step=5)
+        results.append((logs, [p.grad.clone() for p in encoder.parameters() if p.grad is not None]))
+    (plain, gradients), (cached, others) = results
+    unguarded = train_step(encoder, step_batch, config(), step=3)
+    assert plain["masked"] == cached["masked"] > unguarded["masked"]
+    for a, b in zip(gradients, others):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def on_rank(rank, folder):
+    "One of two processes: its rows, the loss of the global batch, the gradient of its rows."
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
+    embeddings, identities = training_batch()
+    own = slice(rank * B // 2, (rank + 1) * B // 2)
+    rows = embeddings.view(4, B, D)[:, own].reshape(-1, D).requires_grad_()
+    value, masked = batch_loss(rows, identities[own], config())
+    value.backward()
+    torch.save((value.detach(), masked, rows.grad.view(4, -1, D)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    torch.multiprocessing.spawn(on_rank, args=(str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    embeddings, identities = training_batch()
+    embeddings.requires_grad_()
+    value, masked = batch_loss(embeddings, identities, config())
+    value.backward()
+    for own_value, own_masked, _ in results:
+        torch.testing.assert_close(own_value, value.detach(), rtol=1e-6, atol=1e-6)
+        assert own_masked == masked
+    # each rank's loss is the global one, so the sum over ranks counts every gradient twice
+    gradient = torch.cat([g for _, _, g in results], dim=1) / 2
+    torch.testing.assert_close(gradient, embeddings.grad.view(4, B, D), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"guard": "other"}, "guard should be '' or 'self', not 'other'"),
+        ({"guard_margin": float("nan")}, "guard_margin"),
+        ({"guard_margin": 5.0}, "guard_margin"),
+        ({"guard_after": -1}, "guard_after"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TrainConfig(**options)
+    assert "\n" not in str(error.value)
+
+
 # --- a guide ---
 
 TEXTS = ["one", "two", "three", "four", "two"]
@@ -227,8 +347,6 @@ def test_a_guide_finds_the_vectors_of_texts(tmp_path, dtype):
 
 def test_a_guide_with_another_tokenizer(tiny_backbone, tiny_tokenizer):
     "The guide sees texts, so neither its tokens nor its width need to be those of the model."
-    from contrastive_st.model import SentenceEncoder
-
     model = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64)
     other = SentenceEncoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
     pairs = [("a dog is playing", "a dog plays"), ("snow", "rice"), ("a dog", "the dog plays")]
@@ -269,7 +387,10 @@ def test_a_guide_with_another_tokenizer(tiny_backbone, tiny_tokenizer):
             lambda a, p, n: Guide(TEXTS, np.full((5, 3), np.nan))(identities_of([["one", "two"]])),
             "vector of row 0, column 0 contains NaN or inf",
         ),
-        (lambda a, p, n: Guide([], np.zeros((0, 3)))(identities_of([["one", "two"]])), "has no text"),
+        (
+            lambda a, p, n: Guide([], np.zeros((0, 3)))(identities_of([["one", "two"]])),
+            "has no text",
+        ),
     ],
 )
 def test_bad_input(call, message):

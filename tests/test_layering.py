@@ -21,7 +21,7 @@ ALLOWED = {
     "packed": {"cpu", "tokens"},
     "gradcache": {"tokens"},
     "model": {"cpu", "modeldir", "packed", "precision", "tokens"},
-    "run": {"gradcache", "loss", "model", "modeldir", "tokens"},
+    "run": {"gradcache", "guard", "loss", "losses", "model", "modeldir", "tokens"},
     "trainer": {"cpu", "evaluation", "mixture", "model", "run", "tokens"},
     "xla": {"model", "run", "tokens"},
     "encoding": {"model", "precision", "tokens"},

@@ -116,7 +116,8 @@ def _check_table(vectors, n):
         raise ValueError("the guide has no text; pass the texts of the run and their vectors")
     if len(shape) != 2 or shape[0] != n:
         raise ValueError(
-            f"the guide has vectors of shape {shape} for {n:,} texts; pass one vector a text, (N, D)"
+            f"the guide has vectors of shape {shape} for {n:,} texts; pass one vector a text,"
+            " (N, D)"
         )
     if np.issubdtype(vectors.dtype, np.integer):
         raise ValueError(
@@ -149,8 +150,9 @@ class Guide:
         if missing.any():
             row, column = np.argwhere(missing)[0].tolist()
             raise ValueError(
-                f"the guide has no vector for {missing.sum():,} of {missing.size:,} texts, the first"
-                f" in row {row}, column {column}; encode all texts of the run, without their prompts"
+                f"the guide has no vector for {missing.sum():,} of {missing.size:,} texts, the"
+                f" first in row {row}, column {column}; encode all texts of the run, without their"
+                " prompts"
             )
         table = np.asarray(self.vectors[self.rows[at].ravel()], dtype=np.float32)
         if not (sound := np.isfinite(table).all(axis=1)).all():

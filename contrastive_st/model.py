@@ -275,15 +275,15 @@ class SentenceEncoder(torch.nn.Module):
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "query", or without a prompt if there is none.'
-        return self._encode_with(("query",), texts, options)
+        return self._encode_with("query", texts, options)
 
     def encode_document(
         self,
         texts: Iterable[str] | str,  # passages, or whatever is searched in
         **options,  # of `encode`
     ) -> np.ndarray:  # as `encode` gives it
-        'Encode with the prompt named "document", else "passage" or "corpus", else without one.'
-        return self._encode_with(("document", "passage", "corpus"), texts, options)
+        'Encode with the prompt named "document", or without a prompt if there is none.'
+        return self._encode_with("document", texts, options)
 
     def similarity(
         self,
@@ -294,9 +294,9 @@ class SentenceEncoder(torch.nn.Module):
         name = self.settings.get("similarity_fn_name") or "cosine"
         return _compare(_vectors(self, a), _vectors(self, b), name)
 
-    def _encode_with(self, names, texts, options):
-        "Encode with the first prompt of these names that there is, unless the options have one."
-        prompt = next((name for name in names if name in self.prompts), "")
+    def _encode_with(self, name, texts, options):
+        "Encode with the prompt of that name, if there is one and the options have none."
+        prompt = name if name in self.prompts else ""
         return self.encode(texts, **{"prompt": prompt, **options})
 
 # %% ../nbs/02_model.ipynb #parts

@@ -1341,9 +1341,11 @@ class Run:
 
     def _after(self):
         "The evaluation of the finished model; one that was made of the same weights is taken."
-        best = self.config.metric and self.tracker.best_step
-        metrics = self._by_step.get(best or self.tracker.step)
-        return metrics or self.evaluate(" after training")
+        step = self.config.metric and self.tracker.best_step or self.tracker.step
+        # after a signal the evaluation is due, so that it ends the run as it would anywhere else
+        if self.signals.number or step not in self._by_step:
+            return self.evaluate(" after training")
+        return self._by_step[step]
 
     def test(self) -> dict[str, float | int]:
         "Measure the encoder by the test, which selects nothing."

@@ -513,10 +513,6 @@ def _read_data(data, batch_size, weights):
         return data
     opened = as_mixture(data, batch_size=2)  # of two rows, until we know how many there are
     rows, k = sum(map(len, opened.sources)), opened.datasets_per_batch
-    if rows < 2:
-        raise ValueError(
-            f"data has {rows} row; a pair learns from the others of its batch, so give two or more"
-        )
     batch_size = max(min(_PAIRS, rows) // k * k, k) if batch_size is None else batch_size
     weights = opened.weights if weights is None else weights
     return Mixture(opened.sources, weights, batch_size, k)

@@ -132,6 +132,8 @@ CASES = (
     "bert pairs",
     "bert full",
     "bert triplets",
+    "bert labels",
+    "bert graded",
     "roberta pairs",
     "distilbert pairs",
     "mpnet pairs",

@@ -41,6 +41,7 @@ from .atomic import expanded, first_problem, is_whole, lock, named, new_folder
 from .atomic import quote, read_json, reading, remove, write_json, write_text
 from . import loss as contrastive
 from .gradcache import cached_step
+from .guard import self_mask
 from .losses import cosent
 from .machine import processor_name
 from .model import SentenceEncoder
@@ -113,6 +114,12 @@ class TrainConfig:
     workers: Annotated[int, Field(ge=0), _Fewer] = 1
     # instead of `steps`: how often all rows are seen; `of_length` turns them into steps
     epochs: Annotated[float, Field(gt=0, lt=1e9), _Finite] | None = None
+    # "self" keeps out candidates that the model itself scores above the positive; "" = no guard
+    guard: Literal["", "self"] = ""
+    # cosine by which a candidate must score above the positive
+    guard_margin: Annotated[float, Field(ge=-1, le=1), _Finite] = 0.1
+    # steps before the guard begins; None = those of the warm-up
+    guard_after: Annotated[int, Field(ge=0), _Fewer] | None = None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -247,13 +254,40 @@ def _unlike(identities):
     "Identities (B, C) of which no two are equal, for a mask of labels alone."
     return torch.arange(identities.numel(), device=identities.device).view_as(identities)
 
+# %% ../nbs/04_run.ipynb #guard
+def _guard(rows, config, step):
+    "What the model's own scores of rows (B, C, D) keep out at a step, (B, N) bool; None = nothing."
+    if not config.guard:
+        return None
+    after = config.warmup or 0 if config.guard_after is None else config.guard_after
+    margin = config.guard_margin
+    if isinstance(step, torch.Tensor):
+        margin = torch.where(step < after, math.inf, margin)  # scalar
+    elif step is not None and step < after:
+        return None
+    negatives = rows[:, 2:] if rows.shape[1] > 2 else None  # (B, K, D)
+    return self_mask(rows[:, 0], rows[:, 1], negatives, margin)
+
+
+def _no_negatives(rows, identities, labels, config, step):
+    "What must not be pushed away, (B, N) bool; None = all candidates may be."
+    same = None
+    if config.mask_same or labels is not None:
+        same = contrastive.same_text(
+            identities if config.mask_same else _unlike(identities), labels
+        )
+    guarded = _guard(rows, config, step)
+    return guarded if same is None else same if guarded is None else same | guarded
+
 # %% ../nbs/04_run.ipynb #contrast
 def batch_loss(
     embeddings: torch.Tensor,  # (C*b, D) float: b anchors, b positives, then each negative column
     identities: torch.Tensor,  # (b, C) int64 text identities
-    config: TrainConfig,  # scale, similarity, symmetric, mask_same, widths
+    config: TrainConfig,  # scale, similarity, symmetric, mask_same, widths, guard
     labels: torch.Tensor | None = None,  # (b,) int64; rows of one label are no negatives; 0 = none
     scores: torch.Tensor | None = None,  # (b,) float32 in 0..1: graded pairs, trained by CoSENT
+    # scalar; None = a guard has begun
+    step: int | torch.Tensor | None = None,  # optimiser steps done
 ) -> tuple[torch.Tensor, torch.Tensor]:  # loss, and candidates masked per anchor; two scalars
     "Compute the loss of the global batch from the embeddings of this rank."
     # 1. rows of anchor, positive and negatives, and those of all ranks
@@ -266,11 +300,7 @@ def batch_loss(
     # 3. what must not be pushed away
     identities = contrastive.gather(identities)  # (B, C)
     labels = contrastive.gather(labels) if labels is not None else None  # (B,)
-    same = None  # (B, N)
-    if config.mask_same or labels is not None:
-        same = contrastive.same_text(
-            identities if config.mask_same else _unlike(identities), labels
-        )
+    same = _no_negatives(rows, identities, labels, config, step)  # (B, N)
     # 4. the loss; rows with hard negatives take one direction, as in the released script
     value = _pair_loss(rows, same, config)
     masked = same.sum() / len(same) if same is not None else torch.zeros((), device=rows.device)
@@ -289,9 +319,10 @@ def mean_cosine(
     return torch.nn.functional.normalize(embeddings.float(), dim=-1).mean(0).square().sum()
 
 
-def _contrast(embeddings, batch, config):
+def _contrast(embeddings, batch, config, step):
     "The loss of a batch, a scalar, and what is logged of it."
-    value, masked = batch_loss(embeddings, batch.identities, config, batch.labels, batch.scores)
+    marks = batch.labels, batch.scores
+    value, masked = batch_loss(embeddings, batch.identities, config, *marks, step)
     # Of the global batch, from (b, C) on each rank: all but the anchors.
     candidates = rank_count() * batch.identities[:, 1:].numel()
     return value, {
@@ -313,12 +344,14 @@ def train_step(
     embed: Callable | None = None,  # the batch's token_ids and lengths -> embeddings (C*b, D)
     chunk_tokens: int = 0,  # tokens whose activations are kept at a time; 0 = all of them
     no_sync: Callable[[], AbstractContextManager] = nullcontext,  # such as the no_sync of DDP
+    # scalar; None = a guard has begun
+    step: int | torch.Tensor | None = None,  # optimiser steps done
 ) -> dict[str, torch.Tensor]:  # what is logged, scalars on the device
     "Embed, contrast, go backward and step: the part of a loop that computes."
     embed, logs = embed or encoder, {}
 
     def contrast(embeddings):  # (C*b, D) -> scalar
-        value, counts = _contrast(embeddings, batch, config)
+        value, counts = _contrast(embeddings, batch, config, step)
         logs.update(counts)
         return value
 
@@ -1062,6 +1095,8 @@ def _settings(config, mixture):
     numbers = asdict(config)
     # how batches are made ready does not change them, and epochs have become steps
     del numbers["workers"], numbers["epochs"]
+    if not config.guard:  # a run of an earlier version, which knew no guard, can be resumed
+        numbers = {name: value for name, value in numbers.items() if not name.startswith("guard")}
     data = {
         "batch_size": mixture.batch_size,
         "datasets_per_batch": mixture.datasets_per_batch,

@@ -131,6 +131,7 @@ class _ContrastiveTrainer(Trainer):
             embed=torch.autocast(device, torch.bfloat16, enabled=low)(model.__call__),
             chunk_tokens=self.compute["chunk_tokens"],
             no_sync=getattr(model, "no_sync", nullcontext),
+            step=self.state.global_step,
         )
         loss = logs.pop("loss")  # the Trainer adds it up itself
         self.counts.add(**logs)

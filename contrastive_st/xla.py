@@ -496,7 +496,7 @@ def make_step(
             return _columns_first(vectors, columns, devices)
 
         batch = TokenBatch(input_ids, lengths, identities, truncated, labels, scores)
-        logs = train_step(encoder, batch, config, optimizer, embed_columns)
+        logs = train_step(encoder, batch, config, optimizer, embed_columns, step=step)
         # Numbers for the log, which stay on the device.
         return totals + torch.stack([logs[name].float() for name in _LOGGED]), step + 1
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
+from contrastive_st.cli import app
 from contrastive_st.data import read_examples
-from contrastive_st.mining import mine_hard_negatives
+from contrastive_st.mining import cross_encoder, mine_hard_negatives
+from contrastive_st.mixture import Mixture
 from contrastive_st.search import faiss_index
 
 D = 16
@@ -471,6 +475,15 @@ def test_pieces_of_another_mining_are_not_used(tmp_path, change):
     assert list(read_examples(path)) == mine(p, rescore=slow_scores, **options)[0]
 
 
+def test_a_mining_may_begin_anew(tmp_path):
+    path = tmp_path / "mined.jsonl"
+    killed(path)
+    slow_scores.calls = 0
+    mine(problem(), rescore=slow_scores, path=path, block=5, resume=False)
+    assert slow_scores.calls == 20  # all ten blocks
+    assert list(read_examples(path)) == mine(problem(), rescore=slow_scores)[0]
+
+
 def test_a_failed_mining_leaves_what_was_there(tmp_path):
     path = tmp_path / "mined.jsonl"
     path.write_text("an older file", encoding="utf-8")
@@ -589,3 +602,153 @@ def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message) as error:
         mine(changed(**change))
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+# --- a cross-encoder ---
+
+
+@pytest.fixture
+def reranker(tmp_path, tiny_tokenizer):
+    "A tiny random cross-encoder on disk."
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(
+        vocab_size=len(tiny_tokenizer), intermediate_size=64, num_labels=1, **small
+    )
+    model = transformers.BertForSequenceClassification(config)
+    model.classifier.weight.data *= 50  # scores that differ
+    model.save_pretrained(tmp_path / "reranker")
+    tiny_tokenizer.save_pretrained(tmp_path / "reranker")
+    return tmp_path / "reranker"
+
+
+def test_a_cross_encoder_scores_as_the_peers(reranker):
+    from sentence_transformers import CrossEncoder
+
+    pairs = [("where is the dog", "snow " * n + "in the street") for n in range(1, 40)]
+    theirs = CrossEncoder(str(reranker), device="cpu", max_length=64).predict(pairs)
+    ours = cross_encoder(reranker, max_length=64, batch_size=7)(pairs)
+    assert np.abs(ours.numpy() - theirs).max() < 1e-6 and np.ptp(theirs) > 1e-3
+
+
+def test_what_is_no_cross_encoder(tmp_path, tiny_backbone, tiny_tokenizer):
+    with pytest.raises(ValueError, match="cannot be opened as a cross-encoder") as error:
+        cross_encoder(tmp_path / "nowhere")
+    assert "\n" not in str(error.value)
+    tiny_backbone.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gives 2 numbers for a pair"):
+        cross_encoder(tmp_path)
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def files(tmp_path):
+    "A problem as files: pairs, corpus, and the vectors of both."
+    p, folder = problem(), tmp_path
+    rows = [json.dumps(pair) + "\n" for pair in zip(p.queries, p.positives)]
+    (folder / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
+    (folder / "corpus.txt").write_text("\n".join(p.corpus), encoding="utf-8")
+    np.save(folder / "queries.npy", p.query_embeddings)
+    np.save(folder / "documents.npy", p.corpus_embeddings)
+    return folder
+
+
+def command(folder, words="", **change):
+    "Run `mine` on a folder; the model does not exist, so it must not be opened."
+    options = {
+        "corpus": "corpus.txt",
+        "query-vectors": "queries.npy",
+        "document-vectors": "documents.npy",
+        "out": "mined.jsonl",
+    } | change
+    line = ["mine", "nowhere", str(folder / "pairs.jsonl"), "--no-progress", *words.split()]
+    for name, value in options.items():
+        line += [f"--{name}", str(folder / value)] if value else []
+    result = CliRunner().invoke(app, line)
+    if isinstance(result.exception, ValueError | OSError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_calls_the_function(files):
+    out = files / "mined.jsonl"
+    said = command(files, "--k 2 --range-max 30 --relative-margin 0.1", report="report.json")
+    expected, report = mine(problem(), num_negatives=2, range_max=30, relative_margin=0.1)
+    assert list(read_examples(out)) == expected and str(report) in said
+    record = json.loads((files / "report.json").read_text(encoding="utf-8"))
+    assert record == json.loads(json.dumps(report.record()))
+    assert record["counts"]["examples"] == len(expected)
+    row = report.table()[0]
+    assert row["query"] in said and row["negative"] in said and "Next: read the list" in said
+
+
+def test_training_reads_what_the_command_wrote(files):
+    command(files, "--k 3 --format n-tuple --fill --relative-margin 0")
+    line = next(line for line in command(files, "--format n-tuple").split("\n") if "Next" in line)
+    name = re.search(r'name = "([^"]+)", weight = 1', line)[1]
+    mix = [{"name": name, "weight": 1}]
+    mixture = Mixture.from_config(mix, files, batch_size=4, cache_dir=files / "cache")
+    batch = mixture.batch(0)
+    assert {len(example) for example in batch.examples} == {2 + 5}  # --k is 5
+
+
+def test_the_command_with_an_index_and_without_a_corpus(files):
+    out = files / "mined.jsonl"
+    command(files, "--faiss --k 3")
+    assert list(read_examples(out)) == mine(problem(), relative_margin=0.05)[0]
+    p = problem()
+    own = p.corpus_embeddings[7 * np.arange(60) % 400]
+    np.save(files / "positives.npy", own)
+    command(files, "--k 3", **{"corpus": None, "document-vectors": "positives.npy"})
+    p.corpus, p.corpus_embeddings = None, own
+    assert list(read_examples(out)) == mine(p, relative_margin=0.05)[0]
+
+
+def test_the_command_rescores(files, reranker):
+    out = files / "mined.jsonl"
+    command(files, "--k 3 --relative-margin 0", rescore=reranker)
+    expected = mine(problem(), relative_margin=0.0, rescore=cross_encoder(reranker))[0]
+    assert list(read_examples(out)) == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"corpus": "short.txt"},
+            r"documents.npy: has the shape \(400, 16\) and .*short.txt has 3",
+        ),
+        ({"corpus": "other.txt"}, r"positives\[0\], 'passage 0', is not in the corpus \(60 of 60"),
+        ({"corpus": "one.txt", "document-vectors": "one.npy"}, r"is not in the corpus \(59 of 60"),
+        ({"words": "--k 400"}, "of 400 different passages at most 399 are left"),
+        ({"words": "--margin 3"}, "absolute_margin removed 2,500; loosen the rules"),
+        ({"words": "--relative-margin 95"}, "0.05 keeps negatives that score at most 95% of it"),
+        ({"words": "--format pairs"}, "output_format is 'pairs'; choose"),
+        ({"document-vectors": "nan.npy"}, r"corpus_embeddings\[7\] contains NaN or inf"),
+        ({"document-vectors": "narrow.npy"}, "the queries are 16 wide and the corpus 8"),
+        ({"query-vectors": "flat.npy"}, r"flat.npy: has the shape \(60,\)"),
+        ({"query-vectors": "none.npy"}, "none.npy"),
+        ({"query-vectors": "corpus.txt"}, "corpus.txt"),
+        ({"out": "mined.csv"}, "name the file .jsonl"),
+        ({"rescore": "none"}, "cannot be opened as a cross-encoder"),
+    ],
+)
+def test_bad_input_of_the_command(files, change, message):
+    (files / "short.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    (files / "other.txt").write_text("".join(f"other {n}\n" for n in range(400)), encoding="utf-8")
+    (files / "one.txt").write_text("passage 0\n", encoding="utf-8")
+    vectors = np.load(files / "documents.npy")
+    np.save(files / "one.npy", vectors[:1])
+    np.save(files / "narrow.npy", vectors[:, :8])
+    np.save(files / "nan.npy", np.where(np.arange(400)[:, None] == 7, np.nan, vectors))
+    np.save(files / "flat.npy", np.zeros(60))
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        command(files, **change)
+    assert "\n" not in str(error.value)
+    assert not list(files.glob("mined.*"))

@@ -172,12 +172,14 @@ class Exam:
     questions: tuple | None = None  # of data.read_retrieval
     query_prompt: str | None = None  # before each question; None = what the model says
     document_prompt: str | None = None  # before each document, the same way
+    labelled: tuple | None = None  # of evaluation.read_labelled: what is judged, what votes or None
 
     @property
     def texts(self) -> int:  # how many texts a measurement encodes
         "Count the texts."
         n_documents = sum(map(len, self.questions[:2])) if self.questions else 0
-        return n_documents + (2 * len(self.pairs[0]) if self.pairs else 0)
+        n_labelled = sum(len(side.texts) for side in self.labelled or () if side)
+        return n_documents + n_labelled + (2 * len(self.pairs[0]) if self.pairs else 0)
 
     def __call__(
         self,
@@ -195,6 +197,12 @@ class Exam:
             query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
             ranked = evaluation.evaluate_retrieval(query, *self.questions, encode_corpus=document)
             scores |= {"retrieval_n" if k == "n" else k: v for k, v in ranked.items()}
+        if self.labelled:
+            judged, voters = self.labelled
+            encode = partial(encoder.encode, progress=False)
+            voted = evaluation.evaluate_labels(encode, *judged, voters)
+            counts = {"n": "labels_n", "k": "labels_k", "classes": "labels_classes"}
+            scores |= {counts.get(k, k): v for k, v in voted.items()}
         return scores
 
 
@@ -203,13 +211,20 @@ def measures(
     retrieval: Path | None = None,  # folder in BEIR layout
     query_prompt: str | None = None,  # before each question: a name the model knows, or text
     document_prompt: str | None = None,  # before each document, the same way
-) -> Exam:  # SentenceEncoder -> dict of floats; {} if both paths are None
+    labels: Path | None = None,  # table of labelled texts
+    neighbors: Path
+    | None = None,  # labelled texts that vote on those; None = the others of `labels`
+    text: str = "text",  # column of both tables that holds the text
+    label: str = "label",  # column of both that holds the label
+) -> Exam:  # SentenceEncoder -> dict of floats; {} if there is nothing to measure
     "Read the evaluation data once and return what measures an encoder on it."
-    from contrastive_st import data
+    from contrastive_st import data, evaluation
 
     pairs = data.read_sts(sts) if sts else None
     questions = data.read_retrieval(retrieval) if retrieval else None
-    return Exam(pairs, questions, query_prompt, document_prompt)
+    sides = [path and evaluation.read_labelled(path, text, label) for path in (labels, neighbors)]
+    labelled = tuple(sides) if labels else None
+    return Exam(pairs, questions, query_prompt, document_prompt, labelled)
 
 # %% ../nbs/30_cli.ipynb #table
 _ANY_WIDTH = 1_000_000  # columns; a narrower console would cut the cells of a wider table
@@ -389,9 +404,11 @@ def _exam_options(recipe, folder, key):
     plan, where = getattr(recipe, key), f"{recipe.path}: {key}"
     paths = {
         field: recipes.inside(folder, name, f"{where}.{field}") if name else None
-        for field, name in (("sts", plan.sts), ("retrieval", plan.retrieval))
+        for field in ("sts", "retrieval", "labels", "neighbors")
+        for name in [getattr(plan, field)]
     }
-    return paths | {"query_prompt": plan.query_prompt, "document_prompt": plan.document_prompt}
+    options = ("query_prompt", "document_prompt", "text", "label")
+    return paths | {option: getattr(plan, option) for option in options}
 
 
 def _open(recipe, data_folder, store):

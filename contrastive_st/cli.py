@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'printable', 'Terminated', 'main', 'parse_changes', 'Exam', 'measures', 'table_text', 'score_table',
-           'check_output', 'evaluate', 'check_model', 'similarity', 'sample_pairs', 'resume_command', 'summary',
+           'check_output', 'evaluate', 'check_model', 'new', 'similarity', 'sample_pairs', 'resume_command', 'summary',
            'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'prepare', 'encode', 'search', 'demo']
 
 # %% ../nbs/30_cli.ipynb #imports-export
@@ -344,6 +344,79 @@ def _encoder(model):
 
     check_model(model)
     return SentenceEncoder.from_pretrained(model)
+
+# %% ../nbs/30_cli.ipynb #new
+def _names_in(text):
+    "The names in a list with commas; a name that holds a comma stands in double quotes."
+    import csv
+
+    names = [name.strip() for name in next(csv.reader([text or ""], skipinitialspace=True), [])]
+    if not all(names):
+        raise ValueError(f"--columns {text}: a name is empty; write such as question,answer")
+    return names
+
+
+def _score_range(text):
+    "The two numbers of a range, or None."
+    try:
+        low, high = map(float, text.split(",")) if text else (0, 1)
+        if not -1e9 < low < high < 1e9:  # not so for NaN
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--score-range {text}: give the lowest and the highest score, such as 0,5"
+        ) from None
+    return (low, high) if text else None
+
+
+@app.command()
+@_stoppable()
+def new(
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="Recipe to write, such as mine.toml; the data go to mine/ beside it."),
+    ],
+    data: Annotated[
+        str, typer.Option(help="A .csv, .tsv, .jsonl, .json or .parquet file, or a hub id.")
+    ],
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Anchor, positive and negatives, such as question,answer; with --label the text;"
+                " with --scores two texts and their score. Without it: found by their names."
+            )
+        ),
+    ] = None,
+    label: Annotated[str, typer.Option(help="Column of labels, if the texts have labels.")] = "",
+    scores: Annotated[
+        bool, typer.Option("--scores", help="The rows are pairs with a score.")
+    ] = False,
+    score_range: Annotated[
+        str | None,
+        typer.Option(help="Lowest and highest score, such as 0,5. Without it: the usual one."),
+    ] = None,
+    holdout: Annotated[
+        str, typer.Option(help="Rows to measure on: a share such as 10%, or a number.")
+    ] = "10%",
+    model: Annotated[
+        str, typer.Option(help="Where training starts: a hub id, or a folder.")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed holds out other rows.")] = 0,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+):
+    "Turn your own file into training data, a held-out exam and a recipe."
+    from contrastive_st.new import new_recipe
+
+    limits = _score_range(score_range)
+    chosen = _names_in(columns)
+    made = new_recipe(recipe, data, chosen, label, scores, limits, holdout, model, seed, split)
+    for remark in made.remarks:
+        _say(f"note: {remark}", err=True)
+    rows = [[name, f"{count:,}"] for name, count in made.rows.items()]
+    _say(f"{table_text([', '.join(made.layout.names), 'rows'], rows)}\n")
+    _say(f"Written: {made.recipe} and {made.folder}/")
+    _say(f"Next: {_program()} train {shlex.quote(str(made.recipe))}")
 
 # %% ../nbs/30_cli.ipynb #heat
 def similarity(

@@ -132,12 +132,24 @@ def _stoppable(todo=""):
         raise typer.Exit(128 + number) from None
 
 # %% ../nbs/30_cli.ipynb #main
+def _note_once():
+    "A way to show warnings, each text once: a run that measures often would repeat its notes."
+    texts = set()
+
+    def show(message, *rest):
+        if (text := str(message)) not in texts:
+            texts.add(text)
+            _say(f"note: {text}", err=True)
+
+    return show
+
+
 def main() -> None:
     "Run the command line; print what a user can mend as one sentence, with exit code 2."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for terminals that know few characters
-    warnings.showwarning = lambda message, *rest: _say(f"note: {message}", err=True)
+    warnings.showwarning = _note_once()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
@@ -531,10 +543,12 @@ def _is_first_process():
 
 def _say_what_is_measured(job):
     "Say what the first minutes of a run are spent on."
-    texts = {name: exam.texts for name, exam in zip(("evaluation", "test"), job.exams)}
-    parts = [f"{count:,} texts of {name}" for name, count in texts.items() if count]
+    pairs = sum(len(exam.pairs[0]) for exam in job.exams if exam.pairs)
+    passages = sum(len(exam.questions[0]) for exam in job.exams if exam.questions)
+    counts = {"passages": passages, "graded pairs": pairs}
+    parts = [f"{count:,} {name}" for name, count in counts.items() if count]
     if parts and _is_first_process():
-        _say(f"measuring the model before training, on {' and '.join(parts)}", err=True)
+        _say(f"measuring before: {' and '.join(parts)}", err=True)
 
 
 def _fit(job, text, out, xla, resume, overwrite, progress):
@@ -545,11 +559,11 @@ def _fit(job, text, out, xla, resume, overwrite, progress):
         from contrastive_st import xla as loop
     else:
         from contrastive_st import trainer as loop
-    if progress and not resume:
+    if not resume:
         _say_what_is_measured(job)
     arguments = job.encoder, job.mixture, job.config, out, *job.exams, resume, overwrite, text
     try:
-        return loop.train(*arguments, progress=progress)
+        return loop.train(*arguments, progress=progress or "lines")
     except Stopped as stop:
         if _is_first_process():
             _say(f"{stop}; go on with: {resume_command(sys.argv)}", err=True)
@@ -578,9 +592,11 @@ def summary(
     question: str,  # to ask of them
 ) -> str:  # lines to print
     "Say what a run achieved and what to type next."
+    from contrastive_st.run import format_rate
+
     lines = [
         f"\n{recipe.title}: {metrics['steps']} steps in {metrics['seconds']:.0f} s,"
-        f" {metrics['pairs_per_second']:.0f} examples/s"
+        f" {format_rate(metrics['pairs_per_second'])} examples/s"
     ]
     for name, scores in (("evaluation", metrics), ("test", metrics["test"])):
         if scores["before"]:
@@ -777,23 +793,25 @@ def report_lines(
     return "\n\n".join(filter(None, parts))
 
 # %% ../nbs/30_cli.ipynb #inspect
-def _plan(recipe, steps):
+def _plan(recipe, config):
     "Plan without the data: a report, the size of the encoder and the longest text it takes."
     from contrastive_st import recipes
     from contrastive_st.account import account
+    from contrastive_st.run import of_length
 
-    size = recipes.BACKBONES.get(recipe.model.name)
-    return account(recipes.plan(recipe), steps, 0), size, recipe.model.max_length or 128
+    size, mixture = recipes.BACKBONES.get(recipe.model.name), recipes.plan(recipe)
+    steps = of_length(config, mixture).steps
+    return account(mixture, steps, 0), size, recipe.model.max_length or 128
 
 
-def _look(recipe, data_folder, store, steps, sample):
+def _look(recipe, data_folder, store, config, sample):
     "What the files hold: a report, the size of the encoder and the longest text it takes."
     from contrastive_st import tokens
-    from contrastive_st.run import run_report
+    from contrastive_st.run import of_length, run_report
 
     mixture, encoder = recipe.mixture(data_folder, store), recipe.encoder()
     pieces = tokens.Tokens(encoder.tokenizer, encoder.max_length)
-    report = run_report(mixture, pieces, steps, sample)
+    report = run_report(mixture, pieces, of_length(config, mixture).steps, sample)
     layers = encoder.backbone.config.num_hidden_layers
     parameters = sum(p.numel() for p in encoder.backbone.parameters())
     return report, (layers, encoder.width, parameters), encoder.max_length
@@ -819,11 +837,11 @@ def inspect(
     if plot:
         check_output(plot, "--plot")
     recipe = recipes.load(recipe, parse_changes(changes), tiny)
-    steps = recipes.build(TrainConfig, recipe.train, f"{recipe.path}: train").steps
+    config = recipes.build(TrainConfig, recipe.train, f"{recipe.path}: train")
     if data_folder or store or recipe.data.folder:
-        report, size, longest = _look(recipe, data_folder, store, steps, sample)
+        report, size, longest = _look(recipe, data_folder, store, config, sample)
     else:
-        report, size, longest = _plan(recipe, steps)
+        report, size, longest = _plan(recipe, config)
         _say("planned from the sizes in the data config; --data FOLDER opens the files themselves")
     _say(f"\n{recipe.title}\n\n{report_lines(report)}\n")
     unknown = f"no time is estimated: the size of {recipe.model.name} is not known here"

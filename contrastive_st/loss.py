@@ -31,16 +31,29 @@ def _numbered(identities):
     return torch.zeros_like(order).scatter(0, order, new.cumsum(0))  # (N,), in the given order
 
 
-def same_text(
-    # columns: anchor, positive, then the K hard negatives
-    identities: Tensor,  # text identities of each row, (B, 2 + K) int64
-) -> Tensor:  # True = no negative of this anchor, (B, N) bool with N = B * (1 + K)
-    "Mark the candidates that equal the anchor or are known to belong to it."
+def _check_identities(identities, labels):
+    "Raise a ValueError unless identities and labels describe the rows of one batch."
     if identities.ndim != 2 or identities.shape[1] < 2 or identities.dtype != torch.int64:
         raise ValueError(
             f"identities are {tuple(identities.shape)} {identities.dtype}: they must be (B, C)"
             " torch.int64, C = anchor, positive, then the hard negatives"
         )
+    B = len(identities)
+    if labels is not None and (tuple(labels.shape) != (B,) or labels.dtype != torch.int64):
+        raise ValueError(
+            f"labels are {tuple(labels.shape)} {labels.dtype}: they must be (B,) = ({B},)"
+            " torch.int64, one for each row, 0 for a row without a label"
+        )
+
+
+def same_text(
+    # columns: anchor, positive, then the K hard negatives
+    identities: Tensor,  # text identities of each row, (B, 2 + K) int64
+    # anchor and positive of a row have its label, its hard negatives do not
+    labels: Tensor = None,  # class of each row, 0 = it has none, (B,) int64
+) -> Tensor:  # True = no negative of this anchor, (B, N) bool with N = B * (1 + K)
+    "Mark the candidates that equal the anchor, are known to belong to it, or share its label."
+    _check_identities(identities, labels)
     anchors, B = identities[:, 0], len(identities)  # (B,)
     # Positives first, then negatives row by row.
     candidates = torch.cat([identities[:, 1], identities[:, 2:].flatten()])  # (N,)
@@ -50,7 +63,11 @@ def same_text(
     pairs[anchor, candidate[:B]] = True
     # 2. looked up for each anchor and candidate; or the candidate equals the anchor
     is_right = pairs[anchor][:, candidate] | (anchors[:, None] == candidates)  # (B, N)
-    # 3. the own positive is never masked
+    # 3. or it is the positive of a row with the anchor's label
+    if labels is not None:
+        mates = (labels[:, None] == labels) & (labels != 0)  # (B, B)
+        is_right = torch.cat([is_right[:, :B] | mates, is_right[:, B:]], dim=1)  # (B, N)
+    # 4. the own positive is never masked
     own = torch.eye(B, len(candidates), dtype=torch.bool, device=identities.device)
     return is_right & ~own
 

@@ -247,7 +247,8 @@ class SentenceEncoder(torch.nn.Module):
         truncate_dim: int = None,  # keep the first so many dimensions; None = all
         # int8 and uint8 take their ranges from these texts
         precision: str = "float32",  # of the result: a key of `PRECISIONS`
-        progress: bool = True,  # a bar, if it takes more than a second
+        # a bar, for more than `batch_size` texts that take more than a second
+        progress: bool = True,
         # about twice as fast where the CPU or GPU has it; 1 - cosine to float32 is about 1e-4
         bf16: bool = False,  # compute in bfloat16
     ) -> np.ndarray:  # (N, D), rows in the order of `texts`
@@ -283,6 +284,15 @@ class SentenceEncoder(torch.nn.Module):
     ) -> np.ndarray:  # as `encode` gives it
         'Encode with the prompt named "document", or without a prompt if there is none.'
         return self._encode_with("document", texts, options)
+
+    def similarity(
+        self,
+        a: Iterable[str] | str | np.ndarray,  # N texts, or their vectors (N, D)
+        b: Iterable[str] | str | np.ndarray,  # M texts, or their vectors (M, D)
+    ) -> np.ndarray:  # (N, M) float32; a single text or vector counts as one row
+        "Compare each of `a` with each of `b`, as the model's settings say: by the cosine, mostly."
+        name = self.settings.get("similarity_fn_name") or "cosine"
+        return _compare(_vectors(self, a), _vectors(self, b), name)
 
     def _encode_with(self, name, texts, options):
         "Encode with the prompt of that name, if there is one and the options have none."
@@ -580,7 +590,8 @@ def _encode_parts(encoder, texts, before, batch_size, progress, bf16):
     "Encode texts part by part: vectors (N, D), and the counts for the warnings."
     parts, counts = [np.zeros((0, encoder.width), np.float32)], _Counts()
     total = 1 if isinstance(texts, str) else len(texts) if hasattr(texts, "__len__") else None
-    with tqdm(total=total, unit="text", disable=not progress, delay=1) as bar:
+    few = total is not None and total <= batch_size  # one call, of which a bar would show nothing
+    with tqdm(total=total, unit="text", disable=few or not progress, delay=1) as bar:
         for part in _in_parts(texts, PART_TEXTS):  # your iterator runs outside of evaluation mode
             first = counts.texts
             part, repaired = _check_texts(part, first)
@@ -590,6 +601,53 @@ def _encode_parts(encoder, texts, before, batch_size, progress, bf16):
             more = _Counts(len(part), truncated, repaired)
             counts = _Counts(*map(sum, zip(counts, more)))
     return np.concatenate(parts), counts
+
+# %% ../nbs/02_model.ipynb #similarity
+def _cosines(a, b):
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+_SIMILARITIES = {  # each: (N, D), (M, D) -> (N, M); more is more similar
+    "cosine": _cosines,
+    "dot": lambda a, b: a @ b.T,
+    "euclidean": lambda a, b: -torch.cdist(a, b),
+    "manhattan": lambda a, b: -torch.cdist(a, b, p=1),
+}
+
+
+def _vectors(encoder, given):
+    "Vectors (N, D) float32 of texts, or of what holds vectors already."
+    if isinstance(given, str):
+        return encoder.encode([given])
+    if not isinstance(given, np.ndarray | Tensor):
+        given = list(given)
+        if all(isinstance(text, str) for text in given):
+            return encoder.encode(given)
+    given = given.detach().cpu().float() if isinstance(given, Tensor) else given
+    try:
+        vectors = np.atleast_2d(np.asarray(given, np.float32))
+    except (ValueError, TypeError):  # rows of several widths, or neither texts nor vectors
+        raise ValueError("what is compared must be texts, or vectors of one width") from None
+    if vectors.ndim != 2:
+        raise ValueError(
+            f"vectors have the shape {vectors.shape}; give a table (N, D), a row for each text"
+        )
+    return vectors
+
+
+def _compare(a, b, name):
+    "Similarities (N, M) of vectors (N, D) and (M, D)."
+    if name not in _SIMILARITIES:
+        raise ValueError(
+            f"the model compares by {quote(name)}, which is not known; set similarity_fn_name in"
+            f" encoder.settings to one of {', '.join(_SIMILARITIES)}"
+        )
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"vectors of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared; encode"
+            " both with one model"
+        )
+    return _SIMILARITIES[name](torch.from_numpy(a), torch.from_numpy(b)).numpy()
 
 # %% ../nbs/02_model.ipynb #check-batch
 def _check_batch(token_ids, lengths):

@@ -9,10 +9,11 @@ __all__ = ['choose_arithmetic', 'train']
 import os
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,10 +24,13 @@ from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_torch_xla_available
 
+from .atomic import quote
 from .cpu import choose_matmul, has_bf16, matmul_precision, multiply_with
 from .machine import refuse_torch_tpu
+from .mixture import Mixture, as_mixture
 from .model import SentenceEncoder
-from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig, check_health
+from .run import SAVE_SECONDS, Abandoned, Lines, Run, Stopped, TrainConfig
+from .run import check_health, format_seconds, progress_style
 from .run import checkpoint_folder, last_checkpoint, load_training, load_weights
 from .run import log_line, lr_factor, rank_count, read_record, seed_step, train_step
 from .tokens import TokenBatch, Tokens, feed
@@ -42,7 +46,8 @@ class _Steps(IterableDataset):
         self.watch = watch  # sees the batches pass
 
     def _make(self, step):
-        return self.tokens(self.mixture.batch(step, *self.slice))._asdict()
+        batch = self.tokens(self.mixture.batch(step, *self.slice))._asdict()
+        return {name: values for name, values in batch.items() if values is not None}
 
     def __iter__(self):
         return self.watch(feed(self._make, range(self.start(), self.steps), self.workers))
@@ -156,6 +161,7 @@ class _ContrastiveTrainer(Trainer):
         return metrics
 
     def _measure(self):
+        self.tracker.step = self.state.global_step
         try:
             return self.run.evaluate(f" at step {self.state.global_step}")
         except Abandoned:
@@ -400,11 +406,27 @@ class _Lines(ProgressCallback):
         if self.training_bar is not None and (line := log_line(state.global_step, logs or {})):
             self.training_bar.write(line)
 
+
+class _PlainLines(TrainerCallback):
+    "Print each log entry as a line that says how far the run is."
+
+    def __init__(self, run):
+        self.run, self.lines = run, Lines(run.config.steps, run.mixture.batch_size)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        steps, batch_size = self.run.config.steps, self.run.mixture.batch_size
+        self.lines = Lines(steps, batch_size, state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            self.lines.show(state.global_step, logs or {})
+
 # %% ../nbs/18_trainer.ipynb #make-trainer
-def _trainer(run, compute, callbacks, progress):
+def _trainer(run, compute, callbacks, style):
     "Wire a run to transformers' Trainer."
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.out / "tensorboard")
-    callbacks = [*callbacks, TensorBoardCallback(), *([_Lines()] if progress else [])]
+    shown = {"bar": [_Lines()], "lines": [_PlainLines(run)], "none": []}[style]
+    callbacks = [*callbacks, TensorBoardCallback(), *shown]
     args = _arguments(run.config, run.out)
     trainer = _ContrastiveTrainer(run, compute, args=args, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)  # prints dictionaries
@@ -414,11 +436,6 @@ def _trainer(run, compute, callbacks, progress):
 
 def _check(encoder, mixture, config):
     "Refuse, before the directory is taken, what would fail later or only look right."
-    if not hasattr(mixture, "batch"):
-        raise ValueError(
-            f"mixture is a {type(mixture).__name__};"
-            " train takes a Mixture, which says the batch size and the weights"
-        )
     if max(config.widths, default=0) > encoder.width:
         raise ValueError(
             f"widths are {list(config.widths)},"
@@ -464,8 +481,11 @@ def _run_steps(run, trainer, checkpoint):
         raise run.stopped()
 
 
-def _finish(run, trainer, seconds):
+def _finish(run, trainer, seconds, style):
     "Choose the best model, measure and save it; a signal saves the last step instead."
+    if style == "lines":
+        steps = f"{run.tracker.step} of {run.config.steps} steps"
+        print(f"{steps} in {format_seconds(seconds)}; measuring and saving", flush=True)
     try:
         run.take_best()
         return run.finish(seconds)
@@ -477,12 +497,97 @@ def _finish(run, trainer, seconds):
                 trainer._save_checkpoint(run.encoder)
         raise run.stopped() from None
 
+# %% ../nbs/18_trainer.ipynb #one-call
+_PAIRS = 64  # of a global batch, if there are so many
+
+
+def _read_data(data, batch_size, weights):
+    "The mixture that was passed, or one of whatever else holds examples."
+    if hasattr(data, "batch") and hasattr(data, "batch_size"):
+        if batch_size is not None or weights is not None:
+            raise ValueError(
+                "data is a mixture, which has a batch size and weights of its own; leave out"
+                " batch_size and weights, or pass the datasets themselves"
+            )
+        return data
+    opened = as_mixture(data, batch_size=2)  # of two rows, until we know how many there are
+    rows, k = sum(map(len, opened.sources)), opened.datasets_per_batch
+    batch_size = max(min(_PAIRS, rows) // k * k, k) if batch_size is None else batch_size
+    weights = opened.weights if weights is None else weights
+    return Mixture(opened.sources, weights, batch_size, k)
+
+
+def _configure(config, options, is_mixture):
+    "The configuration that was passed, or one of the options; without a length it is one epoch."
+    if config is not None and options:
+        raise ValueError(
+            f"config is given, and beside it {', '.join(options)[:80]}; write the option into the"
+            " config"
+        )
+    if config is not None:
+        return config
+    has_length = is_mixture or {"steps", "epochs"} & options.keys()
+    return TrainConfig(**({} if has_length else {"epochs": 1}) | options)
+
+
+def _check_call(encoder, out, resume):
+    "Raise `ValueError` for a call whose result would be lost."
+    if out is None and resume:
+        raise ValueError("resume needs out, the directory of the run that goes on")
+    if out is None and isinstance(encoder, str | Path):
+        raise ValueError(
+            f"encoder is the name {quote(str(encoder))} and there is no out, so what is trained"
+            " would be lost; give out, or load it with SentenceEncoder.from_pretrained"
+        )
+
+# %% ../nbs/18_trainer.ipynb #place
+@contextmanager
+def _place(out):
+    "The directory of a run; without one a temporary directory, which is deleted at the end."
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            yield Path(folder, "run")
+        except Stopped as stop:
+            where = str(stop).partition(";")[0]  # such as "stopped at step 3 of 6"
+            raise Stopped(f"{where}; nothing is saved, as there is no out", stop.code) from None
+
+# %% ../nbs/18_trainer.ipynb #train-run
+def _train(run, compute, resume, overwrite, recipe, callbacks, style):
+    "Take the directory of a run, train, measure and save it; {} on other ranks than the first."
+    # 1. take the directory, on the first rank; it may hold another run (ValueError), or this one
+    encoder, main = run.encoder, int(os.environ.get("RANK", 0)) == 0
+    mode = encoder.training
+    with run.taken(resume, overwrite) if main else run.signals as checkpoint:
+        finished = main and run.finished  # before anything is started that writes
+        trainer = _trainer(run, compute, callbacks, style)
+        finished, checkpoint = _from_main(lambda: (finished, checkpoint and str(checkpoint)))
+        if checkpoint:
+            _keep_computing(compute, run.out)
+        if finished:
+            return run.recorded() if main else {}
+        # 2. train, measure and save
+        with multiply_with(compute["matmul"]):
+            if main:
+                run.begin(recipe)
+                if style != "none":
+                    print(_compute_line(compute), flush=True)
+            start = time.time()
+            _run_steps(run, trainer, checkpoint)
+            encoder.train(mode)
+            return _finish(run, trainer, time.time() - start, style) if main else {}
+
 # %% ../nbs/18_trainer.ipynb #train
 def train(
-    encoder: SentenceEncoder,  # trained in place
-    mixture,  # mixture.Mixture: gives the global batch of any step
-    config: TrainConfig = TrainConfig(),  # every number of the loop
-    out: str | Path = "runs/latest",  # run directory: records, checkpoints, TensorBoard, model
+    encoder: SentenceEncoder | str | Path,  # trained in place; a name or folder is loaded
+    # a Mixture, a DataFrame, a datasets.Dataset, a list of tuples of texts, a path or hub id, or a
+    # list of these
+    data,
+    config: TrainConfig | None = None,  # every number of the loop; None = the options below
+    # None trains in a temporary place, and only the encoder is kept
+    out: str | Path | None = None,  # run directory: records, checkpoints, TensorBoard, model
     # before, during and after; may select the model
     evaluate: Callable | None = None,  # SentenceEncoder -> dict of numbers
     test: Callable | None = None,  # the same, before and after only
@@ -491,30 +596,23 @@ def train(
     overwrite: bool = False,  # delete the run in `out` first
     recipe: str = "",  # text of the recipe, kept in the run directory
     callbacks: Sequence = (),  # more transformers TrainerCallbacks
-    progress: bool = True,  # show the progress bar and the log lines
+    # True = a bar in a terminal and plain lines elsewhere; "lines" = always plain lines
+    progress: bool | str = True,
+    batch_size: int | None = None,  # pairs of a global batch; None = 64, or all if they are fewer
+    weights: Sequence[float] | None = None,  # one for each dataset; None = as their rows
+    **options,  # fields of TrainConfig, such as epochs=1 or lr=5e-5
 ) -> dict:  # "before", "after", "test", "steps", "best_step", "ended_by", ...; {} on other ranks
-    "Train `encoder` on the batches of `mixture`; a signal ends the run with `Stopped`."
+    "Train `encoder` on pairs of texts; a signal ends the run with `Stopped`."
     # 1. everything that can be refused before the directory is taken
+    style = progress_style(progress)
+    _check_call(encoder, out, resume)
+    mixture = _read_data(data, batch_size, weights)
+    config = _configure(config, options, mixture is data)
+    if not isinstance(encoder, torch.nn.Module):
+        encoder = SentenceEncoder.from_pretrained(encoder)
     _check(encoder, mixture, config)
     compute = choose_arithmetic(encoder, config, _device())
-    # 2. take the directory, on the first rank; it may hold another run (ValueError), or this one
-    run = Run(encoder, mixture, config, out, evaluate, test, versions={"compute": compute})
-    main, mode = int(os.environ.get("RANK", 0)) == 0, encoder.training
-    with run.taken(resume, overwrite) if main else run.signals as checkpoint:
-        finished = main and run.finished  # before anything is started that writes
-        trainer = _trainer(run, compute, callbacks, progress)
-        finished, checkpoint = _from_main(lambda: (finished, checkpoint and str(checkpoint)))
-        if checkpoint:
-            _keep_computing(compute, run.out)
-        if finished:
-            return run.recorded() if main else {}
-        # 3. train, measure and save
-        with multiply_with(compute["matmul"]):
-            if main:
-                run.begin(recipe)
-                if progress:
-                    print(_compute_line(compute))
-            start = time.time()
-            _run_steps(run, trainer, checkpoint)
-            encoder.train(mode)
-            return _finish(run, trainer, time.time() - start) if main else {}
+    # 2. the run, in its directory or in one that is deleted afterwards
+    with _place(out) as folder:
+        run = Run(encoder, mixture, config, folder, evaluate, test, versions={"compute": compute})
+        return _train(run, compute, resume, overwrite, recipe, callbacks, style)

@@ -35,8 +35,14 @@ from .atomic import expanded
 from .machine import pair_arguments, refusal, tpu_chips
 from .model import POOLINGS, SentenceEncoder
 from .tokens import TokenBatch, Tokens, feed, pad
-from .run import SAVE_SECONDS, Abandoned, Run, TrainConfig, check_health
-from .run import load_training, load_weights, log_line, set_learning_rate, train_step
+from .run import SAVE_SECONDS, Abandoned, Lines, Run, TrainConfig, check_health
+from contrastive_st.run import (
+    load_training,
+    load_weights,
+    progress_style,
+    set_learning_rate,
+    train_step,
+)
 
 # %% ../nbs/19_xla.ipynb #seam
 def _same_release(a, b):
@@ -225,6 +231,10 @@ def lay_out(
         "rows": rows[order].int(),  # (C*B,)
         "identities": batch.identities,  # (B, C)
         "truncated": truncated,
+    } | {  # a batch has labels, scores, or neither, (B,)
+        name: values
+        for name, values in (("labels", batch.labels), ("scores", batch.scores))
+        if values is not None
     }
 
 
@@ -475,7 +485,9 @@ def make_step(
 ) -> Callable:  # totals, step, and the tensors of `lay_out` by name -> totals, step + 1
     "Compile the training step; a program too many, or a wait for the host inside, is an error."
 
-    def contrastive(totals, step, input_ids, lengths, rows, identities, truncated):
+    def contrastive(
+        totals, step, input_ids, lengths, rows, identities, truncated, labels=None, scores=None
+    ):
         noise.rows, noise.step, columns = rows, step, identities.shape[1]
 
         def embed_columns(input_ids, lengths):
@@ -483,7 +495,7 @@ def make_step(
                 vectors = embed(encoder, input_ids, lengths)  # (C*B, D)
             return _columns_first(vectors, columns, devices)
 
-        batch = TokenBatch(input_ids, lengths, identities, truncated)
+        batch = TokenBatch(input_ids, lengths, identities, truncated, labels, scores)
         logs = train_step(encoder, batch, config, optimizer, embed_columns)
         # Numbers for the log, which stay on the device.
         return totals + torch.stack([logs[name].float() for name in _LOGGED]), step + 1
@@ -646,11 +658,11 @@ class _Log:
 
     # The loop does not wait for the numbers: the thread does.
 
-    def __init__(self, run, progress):
-        self.run, self.progress = run, progress
+    def __init__(self, run, lines):
+        self.run, self.lines = run, lines
         self.last_step = run.tracker.step  # of the line before
         self.pool, self.line = ThreadPoolExecutor(1, "log"), None
-        self.zero, self.since = torch.zeros(len(_LOGGED)).to(_torch_xla().device()), time.time()
+        self.zero = torch.zeros(len(_LOGGED)).to(_torch_xla().device())
 
     def __call__(self, totals, lr):
         self.wait()
@@ -664,24 +676,22 @@ class _Log:
         logs = dict(zip(_LOGGED, means)) | {"learning_rate": lr, "step": step}
         check_health(logs, step, self.run.config)
         self.run.tracker.history.append(logs)
-        rate = steps * self.run.mixture.batch_size / (time.time() - self.since)
-        self.since = time.time()
-        if self.progress:
-            print(f"{log_line(step, logs)}   {rate:,.0f} rows/s", flush=True)
+        if self.lines:
+            self.lines.show(step, logs)
 
     def wait(self):
         if self.line:
             self.line.result()  # raises here what the line's health check found
 
 
-def _evaluate(run, progress):
+def _evaluate(run, lines):
     "Measure the encoder on the host; says whether to stop early."
     tracker = run.tracker
     metrics = run.evaluate(f" at step {tracker.step}")
     entry = {f"eval_{name}": value for name, value in metrics.items()}
     tracker.history.append({"step": tracker.step} | entry)
-    if progress and (line := log_line(tracker.step, tracker.history[-1])):
-        print(line, flush=True)
+    if lines:
+        lines.show(tracker.step, tracker.history[-1])
     tracker.improves(metrics)
     return tracker.out_of_patience()
 
@@ -743,11 +753,11 @@ def _due(run, last_save):
     return _Due(measure or save or at_every(config.log_every), measure, save, stop)
 
 
-def _measure_and_save(run, due, optimizer, buckets, progress):
+def _measure_and_save(run, due, optimizer, buckets, lines):
     "Do what is due, with the devices' weights in the encoder; says whether to stop."
     save, stop = due.save, due.stop
     try:
-        stop = (due.measure and _evaluate(run, progress)) or stop
+        stop = (due.measure and _evaluate(run, lines)) or stop
     except Abandoned:  # the evaluation is made again after a resume
         save = stop = True
     if save:
@@ -755,9 +765,9 @@ def _measure_and_save(run, due, optimizer, buckets, progress):
     return stop
 
 
-def _loop(run, replica, optimizer, step, batches, buckets, devices, progress):
+def _loop(run, replica, optimizer, step, batches, buckets, devices, lines):
     "The training loop: a few lines a step, and nothing in them waits for the devices."
-    tracker, log, guard = run.tracker, _Log(run, progress), _guard(replica, devices)
+    tracker, log, guard = run.tracker, _Log(run, lines), _guard(replica, devices)
     totals, last_save = log.zero, time.monotonic()
     count = torch.tensor(tracker.step, dtype=torch.int32, device=totals.device)
     for batch in batches:  # on the devices already
@@ -775,7 +785,7 @@ def _loop(run, replica, optimizer, step, batches, buckets, devices, progress):
         # 3. measure, save, and perhaps stop: here the loop waits for the devices
         log.wait()
         _to_host(run.encoder, replica)
-        if _measure_and_save(run, due, optimizer, buckets, progress):
+        if _measure_and_save(run, due, optimizer, buckets, lines):
             break
         if due.save:
             last_save = time.monotonic()
@@ -800,12 +810,12 @@ def train(
     mesh=None,  # as `start` returns it; None starts
     # if there is no mesh
     cache: str | Path | None = None,  # where a TPU keeps compiled programs for the next process
-    progress: bool = True,  # print devices and log lines
+    progress: bool | str = True,  # print devices and log lines
 ) -> dict:  # as trainer.train returns it; empty on other hosts than the first
     "Train on all XLA devices: the run of trainer.train without attention dropout."
     # The step is one sharded program for each bucket and number of columns.
     mesh, (host, hosts) = mesh or start(cache=cache), _hosts()
-    about, progress = _versions(mesh), progress and not host
+    about, progress = _versions(mesh), progress_style(progress) != "none" and not host
     if progress:
         print(f"{about['xla_devices']} XLA devices, {about['xla_device']}", flush=True)
     _check(encoder, mixture, config, buckets, mesh.size())
@@ -832,18 +842,21 @@ def _train(run, checkpoint, tokens, mesh, progress):
     config, tracker, buckets = run.config, run.tracker, tokens.buckets
     # 1. where it stands
     optimizer_state = _load(run, checkpoint, buckets) if checkpoint else None
+    lines = Lines(config.steps, run.mixture.batch_size, tracker.step) if progress else None
     if tracker.owes_evaluation():
-        _evaluate(run, progress)
+        _evaluate(run, lines)
     if tracker.step and tracker.is_over():
         return
     # 2. its encoder on the devices, and the compiled step
     replica, optimizer, noise = _device_copy(run.encoder, config, mesh, optimizer_state)
-    graphs = len(buckets) * len({len(source.columns) for source in run.mixture.sources})
+    # graded pairs take a program of their own
+    forms = {(len(s.columns), getattr(s, "has_scores", False)) for s in run.mixture.sources}
+    graphs = len(buckets) * len(forms)
     step = make_step(replica, optimizer, config, noise, mesh.size(), graphs)
     # 3. all steps that are left
     batches = _batches(run.mixture, tokens, config, tracker.step, mesh)
     with contextlib.closing(batches):
-        _loop(run, replica, optimizer, step, batches, buckets, mesh.size(), progress)
+        _loop(run, replica, optimizer, step, batches, buckets, mesh.size(), lines)
     if run.signals.number and not tracker.is_over():
         raise run.stopped()
 

@@ -547,3 +547,35 @@ def test_the_page_plans_with_what_the_package_declares():
     settings = (ROOT / "settings.ini").read_text()
     declared = set(re.findall(r"^(?:requirements|notebooks_requirements) = (.*)", settings, re.M))
     assert len(printed) == 5 and set(printed) <= set(" ".join(declared).split())
+
+
+# --- the package itself
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, contrastive_st as c; print(*sorted({*sys.modules}), *dir(c))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    names = done.stdout.split()
+    assert {"SentenceEncoder", "train", "evaluate_sts", "__version__"} <= {*names}
+    assert not {"torch", "numpy", "transformers", "datasets", "pydantic", "rich"} & {*names}
+
+
+def test_every_name_of_the_package_is_that_of_its_module():
+    import contrastive_st
+    from contrastive_st import trainer
+    from contrastive_st.model import SentenceEncoder
+
+    assert contrastive_st.train is trainer.train
+    assert contrastive_st.SentenceEncoder is SentenceEncoder
+    assert all(callable(getattr(contrastive_st, name)) for name in contrastive_st.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        contrastive_st.trian
+
+
+def test_nbdev_changes_the_version_of_the_package_and_nothing_else(tmp_path):
+    from nbdev.config import update_version
+
+    text = (ROOT / "contrastive_st/__init__.py").read_text()
+    (tmp_path / "__init__.py").write_text(re.sub('__version__ = ".*"', '__version__ = "0"', text))
+    update_version(tmp_path)
+    assert (tmp_path / "__init__.py").read_text() == text

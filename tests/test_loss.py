@@ -69,15 +69,17 @@ def loop_loss(
     )
 
 
-def loop_same_text(rows):
+def loop_same_text(rows, labels=None):
     candidates = [row[1] for row in rows] + [text for row in rows for text in row[2:]]
     known = {(row[0], row[1]) for row in rows}
+    labels = labels or [0] * len(rows)
+
+    def is_right(i, n):
+        mates = n < len(rows) and labels[i] == labels[n] != 0
+        return mates or rows[i][0] == candidates[n] or (rows[i][0], candidates[n]) in known
+
     return [
-        [
-            n != i and (row[0] == text or (row[0], text) in known)
-            for n, text in enumerate(candidates)
-        ]
-        for i, row in enumerate(rows)
+        [n != i and is_right(i, n) for n, text in enumerate(candidates)] for i in range(len(rows))
     ]
 
 
@@ -248,6 +250,25 @@ def test_mask_holds_for_identities_at_the_ends_of_the_range():
     assert same_text(torch.tensor(rows)).tolist() == loop_same_text(rows)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("columns", [2, 4])
+@pytest.mark.parametrize("classes", [1, 4, 1000])
+def test_mask_with_labels_equals_its_definition(seed, columns, classes):
+    g = torch.Generator().manual_seed(seed)
+    identities = torch.randint(-30, 30, (9, columns), generator=g)
+    labels = torch.randint(0, classes + 1, (9,), generator=g)  # 0: without a label
+    same = same_text(identities, labels)
+    assert same.tolist() == loop_same_text(identities.tolist(), labels.tolist())
+    assert torch.equal(same[:, :9].T, same_text(identities[:, :2].flip(1), labels))  # the way back
+
+
+def test_labels_reach_no_hard_negative_and_zero_says_nothing():
+    identities = torch.arange(9).view(3, 3)
+    assert not same_text(identities, torch.zeros(3, dtype=torch.int64)).any()
+    same = same_text(identities, torch.full((3,), 5))
+    assert torch.equal(same[:, :3], ~torch.eye(3, dtype=torch.bool)) and not same[:, 3:].any()
+
+
 def test_masked_cells_get_no_gradient():
     # one-hot anchors: the gradient of candidate n is the sum over anchors i of g[i, n] * anchor i,
     # so it can be read off cell by cell
@@ -363,6 +384,7 @@ def test_nan_is_not_hidden():
 # --- refusals ---
 
 x = torch.zeros(4, 8)
+IDS = torch.zeros(4, 2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +413,8 @@ x = torch.zeros(4, 8)
         (lambda: same_text(torch.zeros(4, dtype=torch.int64)), ["(4,)", "(B, C)"]),
         (lambda: same_text(torch.zeros(4, 1, dtype=torch.int64)), ["(4, 1)"]),
         (lambda: same_text(torch.zeros(4, 2)), ["torch.float32", "torch.int64"]),
+        (lambda: same_text(IDS, torch.zeros(3).long()), ["labels are (3,)", "(4,)"]),
+        (lambda: same_text(IDS, torch.zeros(4)), ["labels are (4,) torch.float32", "torch.int64"]),
         (lambda: matryoshka(x, x, widths=[]), ["at least one"]),
         (lambda: matryoshka(x, x, widths=[8, 16]), ["[8, 16]", "width 8"]),
         (lambda: matryoshka(x, x, widths=[0]), ["[0]"]),

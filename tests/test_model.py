@@ -575,3 +575,65 @@ def test_numpy_integers_are_integers(encoder):
 def test_parts_of_other_types_are_one_sentence(tiny_backbone, tiny_tokenizer, options, said):
     with pytest.raises(ValueError, match=said):
         SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=16, **options)
+
+
+# ---- similarity ----
+
+
+@pytest.mark.parametrize("name", [None, "cosine", "dot", "euclidean", "manhattan"])
+def test_similarity_is_that_of_sentence_transformers(encoder, tmp_path, name):
+    if name:
+        encoder.settings["similarity_fn_name"] = name
+    encoder.save_pretrained(tmp_path)
+    peer, (a, b) = theirs(tmp_path), (encoder.encode(TEXTS[:3]), encoder.encode(TEXTS[3:8]))
+    expected = peer.similarity(a, b).numpy()
+    assert expected.shape == (3, 5)
+    for left, right in (
+        (a, b),
+        (torch.from_numpy(a), b),
+        (TEXTS[:3], list(b)),
+        (list(a), TEXTS[3:8]),
+    ):
+        np.testing.assert_allclose(encoder.similarity(left, right), expected, atol=1e-5)
+
+
+def test_a_single_text_or_vector_is_a_row(encoder):
+    vectors = encoder.encode(TEXTS[:4])
+    for one in (TEXTS[0], vectors[0], [TEXTS[0]], vectors[:1]):
+        assert encoder.similarity(one, vectors).shape == (1, 4)
+        assert encoder.similarity(one, vectors)[0, 0] == pytest.approx(1, abs=1e-5)
+    assert encoder.similarity([], vectors).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "b, said",
+    [
+        (np.ones((2, 5)), "vectors of 32 and of 5 dimensions cannot be compared"),
+        (np.ones((2, 2, 32)), "vectors have the shape"),
+        ([[1.0, 2.0], [1.0]], "must be texts, or vectors of one width"),
+        (["a", 5], "must be texts, or vectors of one width"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_sentence(encoder, b, said):
+    with pytest.raises(ValueError, match=said):
+        encoder.similarity("a cat", b)
+
+
+def test_an_unknown_similarity_is_one_sentence(encoder):
+    encoder.settings["similarity_fn_name"] = "cosmic"
+    with pytest.raises(ValueError, match="compares by 'cosmic', which is not known; set"):
+        encoder.similarity("a", "b")
+
+
+@pytest.mark.parametrize("texts, bar", [("one", False), (["a"] * 32, False), (["a"] * 33, True)])
+def test_few_texts_have_no_bar(encoder, monkeypatch, texts, bar):
+    calls = []
+
+    class Bar(model.tqdm):
+        def __init__(self, *args, **options):
+            calls.append(not options["disable"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(model, "tqdm", Bar)
+    encoder.encode(texts)
+    assert calls == [bar]

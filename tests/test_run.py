@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -33,20 +34,27 @@ from test_trainer import (
 from contrastive_st import trainer
 from contrastive_st.atomic import MANIFEST, Damaged, read_json
 from contrastive_st.data import Source
+from contrastive_st.losses import cosent
 from contrastive_st.mixture import Mixture
 from contrastive_st.run import (
+    Lines,
     Stopped,
     TrainConfig,
+    batch_loss,
     check_health,
     claim,
     find_checkpoint,
+    format_seconds,
     load_training,
     log_line,
     lr_factor,
     mean_cosine,
+    of_length,
     plain_metrics,
+    progress_style,
     run_report,
     run_state,
+    train_step,
     write_checkpoint,
 )
 from contrastive_st.tokens import Tokens
@@ -378,7 +386,7 @@ class Interrupted(Scores):
         return super().__call__(encoder)
 
 
-@pytest.mark.parametrize("call, step", [(1, 0), (2, 2), (3, 4), (4, 6), (5, 6)])
+@pytest.mark.parametrize("call, step", [(1, 0), (2, 2), (3, 4), (4, 6)])
 @pytest.mark.parametrize("patience", [0, 1])
 def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(
     tmp_path, call, step, patience
@@ -577,9 +585,17 @@ def test_a_full_width_that_is_not_trained_is_said(tmp_path):
         train_tiny(tmp_path / "a", config(1, widths=(8,)))
 
 
-@pytest.mark.parametrize("data", [[("a", "b")], {"anchor": ["a"]}, "file.jsonl", None])
-def test_data_that_is_no_mixture_is_refused(tmp_path, data):
-    with pytest.raises(ValueError, match="train takes a Mixture"):
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ([("a", "b")], "every row has the same texts"),
+        ({"anchor": ["a"]}, "no known pair of columns"),
+        ("file.jsonl", "file.jsonl: no such file"),
+        (None, "a NoneType has no rows"),
+    ],
+)
+def test_data_that_holds_no_pairs_is_refused(tmp_path, data, said):
+    with pytest.raises(ValueError, match=said):
         train(make_encoder(), data, config(), tmp_path / "run", progress=False)
 
 
@@ -986,6 +1002,186 @@ def test_a_wrong_setting_is_one_sentence(wrong, said):
     assert "\n" not in text and len(text) < 250
 
 
+@pytest.mark.parametrize(
+    "given, steps, warmup",
+    [
+        ({}, 1000, 100),
+        ({"steps": 90}, 90, 9),
+        ({"steps": 5}, 5, 0),
+        ({"steps": 90, "warmup": 0}, 90, 0),
+        ({"epochs": 2}, None, None),
+        ({"epochs": 2, "warmup": 3}, None, 3),
+    ],
+)
+def test_warm_up_is_a_tenth_of_the_steps_unless_given(given, steps, warmup):
+    c = TrainConfig(**given)
+    assert (c.steps, c.warmup) == (steps, warmup)
+
+
+@pytest.mark.parametrize(
+    "epochs, steps", [(1, 5), (0.2, 1), (0.01, 1), (2.5, 13), (0.8, 4), (3, 15)]
+)
+def test_epochs_are_steps_by_the_rows_of_the_mixture(epochs, steps):
+    mixture = make_mixture()  # 40 rows in batches of 8
+    c = of_length(TrainConfig(epochs=epochs), mixture)
+    assert (c.steps, c.warmup, c.epochs) == (steps, steps // 10, None)
+    assert of_length(c, mixture) is c
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"steps": 5, "epochs": 1}, "steps is 5 and epochs is 1; give one of the two"),
+        ({"epochs": 0}, "epochs should be greater than 0"),
+        ({"epochs": float("inf")}, "epochs should be"),
+        ({"epochs": "2"}, "epochs should be a valid number, not '2'"),
+    ],
+)
+def test_a_wrong_length_is_one_sentence(given, said):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**given)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_warm_up_that_is_longer_than_the_epochs_is_refused():
+    with pytest.raises(ValueError, match="warmup is 6 steps but the run has 5"):
+        of_length(TrainConfig(epochs=1, warmup=6), make_mixture())
+
+
+def test_a_run_of_epochs_is_recorded_in_steps_and_resumed(tmp_path):
+    def c(epochs):
+        return TrainConfig(epochs=epochs, lr=1e-3, save_every=2, workers=0)
+
+    with pytest.raises(Crash):
+        train_tiny(tmp_path, c(1), callbacks=[At(3, crash)])
+    record = read_json(tmp_path / "config.json")
+    assert (record["steps"], record["warmup"]) == (5, 0) and "epochs" not in record
+    with pytest.raises(ValueError, match="steps was 5, now 10"):
+        train_tiny(tmp_path, c(2), resume=True)
+    train_tiny(tmp_path, c(1), resume=True)
+    assert read(tmp_path, "metrics")["steps"] == 5
+
+
+# ---- how a run speaks ----
+
+
+def test_plain_lines_say_how_far_how_fast_and_how_long():
+    times = iter((0, 10, 20, 24))
+    lines = Lines(steps=100, batch_size=64, step=20, clock=lambda: next(times))
+    logs = {"loss": 2.0, "learning_rate": 1e-4, "masked": 0.1, "truncated": 0.002}
+    assert lines.line(30, logs) == (
+        "step  30 of 100   loss 2.000   lr 1.0e-04   64.0 pairs/s   70 s left"
+    )
+    assert lines.line(30, {"eval_ndcg@10": 0.5}) == "step  30 of 100   ndcg@10 0.500"
+    # the evaluation took 10 seconds, which are no seconds of training
+    assert lines.line(40, logs | {"truncated": 0.25}) == (
+        "step  40 of 100   loss 2.000   lr 1.0e-04   truncated 25.0%   160 pairs/s   72 s left"
+    )
+    assert lines.line(40, {"train_loss": 1.0}) == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(3.2, "3 s"), (89, "89 s"), (90, "2 min"), (5340, "89 min"), (5400, "1 h 30 min")],
+)
+def test_times_are_written_as_people_say_them(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "progress, style",
+    [(True, "lines"), (False, "none"), ("bar", "bar"), ("lines", "lines"), (1, "lines")],
+)
+def test_without_a_terminal_a_run_speaks_in_lines(progress, style):
+    assert progress_style(progress) == style
+    with pytest.raises(ValueError, match="progress is 'loud'; use True, False, 'bar' or 'lines'"):
+        progress_style("loud")
+
+
+# ---- labels and scores ----
+
+
+def marked(batch, kind):
+    "A batch with labels or scores, which follow from its rows."
+    if kind == "labels":
+        return batch._replace(labels=batch.identities[:, 0] % 3)
+    return batch._replace(scores=(batch.identities[:, 1] % 5).float() / 4)
+
+
+@pytest.mark.parametrize("mask_same", [True, False])
+def test_rows_of_one_label_are_no_negatives(mask_same):
+    batch = Tokens(make_tokenizer(), 64)(make_mixture(columns=3).batch(0))
+    labels = torch.tensor([5, 5, 0, 0, 7, 7, 7, 9])
+    x = torch.nn.functional.normalize(torch.randn(24, 16), dim=-1)
+    c = config(mask_same=mask_same)
+    loss, masked = batch_loss(x, batch.identities, c, labels)
+    a, p, n = x.view(3, 8, 16)
+    scores = 20 * a @ torch.cat([p, n]).T  # (8, 16)
+    for i, j in ((0, 1), (4, 5), (4, 6), (5, 6)):
+        scores[i, j] = scores[j, i] = -math.inf
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(8))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert masked.item() == pytest.approx(8 / 8)
+
+
+@pytest.mark.parametrize("widths", [(), (8, 16)])
+def test_graded_pairs_are_put_in_order_by_cosent(widths):
+    batch, x = Tokens(make_tokenizer(), 64)(make_mixture().batch(0)), torch.randn(16, 16)
+    scores = torch.tensor([0, 0.25, 0.25, 0.5, 0.75, 1, 1, 0])
+    loss, masked = batch_loss(x, batch.identities, config(widths=widths), scores=scores)
+    expected = sum(cosent(x[:8, :w], x[8:, :w], scores) for w in widths or (16,))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and masked == 0
+    with pytest.raises(ValueError, match="graded rows have 4 texts"):
+        batch_loss(x, batch.identities[:4].repeat(1, 2), config(), scores=scores[:4])
+
+
+def marked_steps(embed, encoder, rank=0, ranks=1):
+    "Loss and gradients of a step for both kinds, whole and in chunks."
+    found = {}
+    for kind in ("labels", "scores"):
+        batch = marked(Tokens(make_tokenizer(), 64)(make_mixture().batch(1, rank, ranks)), kind)
+        for chunk_tokens in (0, 40):
+            no_sync = getattr(embed, "no_sync", nullcontext)
+            logs = train_step(
+                encoder, batch, config(), embed=embed, chunk_tokens=chunk_tokens, no_sync=no_sync
+            )
+            found |= {
+                f"{kind} {chunk_tokens} {name}": p.grad.clone()
+                for name, p in encoder.named_parameters()
+            }
+            found |= {f"{kind} {chunk_tokens} {key}": logs[key] for key in ("loss", "masked")}
+            encoder.zero_grad()
+    return found
+
+
+MARKED = """
+import os, sys
+sys.path[:0] = {paths!r}
+from test_run import *
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank, encoder = int(os.environ["RANK"]), make_encoder()
+embed = torch.nn.parallel.DistributedDataParallel(encoder)
+torch.save(marked_steps(embed, encoder, rank, 2), {notes!r} + str(rank))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_labels_and_scores_on_two_processes_are_those_of_one(tmp_path):
+    from pathlib import Path
+
+    paths, notes = [str(Path(__file__).parent), str(Path(__file__).parent.parent)], tmp_path / "n"
+    done = torchrun(tmp_path, MARKED.format(paths=paths, notes=str(notes)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [torch.load(f"{notes}{rank}", weights_only=True) for rank in (0, 1)]
+    encoder = make_encoder()
+    alone = marked_steps(encoder, encoder)
+    assert alone["labels 0 masked"] > 0 and alone["labels 0 loss"] != alone["scores 0 loss"]
+    for name, value in alone.items():
+        for there in both:
+            assert torch.allclose(value, there[name], rtol=1e-4, atol=1e-6), name
+
+
 # ---- several processes ----
 
 SCRIPT = """
@@ -1026,11 +1222,11 @@ def test_of_two_processes_the_first_measures_and_a_signal_to_either_saves_both(t
         return [torch.load(notes + str(rank), weights_only=True) for rank in (0, 1)]
 
     straight = start("straight")
-    assert [calls for _, calls in straight] == [5, 0]  # before, three times during, after
+    assert [calls for _, calls in straight] == [4, 0]  # before, and three times during
     stopped = start("stopped", stop=stop)
     assert all("stopped at step 3 of 6" in said for said, _ in stopped)
     resumed = start("resumed", out="stopped", resume=True)
-    assert [calls for _, calls in resumed] == [3, 0]
+    assert [calls for _, calls in resumed] == [2, 0]
     # two uninterrupted runs differ by as much: gloo adds in any order
     after, expected = (resumed[0][0], straight[0][0])
     assert all(torch.allclose(value, expected[name], atol=1e-5) for name, value in after.items())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,9 +23,9 @@ from transformers import BertConfig, BertModel, TrainerCallback
 from contrastive_st import cpu, trainer
 from contrastive_st.data import Source, prepare
 from contrastive_st.gradcache import split_batch
-from contrastive_st.mixture import Mixture
+from contrastive_st.mixture import Mixture, as_mixture
 from contrastive_st.model import SentenceEncoder
-from contrastive_st.run import TrainConfig, check_health, last_checkpoint, lr_factor
+from contrastive_st.run import Stopped, TrainConfig, check_health, last_checkpoint, lr_factor
 from contrastive_st.tokens import Tokens
 from contrastive_st.trainer import train
 
@@ -1016,7 +1017,7 @@ def test_patience_is_counted_across_an_interruption(tmp_path):
 
 
 def test_evaluation_happens_before_during_and_after(tmp_path):
-    scores, tests = Scores(0.1, 0.2, 0.3, 0.4), Scores(0.5, 0.6)
+    scores, tests = Scores(0.1, 0.2, 0.3), Scores(0.5, 0.6)
     metrics = train(
         make_encoder(),
         make_mixture(),
@@ -1026,8 +1027,9 @@ def test_evaluation_happens_before_during_and_after(tmp_path):
         tests,
         progress=False,
     )
-    assert (metrics["before"], metrics["after"]) == ({"score": 0.1}, {"score": 0.4})
-    assert len(scores.seen) == 4
+    # that of the last step was just made, so it is not made again
+    assert (metrics["before"], metrics["after"]) == ({"score": 0.1}, {"score": 0.3})
+    assert len(scores.seen) == 3
     assert metrics["test"] == {"before": {"score": 0.5}, "after": {"score": 0.6}}
     assert len(tests.seen) == 2
     assert [
@@ -1514,3 +1516,82 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
         for o in (out, tmp_path / "one")
     )
     assert own == same and len(list(out.rglob("events.out*"))) == 1
+
+
+# ---- in one call ----
+
+PAIRS = [(f"where is pier {n}", f"behind shed {n}") for n in range(20)]
+
+
+def test_pairs_train_in_one_call(capsys):
+    encoder, start = make_encoder(), weights(make_encoder())
+    metrics = train(encoder, PAIRS, epochs=2, batch_size=8, lr=1e-3, log_every=2, workers=0)
+    assert (metrics["steps"], metrics["ended_by"]) == (5, "steps")
+    assert not all(torch.equal(value, start[name]) for name, value in weights(encoder).items())
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("computing on ") and lines[-1].startswith("5 of 5 steps in ")
+    assert [line[:11] for line in lines[:-1]] == ["step 1 of 5", "step 2 of 5", "step 4 of 5"]
+    assert all(line.endswith(" left") and " pairs/s   " in line for line in lines[:-1])
+
+
+def test_one_call_is_the_run_of_a_configuration(tmp_path):
+    "The same weights as by hand, whatever the data came as."
+    import pandas as pd
+
+    frame = pd.DataFrame(PAIRS, columns=["anchor", "positive"])
+    by_hand = make_encoder()
+    c = TrainConfig(steps=3, lr=1e-3, workers=0)
+    train(by_hand, as_mixture(PAIRS, 8), c, tmp_path / "by-hand", progress=False)
+    options = {"batch_size": 8, "progress": False}
+    for data in (frame, Dataset.from_pandas(frame), PAIRS):
+        encoder = make_encoder()
+        train(encoder, data, steps=3, lr=1e-3, workers=0, **options)
+        assert all(torch.equal(v, weights(by_hand)[n]) for n, v in weights(encoder).items())
+    encoder = make_encoder()
+    train(encoder, PAIRS, c, **options)
+    assert all(torch.equal(v, weights(by_hand)[n]) for n, v in weights(encoder).items())
+
+
+def test_several_datasets_are_drawn_by_their_weights(tmp_path):
+    more = [(f"when does boat {n} leave", f"at {n} sharp") for n in range(40)]
+    options = {"epochs": 1, "progress": False, "workers": 0}
+    train(make_encoder(), [PAIRS, more], out=tmp_path / "rows", **options)
+    record = read(tmp_path / "rows", "config")
+    assert record["batch_size"] == 60 and [d["weight"] for d in record["mix"]] == [20, 40]
+    train(make_encoder(), [PAIRS, more], out=tmp_path / "given", weights=[3, 1], **options)
+    assert [d["weight"] for d in read(tmp_path / "given", "config")["mix"]] == [3, 1]
+
+
+def test_a_small_list_is_one_batch_an_epoch():
+    assert train(make_encoder(), PAIRS[:5], progress=False, workers=0)["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "encoder, data, options, said",
+    [
+        ("a/model", PAIRS, {}, "encoder is the name 'a/model' and there is no out"),
+        (None, PAIRS, {"resume": True}, "resume needs out"),
+        (None, PAIRS[:1], {}, "data has 1 row; a pair learns from the others"),
+        (None, PAIRS, {"learning_rate": 1}, "there is no setting learning_rate"),
+        (None, PAIRS, {"lr": -1}, "lr should be greater than 0"),
+        (None, PAIRS, {"steps": 1, "epochs": 1}, "give one of the two"),
+        (None, PAIRS, {"config": config(1), "lr": 1e-3}, "config is given, and beside it lr"),
+        (None, make_mixture(), {"batch_size": 8}, "data is a mixture, which has a batch size"),
+        (None, PAIRS, {"weights": [1, 2]}, "1 sources but 2 weights"),
+        (None, PAIRS, {"progress": "loud"}, "progress is 'loud'"),
+        (None, PAIRS, {"batch_size": 0}, "it must be a whole number, 1 or more"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(encoder, data, options, said):
+    with pytest.raises(ValueError) as caught:
+        train(encoder or make_encoder(), data, **{"progress": False} | options)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_stopped_run_without_a_directory_does_not_promise_to_go_on():
+    with pytest.raises(Stopped, match="stopped at step 2 of 9; nothing is saved, as there is no"):
+        train(make_encoder(), PAIRS, steps=9, callbacks=[At(2, signalled)], progress=False)
+
+
+def signalled(*args):
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -198,7 +198,7 @@ def eager(encoder, batch, config, noise=None):
         arrays = xla.lay_out(batch, LENGTH)
         noise.rows, noise.step = arrays["rows"], torch.tensor(7, dtype=torch.int32)
         vectors = xla.embed(encoder, arrays["input_ids"], arrays["lengths"])
-    loss, masked = batch_loss(vectors, batch.identities, config)
+    loss, masked = batch_loss(vectors, batch.identities, config, batch.labels, batch.scores)
     loss.backward()
     return {
         "loss": loss.item(),
@@ -311,6 +311,11 @@ def step(folder):
 
     compare("bert", make_encoder(), ("pairs", "full"))  # one program for both
     compare("bert", make_encoder(), ("triplets",))
+    numbers = torch.arange(BATCH)
+    batches["labels"] = batches["pairs"]._replace(labels=numbers % 3)
+    batches["graded"] = batches["pairs"]._replace(scores=(numbers % 5).float() / 4)
+    compare("bert", make_encoder(), ("labels",))
+    compare("bert", make_encoder(), ("graded",))
     for family in ("roberta", "distilbert", "mpnet"):
         compare(family, make_encoder(family), ("pairs",))
     compare("dropout", make_encoder(dropout=0.1), ("pairs",), xla.Noise(0))

@@ -359,7 +359,7 @@ def run(name: str) -> dict:
 
 NEUTRAL = {  # what differs from run to run and from machine to machine
     r"\d{4}-\d\d-\d\d, .* \(\d+ cores\)": "DATE, PROCESSOR (N cores)",
-    r"[\d,]+ s, [\d,]+ examples/s": "SECONDS, SPEED",
+    r"[\d,]+ s, [\d,.]+ examples/s": "SECONDS, SPEED",
     r"(?<=\w )\d+\.\d+[\w.+-]*": "VERSION",
     r"(?<!\w)/[\w./-]+": "PATH",
 }

@@ -620,15 +620,23 @@ def _write_data(folder, table, parts, leaks, voters):
     return {_names(parts)[part]: keys for part, (_, keys) in exams.items()}, counts
 
 # %% ../nbs/27_new.ipynb #recipe
-_SMALL = 1000  # rows below which ten passes are quick, and needed
+_SMALL, _MOST_STEPS = 1000, 2000  # rows that need ten passes; steps of a first run
 
 
 def _sizes(rows):
-    "Batch size and steps of a first run that a laptop finishes."
+    "Batch size, passes over the rows, and the steps that these come to."
     # At least three batches a pass, so that an anchor meets other negatives each time.
     batch = min(64, 2 ** int(math.log2(max(rows // 3, 2))))
     passes = 10 if rows < _SMALL else 3 if rows < 20 * _SMALL else 1
-    return batch, min(max(passes * math.ceil(rows / batch), 20), 2000)
+    return batch, passes, math.ceil(passes * rows / batch)
+
+
+def _duration(rows, batch, passes, steps):
+    "The line that says how long the run is."
+    if steps <= _MOST_STEPS:
+        return _key(f"epochs = {passes}", f"passes over the rows, {steps:,} steps")
+    share = _MOST_STEPS * batch / rows
+    return _key(f"steps = {_MOST_STEPS}", f"a first run, {share:.0%} of a pass over the rows")
 
 
 def _toml(value):
@@ -694,7 +702,8 @@ def recipe_text(
     exams: dict[str, tuple[str, str]],  # name -> key and path of what is measured
 ) -> str:  # TOML with a comment on every key
     "Write a recipe for a first run."
-    batch, steps = _sizes(rows)
+    batch, passes, steps = _sizes(rows)
+    of_run = min(steps, _MOST_STEPS)
     best = _BEST[next(iter(exams.values()))[0]]
     lines = [
         f"# Train it: contrastive-st train {folder}.toml",
@@ -713,11 +722,14 @@ def recipe_text(
         *_mix(layout, bounds, rows),
         "",
         "[train]",
-        _key(f"steps = {steps}", f"{steps * batch / rows:.1f} passes over the rows"),
-        _key(f"warmup = {steps // 10}", "steps in which the learning rate rises to lr"),
+        _duration(rows, batch, passes, steps),
         _key("lr = 5e-5", "how far a step moves; 2e-5 and 1e-4 are worth a try"),
-        _key(f"log_every = {max(steps // 20, 1)}", "steps between two lines of the log"),
-        _key(f"eval_every = {max(steps // 4, 1)}", "steps between two measurements"),
+        _key(
+            f"# warmup = {of_run // 10}",
+            "steps in which it rises to lr; a tenth of all if not given",
+        ),
+        _key(f"log_every = {max(of_run // 20, 1)}", "steps between two lines of the log"),
+        _key(f"eval_every = {max(of_run // 4, 1)}", "steps between two measurements"),
         _key(f'# metric = "{best}"', "keep the model that is best by this, not the last"),
         *_exam_tables(exams),
     ]

@@ -596,6 +596,7 @@ class SizedSet:
     score: str | None = None  # column that grades the pairs
     score_range: list[float] | None = None  # lowest and highest grade
     prompts: dict[str, str] | list[str] | None = None  # before the texts of each column
+    relevance: str | None = None  # column that says which pairs are positives
 
     def __len__(self) -> int:
         return self.lines

@@ -135,7 +135,7 @@ class _Asked(Header):
     def select(self, names, samples):
         return [_spelled(name, names) for name in self.columns] or None
 
-# %% ../nbs/27_new.ipynb #find-layout
+# %% ../nbs/27_new.ipynb #guess
 _SCORES = """score similarity similarity_score relatedness_score rating grade label""".split()
 
 
@@ -158,6 +158,14 @@ def _text_columns(names, rows):
     return sorted(lengths, key=lambda name: -lengths[name])
 
 
+def find_all(
+    wanted: Sequence[str],  # names, the surer ones first
+    names: Sequence[str],  # of a file's columns
+) -> list[str]:  # as the file spells them
+    "List the columns that have one of some names."
+    return [own for name in wanted for own in find_spellings(name, names)]
+
+
 def _guess(names, rows):
     "The options that may be meant, as they are typed."
     texts = _text_columns(names, rows)
@@ -172,14 +180,6 @@ def _guess(names, rows):
     return f"--columns {','.join(pair or list(names)[:2])}"
 
 
-def find_all(
-    wanted: Sequence[str],  # names, the surer ones first
-    names: Sequence[str],  # of a file's columns
-) -> list[str]:  # as the file spells them
-    "List the columns that have one of some names."
-    return [own for name in wanted for own in find_spellings(name, names)]
-
-
 def _unclear(what, names, rows):
     "The error that asks for the columns."
     return ValueError(
@@ -187,7 +187,7 @@ def _unclear(what, names, rows):
         f" {_guess(names, rows)}"
     )
 
-
+# %% ../nbs/27_new.ipynb #find-layout
 def find_layout(
     rows: Sequence[dict],  # the first rows of a file
     columns: Sequence[str] = (),  # that you named
@@ -246,8 +246,8 @@ class Record(NamedTuple):
     "One example of a file."
 
     texts: tuple[str, ...]  # as in the layout
-    label: str = ""
-    score: float = math.nan
+    label: str = ""  # "" without labels
+    score: float = math.nan  # NaN without scores
 
 
 def _named_row(row):
@@ -668,9 +668,9 @@ def _mix(layout, bounds, rows):
 
 
 _MEASURED = {
-    "retrieval": "questions that training never sees, and the passages that answer them",
-    "sts": "pairs that training never sees, scored from 0 to 5",
-    "labels": "texts that training never sees, with their labels",
+    "retrieval": "new questions, and the passages that answer them",
+    "sts": "new pairs, scored from 0 to 5",
+    "labels": "new texts with their labels",
 }
 _BEST = {"retrieval": "ndcg@10", "sts": "spearman", "labels": "knn_accuracy"}
 _ADVICE = {
@@ -691,7 +691,7 @@ def _exam_tables(exams):
         if key == "labels":
             yield _key('neighbors = "neighbors.jsonl"', "rows of training that vote on them")
 
-
+# %% ../nbs/27_new.ipynb #recipe-text
 def recipe_text(
     title: str,  # one line
     model: str,  # where to start

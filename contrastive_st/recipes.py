@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from . import atomic
 from .atomic import first_problem, named, quote
 
+# %% ../nbs/26_recipes.ipynb #imports-types
 # The functions that open data or a model import what they need: a mistyped key is answered before
 # torch, transformers and datasets are there, which takes seconds.
 if TYPE_CHECKING:

@@ -12,6 +12,20 @@ from collections import Counter
 import numpy as np
 
 # %% ../nbs/09_account.ipynb #account-sources
+def _mark(source, part):
+    "Labels or scores of a source, of which a sub-batch takes `part` rows; nothing without any."
+    if getattr(source, "has_scores", False):
+        return {"graded": True}
+    if not getattr(source, "has_labels", False):
+        return {}
+    sizes = source.classes.sizes  # (k,) rows of each label
+    # a drawn row meets part - 1 others, each one of its label with the same chance
+    pairs = len(source) * max(len(source) - 1, 1)
+    same = (part - 1) * float((sizes * (sizes - 1.0)).sum()) / pairs
+    ends = {"smallest": int(sizes.min()), "largest": int(sizes.max())}
+    return {"labels": {"classes": len(sizes), **ends, "masked": same}}
+
+
 def _account_sources(mixture, turns):
     "Size, share and epochs of each source, whose sub-batches are counted by `turns`."
     part = mixture.batch_size // mixture.datasets_per_batch
@@ -23,6 +37,7 @@ def _account_sources(mixture, turns):
             "asked": w / sum(mixture.weights),
             "realised": n / sum(turns),
             "epochs": n * part / len(s),
+            **_mark(s, part),
         }
         for s, w, n in zip(mixture.sources, mixture.weights, turns)
     ]
@@ -30,14 +45,28 @@ def _account_sources(mixture, turns):
 # %% ../nbs/09_account.ipynb #masked
 def masked_negatives(
     identities: np.ndarray,  # of the texts of a batch, (B, C) int64
+    labels: np.ndarray | None = None,  # of its rows, (B,) int64; 0 = no label
 ) -> np.ndarray:  # candidates that are masked for each anchor, (B,) int
-    "Count the candidates that the loss masks: copies of an anchor or of one of its positives."
+    "Count the candidates that the loss masks: copies of anchor or positive, rows of its label."
     keys = np.asarray(identities).tolist()
     copies, banned = Counter(text for e in keys for text in e[1:]), {}
     for anchor, positive, *_ in keys:
         banned.setdefault(anchor, {anchor}).add(positive)
     # less one, because an anchor's own positive stays
-    return np.array([sum(copies[text] for text in banned[e[0]]) - 1 for e in keys])
+    masked = np.array([sum(copies[text] for text in banned[e[0]]) - 1 for e in keys])
+    return masked if labels is None else masked + _of_label_alone(keys, banned, labels)
+
+
+def _of_label_alone(keys, banned, labels):
+    "Candidates in rows of an anchor's label that are no copies of its texts, (B,) int."
+    labels, added = np.asarray(labels).tolist(), []
+    rows, copies = Counter(labels), Counter()  # of each label, of each text in each label
+    for e, label in zip(keys, labels):
+        copies.update((label, text) for text in e[1:])
+    for e, label in zip(keys, labels):
+        of_label = rows[label] * (len(e) - 1) - sum(copies[label, t] for t in banned[e[0]])
+        added.append(of_label if label else 0)
+    return np.array(added)
 
 
 def _duplicate_rate(identities):
@@ -49,8 +78,9 @@ def _account_pool(mixture, pool, batches, sample):
     "Negatives and duplicates in `sample` batches of a pool, spread evenly over the run."
     B, masked, duplicates = mixture.batch_size, [], []
     for n in sorted({int(n) for n in np.linspace(0, batches - 1, min(sample, batches))}):
-        identities = mixture.pool_batch(pool, n).identities  # (B, C)
-        masked.append(masked_negatives(identities).mean())
+        batch = mixture.pool_batch(pool, n)
+        identities = batch.identities  # (B, C)
+        masked.append(masked_negatives(identities, getattr(batch, "labels", None)).mean())
         duplicates.append(_duplicate_rate(identities))
     # nan where no batch was looked at
     masked, duplicates = (float(np.mean(v)) if v else math.nan for v in (masked, duplicates))
@@ -63,9 +93,17 @@ def _account_pool(mixture, pool, batches, sample):
         "masked": masked,
         "negatives": B - 1 + hard - masked,
         "duplicates": duplicates,
+        **({"graded": True} if getattr(pool, "graded", False) else {}),
     }
 
 # %% ../nbs/09_account.ipynb #concerns
+def _advice(datasets):
+    "What to do where few negatives are left."
+    if any("labels" in d for d in datasets):
+        return "rows of one label are no negatives of each other, so use more or smaller classes"
+    return "remove copies from the data"
+
+
 def concerns(
     report: dict,  # of `account`, its warnings not needed
 ) -> list[str]:  # one sentence each
@@ -83,11 +121,13 @@ def concerns(
                 "each; lower its weight, or shorten the run"
             )
     for p in report["pools"]:
+        if p.get("graded"):  # its rows are compared by their scores: there are no negatives
+            continue
         if p["negatives"] < p["in_batch"] / 2:  # not so for nan
             sentences.append(
                 f"batches of {p['columns']} columns are mostly duplicates: {p['negatives']:,.1f} "
                 f"of {p['in_batch'] + p['hard']:,} negatives are left to an anchor; "
-                "remove copies from the data"
+                + _advice(report["datasets"])
             )
     return sentences
 
@@ -144,6 +184,7 @@ def report_table(
             f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%}"
             f" {d['realised']:8.2%} {d['epochs']:10,.2f}"
         )
+    lines += map(_mark_line, (d for d in report["datasets"] if {"labels", "graded"} & d.keys()))
     lines += map(_pool_line, report["pools"])
     if "tokens" in report:
         lines += _token_lines(report["tokens"])
@@ -152,8 +193,21 @@ def report_table(
     return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])
 
 
+def _mark_line(d):
+    "The line on the labels or scores of a dataset."
+    if "graded" in d:
+        return f"{d['name']}: graded pairs, in global batches of their own"
+    c = d["labels"]
+    return (
+        f"{d['name']}: {c['classes']:,} labels of {c['smallest']:,} to {c['largest']:,} rows; "
+        f"about {c['masked']:.1f} candidates of a sub-batch have the anchor's label, masked"
+    )
+
+
 def _pool_line(p):
     "The line on the negatives of the batches of one column count."
+    if p.get("graded"):
+        return f"{p['columns']} columns and scores, {p['batches']:,} batches: graded, no negatives"
     line = (
         f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch +"
         f" {p['hard']:,} hard negatives per anchor"

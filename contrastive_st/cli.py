@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'printable', 'Terminated', 'main', 'parse_changes', 'Exam', 'measures', 'table_text', 'score_table',
-           'check_output', 'evaluate', 'check_model', 'similarity', 'sample_pairs', 'resume_command', 'summary',
+           'check_output', 'evaluate', 'check_model', 'new', 'similarity', 'sample_pairs', 'resume_command', 'summary',
            'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'prepare', 'mine', 'encode', 'search', 'demo']
 
 # %% ../nbs/30_cli.ipynb #imports-export
@@ -184,12 +184,14 @@ class Exam:
     questions: tuple | None = None  # of data.read_retrieval
     query_prompt: str | None = None  # before each question; None = what the model says
     document_prompt: str | None = None  # before each document, the same way
+    labelled: tuple | None = None  # of evaluation.read_labelled: what is judged, what votes or None
 
     @property
     def texts(self) -> int:  # how many texts a measurement encodes
         "Count the texts."
         n_documents = sum(map(len, self.questions[:2])) if self.questions else 0
-        return n_documents + (2 * len(self.pairs[0]) if self.pairs else 0)
+        n_labelled = sum(len(side.texts) for side in self.labelled or () if side)
+        return n_documents + n_labelled + (2 * len(self.pairs[0]) if self.pairs else 0)
 
     def __call__(
         self,
@@ -207,6 +209,12 @@ class Exam:
             query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
             ranked = evaluation.evaluate_retrieval(query, *self.questions, encode_corpus=document)
             scores |= {"retrieval_n" if k == "n" else k: v for k, v in ranked.items()}
+        if self.labelled:
+            judged, voters = self.labelled
+            encode = partial(encoder.encode, progress=False)
+            voted = evaluation.evaluate_labels(encode, *judged, voters)
+            counts = {"n": "labels_n", "k": "labels_k", "classes": "labels_classes"}
+            scores |= {counts.get(k, k): v for k, v in voted.items()}
         return scores
 
 
@@ -215,13 +223,20 @@ def measures(
     retrieval: Path | None = None,  # folder in BEIR layout
     query_prompt: str | None = None,  # before each question: a name the model knows, or text
     document_prompt: str | None = None,  # before each document, the same way
-) -> Exam:  # SentenceEncoder -> dict of floats; {} if both paths are None
+    labels: Path | None = None,  # table of labelled texts
+    neighbors: Path
+    | None = None,  # labelled texts that vote on those; None = the others of `labels`
+    text: str = "text",  # column of both tables that holds the text
+    label: str = "label",  # column of both that holds the label
+) -> Exam:  # SentenceEncoder -> dict of floats; {} if there is nothing to measure
     "Read the evaluation data once and return what measures an encoder on it."
-    from contrastive_st import data
+    from contrastive_st import data, evaluation
 
     pairs = data.read_sts(sts) if sts else None
     questions = data.read_retrieval(retrieval) if retrieval else None
-    return Exam(pairs, questions, query_prompt, document_prompt)
+    sides = [path and evaluation.read_labelled(path, text, label) for path in (labels, neighbors)]
+    labelled = tuple(sides) if labels else None
+    return Exam(pairs, questions, query_prompt, document_prompt, labelled)
 
 # %% ../nbs/30_cli.ipynb #table
 _ANY_WIDTH = 1_000_000  # columns; a narrower console would cut the cells of a wider table
@@ -342,6 +357,79 @@ def _encoder(model):
     check_model(model)
     return SentenceEncoder.from_pretrained(model)
 
+# %% ../nbs/30_cli.ipynb #new
+def _names_in(text):
+    "The names in a list with commas; a name that holds a comma stands in double quotes."
+    import csv
+
+    names = [name.strip() for name in next(csv.reader([text or ""], skipinitialspace=True), [])]
+    if not all(names):
+        raise ValueError(f"--columns {text}: a name is empty; write such as question,answer")
+    return names
+
+
+def _score_range(text):
+    "The two numbers of a range, or None."
+    try:
+        low, high = map(float, text.split(",")) if text else (0, 1)
+        if not -1e9 < low < high < 1e9:  # not so for NaN
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--score-range {text}: give the lowest and the highest score, such as 0,5"
+        ) from None
+    return (low, high) if text else None
+
+
+@app.command()
+@_stoppable()
+def new(
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="Recipe to write, such as mine.toml; the data go to mine/ beside it."),
+    ],
+    data: Annotated[
+        str, typer.Option(help="A .csv, .tsv, .jsonl, .json or .parquet file, or a hub id.")
+    ],
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Anchor, positive and negatives, such as question,answer; with --label the text;"
+                " with --scores two texts and their score. Without it: found by their names."
+            )
+        ),
+    ] = None,
+    label: Annotated[str, typer.Option(help="Column of labels, if the texts have labels.")] = "",
+    scores: Annotated[
+        bool, typer.Option("--scores", help="The rows are pairs with a score.")
+    ] = False,
+    score_range: Annotated[
+        str | None,
+        typer.Option(help="Lowest and highest score, such as 0,5. Without it: the usual one."),
+    ] = None,
+    holdout: Annotated[
+        str, typer.Option(help="Rows to measure on: a share such as 10%, or a number.")
+    ] = "10%",
+    model: Annotated[
+        str, typer.Option(help="Where training starts: a hub id, or a folder.")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed holds out other rows.")] = 0,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+):
+    "Turn your own file into training data, a held-out exam and a recipe."
+    from contrastive_st.new import new_recipe
+
+    limits = _score_range(score_range)
+    chosen = _names_in(columns)
+    made = new_recipe(recipe, data, chosen, label, scores, limits, holdout, model, seed, split)
+    for remark in made.remarks:
+        _say(f"note: {remark}", err=True)
+    rows = [[name, f"{count:,}"] for name, count in made.rows.items()]
+    _say(f"{table_text([', '.join(made.layout.names), 'rows'], rows)}\n")
+    _say(f"Written: {made.recipe} and {made.folder}/")
+    _say(f"Next: {_program()} train {shlex.quote(str(made.recipe))}")
+
 # %% ../nbs/30_cli.ipynb #heat
 def similarity(
     encoder,  # model.SentenceEncoder
@@ -401,9 +489,11 @@ def _exam_options(recipe, folder, key):
     plan, where = getattr(recipe, key), f"{recipe.path}: {key}"
     paths = {
         field: recipes.inside(folder, name, f"{where}.{field}") if name else None
-        for field, name in (("sts", plan.sts), ("retrieval", plan.retrieval))
+        for field in ("sts", "retrieval", "labels", "neighbors")
+        for name in [getattr(plan, field)]
     }
-    return paths | {"query_prompt": plan.query_prompt, "document_prompt": plan.document_prompt}
+    options = ("query_prompt", "document_prompt", "text", "label")
+    return paths | {option: getattr(plan, option) for option in options}
 
 
 def _open(recipe, data_folder, store):

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'embed_texts', 'sts_cosines', 'similarity_of', 'format_interval', 'evaluate_sts', 'paired_difference',
-           'retrieval_by_query', 'evaluate_retrieval', 'Metric', 'metric', 'with_prompts', 'alignment', 'uniformity',
-           'collapse']
+           'retrieval_by_query', 'evaluate_retrieval', 'Metric', 'metric', 'Labelled', 'read_labelled',
+           'evaluate_labels', 'with_prompts', 'alignment', 'uniformity', 'collapse']
 
 # %% ../nbs/03_evaluation.ipynb #imports
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from numbers import Real
+from pathlib import Path
 from typing import NamedTuple
 
 import ir_measures
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import mode, rankdata
 
 from .atomic import is_whole_number, quote
+from .files import Rejects, read_columns
 from .precision import unit_rows
 
 # %% ../nbs/03_evaluation.ipynb #correlation
@@ -552,7 +555,7 @@ class Metric(NamedTuple):
 
     key: str  # its name there
     label: str  # its name for people
-    task: str  # "sts", "retrieval", or "training" for what a run logs; "" = unknown
+    task: str  # "sts", "retrieval", "labels", "training" for what a run logs; "" = unknown
     better: str  # "higher", "lower", or "" if neither is
     spec: str  # how Python formats it
 
@@ -568,6 +571,8 @@ METRICS = {  # key -> Metric, in the order in which tables show them
         ("ndcg@10", "nDCG@10", "retrieval", "higher", ".3f"),
         ("recall@100", "recall@100", "retrieval", "higher", ".3f"),
         ("map@100", "MAP@100", "retrieval", "higher", ".3f"),
+        ("knn_accuracy", "kNN accuracy", "labels", "higher", ".3f"),
+        ("map@r", "MAP@R", "labels", "higher", ".3f"),
         ("loss", "loss", "training", "lower", ".3f"),
         ("learning_rate", "learning rate", "training", "", ".1e"),
         ("masked", "masked", "training", "", ".2f"),
@@ -591,6 +596,130 @@ def metric(
         if at and row.key.startswith(family + at):
             return row._replace(key=key, label=f"{row.label.partition(at)[0]}@{k}")
     return Metric(key, key.replace("_", " "), "", "", ".3f")
+
+# %% ../nbs/03_evaluation.ipynb #read-labelled
+class Labelled(NamedTuple):
+    "Texts with a label each."
+
+    texts: list[str]  # n texts
+    labels: list[str]  # n names
+
+
+def read_labelled(
+    path: str | Path,  # a table that `files.read_rows` reads
+    text: str = "text",  # column of the texts, in any spelling
+    label: str = "label",  # column of the labels
+) -> Labelled:  # texts and labels in file order
+    "Read labelled texts for `evaluate_labels`; an error names file and line."
+    texts, labels, reject = [], [], Rejects(path)
+    for line, row in read_columns(path, (text, label)):
+        value = row[label]
+        # A number may be a label, and True would count as one.
+        if not isinstance(row[text], str) or not row[text].strip():
+            reject(line, f"column {quote(text)} holds {quote(row[text])}; give each row a text")
+        if not isinstance(value, str | int) or not str(value).strip():
+            reject(line, f"column {quote(label)} holds {quote(value)}; give each row a label")
+        texts.append(row[text])
+        labels.append(str(value).strip())
+    return Labelled(texts, labels)
+
+# %% ../nbs/03_evaluation.ipynb #check-labels
+_MOST_RELEVANT = 100  # places at which MAP@R stops, so that memory stays bounded
+
+
+def _check_labelled(texts, labels, whose):
+    "Raise a ValueError unless these are texts with a label each."
+    if len(texts) != len(labels):
+        raise ValueError(
+            f"{whose} has {len(texts)} texts and {len(labels)} labels; give one label per text"
+        )
+    if not texts:
+        raise ValueError(f"{whose} is empty; give at least one labelled text")
+    if strange := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"{quote(strange[0])} in {whose} is not a text; give strings")
+
+
+def _label_codes(labels, voters, is_same):
+    "Numbers of the labels of texts and voters; a ValueError if no vote can be right."
+    classes = _in_order({*labels, *voters})
+    if len(set(voters)) < 2:
+        raise ValueError(
+            f"every text has the label {quote(classes[0])}; give texts of at least two labels"
+        )
+    counts = Counter(voters)
+    alone = sum(counts[name] <= is_same for name in labels)
+    if alone == len(labels):
+        raise ValueError(
+            f"none of the {alone:,} texts has another text of its label"
+            " (all labels are different); give at least two texts of a label"
+        )
+    if alone:
+        warnings.warn(
+            f"{alone:,} of {len(labels):,} texts have no other text of their label, so no vote"
+            " can be right for them",
+            stacklevel=3,
+        )
+    number = {name: n for n, name in enumerate(classes)}
+    return [np.array([number[name] for name in side]) for side in (labels, voters)]
+
+# %% ../nbs/03_evaluation.ipynb #evaluate-labels
+def _nearest(queries, voters, depth, is_same):
+    "Rows of the nearest voters of each query, (Q, depth); no text is its own neighbor."
+    import torch
+
+    from contrastive_st.search import nearest_rows
+
+    vectors = [torch.from_numpy(side) for side in (queries, voters)]
+    rows = nearest_rows(vectors[0], vectors[1].split(10_000), depth + is_same)[1].numpy()
+    if not is_same:
+        return rows
+    # Leave each query out of its own row, or the last place where more equal texts stand before it.
+    others = rows != np.arange(len(rows))[:, None]
+    others[others.all(axis=1), -1] = False
+    return rows[others].reshape(len(rows), depth)
+
+
+def _average_precision(hits, relevant):
+    "Average precision within the first R places of each row, (Q,)."
+    R = np.minimum(relevant, _MOST_RELEVANT)[:, None]  # (Q, 1)
+    places = np.arange(1, hits.shape[1] + 1)
+    hits = hits & (places <= R)  # (Q, depth)
+    total = (hits.cumsum(axis=1) / places * hits).sum(axis=1)  # (Q,)
+    return total / np.maximum(R[:, 0], 1)
+
+
+def evaluate_labels(
+    encode: Callable,  # list of N texts -> (N, D) array
+    texts: Sequence[str],  # n texts
+    labels: Sequence[Hashable],  # the label of each
+    # None = the other texts vote on each
+    neighbors: tuple | None = None,  # texts and labels that vote, such as those of training
+    k: int = 5,  # neighbors that vote, equal weights; of equal votes the first label wins
+    resamples: int = 1000,  # bootstrap resamples over texts; 0 = no intervals
+    seed: int = 0,  # of the resampling
+    # None = as the encoder was saved, see `similarity_of`
+    similarity: str | None = None,  # "cos" or "dot"
+) -> dict:  # "knn_accuracy", "map@r", each also with _low and _high (95%); "n", "k", "classes"
+    "Say how well the nearest neighbors of a text know its label, with intervals."
+    if not is_whole_number(k, 1):
+        raise ValueError(f"k is {quote(k)}; give a whole number of neighbors, 1 or more")
+    is_same = neighbors is None
+    others = (texts, labels) if is_same else neighbors
+    for side, whose in (((texts, labels), "the labelled set"), (others, "the set of neighbors")):
+        _check_labelled(*side, whose)
+    similarity = similarity_of(encode, similarity)
+    own, codes = _label_codes(labels, others[1], is_same)  # (n,), (N,)
+    vectors = embed_texts(encode, list(texts), similarity)  # (n, D)
+    voters = vectors if is_same else embed_texts(encode, list(others[0]), similarity)  # (N, D)
+    relevant = np.bincount(codes, minlength=own.max() + 1)[own] - is_same  # (n,)
+    k = min(int(k), len(codes) - is_same)
+    depth = min(max(k, relevant.max()), max(k, _MOST_RELEVANT), len(codes) - is_same)
+    rows = codes[_nearest(vectors, voters, int(depth), is_same)]  # (n, depth)
+    right = mode(rows[:, :k], axis=1).mode == own
+    table = np.stack([right, _average_precision(rows == own[:, None], relevant)], axis=1)  # (n, 2)
+    names = ["knn_accuracy", "map@r"]
+    report = _report(names, lambda draw: table[draw].mean(axis=1), len(own), resamples, seed)
+    return report | {"n": len(own), "k": k, "classes": len(set(labels))}
 
 # %% ../nbs/03_evaluation.ipynb #prompts
 def _one_side(encoder, method, prompt, options):

@@ -140,17 +140,27 @@ def draw_window(
 
 # %% ../nbs/08_mixture.ipynb #pools
 class Pool(NamedTuple):
-    "Sources of one column count, which can share a global batch."
+    "Sources of one column count, all graded or none, which can share a global batch."
 
     columns: int  # C, texts in an example
     members: list[int]  # source numbers
     weights: tuple[float, ...]  # one per member
+    graded: bool = False  # do the rows have scores?
 
 
-def _pools(columns, weights):
-    "Group sources by their column count."
-    members = {c: [i for i, n in enumerate(columns) if n == c] for c in sorted(set(columns))}
-    return [Pool(c, numbers, tuple(weights[i] for i in numbers)) for c, numbers in members.items()]
+def _pools(columns, weights, graded=()):
+    "Group sources by their column count, and graded ones apart from the others."
+    kinds = list(zip(columns, graded or [False] * len(columns)))
+    members = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
+    return [
+        Pool(columns, numbers, tuple(weights[i] for i in numbers), graded)
+        for (columns, graded), numbers in members.items()
+    ]
+
+
+def _pool_key(pool, seed):
+    "The key of the draws within a pool."
+    return make_key("sources", seed, pool.columns, *(["graded"] if pool.graded else []))
 
 
 def _totals(pools):
@@ -173,7 +183,7 @@ def _pool_of(pools, step, seed):
 
 def _draw_pool(pool, k, n, seed):
     "The k (source number, turn) of the n-th batch of a pool."
-    draws = _draw(pool.weights, k, n, make_key("sources", seed, pool.columns))
+    draws = _draw(pool.weights, k, n, _pool_key(pool, seed))
     return [(pool.members[i], turn) for i, turn in draws]
 
 
@@ -186,7 +196,16 @@ def _rows(mixture, draws, first, last):
         positions = turn * (mixture.batch_size // k) + places[mine] // k
         numbers[mine] = i
         rows[mine] = epoch_order(positions, len(source), source.name, mixture.seed)
+        if getattr(source, "has_labels", False):  # another partner of the label in each epoch
+            rows[mine] += len(source) * _partner_turns(positions, source, mixture.seed)
     return numbers, rows
+
+
+def _partner_turns(positions, source, seed):
+    "The turn in which rows of a labelled source meet their partners: another one each epoch."
+    # another seed begins elsewhere; fewer than 2**31 turns times rows fit 64 bits
+    first = make_key("partners", seed, source.name) % 2**30
+    return first + positions // len(source)
 
 
 def _count_draws(weights, k, steps, key):
@@ -255,22 +274,31 @@ def _check_pools(pools, sources, k):
     for pool in pools:
         n, names = len(pool.members), ", ".join(sources[i].name for i in pool.members)
         if n < k:
+            kind = (
+                f"scores and {pool.columns} columns" if pool.graded else f"{pool.columns} columns"
+            )
             raise ValueError(
                 f"a global batch takes {k} datasets of one column count, but only {n}"
-                f" {'has' if n == 1 else 'have'} {pool.columns} columns ({names});"
+                f" {'has' if n == 1 else 'have'} {kind} ({names});"
                 f" use datasets_per_batch={n}, or weight 0 for these"
             )
 
 # %% ../nbs/08_mixture.ipynb #sources
-def _source(dataset, name, cache_dir=None):
+def _source(dataset, name, cache_dir=None, **marks):
     "A source of whatever holds examples; what can be drawn from already stays as it is."
+    marks = {key: value for key, value in marks.items() if value is not None}
     # The rows need no texts, so a name, column names and a length are enough to make one.
     columns, called = getattr(dataset, "columns", None), getattr(dataset, "name", None)
     if hasattr(columns, "__len__") and isinstance(called, str):
+        if marks:
+            raise ValueError(
+                f"{called}: {list(marks)[0]} beside a Source; give it to the Source: "
+                f"Source(..., {list(marks)[0]}=...)"
+            )
         return dataset
     if isinstance(dataset, (str, Path)):
-        return load_source(dataset, name, cache_dir=cache_dir)
-    return Source(dataset, name)
+        return load_source(dataset, name, cache_dir=cache_dir, **marks)
+    return Source(dataset, name, **marks)
 
 
 def _make_sources(sources, weights):
@@ -350,6 +378,26 @@ class GlobalBatch:
         return getattr(self._sources[self._numbers[0]], "has_scores", False)
 
     @property
+    def inputs(self) -> list[Example]:  # B tuples of C texts
+        "The texts with the prompts of their datasets before them: what the model reads."
+        if not self.prompts:
+            return self.examples
+        pairs = zip(self._numbers.tolist(), self.examples)
+        return [
+            tuple(prompt + text for prompt, text in zip(self.prompts[i], example))
+            if i in self.prompts
+            else example
+            for i, example in pairs
+        ]
+
+    @cached_property
+    def prompts(self) -> dict[int, tuple[str, ...]]:  # source number -> C prompts
+        "The prompts of the datasets in this batch that have any."
+        numbers = np.unique(self._numbers).tolist()
+        prompts = {i: getattr(self._sources[i], "prompts", None) for i in numbers}
+        return {i: own for i, own in prompts.items() if own}
+
+    @property
     def sources(self) -> list[str]:  # B names
         "The source of each row."
         return [self._sources[i].name for i in self._numbers.tolist()]
@@ -394,7 +442,8 @@ class Mixture:
         self.weights = [w if isinstance(w, int) else float(w) for w in weights if w]
         _check_sources(self.sources)
         _warn_of_small(self.sources, self.batch_size, k)
-        self.pools = _pools([len(s.columns) for s in self.sources], self.weights)
+        graded = [getattr(s, "has_scores", False) for s in self.sources]
+        self.pools = _pools([len(s.columns) for s in self.sources], self.weights, graded)
         if datasets_per_batch is not None:  # asked for, so each column count must have as many
             _check_pools(self.pools, self.sources, k)
 
@@ -445,7 +494,7 @@ class Mixture:
         steps, turns = _whole("steps", steps, 1), [0] * len(self.sources)
         batches = _count_draws(_totals(self.pools), 1, steps, make_key("pools", self.seed)).tolist()
         for pool, n in zip(self.pools, batches):
-            key = make_key("sources", self.seed, pool.columns)
+            key = _pool_key(pool, self.seed)
             counts = _count_draws(pool.weights, self.datasets_per_batch, n, key).tolist()
             for i, count in zip(pool.members, counts):
                 turns[i] = count
@@ -561,9 +610,12 @@ class Entry(NamedTuple):
     # (anchor, positive, *negatives), as `load_source` takes them; None finds them
     columns: tuple | None
     split: str  # of a hub dataset
+    # label, score, score_range, prompts and relevance, as `load_source` takes them, where given
+    marks: dict = {}
 
 
 _KEYS = ("name", "weight", "lines", "columns", "split")
+_MARKS = ("label", "score", "score_range", "prompts", "relevance")
 _NAME_CHARACTERS = 255  # no file system has longer names
 
 
@@ -574,9 +626,10 @@ def _check_keys(item, where, weighed):
             f'{where}: expected an object such as {{"name": "pairs.jsonl.gz", "weight": 1}}, '
             f"found {quote(item)}"
         )
-    for key in item.keys() - set(_KEYS):
-        near = get_close_matches(str(key)[:80], _KEYS, 1)
-        todo = f"did you mean {quote(near[0])}?" if near else f"the keys are {', '.join(_KEYS)}"
+    for key in item.keys() - {*_KEYS, *_MARKS}:
+        near = get_close_matches(str(key)[:80], _KEYS + _MARKS, 1)
+        keys = ", ".join(_KEYS + _MARKS)
+        todo = f"did you mean {quote(near[0])}?" if near else f"the keys are {keys}"
         raise ValueError(f"{where}: unknown key {quote(key)}; {todo}")
     for key in ("name", "weight") if weighed else ("name",):
         if key not in item:
@@ -615,7 +668,9 @@ def _entry(item, folder, where, weighed):
     if weight == 0:
         return None
     columns = tuple(columns) if columns else None
-    return Entry(name, _find(folder, name, where), weight, lines, columns, split or "train")
+    marks = {key: item[key] for key in _MARKS if item.get(key) is not None}
+    path = _find(folder, name, where)
+    return Entry(name, path, weight, lines, columns, split or "train", marks)
 
 # %% ../nbs/08_mixture.ipynb #read-config
 def _items(config, label):
@@ -661,9 +716,28 @@ def read_config(
     return entries
 
 
+def _check_origin(entry, relevance):
+    "Refuse a store that was prepared with other labels, scores or judgements than are asked for."
+    with reading(entry.path, "prepare it again"):
+        origin = read_json(Path(entry.path) / "summary.json", dict)["origin"]
+    asked = {k: v for k, v in entry.marks.items() if k in ("label", "score")}
+    asked |= {} if relevance is None else {"relevance": relevance}
+    was = {k: origin[k] for k in ("label", "score", "relevance") if k in origin}
+    if asked != was:
+        wanted, made = (", ".join(f"{k} = {quote(v)}" for k, v in m.items()) for m in (asked, was))
+        raise ValueError(
+            f"{entry.name}: the data config asks for {wanted or 'pairs without labels or scores'}, "
+            f"the store was prepared with {made or 'neither label nor score'}; prepare it again, "
+            "or correct the entry"
+        )
+
+
 def _load(entry, cache_dir=None):
     "Open the source of an entry; warn when the config claims another number of rows."
-    source = load_source(entry.path, entry.name, entry.columns, entry.split, cache_dir)
+    marks = dict(entry.marks)
+    if is_store(entry.path):
+        _check_origin(entry, marks.pop("relevance", None))
+    source = load_source(entry.path, entry.name, entry.columns, entry.split, cache_dir, **marks)
     if is_store(entry.path) and entry.columns is not None:
         with reading(entry.path, "prepare it again"):
             columns = tuple(source.store.summary["origin"]["columns"])
@@ -673,10 +747,12 @@ def _load(entry, cache_dir=None):
                 f"was prepared with {quote(columns) if columns else 'those that were found'}; "
                 "prepare it again, or drop 'columns'"
             )
-    if entry.lines not in (None, len(source)):
+    # of a labelled file, rows that are alone with their label count, too
+    rows = len(source if source.store is None else source.store)
+    if entry.lines not in (None, rows):
         warnings.warn(
             f"{entry.name}: the data config says {quote(entry.lines)} lines, the file has "
-            f"{len(source)} rows; fetch the file again, or correct 'lines'",
+            f"{rows} rows; fetch the file again, or correct 'lines'",
             stacklevel=3,
         )
     return source
@@ -704,7 +780,7 @@ def _is_row(item):
     return isinstance(item, dict) or hasattr(item, "texts")
 
 
-def _sources(data, cache_dir):
+def _sources(data, cache_dir, marks):
     "A source for each dataset; files of one name are called by their whole path."
     several = isinstance(data, (list, tuple)) and len(data) > 0 and not _is_row(data[0])
     datasets = list(data) if several else [data]
@@ -713,7 +789,7 @@ def _sources(data, cache_dir):
         name = f"dataset {n}" if several else "dataset"
         if isinstance(dataset, (str, Path)):
             name = str(dataset) if files[Path(dataset).name] > 1 else None
-        yield _source(dataset, name, cache_dir)
+        yield _source(dataset, name, cache_dir, **marks)
 
 
 def as_mixture(
@@ -725,11 +801,17 @@ def as_mixture(
     # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Mixture`
     datasets_per_batch: int | None = None,
     cache_dir: str | Path | None = None,  # where `load_source` keeps its stores
+    # label, score, score_range and prompts of the data, as `Source` takes them
+    **marks,
 ) -> "Mixture":  # a Mixture is returned as it is
     "Make a mixture of whatever holds examples; several datasets are drawn in proportion to rows."
+    if unknown := marks.keys() - set(_MARKS):
+        raise ValueError(f"{quote(min(unknown))} is no option; those are {', '.join(_MARKS)}")
     if isinstance(data, Mixture):
+        if marks:
+            raise ValueError(f"{min(marks)} beside a Mixture; give it to the sources it is made of")
         return data
-    sources = list(_sources(data, cache_dir))
+    sources = list(_sources(data, cache_dir, marks))
     if datasets_per_batch is None and len(sources) == 1:
         datasets_per_batch = 1
     return Mixture(sources, list(map(len, sources)), batch_size, datasets_per_batch, seed)

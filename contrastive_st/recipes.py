@@ -18,17 +18,20 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from transformers import BertConfig, BertModel
 
 from . import atomic
 from .atomic import first_problem, named, quote
-from .mixture import Mixture, read_config, tempered
-from .model import SentenceEncoder
+
+# %% ../nbs/26_recipes.ipynb #imports-types
+# The functions that open data or a model import what they need: a mistyped key is answered before
+# torch, transformers and datasets are there, which takes seconds.
+if TYPE_CHECKING:
+    from contrastive_st.mixture import Mixture
+    from contrastive_st.model import SentenceEncoder
 
 # %% ../nbs/26_recipes.ipynb #plans
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -83,10 +86,14 @@ class DataPlan:
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationPlan:
-    "Say what is measured; both paths are relative to the data folder."
+    "Say what is measured; all paths are relative to the data folder."
 
     sts: str = ""  # graded sentence pairs
     retrieval: str = ""  # folder in BEIR layout
+    labels: str = ""  # table of labelled texts, for kNN accuracy and retrieval by label
+    neighbors: str = ""  # labelled texts that vote on those of `labels`; "" = the others in it
+    text: str = "text"  # column of both tables that holds the text
+    label: str = "label"  # column of both that holds the label
     # before each question of `retrieval`: a name the model knows, or text; None = the model's own
     query_prompt: str | None = None
     document_prompt: str | None = None  # before each document, the same way
@@ -95,8 +102,13 @@ class EvaluationPlan:
 def _random_encoder(
     plan: ModelPlan,  # with layers and width
     seed: int,  # of the weights
-) -> SentenceEncoder:  # in evaluation mode
+) -> "SentenceEncoder":  # in evaluation mode
     "Make a BERT of random weights around the tokenizer of `plan.name`."
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from contrastive_st.model import SentenceEncoder
+
     tokenizer = SentenceEncoder.from_pretrained(plan.name).tokenizer
     longest = plan.max_length or 128
     shape = BertConfig(
@@ -141,12 +153,14 @@ class Recipe:
         self,
         data_folder: str | Path | None = None,  # if not the one that the recipe names
         store: str | Path | None = None,  # folder of prepared stores to read instead of the files
-    ) -> Mixture:  # ready to give any step's batch
+    ) -> "Mixture":  # ready to give any step's batch
         "Open the datasets and return their mixture."
         return _open_mixture(self, data_folder, store)
 
-    def encoder(self) -> SentenceEncoder:  # in evaluation mode
+    def encoder(self) -> "SentenceEncoder":  # in evaluation mode
         "Load the encoder to start from."
+        from contrastive_st.model import SentenceEncoder
+
         m = self.model
         if m.layers:
             encoder = _random_encoder(m, self.data.seed)
@@ -463,6 +477,8 @@ def _check_store(
     store: str | Path,  # folder of prepared stores
 ) -> None:
     "Raise `ValueError` if a dataset is not in a folder of stores, saying what puts it there."
+    from contrastive_st.mixture import read_config
+
     make = f"make it with: contrastive-st prepare {recipe.path} --out {store}"
     if not Path(store).is_dir():
         raise ValueError(f"there is no folder of stores {store}; {make}")
@@ -480,8 +496,10 @@ def _open_mixture(
     recipe: Recipe,  # names the datasets and the batch
     data_folder: str | Path | None = None,  # if not the one that the recipe names
     store: str | Path | None = None,  # folder of prepared stores
-) -> Mixture:  # ready to give any step's batch
+) -> "Mixture":  # ready to give any step's batch
     "Open a recipe's datasets as a mixture."
+    from contrastive_st.mixture import Mixture
+
     d, (config, folder) = recipe.data, data_config(recipe, data_folder)
     with _naming(recipe, config if isinstance(config, Path) else "", store or folder):
         if store is not None:
@@ -575,6 +593,11 @@ class SizedSet:
     weight: Annotated[float, Field(ge=0)] = 1.0  # in the mixture; 0 = left out
     columns: list[str | int] | None = None  # texts in a row, anchor first
     split: str = "train"  # of a hub dataset
+    label: str | None = None  # column of labels: its pairs are two texts of one label
+    score: str | None = None  # column that grades the pairs
+    score_range: list[float] | None = None  # lowest and highest grade
+    prompts: dict[str, str] | list[str] | None = None  # before the texts of each column
+    relevance: str | None = None  # column that says which pairs are positives
 
     def __len__(self) -> int:
         return self.lines
@@ -611,18 +634,23 @@ def _sized(recipe):
             f"{recipe.path}: data.triplets: there is no dataset {quote(min(strange))} in {label};"
             " spell it as there"
         )
-    return [replace(s, columns=s.columns or _columns(s.name, recipe)) for s in sets]
+    return [replace(s, columns=_columns(s, recipe)) for s in sets]
 
 
-def _columns(name, recipe):
-    "The columns of a dataset whose entry names none."
-    return ["anchor", "positive"] + ["negative"] * (name in recipe.data.triplets)
+def _columns(sized, recipe):
+    "The columns of a dataset's examples."
+    if sized.columns and not sized.label:
+        return sized.columns
+    # The entry names none, or the one column whose texts are paired by their labels.
+    return ["anchor", "positive"] + ["negative"] * (sized.name in recipe.data.triplets)
 
 # %% ../nbs/26_recipes.ipynb #plan
 def plan(
     recipe: Recipe,  # its data config gives every dataset's 'lines'
-) -> Mixture:  # for account.account: shares and epochs, without any text
+) -> "Mixture":  # for account.account: shares and epochs, without any text
     "Plan the batches of a recipe from the sizes of its datasets; no data file is opened."
+    from contrastive_st.mixture import Mixture, tempered
+
     d, sets = recipe.data, _sized(recipe)
     if d.temperature is None:
         weights = [s.weight for s in sets]

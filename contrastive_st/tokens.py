@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from .atomic import is_whole_number, quote
-from .store import column_names, text_identity, write_tokens
+from .store import Store, column_names, fit_prompts, text_identity, write_tokens
 
 # %% ../nbs/10_tokens.ipynb #pad
 def check_ragged(
@@ -457,7 +457,7 @@ class TokenBatch(NamedTuple):
 
 def _texts(batch):
     "All texts of a batch, column by column."
-    examples = getattr(batch, "examples", batch)
+    examples = getattr(batch, "inputs", batch)  # with the prompts of their datasets
     widths = {len(e) for e in examples}
     if len(widths) != 1:
         raise ValueError(
@@ -490,13 +490,27 @@ def _same_engine(store, tokens):
             "prepare the store again with this tokenizer, "
             f"or delete {store.folder / 'tokens'} to tokenise while training"
         )
+    prompts = list(getattr(store, "prompts", None) or ())
+    if engine and (own := engine.get("prompts", [])) != prompts:
+        was, asked = (f"the prompts {quote(p, 80)}" if p else "no prompts" for p in (own, prompts))
+        raise ValueError(
+            f"{store.folder}: its tokens were made with {was}, this run uses {asked}; "
+            "prepare the tokens again with prompts=, or delete "
+            f"{store.folder / 'tokens'} to tokenise while training"
+        )
+
+
+def _example_columns(folder):
+    "The columns of the examples that a store gives: a labelled one gives pairs."
+    store = Store(folder)
+    return column_names(2) if store.mark == "label" else store.columns
 
 
 def _stored(batch):
     "Token ids end to end, lengths, truncated or not, of a batch whose stores all hold tokens."
     # the same numbers as `write_tokens` chose
     dtype = np.dtype(np.uint16 if _origin(batch.stores[0])["vocabulary"] <= 2**16 else np.uint32)
-    rows = batch.read(lambda source, rows: source.store.tokens(rows))
+    rows = batch.read(lambda source, rows: source.tokens(rows))
     columns = list(zip(*rows))  # C of byte strings, then C of flags
     C = len(columns) // 2
     texts, flags = (list(chain.from_iterable(half)) for half in (columns[:C], columns[C:]))
@@ -523,6 +537,7 @@ class Tokens:
                 f"use at most {most}"
             )
         self.tokenizer, self.max_length = tokenizer, max_length
+        self._fitting = set()  # prompts that were found short enough
         self.pad_id = tokenizer.pad_token_id or 0
         if not isinstance(buckets, Iterable) or not all(is_whole_number(b, 1) for b in buckets):
             raise ValueError(f"buckets are {quote(buckets)}; they must be whole numbers above 0")
@@ -569,6 +584,8 @@ class Tokens:
         "Tokenise all columns of a batch; if all its stores hold tokens, only read them."
         stores = getattr(batch, "stores", [None])
         self.check(stores)
+        for prompts in getattr(batch, "prompts", {}).values():
+            self.check_prompts(prompts)
         all_stored = all(map(_origin, stores))
         ids, lengths, truncated = _stored(batch) if all_stored else self._arrays(_texts(batch))
         identities = _identities(batch)  # (B, C)
@@ -590,9 +607,29 @@ class Tokens:
         self,
         folder: str | Path,  # a prepared store
         on_progress: Callable = lambda rows: None,  # called with the rows of each finished shard
+        # before the texts, as a `Source` of the store takes them: one for all, a list, or by name
+        prompts: str | Sequence[str] | dict | None = None,
     ) -> None:
         "Tokenise a store once, so that its batches are only read; it holds one tokenizer's tokens."
-        write_tokens(folder, self.engine, self._arrays, on_progress)
+        engine = self.engine
+        if prompts := fit_prompts(prompts, _example_columns(folder), str(folder)):
+            self.check_prompts(prompts)
+            engine = engine | {"prompts": list(prompts)}
+        write_tokens(folder, engine, self._arrays, on_progress)
+
+    def check_prompts(
+        self,
+        prompts: Sequence[str],  # texts that stand before others
+    ) -> None:
+        "Refuse a prompt that leaves no room for a text."
+        for prompt in set(prompts) - self._fitting:
+            lengths = self._arrays([prompt])[1] if prompt else [0]
+            if lengths[0] >= self.max_length:
+                raise ValueError(
+                    f"the prompt {quote(prompt)} takes all {self.max_length} tokens of max_length, "
+                    "so that no token of a text is left; shorten it, or raise max_length"
+                )
+            self._fitting.add(prompt)
 
     def check(
         self,
@@ -601,6 +638,7 @@ class Tokens:
         "Refuse stores whose tokens another tokenizer made, before a run begins."
         for store in stores:
             _same_engine(store, self)
+            self.check_prompts(getattr(store, "prompts", None) or ())
 
 # %% ../nbs/10_tokens.ipynb #feed
 def feed(

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 import time
 import tracemalloc
 import warnings
@@ -17,17 +18,20 @@ from contrastive_st.evaluation import (
     METRICS,
     alignment,
     collapse,
+    evaluate_labels,
     evaluate_retrieval,
     evaluate_sts,
     format_interval,
     metric,
     paired_difference,
+    read_labelled,
     retrieval_by_query,
     similarity_of,
     sts_cosines,
     uniformity,
     with_prompts,
 )
+from contrastive_st.precision import unit_rows
 
 
 def lookup(vectors: dict):
@@ -881,3 +885,94 @@ def test_whatever_encodes_and_whatever_it_returns():
     for resamples in (-1, 1.5, True, "9"):
         with pytest.raises(ValueError, match="resamples is .*; give a whole number"):
             evaluate_sts(encoder, pairs, resamples=resamples)
+
+
+# --- texts with labels ---
+
+
+def labelled(n=120, classes=4, seed=0):
+    "Names of texts, their labels, and an encoder that sees the label dimly."
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=n)
+    vectors = rng.standard_normal((n, 12)) + 0.6 * np.eye(12)[labels]
+    texts = [f"text {i}" for i in range(n)]
+
+    def encode(batch):
+        return np.stack([vectors[int(text.split()[1])] for text in batch])
+
+    return texts, [f"label {i}" for i in labels], encode, unit_rows(vectors.astype(np.float32))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 11])
+def test_knn_accuracy_is_that_of_scikit_learn(k):
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    texts, labels, encode, vectors = labelled()
+    peer = neighbors.KNeighborsClassifier(k, metric="cosine", algorithm="brute")
+    mine = evaluate_labels(encode, texts[80:], labels[80:], (texts[:80], labels[:80]), k, 0)
+    assert mine["knn_accuracy"] == peer.fit(vectors[:80], labels[:80]).score(
+        vectors[80:], labels[80:]
+    )
+    # without voters each text is judged by all the others
+    right = 0
+    for i, label in enumerate(labels):
+        others = np.delete(np.arange(120), i)
+        peer.fit(vectors[others], [labels[j] for j in others])
+        right += peer.predict(vectors[i : i + 1])[0] == label
+    assert evaluate_labels(encode, texts, labels, k=k, resamples=0)["knn_accuracy"] == right / 120
+
+
+def test_map_at_r_is_the_one_of_the_definition():
+    texts, labels, encode, vectors = labelled(n=60)
+    figures = []
+    for i in range(60):
+        order = [j for j in np.argsort(-(vectors @ vectors[i]), kind="stable") if j != i]
+        R = labels.count(labels[i]) - 1
+        hits = [labels[j] == labels[i] for j in order[:R]]
+        figures.append(sum(h * np.mean(hits[: n + 1]) for n, h in enumerate(hits)) / R)
+    report = evaluate_labels(encode, texts, labels, resamples=200)
+    assert report["map@r"] == pytest.approx(np.mean(figures), abs=1e-6)
+    assert report["map@r_low"] < report["map@r"] < report["map@r_high"]
+    assert (report["n"], report["k"], report["classes"]) == (60, 5, 4)
+
+
+def test_equal_texts_do_not_hide_each_other():
+    "Seven copies of one vector: none is its own neighbor."
+    report = evaluate_labels(
+        lambda texts: np.ones((len(texts), 3)), list("abcdefgh"), list("xxxxyyyy")
+    )
+    assert report["n"] == 8 and 0 <= report["knn_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "texts, labels, options, said",
+    [
+        (["a", "b"], ["x"], {}, "2 texts and 1 labels"),
+        ([], [], {}, "is empty"),
+        (["a", 3], ["x", "y"], {}, "3 in the labelled set is not a text"),
+        (["a", "b"], ["x", "x"], {}, "every text has the label 'x'"),
+        (["a", "b"], ["x", "y"], {}, "all labels are different"),
+        (["a", "b"], ["x", "y"], {"neighbors": (["c"], ["z"])}, "at least two labels"),
+        (["a", "b"], ["x", "y"], {"k": 0}, "k is 0"),
+    ],
+)
+def test_labels_that_cannot_be_measured(texts, labels, options, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        evaluate_labels(lambda batch: np.eye(len(batch)), texts, labels, **options)
+
+
+def test_texts_without_a_partner_are_counted():
+    with pytest.warns(UserWarning, match="1 of 5 texts have no other text of their label"):
+        report = evaluate_labels(lambda b: np.eye(len(b)) + 0.1, list("abcde"), list("xxyyz"), k=1)
+    assert report["knn_accuracy"] < 1
+
+
+def test_labelled_files(tmp_path):
+    path = tmp_path / "held.csv"
+    path.write_text("Text;intent\nhello;greet\nbye;7\n", encoding="utf-8")
+    assert read_labelled(path, label="intent") == (["hello", "bye"], ["greet", "7"])
+    path.write_text("text,label\nhello,greet\n,greet\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"held.csv:3: column 'text' holds ''"):
+        read_labelled(path)
+    path.write_text("text,label\nhello,\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"held.csv:2: column 'label' holds ''"):
+        read_labelled(path)

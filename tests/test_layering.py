@@ -32,6 +32,7 @@ ALLOWED = {
     "card": {"evaluation", "modeldir"},
     "charts": {"evaluation", "search"},
     "recipes": {"mixture", "model", "tokens"},
+    "new": {"data", "store"},
     "notebook": {"model", "store"},
 }
 # how everything is written and read, in which processes, on what machine: all may import them

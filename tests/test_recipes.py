@@ -1088,3 +1088,39 @@ def test_the_plan_of_many_datasets_is_drawn(tmp_path):
                 {"steps": 1000, "batch_size": 64, "datasets": rows}, tmp_path / "plan.jpg", most
             )
         assert (tmp_path / "plan.jpg").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipe_is_read_and_refused_before_torch(tmp_path):
+    "A mistyped key must not wait for the libraries that only a training needs."
+    (tmp_path / "bad.toml").write_text(GOOD.replace("mix =", "mixx ="), encoding="utf-8")
+    program = """
+import sys
+from contrastive_st import recipes
+try:
+    recipes.load("bad.toml")
+except ValueError as error:
+    print(error)
+print(sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
+"""
+    options = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = subprocess.run([sys.executable, "-c", program], env=environment, **options).stdout
+    assert "did you mean 'mix'" in output and output.endswith("[]\n")
+
+
+def test_keys_of_labels_scores_and_prompts_are_passed_on(folder):
+    mix = [
+        {"name": "a", "weight": 1, "columns": ["text"], "label": "intent", "lines": 10},
+        {"name": "b", "weight": 1, "score": "grade", "score_range": [0, 5], "lines": 10},
+        {"name": "c", "weight": 1, "prompts": {"anchor": "query: "}, "lines": 10},
+    ]
+    recipe = Recipe("a test", ModelPlan("encoder"), DataPlan(mix, batch_size=4))
+    assert recipe.data.mix == mix
+    assert [source.lines for source in plan(recipe).sources] == [10, 10, 10]
+
+
+def test_labels_are_an_exam(folder):
+    table = {"labels": "held.jsonl", "neighbors": "train.jsonl", "text": "body", "label": "topic"}
+    exam = build(EvaluationPlan, table, "recipe.toml: test")
+    assert (exam.labels, exam.neighbors, exam.text, exam.label) == tuple(table.values())
+    assert (EvaluationPlan().labels, EvaluationPlan().text) == ("", "text")

@@ -815,7 +815,7 @@ def compare(
 
 # %% ../nbs/30_cli.ipynb #compare-sweep
 def _check_sweep(recipe, out, changes, variants, options):
-    "Refuse what would fail in the middle of a sweep; return the changes of each run."
+    "Refuse what would fail in the middle of a sweep; return the changes of each run, and the data."
     from contrastive_st import recipes, run
 
     if run.run_state(out) != "none":
@@ -831,7 +831,7 @@ def _check_sweep(recipe, out, changes, variants, options):
         # Of a model or of data it shows only when they are opened.
         if not all(change.startswith("train.") for change in variant.changes):
             _open(loaded, options["data_folder"], options["store"])
-    return words
+    return words, loaded.folder(options["data_folder"])
 
 
 def _sweep(recipe, out, changes, sweep, repo_id, options):
@@ -842,7 +842,7 @@ def _sweep(recipe, out, changes, sweep, repo_id, options):
     if repo_id:
         raise ValueError("--push-to-hub is for one run; compare first, then push the best one")
     variants, failures = parse_sweep(sweep), {}
-    words = _check_sweep(recipe, out, changes, variants, options)
+    words, folder = _check_sweep(recipe, out, changes, variants, options)
     for n, (variant, each) in enumerate(zip(variants, words), 1):
         if _is_first_process():
             _say(f"\nrun {n} of {len(variants)}: {variant.name}", err=True)
@@ -855,8 +855,7 @@ def _sweep(recipe, out, changes, sweep, repo_id, options):
             _say(f"error: {error}", err=True, fg="red")
     folders = [out / variant.name for variant in variants if variant.name not in failures]
     if len(folders) > 1 and _is_first_process():
-        data_folder = options["data_folder"]
-        comparison = compare_runs(folders, data_folder=data_folder, on_measure=_say_measuring)
+        comparison = compare_runs(folders, data_folder=folder, on_measure=_say_measuring)
         _say(f"\n{comparison_text(comparison)}")
     if failures:
         name, error = next(iter(failures.items()))

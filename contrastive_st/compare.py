@@ -320,23 +320,19 @@ def run_items(
 
 # %% ../nbs/29_compare.ipynb #find-folder
 def _started_with(run):
-    "The recipes and data folders that the command of a run names."
+    "The data folders that the command of a run leads to, the likeliest first."
     from contrastive_st.recipes import known
 
     command = noted(run.text, "command")
     words = shlex.split(command) if isinstance(command, str) else []
-    for n, word in enumerate(words):
-        if word == "--data" and n + 1 < len(words):
-            yield Path(words[n + 1])
-        elif word.startswith("--data="):
-            yield Path(word.partition("=")[2])
+    given = [after for word, after in zip(words, words[1:]) if word == "--data"]
+    given += [word.partition("=")[2] for word in words if word.startswith("--data=")]
     inner = _table(run.recipe, "data").get("folder") or "."
-    for word in words[2:]:
-        path = known().get(word) or Path(word)
-        if path.suffix == ".toml" and path.is_file():
-            yield path.parent / inner
-    yield Path(inner)
-    yield run.folder / inner
+    names = [known().get(word, word) for word in words[2:]]
+    beside = [Path(name).parent / inner for name in names if Path(name).suffix == ".toml"]
+    # The command was typed in this folder, or in one above the run.
+    for base in (Path(), *run.folder.resolve().parents[:4]):
+        yield from (base / folder for folder in [*map(expanded, given), *beside, Path(inner)])
 
 
 def _table(tables, name):

@@ -223,10 +223,24 @@ def _even(pieces):
         yield rest
 
 
-def _write_arrow(path, pieces, columns, dtype, parquet):
-    "Write an Arrow or Parquet file: the row's number and its vector."
+def _next_ids(ids, rows, last):
+    "The ids of some rows as Arrow columns: none, or one."
+    if ids is None:
+        return []
+    part = list(islice(ids, rows))
+    if len(part) < rows or last and next(ids, None) is not None:
+        raise ValueError(
+            f"there are {'fewer' if len(part) < rows else 'more'} ids than texts; give one for each"
+            " text, in the same order"
+        )
+    return [pa.array(part, pa.string())]
+
+
+def _write_arrow(path, pieces, rows, columns, dtype, parquet, ids=None):
+    "Write an Arrow or Parquet file: the row's number, its id if there are ids, and its vector."
     vector = pa.list_(pa.from_numpy_dtype(dtype), columns)
-    schema = pa.schema([("row", pa.int64()), ("vector", vector)])
+    names = [] if ids is None else [("id", pa.string())]
+    schema = pa.schema([("row", pa.int64()), *names, ("vector", vector)])
     if parquet:
         writer = pq.ParquetWriter(path, schema, use_dictionary=False)
     else:
@@ -236,11 +250,12 @@ def _write_arrow(path, pieces, columns, dtype, parquet):
         for block in _even(pieces):
             numbers = pa.array(np.arange(first, first + len(block)))
             values = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), columns)
-            writer.write_batch(pa.record_batch([numbers, values], schema=schema))
             first += len(block)
+            parts = [numbers, *_next_ids(ids, len(block), first == rows), values]
+            writer.write_batch(pa.record_batch(parts, schema=schema))
 
 
-def _finish(part, path):
+def _finish(part, path, ids=None):
     "Join the pieces under the final name, write the card, and delete the pieces."
     if not part.files:
         raise ValueError(f"{path}: there are no texts to encode; nothing is written")
@@ -249,10 +264,12 @@ def _finish(part, path):
     with atomic.writing(path, _AGAIN):
         with atomic.new_file(path) as new:
             if path.suffix in ARROW:
-                _write_arrow(new, _pieces(part), columns, dtype, path.suffix == ".parquet")
+                parquet, ids = path.suffix == ".parquet", None if ids is None else iter(ids)
+                _write_arrow(new, _pieces(part), rows, columns, dtype, parquet, ids)
             else:
                 write_npy(new, (rows, columns), dtype, _pieces(part))
             card = {"rows": rows, "texts": texts, **settings, **atomic.describe_file(new)}
+            card |= {} if ids is None else {"ids": True}
             atomic.remove(_card_of(path))
         atomic.write_json(_card_of(path), card)
     part.discard()
@@ -400,10 +417,12 @@ def _skip(path, source, rows, digest):
         )
 
 
-def _check_finished(path, source, settings):
+def _check_finished(path, source, settings, ids=None):
     "The card of a file that is there, if it was made in the same way from the same texts."
     card = _read_card(path)
     _check_same(path, card, settings)
+    if ids is not None and not card.get("ids"):
+        raise ValueError(f"{path}: was made without ids; delete it to begin anew")
     _skip(path, source, card["rows"], card["texts"])
     if source.take(1):
         raise ValueError(
@@ -559,6 +578,18 @@ def _check_arguments(path, encoder, precision, window, workers, options):
         _check_sendable(encoder, options)
 
 
+def _check_ids(path, ids):
+    "Raise a ValueError for ids where there is no room for them."
+    if ids is not None and path.suffix not in ARROW:
+        # A second file beside it would be lost with the first copy, so there is none.
+        raise ValueError(
+            f"{path}: an .npy file holds numbers only, without ids; name the file .arrow or"
+            " .parquet, or leave the ids out"
+        )
+    if isinstance(ids, (str, bytes)):
+        raise ValueError(f"ids are the text {ids[:40]!r}; pass a list of strings")
+
+
 def _check_vectors(vectors, first, width, folder):
     "Raise a ValueError for a vector that is not finite, or that is not as wide as those before it."
     bad = ~np.isfinite(vectors).all(axis=1)
@@ -656,18 +687,20 @@ def write_embeddings(
     workers: int = 1,  # processes; above 1 each loads its own encoder and has one thread
     resume: bool = False,  # go on where an earlier run stopped, if there is one
     total: int = None,  # N for the progress bar, if `texts` has no length
+    ids: Iterable[str] = None,  # N, read after the texts; a column of an Arrow or Parquet file
     progress: bool = True,  # a bar, if it takes more than a second
     **options,  # passed to `encoder.encode`, such as prompt or batch_size
 ) -> dict:  # the card, NAME.json: rows, width, precision, ranges, encoder, options, bytes, xxh3
     "Encode texts into a file, in their order and in constant memory."
     path, source = Path(path), _Texts(texts)
     _check_arguments(path, encoder, precision, window, workers, options)
+    _check_ids(path, ids)
     with atomic.lock(path):
         # 1. What an earlier run left: a part to go on with, a finished file, or nothing.
         has_part = _part_is_there(path)
         if resume and not has_part and path.is_file() and _card_of(path).is_file():
             settings = _settings_of(load_encoder(encoder), precision, ranges, options)
-            return _check_finished(path, source, settings)
+            return _check_finished(path, source, settings, ids)
         part = _open_part(path, resume)
         try:
             # 2. Read past the texts that have their rows, then embed the others.
@@ -679,7 +712,7 @@ def write_embeddings(
                 windows = _embed_windows(source, window, encode_batches, bar.update)
                 _fill(part, source, windows, settings)
             # 3. Join the pieces under the final name.
-            return _finish(part, path)
+            return _finish(part, path, ids)
         except BaseException:
             if not part.files:  # there is nothing to go on with
                 part.discard()

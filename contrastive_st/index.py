@@ -357,7 +357,7 @@ def _steps(record):
     if record.precision.endswith("binary"):
         return np.full(record.width, -1, np.float32), np.full(record.width, 2, np.float32)
     low, high = np.asarray(record.ranges, np.float32)
-    step = np.where(high == low, np.float32(1), (high - low) / 255)
+    step = (high - low) / 255
     middle = 128.5 if record.precision == "int8" else 0.5
     return low + step * np.float32(middle), step
 
@@ -877,7 +877,11 @@ def _faiss_of(method, rows, similarity):
         return {"method": method, "factory": "HNSW32_SQ8", "nprobe": 0}
     cells = max(1, min(int(4 * rows**0.5), rows // 39))  # k-means wants 39 rows for each cell
     # SQ8: eight bits a number will do, since the rows that come out are compared exactly.
-    return {"method": method, "factory": f"IVF{cells},SQ8", "nprobe": max(1, cells // 16)}
+    return {
+        "method": method,
+        "factory": f"IVF{cells},SQ8",
+        "nprobe": min(cells, max(8, cells // 16)),
+    }
 
 
 class _Floats:

@@ -190,6 +190,19 @@ def _add_window(part, rows, digest, settings):
         made=settings,
     )
 
+# %% ../nbs/21_encoding.ipynb #ids
+def _next_ids(ids, rows, last):
+    "The ids of some rows as Arrow columns: none, or one."
+    if ids is None:
+        return []
+    part = list(islice(ids, rows))
+    if len(part) < rows or last and next(ids, None) is not None:
+        raise ValueError(
+            f"there are {'fewer' if len(part) < rows else 'more'} ids than texts; give one for each"
+            " text, in the same order"
+        )
+    return [pa.array(part, pa.string())]
+
 # %% ../nbs/21_encoding.ipynb #finish
 ARROW = (".arrow", ".feather", ".parquet")  # endings of Arrow files; any other name is an .npy
 _AGAIN = "run again with resume: the rows that were written are kept"
@@ -221,19 +234,6 @@ def _even(pieces):
             rest = rest[WINDOW:]
     if len(rest):
         yield rest
-
-
-def _next_ids(ids, rows, last):
-    "The ids of some rows as Arrow columns: none, or one."
-    if ids is None:
-        return []
-    part = list(islice(ids, rows))
-    if len(part) < rows or last and next(ids, None) is not None:
-        raise ValueError(
-            f"there are {'fewer' if len(part) < rows else 'more'} ids than texts; give one for each"
-            " text, in the same order"
-        )
-    return [pa.array(part, pa.string())]
 
 
 def _write_arrow(path, pieces, rows, columns, dtype, parquet, ids=None):
@@ -458,8 +458,8 @@ def same_texts(
         more = "more than " if source.row > card["rows"] else ""
         raise ValueError(
             f"{path}: holds the vectors of {card['rows']:,} other texts, and here are"
-            f" {more}{min(source.row, card['rows']):,}; give the file that it was made of, or encode"
-            " this one"
+            f" {more}{min(source.row, card['rows']):,}; give the file that it was made of, or"
+            " encode this one"
         )
 
 # %% ../nbs/21_encoding.ipynb #part-there

@@ -69,7 +69,7 @@ class Hit(NamedTuple):
 
     id: str  # as it was given, or the number of the row
     score: float  # cosine, or product if the model compares so
-    text: str
+    text: str  # whole, as it was given
 
 
 _ROWS = 16_384  # of a chunk that must be converted, 25 MB at 384 dimensions
@@ -455,7 +455,7 @@ class Index:
     def __repr__(self) -> str:
         "Say what is in it."
         r = self.record
-        return f"Index({str(self.folder)!r}: {r.rows:,} texts, {r.width} x {r.precision})"
+        return f"Index({self.folder.name!r}: {r.rows:,} texts, {r.width} x {r.precision})"
 
     rows = property(lambda self: self.record.rows, doc="The number of texts, N.")
     width = property(lambda self: self.record.width, doc="Dimensions of a vector, D.")
@@ -476,7 +476,11 @@ class Index:
         return self._encoder
 
     @encoder.setter
-    def encoder(self, encoder):
+    def encoder(
+        self,
+        encoder: Callable | str | Path,  # a SentenceEncoder, its directory, or the function
+    ):
+        "Set the encoder; raise ValueError if it is another than that of the index."
         encoder = load_encoder(encoder)
         _check_same(self.folder, self.record.model, encoder)
         self._encoder = encoder

@@ -6,9 +6,10 @@
 __all__ = ['app', 'printable', 'Terminated', 'main', 'parse_changes', 'Exam', 'measures', 'table_text', 'score_table',
            'check_output', 'evaluate', 'check_model', 'new', 'similarity', 'sample_pairs', 'resume_command', 'summary',
            'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'comparison_text', 'compare', 'export',
-           'prepare', 'mine', 'encode', 'search', 'demo']
+           'prepare', 'mine', 'encode', 'index', 'search', 'demo']
 
 # %% ../nbs/30_cli.ipynb #imports-export
+import json
 import os
 import shlex
 import shutil
@@ -1367,16 +1368,20 @@ def mine(
     _show_mined(mined, out)
 
 # %% ../nbs/30_cli.ipynb #read-texts
-def _texts(path):
-    "The texts of a file, or of standard input if it is '-'; without any, `ValueError`."
-    from contrastive_st.files import STDIN, read_texts
+def _read_corpus(path, column="", id_column=None):
+    "Yield (line, id, text) of a file, or of standard input if it is '-'; none is a `ValueError`."
+    from contrastive_st.index import Corpus
 
-    line = None
-    for line, text in read_texts(path):
-        yield text
+    corpus, line = Corpus(path, column, id_column), None
+    for line, id, text in corpus:
+        yield line, id, text
     if line is None:
-        name = "standard input" if str(path) == STDIN else path
-        raise ValueError(f"{name}: is empty; give at least one text")
+        raise ValueError(f"{corpus.name}: is empty; give at least one text")
+
+
+def _texts(path, column=""):
+    "The texts of a file, or of standard input."
+    return (text for _, _, text in _read_corpus(path, column, ""))
 
 # %% ../nbs/30_cli.ipynb #count-blank
 class _Counted:
@@ -1394,6 +1399,29 @@ class _Counted:
             yield text
 
 # %% ../nbs/30_cli.ipynb #encode
+_Column = Annotated[
+    str, typer.Option(help="Column that holds the texts. Without it: text, question and the like.")
+]
+_IdColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--id",
+        help="Column that holds an id for each text. Without it: _id; '' takes no ids from the file.",
+    ),
+]
+
+
+def _ids_for(out, path, column, id_column):
+    "The ids of a file's texts, where the file to write has room for them and there are any."
+    from contrastive_st.encoding import ARROW
+
+    if str(path) == "-" or not id_column and (out.suffix not in ARROW or id_column == ""):
+        return None
+    if next(_read_corpus(path, column, id_column))[1] is None:
+        return None
+    return (id for _, id, _ in _read_corpus(path, column, id_column))
+
+
 def _say_blank(counted):
     "Say which texts were blank."
     if counted.blank:
@@ -1423,6 +1451,8 @@ def encode(
             help="File to write: .arrow, .feather, .parquet, or NumPy under any other name."
         ),
     ] = Path("embeddings.npy"),
+    column: _Column = "",
+    id_column: _IdColumn = None,
     precision: Annotated[
         str, typer.Option(help="float32, float16, int8, uint8, binary or ubinary.")
     ] = "float32",
@@ -1458,46 +1488,210 @@ def encode(
     check_output(out)
     check_model(model)
     # A first walk finds a wrong line before hours of work; standard input can be read only once.
-    total = None if str(texts) == "-" else sum(1 for _ in _texts(texts))
+    total = None if str(texts) == "-" else sum(1 for _ in _read_corpus(texts, column, id_column))
     out.parent.mkdir(parents=True, exist_ok=True)
-    counted = _Counted(_texts(texts))
+    counted, ids = _Counted(_texts(texts, column)), _ids_for(out, texts, column, id_column)
     options = {"workers": workers, "resume": resume, "total": total, "progress": progress}
-    options |= {"bf16": bf16, "batch_size": batch_size}
+    options |= {"bf16": bf16, "batch_size": batch_size, "ids": ids}
     options |= {} if prompt is None else {"prompt": prompt}
     report = write_embeddings(out, model, iter(counted), precision, **options)
     _say_blank(counted)
     _say(f"{report['rows']} texts, {report['width']} dimensions -> {out}")
 
+# %% ../nbs/30_cli.ipynb #index-command
+@app.command()
+@_stoppable("with --resume the same command goes on")
+def index(
+    model: _Model,
+    texts: Annotated[
+        Path,
+        typer.Argument(
+            help="A .txt with one text a line, or a table: csv, tsv, jsonl, json, parquet, also .gz."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make, or with --append to add to.")],
+    column: _Column = "",
+    id_column: _IdColumn = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, float16, int8 or binary. Without it: float32, or the file's."),
+    ] = None,
+    query_prompt: _QueryPrompt = None,
+    document_prompt: _DocumentPrompt = None,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that `encode` wrote of these very texts; nothing is encoded again."
+        ),
+    ] = None,
+    faiss: Annotated[
+        str | None,
+        typer.Option(help="'ivf' or 'hnsw': for millions of texts; faster, and may miss some."),
+    ] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add to an index.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run on the same texts stopped.")
+    ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes; above 1 each has one thread and a model of its own."),
+    ] = 1,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16 where the hardware can.")
+    ] = False,
+    progress: _Progress = True,
+):
+    "Encode a corpus once, into a folder to search in."
+    from contrastive_st.index import Corpus, extend_or_build
+
+    check_output(out, folder=True)
+    check_model(model)
+    corpus = Corpus(texts, column, id_column)
+    given = {"precision": precision, "vectors": vectors, "faiss": faiss}
+    given |= {"query_prompt": query_prompt, "document_prompt": document_prompt}
+    options = {"workers": workers, "resume": resume, "progress": progress}
+    options |= {"bf16": True} if bf16 else {}
+    made = extend_or_build(out, model, corpus, append, given, **options)
+    size = sum(path.stat().st_size for path in made.folder.iterdir())
+    _say(f"{made.rows:,} texts, {made.width} x {made.precision}, {size / 1e6:,.1f} MB -> {out}")
+    _say(f"Next: contrastive-st search {shlex.quote(str(out))} QUESTION")
+
 # %% ../nbs/30_cli.ipynb #search
+class _SearchedFile:
+    "A file of passages, encoded for this one search."
+
+    def __init__(self, model, corpus, column, id_column, prompts):
+        from contrastive_st.evaluation import similarity_of, with_prompts
+
+        self.ids, self.passages = _passages(corpus, column, id_column)
+        encoder = _encoder(model)
+        self.embed_query, embed_passages = with_prompts(encoder, *prompts, progress=False)
+        self.vectors, self.similarity = embed_passages(self.passages), similarity_of(encoder)
+
+    def search(self, query, top_k):
+        "The passages that are nearest to a question: (id or None, score, text)."
+        from contrastive_st.search import semantic_search
+
+        queries = self.embed_query([query])
+        scores, rows = semantic_search(queries, self.vectors, top_k, similarity=self.similarity)
+        rows = rows[0].tolist()
+        return [(self.ids[i], s, self.passages[i]) for i, s in zip(rows, scores[0].tolist())]
+
+
+class _SearchedIndex:
+    "An index, whose passages were encoded before."
+
+    def __init__(self, folder, model, exact):
+        from contrastive_st.index import Index
+
+        self.index, self.exact = Index.open(folder), exact
+        self.index.encoder = _encoder(model or self.index.find_model())
+
+    def search(self, query, top_k):
+        "The passages that are nearest to a question: (id, score, text)."
+        return self.index.search([query], top_k, self.exact)[0]
+
+
+def _check_index_words(folder, words, options):
+    "Raise `ValueError` for what is said of a corpus where an index holds it already."
+    if given := [name for name, value in options.items() if value is not None and value != ""]:
+        raise ValueError(
+            f"{folder} is an index, which knows its texts and prompts; leave out {', '.join(given)}"
+        )
+    if words and Path(words[0]).is_file():
+        raise ValueError(
+            f"{folder} is an index, which holds its corpus; leave out {words[0]}, or name a model"
+            " instead of the index"
+        )
+
+
+def _searched(model, words, index_model, exact, options):
+    "What is searched, and the questions."
+    from contrastive_st.index import is_index
+
+    if is_index(model):
+        _check_index_words(model, words, options)
+        return _SearchedIndex(model, index_model, exact), words
+    if not words:
+        raise ValueError(
+            f"{model} is no index, so name a corpus after the model: contrastive-st search MODEL"
+            " CORPUS [QUESTION]..., or make an index with contrastive-st index"
+        )
+    if index_model or exact:
+        raise ValueError(f"{model} is no index; --model and --exact are for one")
+    prompts = options["--query-prompt"], options["--document-prompt"]
+    return _SearchedFile(model, words[0], options["--column"], options["--id"], prompts), words[1:]
+
+
 @app.command()
 @_stoppable()
 def search(
-    model: _Model,
-    corpus: Annotated[Path, typer.Argument(help="A .txt with one text a line, or a corpus.jsonl.")],
-    queries: Annotated[
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="INDEX|MODEL",
+            help="Index folder, made by `index`; or a model: its directory, hub id or name.",
+        ),
+    ],
+    words: Annotated[
         list[str] | None,
-        typer.Argument(help="Questions; without any, lines are read from standard input."),
+        typer.Argument(
+            metavar="[CORPUS] [QUESTION]...",
+            help=(
+                "After a model: a .txt with one text a line, or a table such as corpus.jsonl. Then"
+                " questions; without any, lines are read from standard input."
+            ),
+        ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Passages to show for each question.")] = 3,
+    top_k: Annotated[
+        int, typer.Option("--top", "--top-k", min=1, help="Passages to show for each question.")
+    ] = 3,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object a line, one for each question.")
+    ] = False,
+    width: Annotated[
+        int | None,
+        typer.Option(min=0, help="Columns of a line; 0 = whole. Without it: those of a terminal."),
+    ] = None,
+    index_model: Annotated[
+        str | None,
+        typer.Option("--model", help="Where the model of the index is, if it was moved."),
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare every row, even if the index has a faster way.")
+    ] = False,
+    column: _Column = "",
+    id_column: _IdColumn = None,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
 ):
-    "Find the passages that are nearest in meaning."
-    from contrastive_st.evaluation import similarity_of, with_prompts
-    from contrastive_st.search import semantic_search
-
-    if not all(query.strip() for query in queries or []):
+    "Find the passages that are nearest in meaning, in an index or in a file."
+    words = words or []
+    options = {"--query-prompt": query_prompt, "--document-prompt": document_prompt}
+    options |= {"--column": column, "--id": id_column}
+    if not all(word.strip() for word in words):
         raise ValueError("a question is blank; write what you want to find")
-    passages = _passages(corpus)
-    prompts = query_prompt, document_prompt
-    encoder = _encoder(model)
-    embed_query, embed_passages = with_prompts(encoder, *prompts, progress=False)
-    index, similarity = embed_passages(passages), similarity_of(encoder)
-    for query in _questions(queries):
-        scores, ids = semantic_search(embed_query([query]), index, top_k, similarity=similarity)
-        _say(_shorten(query, 0), bold=True)
-        for score, i in zip(scores[0], ids[0]):
-            _say(f"  {score:.3f}  {_shorten(passages[i], 9)}")
+    searched, questions = _searched(model, words, index_model, exact, options)
+    for question in _questions(questions):
+        hits = searched.search(question, top_k)
+        _say_json(question, hits) if as_json else _say_hits(question, hits, width)
+
+
+def _say_json(question, hits):
+    "Print a question and what was found as one line of JSON."
+    records = [{"id": id, "score": round(score, 6), "text": text} for id, score, text in hits]
+    # ASCII only, so that it is JSON on any terminal, and does nothing to it.
+    typer.echo(json.dumps({"query": question, "hits": records}))
+
+
+def _say_hits(question, hits, width):
+    "Print a question and what was found, the ids in a column if there are any."
+    _say(_shorten(question, 0, width), bold=True)
+    ids = [printable(id or "") for id, _, _ in hits]
+    longest = max(map(len, ids), default=0)
+    for name, (_, score, text) in zip(ids, hits):
+        start = f"  {score:.3f}  " + (f"{name:{longest}}  " if longest else "")
+        _say(start + _shorten(text, len(start), width))
 
 
 def _questions(queries):
@@ -1516,11 +1710,12 @@ def _questions(queries):
         _say(f"note: {lines} of standard input are blank", err=True)
 
 
-def _passages(path):
-    "The texts of a file that are not blank."
-    counted = _Counted(_texts(path))
-    passages = [text for text in counted if text.strip()]
-    if not passages:
+def _passages(path, column="", id_column=None):
+    "The ids and the texts of a file, those that are not blank."
+    rows = [(id, text) for _, id, text in _read_corpus(path, column, id_column)]
+    counted = _Counted(text for _, text in rows)
+    pairs = [(id, text) for (id, text), _ in zip(rows, counted) if text.strip()]
+    if not pairs:
         raise ValueError(f"{path}: all texts are blank; give at least one passage")
     if counted.blank:
         _say(
@@ -1528,16 +1723,16 @@ def _passages(path):
             f" the first is text {counted.first:,}",
             err=True,
         )
-    return passages
+    return tuple(zip(*pairs))
 
 
-def _shorten(text, indent):
-    "A text on one line, shortened for a terminal; whole where the output is a file or a pipe."
-    if not sys.stdout.isatty():
+def _shorten(text, indent, width=None):
+    "A text on one line, shortened to a width; without one to a terminal's, and whole in a pipe."
+    if width == 0 or width is None and not sys.stdout.isatty():
         return printable(text)
     text = printable(text[:10_000])  # more than any terminal shows
-    width = shutil.get_terminal_size().columns - indent
-    return text if len(text) <= width else text[: max(width - 1, 1)] + "…"
+    room = (width or shutil.get_terminal_size().columns) - indent
+    return text if len(text) <= room else text[: max(room - 1, 1)] + "…"
 
 # %% ../nbs/30_cli.ipynb #demo
 @app.command()

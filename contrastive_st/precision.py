@@ -150,4 +150,6 @@ def dequantize(
             " the file"
         )
     low, step = _steps(ranges, codes.shape[-1])
+    # A dimension that never varied has one value, and no step to be in the middle of.
+    step = np.where(np.asarray(ranges[1]) == np.asarray(ranges[0]), np.float32(0), step)
     return low + (raw + np.float32(0.5)) * step

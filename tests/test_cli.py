@@ -38,8 +38,9 @@ COMMANDS = {
     "inspect": "data store set tiny sample plot",
     "prepare": "out data tiny tokenizer max-length on-error workers progress verify",
     "evaluate": "sts retrieval out query-prompt document-prompt",
-    "encode": "out precision prompt workers resume bf16 batch-size",
-    "search": "top-k query-prompt document-prompt",
+    "encode": "out column id precision prompt workers resume bf16 batch-size",
+    "index": "out column id precision vectors faiss append resume workers bf16",
+    "search": "top json width model exact column id query-prompt document-prompt",
     "demo": "run host port limit",
 }
 COMMANDS = {name: [f"--{word}" for word in words.split()] for name, words in COMMANDS.items()}
@@ -1027,8 +1028,8 @@ def test_search_finds_the_passage_itself(place):
     )
     lines = out.splitlines()
     assert len(lines) == 6 and lines[0].startswith("piano") and lines[3].startswith("rain")
-    assert lines[1].strip() == "1.000  piano the piano is on the road"
-    assert lines[4].strip() == "1.000  rain the rain is on the road"
+    assert lines[1].strip() == f"1.000  d{THINGS.index('piano')}  piano the piano is on the road"
+    assert lines[4].strip() == f"1.000  d{THINGS.index('rain')}  rain the rain is on the road"
     scores = [float(line.split()[0]) for line in (lines[1], lines[2])]
     assert scores == sorted(scores, reverse=True)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_backbone, make_tokenizer
+from conftest import make_backbone, make_tokenizer, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -183,6 +183,14 @@ def test_back_to_floats(n, width, seed, precision):
 def test_what_cannot_be_quantised(call, said):
     with pytest.raises(ValueError, match=said):
         call(np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32))
+
+
+def test_a_dimension_that_never_varies_comes_back_as_it_was():
+    vectors = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    vectors[:, 2] = 0.25
+    for precision in ("int8", "uint8"):
+        codes = quantize(vectors, precision)
+        assert (dequantize(codes, precision, calibrate(vectors))[:, 2] == 0.25).all()
 
 
 def test_recall_on_real_questions(shared_data):
@@ -530,32 +538,32 @@ def test_what_is_there_is_not_lost_without_resume(tmp_path):
 def test_an_encoder_is_known_by_its_weights_settings_and_tokenizer(tmp_path, tiny, model_folder):
     import torch
 
-    known = encoding._fingerprint(tiny)
+    known = encoding.fingerprint(tiny)
     # leaves truncation and padding of the tokenizer as they were, or not: no matter
     tiny.encode(["a dog"], progress=False)
     assert (
-        encoding._fingerprint(tiny)
-        == encoding._fingerprint(partial(tiny.encode, batch_size=3))
+        encoding.fingerprint(tiny)
+        == encoding.fingerprint(partial(tiny.encode, batch_size=3))
         == known
     )
     assert (
-        encoding._fingerprint(partial(tiny.encode, truncate_dim=3))["arguments"]
+        encoding.fingerprint(partial(tiny.encode, truncate_dim=3))["arguments"]
         != known["arguments"]
     )
     assert (
-        encoding._fingerprint(fake)["function"]
-        == encoding._fingerprint(partial(fake))["function"]
+        encoding.fingerprint(fake)["function"]
+        == encoding.fingerprint(partial(fake))["function"]
         == "fake"
     )
     loaded = SentenceEncoder.from_pretrained(model_folder)
-    assert encoding._fingerprint(loaded)["weights"] == known["weights"]
+    assert encoding.fingerprint(loaded)["weights"] == known["weights"]
     loaded.max_length = 32
-    assert encoding._fingerprint(loaded)["settings"] != known["settings"]
+    assert encoding.fingerprint(loaded)["settings"] != known["settings"]
     loaded.tokenizer.add_tokens(["dogs"])
-    assert encoding._fingerprint(loaded)["tokenizer"] != known["tokenizer"]
+    assert encoding.fingerprint(loaded)["tokenizer"] != known["tokenizer"]
     with torch.no_grad():
         next(tiny.parameters()).view(-1)[5] += 1e-6
-    assert encoding._fingerprint(tiny)["weights"] != known["weights"]
+    assert encoding.fingerprint(tiny)["weights"] != known["weights"]
 
 
 def test_resume_with_a_smaller_batch_size(tmp_path, tiny):
@@ -883,7 +891,7 @@ def test_killed_before_the_first_window(tmp_path, older, moment):
         import os, signal, sys
         import contrastive_st.encoding as encoding
         def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-        if sys.argv[2] == "loading": encoding._load = die
+        if sys.argv[2] == "loading": encoding.load_encoder = die
         encoding.write_embeddings(sys.argv[1], die, ["a text"], progress=False)
     """
     done = subprocess.run(
@@ -1024,3 +1032,44 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
     assert len(np.load(tmp_path / "v.npy")) == 9
     write_embeddings(tmp_path / "v.npy", fake, TEXTS, resume=True, progress=False)
     assert len(np.load(tmp_path / "v.npy")) == 2500
+
+
+# ---- ids and texts of a file ----
+
+
+@pytest.mark.parametrize("name", ["e.arrow", "e.parquet"])
+def test_ids_are_a_column(tmp_path, name):
+    texts = [f"text {n}" for n in range(20)]
+    ids = (f"d{n}" for n in range(20))
+    card = write_embeddings(tmp_path / name, fake, texts, window=7, ids=ids, progress=False)
+    if name.endswith("parquet"):
+        table = pq.read_table(tmp_path / name)
+    else:
+        table = pa.ipc.open_file(tmp_path / name).read_all()
+    assert table.column_names == ["row", "id", "vector"] and card["ids"]
+    assert table["id"].to_pylist() == [f"d{n}" for n in range(20)]
+    assert (open_embeddings(tmp_path / name) == fake(texts)).all()
+
+
+def test_ids_that_do_not_fit(tmp_path):
+    texts, arrow = ["a", "b"], tmp_path / "e.arrow"
+    refuses(
+        lambda: write_embeddings(tmp_path / "e.npy", fake, texts, ids=["x", "y"]), "e.npy", "ids"
+    )
+    refuses(lambda: write_embeddings(arrow, fake, texts, ids="xy"), "list of strings")
+    for ids in (["x"], ["x", "y", "z"]):
+        refuses(
+            lambda: write_embeddings(arrow, fake, texts, ids=ids, resume=True), "ids than texts"
+        )
+    write_embeddings(arrow, fake, texts, resume=True, progress=False)  # what was encoded waits
+    refuses(
+        lambda: write_embeddings(arrow, fake, texts, ids=["x", "y"], resume=True), "without ids"
+    )
+
+
+def test_texts_of_a_file_are_known_again(tmp_path):
+    path, texts = tmp_path / "e.npy", [f"text {n}" for n in range(20)]
+    write_embeddings(path, fake, texts, window=7, progress=False)
+    assert list(encoding.same_texts(path, iter(texts))) == texts
+    for others in (texts[:-1], [*texts, "more"], texts[::-1], []):
+        refuses(lambda: list(encoding.same_texts(path, others)), "e.npy", "other texts")

@@ -8,7 +8,7 @@ __all__ = ['nearest_rows', 'semantic_search', 'import_extra', 'faiss_index', 'fa
 
 # %% ../nbs/22_search.ipynb #imports
 import importlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ def nearest_rows(
     queries: torch.Tensor,  # (Q, D) float32
     chunks: Iterable[torch.Tensor],  # (n, D) float32 each, N rows in all, where the queries are
     k: int,  # rows to find for each query, at most N
+    # (q, D) and a chunk -> scores (q, n); a chunk may be whatever this takes and has a length
+    product: Callable = lambda queries, documents: queries @ documents.T,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # products float32, rows int64, (Q, k), best first
     "Find the rows with the largest product with each query; of equal ones the lower row wins."
     scores = torch.full((len(queries), k), -torch.inf, device=queries.device)  # below any score
@@ -59,7 +61,7 @@ def nearest_rows(
         for s in range(0, len(queries), 256):  # so that a product has at most 256 x n cells
             rows = slice(s, s + 256)
             # The best so far stand to the left, so that of equal scores the lower row wins.
-            candidates = torch.cat([scores[rows], queries[rows] @ documents.T], dim=1)
+            candidates = torch.cat([scores[rows], product(queries[rows], documents)], dim=1)
             scores[rows], columns = _stable_topk(candidates, k)  # (256, k)
             earlier = indices[rows].gather(1, columns.clamp(max=k - 1))
             indices[rows] = torch.where(columns < k, earlier, columns - k + start)

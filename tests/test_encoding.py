@@ -530,32 +530,32 @@ def test_what_is_there_is_not_lost_without_resume(tmp_path):
 def test_an_encoder_is_known_by_its_weights_settings_and_tokenizer(tmp_path, tiny, model_folder):
     import torch
 
-    known = encoding._fingerprint(tiny)
+    known = encoding.fingerprint(tiny)
     # leaves truncation and padding of the tokenizer as they were, or not: no matter
     tiny.encode(["a dog"], progress=False)
     assert (
-        encoding._fingerprint(tiny)
-        == encoding._fingerprint(partial(tiny.encode, batch_size=3))
+        encoding.fingerprint(tiny)
+        == encoding.fingerprint(partial(tiny.encode, batch_size=3))
         == known
     )
     assert (
-        encoding._fingerprint(partial(tiny.encode, truncate_dim=3))["arguments"]
+        encoding.fingerprint(partial(tiny.encode, truncate_dim=3))["arguments"]
         != known["arguments"]
     )
     assert (
-        encoding._fingerprint(fake)["function"]
-        == encoding._fingerprint(partial(fake))["function"]
+        encoding.fingerprint(fake)["function"]
+        == encoding.fingerprint(partial(fake))["function"]
         == "fake"
     )
     loaded = SentenceEncoder.from_pretrained(model_folder)
-    assert encoding._fingerprint(loaded)["weights"] == known["weights"]
+    assert encoding.fingerprint(loaded)["weights"] == known["weights"]
     loaded.max_length = 32
-    assert encoding._fingerprint(loaded)["settings"] != known["settings"]
+    assert encoding.fingerprint(loaded)["settings"] != known["settings"]
     loaded.tokenizer.add_tokens(["dogs"])
-    assert encoding._fingerprint(loaded)["tokenizer"] != known["tokenizer"]
+    assert encoding.fingerprint(loaded)["tokenizer"] != known["tokenizer"]
     with torch.no_grad():
         next(tiny.parameters()).view(-1)[5] += 1e-6
-    assert encoding._fingerprint(tiny)["weights"] != known["weights"]
+    assert encoding.fingerprint(tiny)["weights"] != known["weights"]
 
 
 def test_resume_with_a_smaller_batch_size(tmp_path, tiny):
@@ -883,7 +883,7 @@ def test_killed_before_the_first_window(tmp_path, older, moment):
         import os, signal, sys
         import contrastive_st.encoding as encoding
         def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-        if sys.argv[2] == "loading": encoding._load = die
+        if sys.argv[2] == "loading": encoding.load_encoder = die
         encoding.write_embeddings(sys.argv[1], die, ["a text"], progress=False)
     """
     done = subprocess.run(

@@ -25,6 +25,7 @@ ALLOWED = {
     "trainer": {"cpu", "evaluation", "mixture", "model", "run", "tokens"},
     "xla": {"model", "run", "tokens"},
     "encoding": {"model", "precision", "tokens"},
+    "index": {"encoding", "evaluation", "precision", "search"},
     "mining": {"search", "store"},
     "evaluation": {"precision", "search"},
     "bias": {"evaluation"},

@@ -20,10 +20,11 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
 
 from .atomic import first_problem, named, quote
 from .evaluation import similarity_of
+from .index import Index, is_index
 from .model import SentenceEncoder
 from .precision import unit_rows
 from .search import import_extra
@@ -139,8 +140,13 @@ class Batcher:
         self.some.set()
 
 # %% ../nbs/32_serve.ipynb #fields
+def _as_list(texts):
+    "Texts as a list, also of a single one."
+    return [texts] if isinstance(texts, str) else texts
+
+
 _Text = Annotated[StrictStr, Field(min_length=1)]
-_Texts = _Text | Annotated[list[_Text], Field(min_length=1)]
+_Texts = Annotated[list[_Text], Field(min_length=1), BeforeValidator(_as_list)]
 _Dimensions = Annotated[int, Field(ge=1)] | None
 _Side = Literal["query", "document"] | None
 
@@ -152,7 +158,7 @@ class _Request(BaseModel):
 class EmbedRequest(_Request):
     "Ask for vectors."
 
-    texts: _Texts  # one, or a list
+    texts: _Texts  # a list, or a single text
     input_type: _Side = None  # whose prompt of the model's goes before each text
     prompt_name: StrictStr | None = None  # or a prompt by its name
     dimensions: _Dimensions = None  # keep so many; None = what the model says, else all
@@ -170,14 +176,14 @@ class SimilarityRequest(_Request):
 class SearchRequest(_Request):
     "Ask for the nearest passages of the index."
 
-    queries: _Texts  # one, or a list
+    queries: _Texts  # a list, or a single text
     top_k: Annotated[int, Field(ge=1, le=1_000)] = 10  # passages for each query
 
 
 class OpenAIRequest(_Request):
     "Ask for vectors in OpenAI's words."
 
-    input: _Texts  # one, or a list
+    input: _Texts  # a list, or a single text
     model: StrictStr  # name of the model
     encoding_format: Literal["float", "base64"] = "float"  # base64: bytes of float32
     dimensions: _Dimensions = None  # keep so many
@@ -193,11 +199,6 @@ class Encoded(NamedTuple):
     truncated: int  # texts of which the end was not read
 
 
-def _as_list(texts):
-    "Texts as a list, also of a single one."
-    return [texts] if isinstance(texts, str) else texts
-
-
 class Service:
     "Answer requests with one model, and with one index if there is one."
 
@@ -205,7 +206,7 @@ class Service:
         self,
         encoder: SentenceEncoder,  # of the vectors
         name: str,  # under which clients know the model
-        index=None,  # index.Index of vectors of this encoder; None = no search
+        index: Index | None = None,  # of vectors of this encoder; None = no search
         limits: Limits = Limits(),  # how much it takes
     ):
         self.encoder, self.name, self.index, self.limits = encoder, name, index, limits
@@ -277,12 +278,11 @@ class Service:
 
     async def embed(
         self,
-        texts: str | Sequence[str],  # N texts
+        texts: Sequence[str],  # N texts
         prompt: str = "",  # put before each of them
         dimensions: int | None = None,  # keep so many; None = what the model says, else all
     ) -> Encoded:
         "Encode texts together with those of other requests."
-        texts = _as_list(texts)
         self.check(texts)
         width = self.encoder.settings.get("truncate_dim") or self.encoder.width
         if dimensions is not None and dimensions > width:
@@ -324,7 +324,10 @@ class Service:
                 "this server has no index to search; start it with a folder that"
                 " `contrastive-st index` made",
             )
-        encoded = await self.embed(queries, self.index.query_prompt)
+        if not all(map(str.strip, queries)):
+            raise Refusal(422, "a query is blank; write what you want to find")
+        dimensions = self.index.width  # may be fewer than the model's
+        encoded = await self.embed(queries, self.index.prompts["query"], dimensions)
         # The search takes its time outside of the loop, which answers others meanwhile.
         results = await asyncio.to_thread(self.index.search, encoded.vectors, top_k)
         hits = [[hit._asdict() for hit in row] for row in results]
@@ -407,8 +410,7 @@ def _refuse(refusal):
     "The response that says why a request is not answered."
     status, sentence, *pause = refusal.args
     problem = "server_error" if status >= 500 else "invalid_request_error"
-    code = "model_not_found" if sentence.startswith("there is no model") else None
-    error = {"message": sentence, "type": problem, "param": None, "code": code}
+    error = {"message": sentence, "type": problem, "param": None, "code": None}
     headers = {"retry-after": str(pause[0])} if pause else None
     return _json({"error": error}, status, headers)
 
@@ -424,14 +426,16 @@ def _sentence(errors):
     first = errors[0]
     if first["type"] == "json_invalid":
         return 'the request is not JSON; send an object such as {"texts": ["a dog"]}'
-    if first["loc"][:2] == ("body", "input") and isinstance(first["input"], int | list):
-        if not isinstance(first["input"], list) or first["input"]:
-            return _TOKENS
+    in_input = first["loc"][:2] == ("body", "input") and len(first["loc"]) == 3
+    if in_input and isinstance(first["input"], int | list):
+        return _TOKENS
     inside = [error | {"loc": error["loc"][1:]} for error in errors]
     problem = first_problem(SimpleNamespace(errors=lambda **options: inside))
+    if first["type"] in ("too_short", "string_too_short"):
+        return f"{problem.key} is empty; give at least one text, and none without characters"
     if not problem.key:
         return f"the request {problem.text}; send a JSON object"
-    return f"{problem.key} {problem.text}"
+    return f"{problem.key} {problem.text}; /openapi.json describes the request"
 
 
 def _add_handlers(app):
@@ -477,7 +481,7 @@ def _add_own(app, service):
     @app.post("/similarity")
     async def similarity(request: SimilarityRequest):
         "Compare every text on the left with every text on the right."
-        service.check(_as_list(request.first) + _as_list(request.second))
+        service.check(request.first + request.second)
         sides = (request.first, request.first_type), (request.second, request.second_type)
         first, second = await asyncio.gather(
             *(service.embed(texts, service.prompt(side)) for texts, side in sides)
@@ -489,9 +493,9 @@ def _add_own(app, service):
     @app.post("/search")
     async def search(request: SearchRequest):
         "Find the passages of the index that are nearest to each query."
-        return _json(await service.search(_as_list(request.queries), request.top_k))
+        return _json(await service.search(request.queries, request.top_k))
 
-
+# %% ../nbs/32_serve.ipynb #routes-openai
 def _add_openai(app, service):
     "Add the addresses that OpenAI's clients ask for."
     about = {"id": service.name, "object": "model", "created": service.started}
@@ -580,10 +584,8 @@ def open_service(
     limits: Limits = Limits(),  # how much it takes
 ) -> Service:
     "Load what is served."
-    if not Path(place, "index.json").is_file():
+    if not is_index(place):
         return Service(SentenceEncoder.from_pretrained(place), model_name(place), None, limits)
-    from contrastive_st.index import Index
-
     index = Index.open(place)
     return Service(index.encoder, model_name(place), index, limits)
 

@@ -462,7 +462,10 @@ class _Shield:
         headers = Headers(scope=scope)
         if scope["type"] != "http":
             raise Refusal(403, "this server uses no websocket")
-        check_origin(headers, opens=scope["method"] in ("GET", "HEAD"))
+        try:
+            check_origin(headers, opens=scope["method"] in ("GET", "HEAD"))
+        except Refusal:
+            raise Refusal(403, "what another web page asks for is not answered") from None
         if scope["method"] != "POST":
             return receive
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -498,8 +501,8 @@ def bind(
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"the {what} cannot be served at {brief(host)}:{port} ({reason}); choose another --port,"
-            " 0 takes any free one"
+            f"the {what} cannot be served at {brief(host)}:{port} ({reason});"
+            " choose another --port, 0 takes any free one"
         ) from None
     return door
 

@@ -33,6 +33,7 @@ ALLOWED = {
     "charts": {"evaluation", "search"},
     "recipes": {"mixture", "model", "tokens"},
     "notebook": {"model", "store"},
+    "serve": {"evaluation", "index", "model", "precision", "search", "server"},
 }
 # how everything is written and read, in which processes, on what machine: all may import them
 BASE = {"atomic", "files", "workers", "machine"}

@@ -1132,11 +1132,15 @@ def demo(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7860,
     limit: Annotated[int, typer.Option(min=1, help="Texts in a corpus, at most.")] = 20_000,
+    corpus: Annotated[
+        Path | None, typer.Option(help="File of texts that the search begins with.")
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="File of questions to those texts.")] = None,
 ):
     "Serve a web page for some models: similarity, answers, search, bias and their training."
     from contrastive_st import demo as page
 
-    page.launch(models, run, host, port, limit, _say)
+    page.launch(models, run, host, port, limit, _say, corpus, queries)
 
 # %% ../nbs/30_cli.ipynb #serve-command
 @app.command()

@@ -40,7 +40,8 @@ COMMANDS = {
     "evaluate": "sts retrieval out query-prompt document-prompt",
     "encode": "out precision prompt workers resume bf16 batch-size",
     "search": "top-k query-prompt document-prompt",
-    "demo": "run host port limit",
+    "demo": "run host port limit corpus queries",
+    "serve": "host port texts characters waiting",
 }
 COMMANDS = {name: [f"--{word}" for word in words.split()] for name, words in COMMANDS.items()}
 RECIPE = """
@@ -1061,11 +1062,24 @@ def test_demo_hands_on_what_was_typed(place, monkeypatch):
         *"encoder runs/other --run runs/a --run runs/b".split(),
         *"--host 0.0.0.0 --port 0 --limit 5".split(),
     )
-    works("demo", "encoder")
+    works("demo", "encoder", "--corpus", "faq.csv", "--queries", "q.txt")
     assert [args[:5] for args in calls] == [
         (["encoder", "runs/other"], [Path("runs/a"), Path("runs/b")], "0.0.0.0", 0, 5),
         (["encoder"], [], "127.0.0.1", 7860, LIMIT),
     ]
+    assert [args[6:] for args in calls] == [(None, None), (Path("faq.csv"), Path("q.txt"))]
+
+
+# ---- serve ----
+
+
+def test_serve_hands_on_what_was_typed(place, monkeypatch):
+    calls = []
+    monkeypatch.setattr("contrastive_st.serve.launch", lambda *args: calls.append(args))
+    works("serve", "encoder", *"--host 0.0.0.0 --port 0 --texts 5 --waiting 9".split())
+    assert calls[0][:3] == ("encoder", "0.0.0.0", 0)
+    assert calls[0][3][:3] == (5, 100_000, 9)
+    refuses("serve", "encoder", "--port", "70000", words=["a port is a number from 0 to 65535"])
 
 
 def test_demo_without_its_extra_is_one_sentence(place, monkeypatch):

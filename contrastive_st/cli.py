@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'printable', 'Terminated', 'main', 'parse_changes', 'Exam', 'measures', 'table_text', 'score_table',
            'check_output', 'evaluate', 'check_model', 'similarity', 'sample_pairs', 'resume_command', 'summary',
-           'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'prepare', 'encode', 'search', 'demo', 'serve']
+           'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'comparison_text', 'compare', 'export',
+           'prepare', 'encode', 'search', 'demo', 'serve']
 
 # %% ../nbs/30_cli.ipynb #imports-export
 import os
@@ -533,6 +534,16 @@ def train(
     data_folder: _Data = None,
     store: _Store = None,
     changes: _Changes = [],
+    sweep: Annotated[
+        list[str],
+        typer.Option(
+            "--sweep",
+            help=(
+                "Train once for each value of a key, in OUT/KEY=VALUE, and compare: --sweep"
+                " train.lr=1e-5,2e-5. Several make a grid."
+            ),
+        ),
+    ] = [],
     tiny: _Tiny = False,
     xla: Annotated[
         bool,
@@ -561,6 +572,10 @@ def train(
     "Train a model from a recipe, measure it before and after, and say what to type next."
     from contrastive_st import card, recipes
 
+    if sweep:
+        options = {"tiny": tiny, "xla": xla, "overwrite": overwrite, "progress": progress}
+        options |= {"data_folder": data_folder, "store": store}
+        return _sweep(recipe, out, changes, sweep, push_to_hub, options)
     # 1. Check, then open everything.
     is_finished = _check_train(out, resume, overwrite, push_to_hub)
     job = _open(recipes.load(recipe, parse_changes(changes), tiny), data_folder, store)
@@ -742,6 +757,137 @@ def inspect(
         plot.parent.mkdir(parents=True, exist_ok=True)
         recipes.report_figure(report, plot)
         _say(f"\nplot: {plot}")
+
+# %% ../nbs/30_cli.ipynb #compare
+def comparison_text(
+    comparison,  # compare.Comparison
+) -> str:  # lines of text
+    "Write a comparison as a table for each metric, and sentences."
+    from contrastive_st.compare import comparison_rows, remarks
+
+    tables = [table_text(*comparison_rows(comparison, metric)) for metric in comparison.metrics]
+    return "\n\n".join([*tables, "\n".join(remarks(comparison))]).rstrip()
+
+
+def _say_measuring(run):
+    "Say what the next moments are spent on."
+    _say(f"measuring {run.name}, question by question", err=True)
+
+
+@app.command()
+@_stoppable("what was measured is kept")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, such as runs/*.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="The run that the others are compared with; else the first.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Compare by this one; else by spearman and ndcg@10.")
+    ] = None,
+    data_folder: _Data = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            help="Measure the models question by question, which paired intervals need; once a run."
+        ),
+    ] = True,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw scores and differences into this .svg or .png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    "Compare finished runs: what changed, what it brought, with paired intervals, and its cost."
+    from contrastive_st import compare as page
+
+    if plot:
+        page.check_plot(plot)
+        check_output(plot, "--plot")
+    options = baseline, metric, data_folder, measure, _say_measuring
+    comparison = page.compare_runs(runs, *options)
+    if as_json:
+        typer.echo(page.comparison_json(comparison))
+    else:
+        _say(comparison_text(comparison))
+    if plot:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        page.comparison_figure(comparison, plot)
+        _say(f"plot: {plot}", err=as_json)
+
+# %% ../nbs/30_cli.ipynb #compare-sweep
+def _check_sweep(recipe, out, changes, variants, options):
+    "Refuse what would fail in the middle of a sweep; return the changes of each run."
+    from contrastive_st import recipes, run
+
+    if run.run_state(out) != "none":
+        raise ValueError(
+            f"--out {out}: is a run; a sweep fills a folder with runs, so name another"
+        )
+    check_output(out, folder=True)
+    words = [[*changes, *variant.changes] for variant in variants]
+    for variant, each in zip(variants, words):
+        loaded = recipes.load(recipe, parse_changes(each), options["tiny"])
+        recipes.build(run.TrainConfig, loaded.train, f"{loaded.path}, {variant.name}: train")
+        _check_train(out / variant.name, not options["overwrite"], options["overwrite"], None)
+        # Of a model or of data it shows only when they are opened.
+        if not all(change.startswith("train.") for change in variant.changes):
+            _open(loaded, options["data_folder"], options["store"])
+    return words
+
+
+def _sweep(recipe, out, changes, sweep, repo_id, options):
+    "Train all runs of a sweep, then compare them."
+    from contrastive_st.compare import compare_runs, parse_sweep
+    from contrastive_st.run import run_state
+
+    if repo_id:
+        raise ValueError("--push-to-hub is for one run; compare first, then push the best one")
+    variants, failures = parse_sweep(sweep), {}
+    words = _check_sweep(recipe, out, changes, variants, options)
+    for n, (variant, each) in enumerate(zip(variants, words), 1):
+        if _is_first_process():
+            _say(f"\nrun {n} of {len(variants)}: {variant.name}", err=True)
+        place = out / variant.name
+        resume = not options["overwrite"] and run_state(place) != "none"
+        try:
+            train(recipe, place, changes=each, resume=resume, **options)
+        except (ValueError, OSError) as error:  # such as a loss that grew without bound
+            failures[variant.name] = error
+            _say(f"error: {error}", err=True, fg="red")
+    folders = [out / variant.name for variant in variants if variant.name not in failures]
+    if len(folders) > 1 and _is_first_process():
+        data_folder = options["data_folder"]
+        comparison = compare_runs(folders, data_folder=data_folder, on_measure=_say_measuring)
+        _say(f"\n{comparison_text(comparison)}")
+    if failures:
+        name, error = next(iter(failures.items()))
+        count = f"{len(failures)} of {len(variants)} runs failed"
+        raise ValueError(f"{count}, first {name}: {error}")
+
+# %% ../nbs/30_cli.ipynb #export
+@app.command()
+@_stoppable()
+def export(
+    model: _Model,
+    onnx: Annotated[
+        Path, typer.Option("--onnx", help="Folder to write: onnx/model.onnx and the tokenizer.")
+    ],
+):
+    "Write a model for other programs, after a check that it gives the same vectors."
+    from contrastive_st.export import export_onnx
+
+    check_output(onnx, "--onnx", folder=True)
+    check_model(model)
+    about = export_onnx(model, onnx)
+    size = (onnx / "onnx" / "model.onnx").stat().st_size / 1e6
+    _say(f"{onnx}: {about['width']} dimensions, {size:,.0f} MB")
+    _say(
+        f"compared with the model on {about['texts']} texts: the largest difference is"
+        f" {about['largest_difference']:.1e}"
+    )
+    unit = "true" if about["normalize"] else "false"
+    _say(f"in transformers.js: {{ pooling: '{about['pooling']}', normalize: {unit} }}")
+    if prompt := about["prompts"].get(about["default_prompt"]):
+        _say(f"put {atomic.quote(prompt)} before each text, as the model does by itself")
 
 # %% ../nbs/30_cli.ipynb #prepare-parts
 def _mix(config, data_folder, tiny):

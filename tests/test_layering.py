@@ -31,6 +31,8 @@ ALLOWED = {
     "bias": {"evaluation"},
     "card": {"evaluation", "modeldir"},
     "charts": {"evaluation", "search"},
+    "compare": {"card", "data", "evaluation", "model", "recipes"},
+    "export": {"model"},
     "recipes": {"mixture", "model", "tokens"},
     "notebook": {"model", "store"},
     "serve": {"evaluation", "index", "model", "precision", "search", "server"},

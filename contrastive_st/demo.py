@@ -35,6 +35,7 @@ from . import bias
 from .atomic import reading
 from .charts import before_after, clip, curves, heat_chart, is_run, lean_chart
 from .charts import map_chart, project, shares, watch_run
+from .compare import compare_runs
 from .data import quickstart_folder, read_retrieval
 from .evaluation import METRICS, format_interval
 from .files import read_texts, regular_file
@@ -621,12 +622,30 @@ def _all_scores(models):
     return scores
 
 
+def _paired(best, second, key):
+    "The difference of two runs, question by question; {} if it was not measured so."
+    if not (best.run and second.run):
+        return {}
+    try:
+        # Only what `contrastive-st compare` kept: the page should not wait for an exam.
+        comparison = compare_runs([second.run, best.run], metric=key, measure=False)
+    except ValueError:  # a run that goes on, or with records of another version
+        return {}
+    return comparison.differences[key][1] or {}
+
+
 def _against(best, second, key):
     "By how much the best model is better, in words."
     metric = METRICS[key]
     numbers = [format_interval(score.report, key, metric.spec) for score in (best, second)]
     gain = best.report[key] - second.report[key]
     text = f"{metric.label} {numbers[0]} against {numbers[1]}, {gain:+{metric.spec}}"
+    if paired := _paired(best, second, key):
+        difference = format_interval(paired, "difference", f"+{metric.spec}")
+        text = f"{metric.label} {difference}, paired over the same questions"
+        if paired["difference_low"] > 0:
+            return f"{best.name} is better than {second.name}: {text}"
+        return f"{best.name} is ahead of {second.name}, perhaps by luck: {text}"
     low, high = best.report.get(f"{key}_low"), second.report.get(f"{key}_high")
     if low is None or high is None:
         return f"{best.name} is ahead of {second.name}: {text}"

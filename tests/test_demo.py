@@ -22,6 +22,7 @@ import urllib.request
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -642,6 +643,25 @@ def test_which_model_is_better_and_by_how_much(tmp_path):
     assert "against 0.300 [0.200, 0.400], +0.400" in demo.verdict([base, fair])
     base.place = "other"
     assert demo.verdict([base, fair]) == demo.verdict([fair]) == demo.verdict([]) == ""
+
+
+@pytest.mark.parametrize(
+    "low, words",
+    [(0.01, "Good is better than Fair: nDCG"), (-0.01, "Good is ahead of Fair, perhaps by luck")],
+)
+def test_a_paired_difference_is_preferred(tmp_path, monkeypatch, low, words):
+    good = in_run(measured_run(tmp_path / "a", "Good", (0.9, 0.85, 0.95)))
+    fair = in_run(measured_run(tmp_path / "b", "Fair"))
+    paired = {"difference": 0.2, "difference_low": low, "difference_high": 0.3}
+
+    def compare_runs(folders, metric, measure):
+        assert (folders, metric, measure) == ([fair.run, good.run], "ndcg@10", False)
+        return SimpleNamespace(differences={"ndcg@10": [None, paired]})
+
+    monkeypatch.setattr(demo, "compare_runs", compare_runs)
+    sentence = demo.verdict([fair, good])
+    assert sentence.startswith(words)
+    assert sentence.endswith(f"+0.200 [{low:+.3f}, +0.300], paired over the same questions")
 
 
 def test_different_exams_are_not_compared(tmp_path):

@@ -342,6 +342,17 @@ ROWS = (
             ("sentence_transformers", "sentence-transformers' trainer"),
         )
     ),
+    *(
+        ("serve", ("ratios", name), f"a service under 50 clients, {what}", target, how)
+        for name, what, target, how in (
+            ("texts_per_s_of_50_clients", "requests of one text", "", "{:,.0f} a second"),
+            ("together_over_alone", "against a forward for each request", "", "{:.2f} times"),
+            ("together_over_loop", "against a Python loop, text by text", "", "{:.2f} times"),
+            ("cpu_of_loop_over_together", "CPU time of a loop's text by ours", "", "{:.2f} times"),
+            ("p50_ms", "median time of an answer", "", "{:.0f} ms"),
+            ("p95_ms", "95th percentile", "", "{:.0f} ms"),
+        )
+    ),
 )
 
 

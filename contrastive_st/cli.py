@@ -6,7 +6,7 @@
 __all__ = ['app', 'printable', 'Terminated', 'main', 'parse_changes', 'Exam', 'measures', 'table_text', 'score_table',
            'check_output', 'evaluate', 'check_model', 'new', 'similarity', 'sample_pairs', 'resume_command', 'summary',
            'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'comparison_text', 'compare', 'export',
-           'prepare', 'mine', 'encode', 'index', 'search', 'demo']
+           'prepare', 'mine', 'encode', 'index', 'search', 'demo', 'serve']
 
 # %% ../nbs/30_cli.ipynb #imports-export
 import json
@@ -1751,8 +1751,36 @@ def demo(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7860,
     limit: Annotated[int, typer.Option(min=1, help="Texts in a corpus, at most.")] = 20_000,
+    corpus: Annotated[
+        Path | None, typer.Option(help="File of texts that the search begins with.")
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="File of questions to those texts.")] = None,
 ):
     "Serve a web page for some models: similarity, answers, search, bias and their training."
     from contrastive_st import demo as page
 
-    page.launch(models, run, host, port, limit, _say)
+    page.launch(models, run, host, port, limit, _say, corpus, queries)
+
+# %% ../nbs/30_cli.ipynb #serve-command
+@app.command()
+@_stoppable()
+def serve(
+    place: Annotated[
+        str, typer.Argument(help="Model directory, hub id, or a folder that `index` made.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the service to the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
+    texts: Annotated[int, typer.Option(min=1, help="Texts in one request, at most.")] = 2_048,
+    characters: Annotated[int, typer.Option(min=1, help="In one text, at most.")] = 100_000,
+    waiting: Annotated[
+        int, typer.Option(min=1, help="Texts that may wait; more are told to come back.")
+    ] = 8_192,
+):
+    "Answer programs over HTTP: /embed, /similarity, /search, and OpenAI's /v1/embeddings."
+    from contrastive_st import serve as service
+
+    check_model(place)
+    limits = service.Limits(texts=texts, characters=characters, waiting=waiting)
+    service.launch(place, host, port, limits, _say)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'LIMIT', 'CHARACTERS', 'TEXT', 'AT_A_TIME', 'WAITING', 'STYLE', 'batches', 'add_counts', 'Model',
-           'short_names', 'open_models', 'to_html', 'note', 'score_matrix', 'compare', 'lengths', 'answers',
-           'keep_texts', 'one_text', 'split_lines', 'read_corpus', 'find', 'clusters', 'own_items', 'read_items',
-           'bias_table', 'heat', 'run_html', 'reply', 'build', 'application', 'launch']
+           'short_names', 'run_recipe', 'titles', 'open_models', 'to_html', 'note', 'score_matrix', 'compare',
+           'lengths', 'answers', 'keep_texts', 'one_text', 'split_lines', 'read_corpus', 'find', 'clusters',
+           'own_items', 'read_items', 'bias_table', 'heat', 'run_html', 'verdict', 'reply', 'Own', 'own_texts', 'build',
+           'application', 'launch']
 
 # %% ../nbs/31_demo.ipynb #imports
 import atexit
@@ -16,12 +17,15 @@ import html
 import os
 import re
 import threading
+import tomllib
 import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,13 +35,24 @@ from . import bias
 from .atomic import reading
 from .charts import before_after, clip, curves, heat_chart, is_run, lean_chart
 from .charts import map_chart, project, shares, watch_run
+from .compare import compare_runs
 from .data import quickstart_folder, read_retrieval
-from .evaluation import format_interval
+from .evaluation import METRICS, format_interval
 from .files import read_texts, regular_file
 from .model import SentenceEncoder
 from .search import cluster, import_extra, semantic_search
 from .tokens import fix_surrogates
-from .server import FILE_BYTES, LOOPBACK, bind, brief, go_on, guard, in_thread
+from .recipes import merge
+from contrastive_st.server import (
+    FILE_BYTES,
+    JSON_BYTES,
+    LOOPBACK,
+    bind,
+    brief,
+    go_on,
+    guard,
+    in_thread,
+)
 from .server import listen, serve
 
 # %% ../nbs/31_demo.ipynb #model
@@ -84,8 +99,10 @@ class Model:
         encoder: SentenceEncoder,  # of any width
         run: Path | None = None,  # run directory that it came from
         progress: bool = False,  # show how far a long corpus is; the page sees it too
+        place: str = "",  # directory or hub id that it was loaded from
     ):
         self.name, self.encoder, self.run, self.progress = name, encoder, run, progress
+        self.place = place
         self.memory, self.next, self.lock = OrderedDict(), threading.Lock(), threading.Lock()
 
     def encode(
@@ -143,6 +160,35 @@ def short_names(
     return [tail if tails.count(tail) == 1 else place for tail, place in zip(tails, places)]
 
 
+def run_recipe(
+    folder: str | Path,  # run directory
+) -> dict:  # its tables as they were run; {} if there is none, or none that can be read
+    "Read the recipe that a run was made from."
+    path = Path(folder) / "recipe.toml"
+    try:
+        with reading(path):
+            tables = tomllib.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
+    except ValueError:
+        return {}  # the page shows the run all the same, under the name of its folder
+    record = tables.pop("run", None)
+    changes = record.get("changes") if isinstance(record, dict) else None
+    return merge(tables, changes) if isinstance(changes, dict) else tables
+
+
+def titles(
+    names: Sequence[str],  # short names, one for each place
+    runs: Sequence[Path | None],  # the run of each place, if it has one
+) -> list[str]:  # headings, no two alike
+    "Call runs by their recipes' titles, and the rest by their short names."
+    lines = []
+    for name, run in zip(names, runs):
+        title = run_recipe(run).get("title") if run else None
+        lines.append(brief(title).strip() if isinstance(title, str) and title.strip() else name)
+    return [
+        line if lines.count(line) == 1 else f"{line} ({name})" for line, name in zip(lines, names)
+    ]
+
+
 def _model_and_run(place):
     "Where the model of a place is, and the run directory it belongs to or None."
     folder = Path(place).expanduser()
@@ -168,10 +214,11 @@ def open_models(
         )
     places = [str(place) for place in places]
     # All are looked for before the first is loaded, which takes seconds.
-    entries = [(name, *_model_and_run(place)) for name, place in zip(short_names(places), places)]
+    names, entries = short_names(places), [_model_and_run(place) for place in places]
+    names = titles(names, [run for _, run in entries])
     return [
-        Model(name, SentenceEncoder.from_pretrained(where), run, progress)
-        for name, where, run in entries
+        Model(name, SentenceEncoder.from_pretrained(where), run, progress, str(where))
+        for name, (where, run) in zip(names, entries)
     ]
 
 # %% ../nbs/31_demo.ipynb #table
@@ -539,6 +586,90 @@ def run_html(
     measures = to_html(table) if len(table) else note(run["name"] + " has measured nothing")
     return "".join(map(note, run["remarks"])) + measures + image
 
+# %% ../nbs/31_demo.ipynb #verdict
+class _Score(NamedTuple):
+    "What a model got in an exam."
+
+    name: str  # of the model
+    run: Path | None  # None for the model that a run began with
+    exam: tuple  # equal for equal exams
+    report: dict  # metrics by name
+
+
+def _scores_of(model):
+    "The score of a run's model, the place of the one it began with, and what that one got."
+    recipe, metrics = run_recipe(model.run), watch_run(model.run)["metrics"]
+    for split, sides in (("test", metrics["test"]), ("evaluation", metrics)):
+        before, after = sides["before"], sides["after"]
+        if any(name in after for name in METRICS):
+            plan = recipe.get(split) if isinstance(recipe.get(split), dict) else {}
+            data = [str(plan.get(key)) for key in ("sts", "retrieval")]
+            exam = (split, *data, after.get("sts_n"), after.get("retrieval_n"))
+            base = recipe.get("model") if isinstance(recipe.get("model"), dict) else {}
+            return _Score(model.name, model.run, exam, after), base.get("name"), before
+    return None
+
+
+def _all_scores(models):
+    "The scores of all models that a run has measured."
+    runs = [entry for entry in (_scores_of(m) for m in models if m.run) if entry]
+    scores = [score for score, *_ in runs]
+    for model in (m for m in models if not m.run):
+        names = model.place, f"sentence-transformers/{model.place}"
+        # A model that several runs began with got the same from each.
+        before = {score.exam: report for score, place, report in runs if place in names}
+        scores += [_Score(model.name, None, exam, report) for exam, report in before.items()]
+    return scores
+
+
+def _paired(best, second, key):
+    "The difference of two runs, question by question; {} if it was not measured so."
+    if not (best.run and second.run):
+        return {}
+    try:
+        # Only what `contrastive-st compare` kept: the page should not wait for an exam.
+        comparison = compare_runs([second.run, best.run], metric=key, measure=False)
+    except ValueError:  # a run that goes on, or with records of another version
+        return {}
+    return comparison.differences[key][1] or {}
+
+
+def _against(best, second, key):
+    "By how much the best model is better, in words."
+    metric = METRICS[key]
+    numbers = [format_interval(score.report, key, metric.spec) for score in (best, second)]
+    gain = best.report[key] - second.report[key]
+    text = f"{metric.label} {numbers[0]} against {numbers[1]}, {gain:+{metric.spec}}"
+    if paired := _paired(best, second, key):
+        difference = format_interval(paired, "difference", f"+{metric.spec}")
+        text = f"{metric.label} {difference}, paired over the same questions"
+        if paired["difference_low"] > 0:
+            return f"{best.name} is better than {second.name}: {text}"
+        return f"{best.name} is ahead of {second.name}, perhaps by luck: {text}"
+    low, high = best.report.get(f"{key}_low"), second.report.get(f"{key}_high")
+    if low is None or high is None:
+        return f"{best.name} is ahead of {second.name}: {text}"
+    if low > high:
+        return f"{best.name} is better than {second.name}: {text}, and the intervals do not overlap"
+    return f"{best.name} is ahead of {second.name}: {text}, but the intervals overlap"
+
+
+def verdict(
+    models: Sequence[Model],  # that are shown
+) -> str:  # one sentence; "" if fewer than two have a score
+    "Say which of the models is better, and by how much."
+    scores = _all_scores(models)
+    groups = [[s for s in scores if s.exam == score.exam] for score in scores]
+    group = max(groups, key=len, default=[])
+    if len(group) < 2:
+        different = "the runs were measured on different exams, so none is called better"
+        return different if len(scores) > 1 else ""
+    for key in ("ndcg@10", "spearman", *METRICS):
+        if all(isinstance(score.report.get(key), float) for score in group):
+            best, second, *_ = sorted(group, key=lambda score: -score.report[key])
+            return _against(best, second, key)
+    return ""
+
 # %% ../nbs/31_demo.ipynb #reply
 def reply(
     function: Callable,  # inputs -> HTML and then plotly figures or None
@@ -732,7 +863,44 @@ A cheetah is running behind its prey.
 A monkey is playing drums."""
 
 
-def _search_page(models, runs, limit):
+class Own(NamedTuple):
+    "Texts of the user's that the search begins with."
+
+    corpus: list[str]  # N texts, a line each
+    queries: list[str]  # one button for each of the first
+    name: str = ""  # of the corpus
+
+
+_QUERIES = 5  # buttons; more would fill the page
+
+
+def own_texts(
+    corpus: str | Path | None,  # file, as `read_corpus` takes it; None = the harbour's handbook
+    queries: str | Path | None = None,  # the same for questions; None = there are none
+    limit: int = LIMIT,  # most texts in a file
+) -> Own | None:  # None if no file is given
+    "Read the texts that the page is to begin with."
+    if not (corpus or queries):
+        return None
+    texts = read_corpus(corpus, limit=limit) if corpus else _handbook()
+    lines = [" ".join(text.split()) for text in texts]
+    # The page sends its corpus back with each search.
+    if (size := sum(len(line.encode()) + 3 for line in lines)) > 0.8 * JSON_BYTES:
+        raise ValueError(
+            f"{corpus}: has {size:,} bytes of text, more than the page can send; give it fewer"
+            " texts, or use contrastive-st search"
+        )
+    asked = read_corpus(queries, limit=limit) if queries else []
+    name = Path(corpus).name if corpus else "the harbour's handbook"
+    return Own(lines, list(dict.fromkeys(" ".join(text.split()) for text in asked)), name)
+
+
+def _handbook():
+    "The passages that come with the package."
+    return list(read_retrieval(quickstart_folder() / "retrieval").corpus.values())
+
+
+def _search_page(models, runs, limit, own=None):
     "Lay out one corpus, and below it what can be done with it."
     gr = _gradio()
     gr.Markdown(
@@ -740,27 +908,29 @@ def _search_page(models, runs, limit):
         f" {limit:,} texts and {FILE_BYTES // 10**6} MB. An uploaded file goes before the pasted"
         " text."
     )
-    text = _lines("Corpus", _CORPUS, 8)
+    text = _lines("Corpus", "\n".join(own.corpus) if own else _CORPUS, 8)
     with gr.Row():
         file = _upload("Corpus file")
         label, example = "Column of a .jsonl, .csv or .tsv", "text, title, sentence …"
         column = gr.Textbox(label=label, placeholder=example)
-    handbook = "\n".join(read_retrieval(quickstart_folder() / "retrieval").corpus.values())
+    example = own or Own(_handbook(), ["How do I report a broken lamp?"])
 
     def corpus(text, file, column):
         if file:
             return read_corpus(file, (column or "").strip(), limit)
         return split_lines(text, "corpus", limit)
 
-    _search_section(models, corpus, [text, file, column], (handbook, None, ""))
-    _cluster_section(models, corpus, [text, file, column], (handbook, None, ""))
+    _search_section(models, corpus, [text, file, column], example)
+    _cluster_section(models, corpus, [text, file, column], example)
 
 
-def _search_section(models, corpus, fields, handbook):
+def _search_section(models, corpus, fields, example):
     "Lay out the search; `corpus` reads the values of `fields`."
     gr = _gradio()
     gr.Markdown("### Search")
-    query = gr.Textbox(label="Query", value="Somebody prepares a meal", lines=1)
+    first = "" if example.name else "Somebody prepares a meal"
+    first = example.queries[0] if example.name and example.queries else first
+    query = gr.Textbox(label="Query", value=first, lines=1)
     fields = [*fields, query, gr.Slider(1, 50, 5, step=1, label="Texts to show")]
 
     def search(text, file, column, query, top_k):
@@ -768,7 +938,10 @@ def _search_section(models, corpus, fields, handbook):
         tables = find(models, query, texts, int(top_k)).items()
         return (_side_by_side(_headed(name, table) for name, table in tables),)
 
-    examples = {"In the harbour's handbook": (*handbook, "How do I report a broken lamp?", 5)}
+    text = "\n".join(example.corpus)
+    examples = {brief(q, 40): (text, None, "", q, 5) for q in example.queries[:_QUERIES]}
+    if not example.name:
+        examples = {"In the harbour's handbook": (text, None, "", example.queries[0], 5)}
     _action("Search", "search", search, fields, examples, [query])
 
 
@@ -777,7 +950,7 @@ def _headed(name, table):
     return f"<h4>{html.escape(name)}</h4>{to_html(table)}"
 
 
-def _cluster_section(models, corpus, fields, handbook):
+def _cluster_section(models, corpus, fields, example):
     "Lay out the clusters and their map; `corpus` reads the values of `fields`."
     gr = _gradio()
     gr.Markdown("### Cluster")
@@ -794,7 +967,9 @@ def _cluster_section(models, corpus, fields, handbook):
         tables = [_headed(model.name, table) for model, (_, table) in zip(models, results)]
         return _side_by_side(tables), *(figure for figure, _ in results)
 
-    examples = {"The harbour's handbook in 3-D": (*handbook, 8, "3-D", "PCA")}
+    name = brief(example.name, 40) or "The harbour's handbook"
+    n_clusters = min(8, len(example.corpus))
+    examples = {f"{name} in 3-D": ("\n".join(example.corpus), None, "", n_clusters, "3-D", "PCA")}
     _action("Cluster", "cluster", divide, fields, examples, (), len(models), below=True)
 
 # %% ../nbs/31_demo.ipynb #page-bias
@@ -834,7 +1009,8 @@ def _training_page(models, runs, limit):
             "What the runs logged, from which data, and what it changed. A run that is going on is"
             " read as far as it is."
         )
-        _runs_section(dict(zip(short_names([str(run) for run in runs]), runs)))
+        names = titles(short_names([str(run) for run in runs]), runs)
+        _runs_section(dict(zip(names, runs)))
     else:
         gr.Markdown(
             "None of the models is in a run directory. Start the demo with a run directory of"
@@ -923,15 +1099,16 @@ _PAGES = {
 }
 
 
-def _as_markdown(name):
-    "A name as Markdown that means nothing else."
-    return re.sub(r"([\\`*_{}\[\]()#+.!|<>$~&-])", r"\\\1", brief(name, 200))
+def _as_markdown(text, most=200):
+    "A text as Markdown that means nothing else."
+    return re.sub(r"([\\`*_{}\[\]()#+.!|<>$~&-])", r"\\\1", brief(text, most))
 
 
 def build(
     models: Sequence[Model],  # shown side by side
     runs: Sequence[str | Path] = (),  # more run directories; those of the models come along
     limit: int = LIMIT,  # texts in a corpus
+    own: Own | None = None,  # texts to begin the search with; None = everyday sentences
 ):  # gradio.Blocks
     "Lay out the five pages."
     gr = _gradio()
@@ -942,8 +1119,9 @@ def build(
     names = " · ".join(f"{_as_markdown(m.name)} ({m.encoder.width})" for m in models)
     settings = {"analytics_enabled": False, "delete_cache": (3600, 3600)}  # uploads live an hour
     with gr.Blocks(title="contrastive_st demo", **settings) as blocks:
-        gr.Markdown(f"## contrastive_st\n{names}")
-        for title, page in _PAGES.items():
+        better = _as_markdown(verdict(models), 400)
+        gr.Markdown(f"## contrastive_st\n{names}" + f"\n\n{better}." * bool(better))
+        for title, page in (_PAGES | {"Search": partial(_search_page, own=own)}).items():
             with gr.Tab(title):
                 page(models, runs, limit)
     blocks.state_session_capacity = WAITING  # gradio remembers what was typed, for each visitor
@@ -988,14 +1166,17 @@ def launch(
     port: int = 7860,  # 0 = any free one
     limit: int = LIMIT,  # texts in a corpus
     say: Callable = print,  # is given a sentence that says where the page is
+    corpus: str | Path | None = None,  # file of texts that the search begins with
+    queries: str | Path | None = None,  # file of questions to them
 ) -> None:  # when stopped with Ctrl-C
     "Serve the five pages for some models; raise `ValueError` if one or the port cannot be had."
     atexit.register(gc.freeze)  # else Python looks for garbage before it ends, for seconds
     _gradio()
     with bind(host, port) as door:
+        own = own_texts(corpus, queries, limit)  # a wrong file is found before a model is loaded
         page_models = open_models(models, progress=True)
         names = LOOPBACK if host in LOOPBACK else ()
-        app = application(build(page_models, runs, limit), names)
+        app = application(build(page_models, runs, limit, own), names)
         if not names:
             say(
                 f"note: {brief(host)} is no loopback address; everybody who reaches this machine"
@@ -1004,4 +1185,6 @@ def launch(
         address = f"[{host}]" if ":" in host else host
         count = f"{len(page_models)} model{'s' * (len(page_models) > 1)}"
         say(f"{count} at http://{brief(address)}:{door.getsockname()[1]}/ (Ctrl-C stops)")
+        if better := verdict(page_models):
+            say(better)
         serve(app, door)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['listen', 'SECONDS', 'working', 'this_work', 'LOOPBACK', 'FILE_BYTES', 'JSON_BYTES', 'Work', 'go_on', 'abandon',
-           'in_thread', 'Refusal', 'check_origin', 'check_route', 'brief', 'field_value', 'plain_call', 'guard', 'bind',
-           'serve']
+           'in_thread', 'Refusal', 'check_origin', 'check_route', 'brief', 'field_value', 'plain_call', 'discard',
+           'guard', 'shield', 'bind', 'serve', 'in_background']
 
 # %% ../nbs/39_server.ipynb #imports
 import asyncio
@@ -184,8 +184,8 @@ def _check_length(headers, most):
     if len(size) > 12 or int(size) > most:
         raise Refusal(
             413,
-            f"the request has {size[:20]} bytes, more than the {most:,} this page takes; give fewer"
-            " or shorter texts, or use contrastive-st search",
+            f"the request has {size[:20]} bytes, more than the {most:,} this server takes; give"
+            " fewer or shorter texts in a request",
         )
 
 # %% ../nbs/39_server.ipynb #values
@@ -297,8 +297,18 @@ async def _read(receive, most):
         if size <= most:
             body += part
     if size > most:
-        raise Refusal(413, f"the request has more than the {most:,} bytes this page takes")
+        raise Refusal(413, f"the request has more than the {most:,} bytes this server takes")
     return bytes(body)
+
+
+async def discard(
+    receive: Callable,  # of an ASGI request
+) -> None:
+    "Read what is still being sent, for a while, and keep nothing."
+    try:
+        await asyncio.wait_for(_read(receive, FILE_BYTES), 10)
+    except (Refusal, asyncio.TimeoutError):
+        pass
 
 
 def _again(body, receive):
@@ -339,16 +349,9 @@ class _Gate:
         except Refusal as refusal:
             code, sentence = refusal.args
             if code in (403, 404, 413, 415) and scope["type"] == "http":
-                await self._discard(receive)
+                await discard(receive)
             return await JSONResponse({"detail": sentence}, code)(scope, receive, send)
         await self.app(scope, receive, send)
-
-    async def _discard(self, receive):
-        "Read what is still being sent, for a while, and keep nothing."
-        try:
-            await asyncio.wait_for(_read(receive, FILE_BYTES), 10)
-        except (Refusal, asyncio.TimeoutError):
-            pass
 
     async def _admit(self, scope, receive):
         "The request as we pass it on."
@@ -416,6 +419,14 @@ def _with_headers(app):
     return app_with_headers
 
 
+def _only_hosts(app, names):
+    "Answer requests to these host names only."
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts = [f"[{name}]" if ":" in name else name for name in names] or ["*"]
+    return TrustedHostMiddleware(app, hosts, www_redirect=False)
+
+
 def guard(
     app,  # ASGI application: the page, mounted by Gradio
     functions: dict,  # what the page can compute: gradio's functions, by their numbers
@@ -423,16 +434,60 @@ def guard(
     names: tuple[str, ...] = LOOPBACK,  # host names it answers to; () = any
 ):  # an ASGI application, for uvicorn
     "Put the five checks in front of a page, and the headers behind it."
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    return _with_headers(_only_hosts(_Gate(app, functions, uploads), names))
 
-    hosts = [f"[{name}]" if ":" in name else name for name in names] or ["*"]
-    gate = _Gate(app, functions, uploads)
-    return _with_headers(TrustedHostMiddleware(gate, hosts, www_redirect=False))
+# %% ../nbs/39_server.ipynb #shield
+class _Shield:
+    "Pass on requests of programs: JSON of a bounded size, and none that a web page makes."
+
+    def __init__(self, app, refuse, most):
+        self.app, self.refuse, self.most = app, refuse, most
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        try:
+            receive = await self._admit(scope, receive)
+        except Refusal as refusal:
+            # A client that is interrupted while it sends would not read the answer.
+            if scope["type"] == "http":
+                await discard(receive)
+            return await self.refuse(refusal)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    async def _admit(self, scope, receive):
+        "The way to receive the body, which is read whole if there is one."
+        from starlette.datastructures import Headers
+
+        headers = Headers(scope=scope)
+        if scope["type"] != "http":
+            raise Refusal(403, "this server uses no websocket")
+        try:
+            check_origin(headers, opens=scope["method"] in ("GET", "HEAD"))
+        except Refusal:
+            raise Refusal(403, "what another web page asks for is not answered") from None
+        if scope["method"] != "POST":
+            return receive
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refusal(415, "send JSON, with the header Content-Type: application/json")
+        _check_length(headers, self.most)
+        return _again(await _read(receive, self.most), receive)
+
+
+def shield(
+    app,  # ASGI application that answers programs
+    refuse: Callable,  # a Refusal -> an ASGI application that says so
+    names: tuple[str, ...] = LOOPBACK,  # host names it answers to; () = any
+    most: int = JSON_BYTES,  # bytes of a request
+):  # an ASGI application, for uvicorn
+    "Check host, origin and size of what programs ask for."
+    return _only_hosts(_Shield(app, refuse, most), names)
 
 # %% ../nbs/39_server.ipynb #serve
 def bind(
     host: str,  # address to listen on
     port: int,  # 0 = any free one
+    what: str = "page",  # that is served there, for the message
 ) -> socket.socket:  # listens
     "Open a socket on the port; raise `ValueError` that says why it cannot be had."
     try:
@@ -446,8 +501,8 @@ def bind(
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"the page cannot be served at {brief(host)}:{port} ({reason}); choose another --port,"
-            " 0 takes any free one"
+            f"the {what} cannot be served at {brief(host)}:{port} ({reason});"
+            " choose another --port, 0 takes any free one"
         ) from None
     return door
 
@@ -455,6 +510,7 @@ def bind(
 def serve(
     app,  # ASGI application
     door: socket.socket,  # as `bind` returns it
+    grace: int = 1,  # seconds in which requests that are being answered may end
 ) -> None:
     "Answer until Ctrl-C; then stop what is being computed."
     import uvicorn
@@ -467,7 +523,36 @@ def serve(
     # As long as the page is served, so that a thread that ends takes nothing from another.
     listen.open()
     try:
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-        Server(config).run(sockets=[door])
+        Server(_config(app, grace)).run(sockets=[door])
     finally:
         listen.close()
+
+
+def _config(app, grace):
+    "How uvicorn serves: without a line for each request."
+    import uvicorn
+
+    return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
+
+
+@contextmanager
+def in_background(
+    app,  # ASGI application
+    port: int = 0,  # 0 = any free one
+) -> Iterator[str]:  # the address, such as http://127.0.0.1:8000
+    "Serve from a thread on this machine, as long as a block runs."
+    import uvicorn
+
+    door = bind("127.0.0.1", port, "service")
+    server = uvicorn.Server(_config(app, 5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(0.01)
+        if not server.started:
+            raise RuntimeError("the server did not start; its reason stands above")
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -41,7 +41,16 @@ COMMANDS = {
     "encode": "out column id precision prompt workers resume bf16 batch-size",
     "index": "out column id precision vectors faiss append resume workers bf16",
     "search": "top json width model exact column id query-prompt document-prompt",
-    "demo": "run host port limit",
+    "demo": "run host port limit corpus queries",
+    "serve": "host port texts characters waiting",
+    "compare": "baseline metric data measure plot json",
+    "export": "onnx",
+    "mine": (
+        "out corpus k range-min range-max max-score margin relative-margin sampling seed fill"
+        " format query-prompt document-prompt rescore query-vectors document-vectors faiss report"
+        " resume"
+    ),
+    "new": "data columns label scores score-range holdout model seed split",
 }
 COMMANDS = {name: [f"--{word}" for word in words.split()] for name, words in COMMANDS.items()}
 RECIPE = """
@@ -1062,11 +1071,23 @@ def test_demo_hands_on_what_was_typed(place, monkeypatch):
         *"encoder runs/other --run runs/a --run runs/b".split(),
         *"--host 0.0.0.0 --port 0 --limit 5".split(),
     )
-    works("demo", "encoder")
+    works("demo", "encoder", "--corpus", "faq.csv", "--queries", "q.txt")
     assert [args[:5] for args in calls] == [
         (["encoder", "runs/other"], [Path("runs/a"), Path("runs/b")], "0.0.0.0", 0, 5),
         (["encoder"], [], "127.0.0.1", 7860, LIMIT),
     ]
+    assert [args[6:] for args in calls] == [(None, None), (Path("faq.csv"), Path("q.txt"))]
+
+
+# ---- serve ----
+
+
+def test_serve_hands_on_what_was_typed(place, monkeypatch):
+    calls = []
+    monkeypatch.setattr("contrastive_st.serve.launch", lambda *args: calls.append(args))
+    works("serve", "encoder", *"--host 0.0.0.0 --port 0 --texts 5 --waiting 9".split())
+    assert calls[0][:3] == ("encoder", "0.0.0.0", 0)
+    assert calls[0][3][:3] == (5, 100_000, 9)
 
 
 def test_demo_without_its_extra_is_one_sentence(place, monkeypatch):

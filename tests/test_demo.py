@@ -22,6 +22,7 @@ import urllib.request
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -582,6 +583,115 @@ def test_heat_puts_pairs_on_the_diagonal(words):
             demo.heat(words, left, right)
 
 
+# --- which is better, and own texts ---
+
+
+def measured_run(folder: Path, title=None, ndcg=(0.7, 0.6, 0.8), exam="retrieval", test=None):
+    "A run directory with a recipe and what it measured."
+    folder.mkdir(parents=True)
+    names = "ndcg@10", "ndcg@10_low", "ndcg@10_high"
+    before, after = dict(zip(names, (0.3, 0.2, 0.4))), dict(zip(names, ndcg))
+    record = {"before": before, "after": after}
+    if test:
+        record["test"] = {"before": before, "after": dict(zip(names, test))}
+    write(folder / "metrics.json", json.dumps(record))
+    write(folder / "versions.json", "{}")
+    if title is not None:
+        name = '[model]\nname = "sentence-transformers/mini"'
+        text = f'title = "{title}"\n{name}\n[evaluation]\nretrieval = "{exam}"\n'
+        write(folder / "recipe.toml", text)
+    return folder
+
+
+def in_run(folder):
+    (name,) = demo.titles([folder.name], [folder])
+    return demo.Model(name, Words(), folder)
+
+
+def test_runs_are_called_by_their_titles(tmp_path):
+    runs = [
+        measured_run(tmp_path / "a", "Parcels"),
+        measured_run(tmp_path / "b", "Parcels"),
+        measured_run(tmp_path / "c", "Letters"),
+        measured_run(tmp_path / "d"),
+        measured_run(tmp_path / "e", ""),
+    ]
+    write(runs[3] / "recipe.toml", "title = [")  # damaged
+    with_changes = measured_run(tmp_path / "f", "Parcels")
+    with (with_changes / "recipe.toml").open("a") as file:
+        file.write('[run.changes]\ntitle = "Changed"\n')
+    runs += [with_changes, None]
+    assert demo.titles([*"abcdefg"], runs) == [
+        *("Parcels (a)", "Parcels (b)", "Letters", "d", "e", "Changed", "g"),
+    ]
+
+
+def test_which_model_is_better_and_by_how_much(tmp_path):
+    good = in_run(measured_run(tmp_path / "a", "Good", (0.9, 0.85, 0.95)))
+    fair = in_run(measured_run(tmp_path / "b", "Fair"))
+    near = in_run(measured_run(tmp_path / "c", "Near", (0.75, 0.65, 0.85)))
+    assert demo.verdict([fair, good]) == (
+        "Good is better than Fair: nDCG@10 0.900 [0.850, 0.950] against 0.700 [0.600, 0.800],"
+        " +0.200, and the intervals do not overlap"
+    )
+    assert demo.verdict([near, fair]).endswith("+0.050, but the intervals overlap")
+    assert demo.verdict([near, fair]).startswith("Near is ahead of Fair")
+    assert demo.verdict([fair, near, good]).startswith("Good is ahead of Near")
+    base = demo.Model("mini", Words(), place="sentence-transformers/mini")
+    assert demo.verdict([base, fair]).startswith("Fair is better than mini: nDCG@10 0.700")
+    base.place = "mini"
+    assert "against 0.300 [0.200, 0.400], +0.400" in demo.verdict([base, fair])
+    base.place = "other"
+    assert demo.verdict([base, fair]) == demo.verdict([fair]) == demo.verdict([]) == ""
+
+
+@pytest.mark.parametrize(
+    "low, words",
+    [(0.01, "Good is better than Fair: nDCG"), (-0.01, "Good is ahead of Fair, perhaps by luck")],
+)
+def test_a_paired_difference_is_preferred(tmp_path, monkeypatch, low, words):
+    good = in_run(measured_run(tmp_path / "a", "Good", (0.9, 0.85, 0.95)))
+    fair = in_run(measured_run(tmp_path / "b", "Fair"))
+    paired = {"difference": 0.2, "difference_low": low, "difference_high": 0.3}
+
+    def compare_runs(folders, metric, measure):
+        assert (folders, metric, measure) == ([fair.run, good.run], "ndcg@10", False)
+        return SimpleNamespace(differences={"ndcg@10": [None, paired]})
+
+    monkeypatch.setattr(demo, "compare_runs", compare_runs)
+    sentence = demo.verdict([fair, good])
+    assert sentence.startswith(words)
+    assert sentence.endswith(f"+0.200 [{low:+.3f}, +0.300], paired over the same questions")
+
+
+def test_different_exams_are_not_compared(tmp_path):
+    first = in_run(measured_run(tmp_path / "a", "One"))
+    other = in_run(measured_run(tmp_path / "b", "Two", exam="another"))
+    tested = in_run(measured_run(tmp_path / "c", "Three", test=(0.8, 0.7, 0.9)))
+    bare = in_run(run_directory(tmp_path / "d"))
+    for model in (other, tested, bare):
+        assert "measured on different exams" in demo.verdict([first, model])
+    write(first.run / "metrics.json", "{}")
+    assert demo.verdict([first, tested]) == ""
+
+
+def test_own_texts(tmp_path):
+    corpus = write(tmp_path / "faq.csv", 'id,text\n1,"one\ntwo"\n2,three\n')
+    queries = write(tmp_path / "queries.txt", "who?\nwhere?\nwho?\n")
+    assert demo.own_texts(None) is None
+    own = demo.own_texts(corpus, queries)
+    assert own == (["one two", "three"], ["who?", "where?"], "faq.csv")
+    assert demo.own_texts(corpus).queries == []
+    assert len(demo.own_texts(None, queries).corpus) == 160
+    for path, message in (
+        (tmp_path / "none.txt", "no such file"),
+        (write(tmp_path / "empty.txt", ""), "there is no text"),
+        (write(tmp_path / "many.txt", ("x" * 999 + "\n") * 7_000), "more than the page can send"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            demo.own_texts(path)
+
+
 # --- the wrapper and the launch ---
 
 
@@ -851,6 +961,29 @@ def test_a_file_of_one_long_line_is_refused_quickly(client, tmp_path):
         api_name="/search",
     )
     assert time.time() - start < 10
+
+
+@gradio
+def test_the_page_begins_with_own_texts(words, tmp_path):
+    own = demo.Own(["a dog <b>", "a cat"], ["which *animal*?", "who?", *"abcdef"], "faq.csv")
+    config = demo.build([words], own=own).config["components"]
+    values = [c["props"].get("value") for c in config]
+    assert "a dog <b>\na cat" in values and "which *animal*?" in values
+    for label in ("which *animal*?", "who?", "c", "faq.csv in 3-D"):
+        assert values.count(label) >= 1
+    assert "d" not in values and "In the harbour's handbook" not in values
+    alone = demo.build([words], own=demo.Own(["a dog"], [], "faq.csv")).config["components"]
+    assert "Somebody prepares a meal" not in [c["props"].get("value") for c in alone]
+
+
+@gradio
+def test_the_page_says_which_is_better(tmp_path):
+    models = [
+        in_run(measured_run(tmp_path / "a", "Good *one*", (0.9, 0.85, 0.95))),
+        in_run(measured_run(tmp_path / "b", "Fair")),
+    ]
+    head = demo.build(models).config["components"][0]["props"]["value"]
+    assert "is better than Fair" in head and "*one*" not in head
 
 
 # --- strangers ---

@@ -37,6 +37,7 @@ ALLOWED = {
     "recipes": {"mixture", "model", "tokens"},
     "new": {"data", "store"},
     "notebook": {"model", "store"},
+    "serve": {"evaluation", "index", "model", "precision", "search", "server"},
 }
 # how everything is written and read, in which processes, on what machine: all may import them
 BASE = {"atomic", "files", "workers", "machine"}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Example', 'ROW_TEXTS', 'ROW_CHARACTERS', 'LOOK_AHEAD', 'AHEAD_CHARACTERS', 'Columns', 'Mark', 'MarkedColumns',
-           'Classes', 'is_saved_dataset', 'read_examples', 'LabelPairs', 'Source', 'judged_groups', 'is_hub_id',
-           'load_source', 'is_store', 'store_folder', 'share_counter', 'count_rows', 'Prepared', 'prepare',
-           'ScoredPairs', 'read_sts', 'Retrieval', 'read_retrieval', 'quickstart_folder']
+           'Classes', 'is_saved_dataset', 'read_examples', 'Source', 'judged_groups', 'is_hub_id', 'load_source',
+           'is_store', 'store_folder', 'share_counter', 'count_rows', 'Prepared', 'prepare', 'ScoredPairs', 'read_sts',
+           'Retrieval', 'read_retrieval', 'quickstart_folder']
 
 # %% ../nbs/07_data.ipynb #imports
 import hashlib
@@ -1121,11 +1121,8 @@ def _find_limits(table, limits, name):
     return low, high
 
 
-class LabelPairs:
-    """Rows with labels as pairs of rows of one label.
-
-    Row r + t * n is row r with its partner of turn t, n = len: an endless table of n rows a turn.
-    """
+class _LabelPairs:
+    "Rows with labels as pairs: row r + t * n is row r with its partner of turn t, n = len."
 
     def __init__(
         self,
@@ -1210,7 +1207,7 @@ class Source:
             getattr(self._table, "mark", None) == kind for kind in ("label", "score")
         )
         if self.has_labels:
-            self._table = LabelPairs(self._table, name)
+            self._table = _LabelPairs(self._table, name)
         elif self.has_scores:
             self._limits = _find_limits(self._table, self._limits, name)
         self.columns = _columns_of(self._table)
@@ -1353,7 +1350,7 @@ def _write_if_needed(
         mark and mark.kind,
     )
 
-
+# %% ../nbs/07_data.ipynb #marked-store
 def _chooser(columns, mark, relevance):
     "What chooses the columns of a file."
     if mark:
@@ -1572,7 +1569,7 @@ def _prepare_one(
             summary, work, problem = None, None, str(error)
     return summary, work, problem, [str(w.message) for w in caught if w.category is UserWarning]
 
-
+# %% ../nbs/07_data.ipynb #prepare-workers
 def share_counter(
     counter: Any,  # a shared whole number of multiprocessing; below 0 it stops the workers
 ) -> None:

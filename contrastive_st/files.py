@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -304,8 +305,11 @@ def choose_columns(
     for name in columns:
         matches = find_spellings(name, names)
         if len(matches) != 1:
+            plain = {plain_name(n): n for n in names}  # the nearest, for a misspelt name
+            near = [] if matches else get_close_matches(plain_name(name), plain, 1)
+            hint = f" (did you mean {quote(plain[near[0]])}?)" if near else ""
             raise ValueError(
-                f"{len(matches) or 'no'} column {quote(name)} among {list_names(names)}"
+                f"{len(matches) or 'no'} column {quote(name)} among {list_names(names)}{hint}"
             )
         chosen += matches
     return tuple(chosen)

@@ -715,7 +715,7 @@ def read_config(
         raise ValueError(f"{label}: every weight is 0; give at least one dataset a weight above 0")
     return entries
 
-
+# %% ../nbs/08_mixture.ipynb #load-entry
 def _check_origin(entry, relevance):
     "Refuse a store that was prepared with other labels, scores or judgements than are asked for."
     with reading(entry.path, "prepare it again"):

@@ -596,7 +596,7 @@ def _rejected(part):
         counts = Counter(json.loads(line)["kind"] for line in rejects)
     return {kind: counts[kind] for kind in ("malformed", "empty")}
 
-
+# %% ../nbs/06_store.ipynb #mark-summary
 def _classes(shards):
     "How many labels there are, how many of them have one row, the smallest and the largest."
     labels = np.concatenate([np.asarray(shard.fixed[1]) for shard in shards])
@@ -890,7 +890,7 @@ def _token_columns(store, engine):
         return ("anchor", "positive"), [0, 0], prompts
     return ("text",), [0], [prompts[0] if prompts else ""]
 
-
+# %% ../nbs/06_store.ipynb #write-tokens-public
 def _is_tokenised(store, engine):
     "Are the tokens there, whole, and made by this engine?"
     try:

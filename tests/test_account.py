@@ -115,3 +115,17 @@ def test_a_report_that_reads_nothing_says_nothing_of_duplicates():
 def test_bad_reports(args, words):
     with pytest.raises(ValueError, match=words):
         Mixture([Fake("a", 10)], [1], 8, 1).report(*args)
+
+
+def test_rows_of_one_label_are_masked_as_by_comparing_all():
+    rng = np.random.default_rng(0)
+    for columns in (2, 3, 4):
+        texts, labels = rng.integers(0, 9, (25, columns)), rng.integers(0, 4, 25)
+        expected = []
+        for i, anchor in enumerate(texts[:, 0]):
+            banned = {anchor, *texts[texts[:, 0] == anchor, 1]}
+            same = (labels == labels[i])[:, None] & (labels[i] != 0)
+            masked = np.isin(texts[:, 1:], list(banned)) | same
+            masked[i, 0] = False
+            expected.append(int(masked.sum()))
+        assert masked_negatives(texts, labels).tolist() == expected

@@ -16,9 +16,13 @@ from unittest.mock import Mock
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
 from test_files import GOOD, put, refuses
 
 from contrastive_st import data, store
@@ -1257,3 +1261,218 @@ def test_rows_that_wait_are_bounded_in_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "AHEAD_CHARACTERS", 5000)
     refuses(lambda: read(path), f"{path}:21: the first row with negatives, after 20 without any")
     assert len(read(path, negatives=1)) == 21
+
+
+# ---- labels, scores, judged pairs ----
+
+LABELLED = [(f"how to {v} {n}", v) for v in ("pay", "send", "track") for n in range(4)]
+
+
+def stops(words, call, *args, **options):
+    "A ValueError in one sentence, with these words."
+    refuses(lambda: call(*args, **options), words)
+
+
+def csv(folder, name, head, rows):
+    lines = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (folder / name).write_text(f"{head}\n{lines}", encoding="utf-8")
+    return folder / name
+
+
+def test_labels_from_everywhere_give_the_same_pairs(tmp_path):
+    path = csv(tmp_path, "q.csv", "text,intent", LABELLED)
+    frame = pd.DataFrame(LABELLED, columns=["text", "intent"])
+    frame.to_parquet(tmp_path / "q.parquet")
+    sources = [
+        Source(LABELLED, "q", label=1),
+        Source(frame, "q", label="intent"),
+        Source(frame.to_dict("list"), "q", label="Intent"),
+        load_source(path, "q", label="intent", cache_dir=tmp_path / "c"),
+        load_source(
+            tmp_path / "q.parquet", "q", ["text"], label="intent", cache_dir=tmp_path / "c"
+        ),
+    ]
+    rows = list(range(5 * 12))
+    for source in sources:
+        assert source.has_labels and not source.has_scores and len(source) == 12
+        assert source.rows(rows) == sources[0].rows(rows)
+        assert source.identities(rows).tolist() == sources[0].identities(rows).tolist()
+        assert source.labels(rows).tolist() == sources[0].labels(rows).tolist()
+    label = dict(LABELLED)
+    assert all(label[a] == label[p] and a != p for a, p in sources[0].rows(rows))
+    assert len(set(sources[0].labels(range(12)).tolist())) == 3
+    other = Source(LABELLED, "another", label=1)
+    assert not set(other.labels(range(12)).tolist()) & set(sources[0].labels(range(12)).tolist())
+
+
+@for_all(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=4, max_size=40),
+    st.integers(0, 10**9),
+)
+@settings(max_examples=100, deadline=None)
+def test_partners(rows, turn):
+    labels, texts = (np.array(column, np.int64) for column in zip(*rows))
+    sizes = Counter(labels.tolist())
+    if sum(n > 1 for n in sizes.values()) < 2:
+        with pytest.raises(ValueError, match="one label|only one label|labels differ"):
+            data.Classes(labels, texts)
+        return
+    classes = data.Classes(labels, texts)
+    numbers = np.arange(len(classes))
+    own = classes.rows(numbers)
+    assert sorted(own) == [i for i in range(len(rows)) if sizes[labels[i]] > 1]
+    assert classes.alone == len(rows) - len(own)
+    seen = {i: [] for i in own.tolist()}
+    for t in range(turn, turn + 2 * len(rows)):
+        partner = classes.partners(numbers, np.full(len(numbers), t))
+        assert (labels[own] == labels[partner]).all() and (own != partner).all()
+        for i, p in zip(own.tolist(), partner.tolist()):
+            seen[i].append(p)
+    for i, partners in seen.items():
+        others = {j for j in range(len(rows)) if labels[j] == labels[i] and j != i}
+        best = {j for j in others if texts[j] != texts[i]} or others
+        assert set(partners) == best  # of another text if there is one, each of them
+        if len(best) > 1:
+            assert all(a != b for a, b in zip(partners, partners[1:]))
+
+
+def test_labels_alone_and_copies_are_counted():
+    rows = [*LABELLED, ("odd", "alone"), ("same", "copies"), ("Same ", "copies")]
+    with pytest.warns(UserWarning) as caught:
+        source = Source(rows, "q", label=1)
+    assert "1 of 15 rows are alone with their label" in str(caught[0].message)
+    assert "2 rows have no partner of another text" in str(caught[1].message)
+    assert len(source) == 14
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("a", "x"), ("b", "x"), ("c", "x")], "all 3 rows have one label"),
+        ([("a", "x"), ("b", "y"), ("c", "z")], "all 3 labels differ"),
+        ([("a", "x"), ("b", "x"), ("c", "z")], "only one label has two rows"),
+        ([("a", "x"), ("b", "")], "row 1: the label is empty"),
+        ([("a", "x"), ("b", 0.5)], "row 1: the label is 0.5"),
+        ([("a", "x"), ("", "x")], "row 1: text 1 is empty"),
+        ([("a",)], "a list of 1 does not fit label=1"),
+    ],
+)
+def test_labels_that_will_not_do(rows, words):
+    with pytest.raises(ValueError, match=words):
+        Source(rows, "q", label=1)
+
+
+def test_labels_of_any_kind():
+    rows = [("a", 1), ("b", "1"), ("c", True), ("d", " true"), ("e", np.int64(1)), ("f", False)]
+    with pytest.warns(UserWarning, match="alone"):
+        source = Source(rows, label=1)
+    first = [source.labels([i])[0] for i in range(5)]
+    assert first[0] == first[1] == first[4] and first[2] == first[3] != first[0]
+
+
+def test_columns_of_labels_and_scores_by_name(tmp_path):
+    path = csv(tmp_path, "q.csv", "id,utterance,intent", [(i, *r) for i, r in enumerate(LABELLED)])
+    assert len(load_source(path, label="intent", cache_dir=tmp_path / "c")) == 12
+    stops("did you mean 'intent'", load_source, path, label="intents", cache_dir=tmp_path / "c")
+    stops("one column of texts", load_source, path, columns=["id", "text"], label="intent")
+    stops("labels or scores", load_source, path, label="intent", score="id")
+    stops("score_range without score", load_source, path, score_range=[0, 1])
+    empty = csv(tmp_path, "e.csv", "text,intent", [("a", ""), ("b", "")])
+    stops("e.csv:2: the label is empty", load_source, empty, label="intent", cache_dir=tmp_path)
+
+
+GRADED = [("a cat", "one cat", 4.5), ("a dog", "a bird", 1), ("rain", "sun", 0)]
+
+
+def test_scores_from_everywhere(tmp_path):
+    path = csv(tmp_path, "g.csv", "sentence1,sentence2,score", GRADED)
+    frame = pd.DataFrame(GRADED, columns=["sentence1", "sentence2", "score"])
+    for source in (
+        Source(GRADED, score=2),
+        Source(frame, score="score"),
+        load_source(path, score="score", cache_dir=tmp_path / "c"),
+    ):
+        assert source.has_scores and source.columns == ("anchor", "positive")
+        assert source.rows([1, 0]) == [GRADED[1][:2], GRADED[0][:2]]
+        assert source.scores([0, 1, 2]) == pytest.approx([0.9, 0.2, 0])
+        assert source.scores([0]).dtype == np.float32
+    wide = load_source(path, score="score", score_range=[-5, 5], cache_dir=tmp_path / "c")
+    assert wide.scores([0, 2]) == pytest.approx([0.95, 0.5])
+    assert Source([("a", "b", 0.5), ("c", "d", 1)], score=2).scores([0, 1]).tolist() == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "given", "words"),
+    [
+        ([1, 70], None, "g.csv:3: score 70 is neither from 0 to 1 nor from 0 to 5"),
+        ([1, -1], None, "g.csv:3: score -1 is neither"),
+        ([1, 6], [0, 5], "g.csv:3: score 6 is not from 0 to 5"),
+        ([1, "high"], None, "g.csv:3: the score is 'high', not a number"),
+        ([1, "nan"], None, "g.csv:3: the score is 'nan', not a number"),
+        ([1, ""], None, "g.csv:3: the score is '', not a number"),
+        ([1, 1], None, "every row has the score 1"),
+        ([1, 0], [5, 0], "score_range is"),
+    ],
+)
+def test_scores_that_will_not_do(tmp_path, scores, given, words):
+    rows = [(f"a {i}", f"b {i}", score) for i, score in enumerate(scores)]
+    path = csv(tmp_path, "g.csv", "sentence1,sentence2,score", rows)
+    stops(words, load_source, path, score="score", score_range=given, cache_dir=tmp_path / "c")
+
+
+def test_prepared_stores_keep_labels_and_scores(tmp_path):
+    wanted = [
+        {
+            "name": "q",
+            "path_or_hub_id": csv(tmp_path, "q.csv", "text,intent", [*LABELLED, ("odd", "alone")]),
+            "label": "intent",
+        },
+        {
+            "name": "g",
+            "path_or_hub_id": csv(tmp_path, "g.csv", "sentence1,sentence2,score", GRADED),
+            "score": "score",
+        },
+    ]
+    table = store.summary_table(data.prepare(wanted, tmp_path / "out", progress=False))
+    assert "q: 4 labels, from 1 row ('alone') to 4" in table and "1 with one row" in table
+    assert "g: graded, scores from 0 to 4.5" in table
+    with pytest.warns(UserWarning, match="alone"):
+        labelled = load_source(tmp_path / "out" / "q.store", label="intent")
+    graded = load_source(tmp_path / "out" / "g.store")
+    assert labelled.has_labels and graded.scores([0]) == pytest.approx([0.9])
+    assert graded.store.summary["format"] == store.MARKED_FORMAT
+    store.verify(tmp_path / "out" / "g.store")
+    again = data.prepare(wanted, tmp_path / "out", progress=False, verify=True)
+    assert again.written == ()
+    stops("label='x' is asked of a store", load_source, tmp_path / "out" / "g.store", label="x")
+    bad = [wanted[0] | {"label": "intents"}]
+    stops("did you mean 'intent'", data.prepare, bad, tmp_path / "other", progress=False)
+
+
+def test_judged_pairs_become_hard_negatives(tmp_path):
+    rows = [
+        ("q", "p", 1),
+        ("q", "n", 0),
+        ("q", "o", 0),
+        ("r", "s", 1),
+        ("r", "t", 1),
+        ("r", "u", 0),
+    ]
+    path = csv(tmp_path, "m.csv", "sentence1,sentence2,label", rows)
+    with pytest.warns(UserWarning, match="repeat theirs"):
+        source = load_source(path, relevance="label", cache_dir=tmp_path / "c")
+    assert list(source) == [("q", "p", "n", "o"), ("r", "s", "u", "u"), ("r", "t", "u", "u")]
+    csv(tmp_path, "m.csv", "sentence1,sentence2,label", [*rows, ("v", "w", 0)])
+    stops("m.csv:8: no row of this anchor", load_source, path, relevance="label")
+    csv(tmp_path, "m.csv", "sentence1,sentence2,label", [*rows, ("v", "w", 2)])
+    stops("score 2 is not from 0 to 1", load_source, path, relevance="label")
+
+
+def test_prompts_are_checked():
+    rows = [("a", "b", "c"), ("d", "e", "f")]
+    assert Source(rows, prompts={"positive": "p: "}).prompts == ("", "p: ", "p: ")
+    assert Source(rows, prompts="q: ").prompts == ("q: ",) * 3
+    assert Source(rows, prompts=["", "", ""]).prompts is None
+    stops("did you mean 'anchor'", Source, rows, prompts={"ancor": "q: "})
+    stops("2 prompts for 3 columns", Source, rows, prompts=["a", "b"])
+    stops("prompts is 5", Source, rows, prompts=5)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -1173,3 +1174,121 @@ def test_a_saved_dataset_in_a_config(tmp_path):
     table.save_to_disk(str(tmp_path / "saved"))
     made = Mixture.from_config([{"name": "saved", "weight": 1}], tmp_path, 2, 1)
     assert sorted(made.batch(0).examples) == [("a", "b"), ("c", "d")]
+
+
+# ---- labels, scores and prompts ----
+
+INTENTS = [(f"how to {v} {n}", v) for v in ("pay", "send", "track") for n in range(5)]
+PAIRS = [(f"question {n}", f"answer {n}") for n in range(11)]
+GRADED = [(f"left {n}", f"right {n}", n / 8) for n in range(9)]
+
+
+def marked(batch_size=8, **options):
+    sources = [
+        Source(INTENTS, "intents", label=1),
+        Source(PAIRS, "pairs", prompts={"anchor": "q: "}),
+        Source(GRADED, "graded", score=2),
+    ]
+    return Mixture(sources, [2, 1, 1], batch_size, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than")
+def test_labels_and_scores_of_batches():
+    "Labels wherever the mixture has any, scores in whole batches only, slices put together."
+    mixture, graded = marked(), 0
+    label = dict(INTENTS)
+    for step in range(64):
+        batch = mixture.batch(step)
+        assert (batch.labels is None) != (batch.scores is None)
+        for ranks in (2, 8):
+            slices = [mixture.batch(step, rank, ranks) for rank in range(ranks)]
+            for name in ("labels", "scores"):
+                whole, parts = getattr(batch, name), [getattr(s, name) for s in slices]
+                if whole is None:
+                    assert parts == [None] * ranks
+                else:
+                    assert np.concatenate(parts).tolist() == whole.tolist()
+        if batch.scores is not None:
+            graded += 1
+            assert set(batch.sources) == {"graded"}
+            expected = {(first, second): score for first, second, score in GRADED}
+            assert batch.scores.tolist() == [expected[e] for e in batch.examples]
+            continue
+        for source, (anchor, positive), number in zip(batch.sources, batch.examples, batch.labels):
+            assert (number != 0) == (source == "intents")
+            assert source == "pairs" or label[anchor] == label[positive]
+        known = {(label[a], n) for a, n in zip([e[0] for e in batch.examples], batch.labels) if n}
+        assert len(known) == len({v for v, _ in known})
+    assert graded == 16
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than")
+def test_every_labelled_row_is_an_anchor_once_an_epoch():
+    mixture = Mixture([Source(INTENTS, "intents", label=1)], [1], 5, 1)
+    epochs = [
+        dict(e for s in range(3 * n, 3 * n + 3) for e in mixture.batch(s).examples)
+        for n in range(4)
+    ]
+    assert all(len(epoch) == 15 for epoch in epochs)
+    for before, after in zip(epochs, epochs[1:]):
+        assert all(before[text] != after[text] for text in before)
+    other = Mixture([Source(INTENTS, "intents", label=1)], [1], 5, 1, seed=1)
+    assert other.batch(0).examples != mixture.batch(0).examples
+    assert marked().batch(7).examples == marked().batch(7).examples
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than")
+def test_prompts_stand_before_the_texts_and_leave_identities():
+    batch = next(b for b in map(marked(datasets_per_batch=1).batch, range(20)) if b.prompts)
+    assert [f"q: {a}" for a, _ in batch.examples] == [a for a, _ in batch.inputs]
+    assert batch.identities[0, 0] == text_identity(batch.examples[0][0])
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than")
+def test_a_report_shows_labels_and_graded_sets():
+    report = marked().report(40)
+    intents, _, graded = report["datasets"]
+    assert intents["labels"]["classes"] == 3 and intents["labels"]["smallest"] == 5
+    assert graded["graded"] and [p.get("graded", False) for p in report["pools"]] == [False, True]
+    table = report_table(report)
+    assert "intents: 3 labels of 5 to 5 rows" in table and "graded: graded pairs" in table
+    json.dumps(report)
+
+
+def test_config_entries_with_labels_scores_and_prompts(tmp_path):
+    lines = "".join(f"{t},{v}\n" for t, v in INTENTS)
+    (tmp_path / "i.csv").write_text(f"text,intent\n{lines}", encoding="utf-8")
+    entry = {"name": "i.csv", "weight": 1, "label": "intent", "prompts": "q: ", "lines": 15}
+    [read] = read_config([entry], tmp_path)
+    assert read.marks == {"label": "intent", "prompts": "q: "}
+    mixture = Mixture.from_config([entry], tmp_path, 4, 1, cache_dir=tmp_path / "c")
+    assert mixture.sources[0].has_labels and mixture.sources[0].prompts == ("q: ", "q: ")
+    with pytest.raises(ValueError, match="did you mean 'label'"):
+        read_config([entry | {"lable": "x"}], tmp_path)
+    prepare(
+        [{"name": "i.csv", "path_or_hub_id": tmp_path / "i.csv", "label": "intent"}],
+        tmp_path / "out",
+        progress=False,
+    )
+    stored = Mixture.from_config([entry], tmp_path / "out", 4, 1)
+    assert stored.batch(5).examples == mixture.batch(5).examples
+    assert stored.batch(5).labels.tolist() == mixture.batch(5).labels.tolist()
+    with pytest.raises(ValueError, match="asks for pairs without labels .* prepared with label"):
+        Mixture.from_config([{"name": "i.csv", "weight": 1}], tmp_path / "out", 4, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than")
+def test_labels_and_scores_from_memory():
+    assert as_mixture(INTENTS, 4, label=1).batch(0).labels is not None
+    frame = pd.DataFrame(GRADED, columns=["sentence1", "sentence2", "score"])
+    assert as_mixture(frame, 4, score="score").batch(0).scores is not None
+    assert (
+        as_mixture(datasets.Dataset.from_pandas(frame), 4, score="score").batch(0).scores
+        is not None
+    )
+    with pytest.raises(ValueError, match="beside a Mixture"):
+        as_mixture(marked(), label=1)
+    with pytest.raises(ValueError, match="label beside a Source"):
+        as_mixture(Source(PAIRS), label=1)
+    with pytest.raises(ValueError, match="'labels' is no option"):
+        as_mixture(PAIRS, labels=1)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from contrastive_st.data import Source, prepare
+from contrastive_st.data import Source, load_source, prepare
 from contrastive_st.mixture import GlobalBatch, Mixture
 from contrastive_st.store import Store
 from contrastive_st.tokens import (
@@ -55,7 +55,10 @@ def parts(token_ids, lengths):
 
 def equal(batch, other):
     "The same tensors, number types included."
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+    return all(
+        a is b is None or a.dtype == b.dtype and torch.equal(a, b)  # no labels, no scores
+        for a, b in zip(batch, other, strict=True)
+    )
 
 
 def test_same_ids_as_the_tokenizer(tiny_tokenizer):
@@ -828,3 +831,38 @@ def test_numpy_integers_are_integers(tiny_tokenizer):
 def test_other_types_are_one_sentence(tiny_tokenizer, call):
     with pytest.raises(ValueError, match="must be|takes a list|use 0 workers or more"):
         call(tiny_tokenizer)
+
+
+def test_prompts_go_before_the_texts_and_are_stored(tmp_path, tiny_tokenizer):
+    "The same tokens cut and read, whether a labelled set has one prompt or two; bare identities."
+    tokens, rows = Tokens(tiny_tokenizer, 9), "text,kind\n"
+    rows += "".join(f"{word} {n},{word}\n" for word in ("dog", "cat") for n in range(4))
+    (tmp_path / "a.csv").write_text(rows, encoding="utf-8")
+    prepare(
+        [{"name": "a.csv", "path_or_hub_id": tmp_path / "a.csv", "label": "kind"}],
+        tmp_path / "out",
+        progress=False,
+    )
+    store = tmp_path / "out" / "a.csv.store"
+    for prompts in ("the ", ["a ", "the "], {"positive": "my "}):
+        entry = {"name": "a.csv", "weight": 1, "label": "kind", "prompts": prompts}
+        bare = {key: value for key, value in entry.items() if key != "prompts"}
+        opened, without = (
+            Mixture.from_config([e], f, batch_size=4, datasets_per_batch=1, cache_dir=tmp_path)
+            for e, f in ((entry, tmp_path), (bare, tmp_path))
+        )
+        cut = tokens(opened.batch(3))
+        assert torch.equal(cut.identities, tokens(without.batch(3)).identities)
+        assert torch.equal(cut.labels, tokens(without.batch(3)).labels)
+        tokens.prepare(store, prompts=prompts)
+        read = Mixture.from_config([entry], tmp_path / "out", batch_size=4, datasets_per_batch=1)
+        assert read.sources[0].store.tokenised["origin"]["prompts"]
+        assert equal(tokens(read.batch(3)), cut)
+        with pytest.raises(ValueError, match="tokens were made with the prompts .* no prompts"):
+            tokens.check([load_source(store).store])
+
+
+def test_a_prompt_leaves_room_for_a_text(tiny_tokenizer):
+    tokens, source = Tokens(tiny_tokenizer, 4), Source([("a", "b"), ("c", "d")], prompts="dog " * 9)
+    with pytest.raises(ValueError, match="takes all 4 tokens of max_length"):
+        tokens(Mixture([source], [1], 2, 1).batch(0))

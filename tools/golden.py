@@ -176,7 +176,8 @@ def tokens(kind: str) -> dict:
 
     lengths = {n: Tokens(tokenizer(kind), n).encode(sixty_texts()) for n in (8, 32, 64)}
     batch = Tokens(tokenizer(kind), 32)(list(zip(*[iter(sixty_texts())] * 3)))
-    return lengths | batch._asdict()
+    # labels and scores are None where a mixture has none
+    return lengths | {key: value for key, value in batch._asdict().items() if value is not None}
 
 
 def virtual_mixture(config: str):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .loss import SIMILARITIES, check_inputs
 
-# %% ../nbs/13_losses.ipynb #pairwise
+# %% ../nbs/13_losses.ipynb #cosent
 def _cos(first, second):
     return (F.normalize(first, dim=-1) * F.normalize(second, dim=-1)).sum(-1)
 
@@ -35,7 +35,7 @@ def _candidates(positives, negatives):
     "Positives first, then the negatives row by row, (N, D)."
     return positives if negatives is None else torch.cat([positives, negatives.flatten(0, 1)])
 
-# %% ../nbs/13_losses.ipynb #cosent
+
 def cosent(
     first: Tensor,  # embeddings, (B, D) float
     second: Tensor,  # row i is compared with row i of `first`, (B, D) float
@@ -84,7 +84,7 @@ def siglip(
             costs = costs.masked_fill(same & ~own, 0.0)
         return costs.sum() / len(costs)
 
-# %% ../nbs/13_losses.ipynb #gte-masks
+# %% ../nbs/13_losses.ipynb #gte-block
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
@@ -117,7 +117,7 @@ def _check_directions(directions, hardness, hardness_of):
             f"unknown hardness_of {hardness_of!r}: choose one of {', '.join(map(repr, HARDNESS))}"
         )
 
-# %% ../nbs/13_losses.ipynb #gte-block
+
 def _block(direction, anchors, candidates, masked, compare):
     "Similarities of one direction, minus infinity where a text is no negative, (B, B) or (B, N)."
     B, N = masked.shape
@@ -200,7 +200,7 @@ class LearnedScale(torch.nn.Module):
         "Return the values to log, scalars without gradient."
         return {name: value.detach() for name, value in self().items()}
 
-# %% ../nbs/13_losses.ipynb #distill-checks
+# %% ../nbs/13_losses.ipynb #margin-mse
 def _similarities(anchors, positives, negatives, similarity):
     "Similarity of each anchor with the candidates of its own row, (B, 1 + K)."
     anchors, candidates = _wide(anchors, torch.cat([positives[:, None], negatives], dim=1))
@@ -220,7 +220,7 @@ def _check_teacher(anchors, positives, negatives, scores, similarity, shapes):
             f" they must be {' or '.join(map(str, allowed))} floating point"
         )
 
-# %% ../nbs/13_losses.ipynb #margin-mse
+
 def margin_mse(
     anchors: Tensor,  # embeddings, (B, D) float
     positives: Tensor,  # row i belongs to anchor i, (B, D) float

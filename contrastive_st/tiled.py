@@ -17,61 +17,6 @@ from torch.autograd.function import once_differentiable
 from .atomic import is_whole_number
 from .loss import check_identities, check_inputs, gather, number_equal
 
-# %% ../nbs/17_tiled.ipynb #same-tiles
-def _places(numbers, rows):
-    "For each number, where a tile's slice of `numbers` has it; the slice's length if nowhere."
-    size = rows.stop - rows.start
-    places = torch.full_like(numbers, size)  # (N,)
-    tile = numbers[rows]  # (t,)
-    return places.scatter(0, tile, torch.arange(size, device=numbers.device))
-
-
-class SameTiles:
-    "The mask of `same_text`, of which you ask for one tile at a time."
-
-    def __init__(
-        self,
-        # columns: anchor, positive, then the K hard negatives
-        identities: Tensor,  # text identities of each row, (B, 2 + K) int64
-        # anchor and positive of a row have its label, its hard negatives do not
-        labels: Tensor = None,  # class of each row, 0 = it has none, (B,) int64
-    ):
-        check_identities(identities, labels)
-        self.anchors = identities[:, 0].contiguous()  # (B,)
-        # Positives first, then negatives row by row.
-        self.candidates = torch.cat([identities[:, 1], identities[:, 2:].flatten()])  # (N,)
-        self.anchor = number_equal(self.anchors)  # (B,), numbers below B
-        self.candidate = number_equal(self.candidates)  # (N,), numbers below N
-        self.labels = labels
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        "Shape of the whole mask, (B, N)."
-        return len(self.anchors), len(self.candidates)
-
-    def __call__(
-        self,
-        rows: slice,  # which anchors, t of them
-        columns: slice,  # which candidates, u of them
-    ) -> Tensor:  # True = no negative of this anchor, (t, u) bool
-        "Compute one tile of the mask; own positives may be marked in it."
-        # 1. the tile's table of known pairs; all other pairs fall into its last row or column
-        row_of, column_of = _places(self.anchor, rows), _places(self.candidate, columns)
-        t, u = rows.stop - rows.start, columns.stop - columns.start
-        known = torch.zeros(t + 1, u + 1, dtype=torch.bool, device=self.anchors.device)
-        B = len(self.anchors)
-        known[row_of[self.anchor], column_of[self.candidate[:B]]] = True
-        # 2. looked up for each anchor and candidate; or the candidate equals the anchor
-        right = known[row_of[self.anchor[rows]]][:, column_of[self.candidate[columns]]]  # (t, u)
-        right |= self.anchors[rows, None] == self.candidates[columns]
-        if self.labels is None or columns.start >= B:
-            return right
-        # 3. or it is the positive of a row with the anchor's label
-        mates = self.labels[columns.start : min(columns.stop, B)]  # (m,), m up to u
-        labels = self.labels[rows, None]  # (t, 1)
-        right[:, : len(mates)] |= (labels == mates) & (labels != 0)
-        return right
-
 # %% ../nbs/17_tiled.ipynb #tiles
 def _slices(start, stop, tile):
     "Split start..stop into slices of at most `tile`."
@@ -145,6 +90,61 @@ class _TiledCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[2]:  # d score / d scale is the similarity itself
             to_scale = (to_queries * queries).sum().to(scale.dtype).view(scale.shape)
         return to_queries.mul_(scale), to_candidates.mul_(scale), to_scale, None, None, None
+
+# %% ../nbs/17_tiled.ipynb #same-tiles
+def _places(numbers, rows):
+    "For each number, where a tile's slice of `numbers` has it; the slice's length if nowhere."
+    size = rows.stop - rows.start
+    places = torch.full_like(numbers, size)  # (N,)
+    tile = numbers[rows]  # (t,)
+    return places.scatter(0, tile, torch.arange(size, device=numbers.device))
+
+
+class SameTiles:
+    "The mask of `same_text`, of which you ask for one tile at a time."
+
+    def __init__(
+        self,
+        # columns: anchor, positive, then the K hard negatives
+        identities: Tensor,  # text identities of each row, (B, 2 + K) int64
+        # anchor and positive of a row have its label, its hard negatives do not
+        labels: Tensor = None,  # class of each row, 0 = it has none, (B,) int64
+    ):
+        check_identities(identities, labels)
+        self.anchors = identities[:, 0].contiguous()  # (B,)
+        # Positives first, then negatives row by row.
+        self.candidates = torch.cat([identities[:, 1], identities[:, 2:].flatten()])  # (N,)
+        self.anchor = number_equal(self.anchors)  # (B,), numbers below B
+        self.candidate = number_equal(self.candidates)  # (N,), numbers below N
+        self.labels = labels
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        "Shape of the whole mask, (B, N)."
+        return len(self.anchors), len(self.candidates)
+
+    def __call__(
+        self,
+        rows: slice,  # which anchors, t of them
+        columns: slice,  # which candidates, u of them
+    ) -> Tensor:  # True = no negative of this anchor, (t, u) bool
+        "Compute one tile of the mask; own positives may be marked in it."
+        # 1. the tile's table of known pairs; all other pairs fall into its last row or column
+        row_of, column_of = _places(self.anchor, rows), _places(self.candidate, columns)
+        t, u = rows.stop - rows.start, columns.stop - columns.start
+        known = torch.zeros(t + 1, u + 1, dtype=torch.bool, device=self.anchors.device)
+        B = len(self.anchors)
+        known[row_of[self.anchor], column_of[self.candidate[:B]]] = True
+        # 2. looked up for each anchor and candidate; or the candidate equals the anchor
+        right = known[row_of[self.anchor[rows]]][:, column_of[self.candidate[columns]]]  # (t, u)
+        right |= self.anchors[rows, None] == self.candidates[columns]
+        if self.labels is None or columns.start >= B:
+            return right
+        # 3. or it is the positive of a row with the anchor's label
+        mates = self.labels[columns.start : min(columns.stop, B)]  # (m,), m up to u
+        labels = self.labels[rows, None]  # (t, 1)
+        right[:, : len(mates)] |= (labels == mates) & (labels != 0)
+        return right
 
 # %% ../nbs/17_tiled.ipynb #tiled-inputs
 def _as_tiles(same, B, N):

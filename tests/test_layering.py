@@ -19,6 +19,8 @@ ALLOWED = {
     "tokens": {"store"},
     "mixture": {"account", "data"},
     "packed": {"cpu", "tokens"},
+    "losses": {"loss"},
+    "tiled": {"loss"},
     "gradcache": {"tokens"},
     "model": {"cpu", "modeldir", "packed", "precision", "tokens"},
     "run": {"gradcache", "guard", "loss", "losses", "model", "modeldir", "tokens"},

@@ -4,8 +4,19 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from contrastive_st.losses import cosent
+from contrastive_st.loss import info_nce, same_text
+from contrastive_st.losses import (
+    DIRECTIONS,
+    HARDNESS,
+    LearnedScale,
+    cosent,
+    distill_kl,
+    gte,
+    margin_mse,
+    siglip,
+)
 
 B, D = 7, 12
 
@@ -105,6 +116,271 @@ def test_cosent_stays_finite_and_fp32():
     assert far.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(far, first))
 
 
+# --- SigLIP ---
+
+
+def pairs(seed=0, k=0, dtype=torch.float32, noise=2.0):
+    "Anchors, positives and (B, K, D) negatives, None if K = 0."
+    columns = batch(seed, 2 + k, dtype, noise)
+    negatives = torch.stack([x.detach() for x in columns[2:]], dim=1) if k else None
+    return [*columns[:2], negatives.requires_grad_() if k else None]
+
+
+def mask(seed=0, k=0, texts=9):
+    g = torch.Generator().manual_seed(seed)
+    same = same_text(torch.randint(0, texts, (B, 2 + k), generator=g))
+    assert same.any()
+    return same
+
+
+def given(inputs):
+    return [x for x in inputs if x is not None]
+
+
+def loop_siglip(a, p, n, scale, bias, same):
+    candidates = p if n is None else torch.cat([p, n.flatten(0, 1)])
+    s = torch.cosine_similarity(a[:, None], candidates[None], dim=-1).tolist()
+    total = 0.0
+    for i, row in enumerate(s):
+        for j, value in enumerate(row):
+            z = 1 if i == j else -1
+            if i == j or same is None or not same[i, j]:
+                total -= math.log(1 / (1 + math.exp(-z * (scale * value + bias))))
+    return total / len(s)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("scale, bias", [(10.0, -10.0), (3.0, 0.5)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_siglip_equals_the_formula(seed, k, scale, bias, masked):
+    inputs, same = pairs(seed, k, torch.float64), mask(seed, k) if masked else None
+    ours = siglip(*inputs, scale=scale, bias=bias, same=same)
+    assert ours.item() == pytest.approx(loop_siglip(*inputs, scale, bias, same), rel=1e-6)
+
+
+def test_siglip_equals_transformers():
+    "Their SiglipModel computes its loss from the logits of two towers."
+    transformers = pytest.importorskip("transformers")
+    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = transformers.SiglipConfig(
+        text_config=size | {"vocab_size": 20, "projection_size": 8, "max_position_embeddings": 8},
+        vision_config=size | {"image_size": 4, "patch_size": 2},
+    )
+    torch.manual_seed(0)
+    model = transformers.SiglipModel(config).eval()
+    torch.nn.init.constant_(model.logit_scale, math.log(10.0))
+    torch.nn.init.constant_(model.logit_bias, -10.0)
+    texts, images = torch.randint(2, 20, (5, 8)), torch.randn(5, 3, 4, 4)
+    with torch.no_grad():
+        theirs = model(input_ids=texts, pixel_values=images, return_loss=True)
+    ours = siglip(theirs.text_embeds, theirs.image_embeds)
+    torch.testing.assert_close(ours, theirs.loss, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_siglip_gradients_equal_finite_differences(k):
+    inputs, same = given(pairs(k=k, dtype=torch.float64)), mask(k=k)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(scale, bias, *columns):
+        return siglip(*columns, scale=scale, bias=bias, same=same)
+
+    assert torch.autograd.gradcheck(loss, (scale, bias, *inputs))
+
+
+def test_siglip_masked_cells_get_no_gradient():
+    same = mask(k=1)
+    anchors = torch.eye(B)
+    candidates = torch.randn(2 * B, B, requires_grad=True)
+    positives, negatives = candidates[:B], candidates[B:, None]
+    loss = siglip(anchors, positives, negatives, 1.0, 0.0, similarity="dot", same=same)
+    (cells,) = torch.autograd.grad(loss, candidates)
+    assert torch.equal(cells.T == 0, same)
+
+
+# --- GTE ---
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize(
+    "directions",
+    [DIRECTIONS, DIRECTIONS[:1], ("query_to_doc", "doc_to_doc"), ("query_to_doc", "doc_to_query")],
+)
+@pytest.mark.parametrize(
+    "hardness, hardness_of", [(0.0, HARDNESS[0]), *((5.0, h) for h in HARDNESS)]
+)
+def test_gte_equals_sentence_transformers(peer, k, similarity, directions, hardness, hardness_of):
+    losses, util = peer
+    inputs = pairs(1, k, torch.float64)
+    if similarity == "dot":
+        inputs = [
+            x if x is None else F.normalize(x.detach(), dim=-1).requires_grad_() for x in inputs
+        ]
+    theirs = losses.MultipleNegativesRankingLoss(
+        torch.nn.Identity(),
+        similarity_fct={"cos": util.cos_sim, "dot": util.dot_score}[similarity],
+        directions=directions,
+        hardness_mode=hardness_of if hardness else None,
+        hardness_strength=hardness,
+    )
+    columns = inputs[:2] + ([] if k == 0 else list(inputs[2].unbind(1)))
+    options = dict(directions=directions, hardness=hardness, hardness_of=hardness_of)
+    assert_same_value_and_gradients(
+        gte(*inputs, similarity=similarity, **options),
+        theirs.compute_loss_from_embeddings(columns, None),
+        given(inputs),
+    )
+
+
+def loop_gte(a, p, n, same, scale=20.0):
+    "The four sums of the paper, without what belongs to the row."
+    K = 0 if n is None else n.shape[1]
+    documents = p if n is None else torch.cat([p, n.flatten(0, 1)])
+    row = [*range(B), *(i for i in range(B) for _ in range(K))]  # of each document
+
+    def e(u, v):
+        return math.exp(scale * torch.cosine_similarity(u, v, dim=0).item())
+
+    def masked(i, j):
+        return i != j and bool(same[i, j])
+
+    total = 0.0
+    for i in range(B):
+        z = sum(e(a[i], c) for j, c in enumerate(documents) if not masked(i, j))
+        z += sum(e(p[i], a[j]) for j in range(B) if not masked(j, i))
+        for j in range(B):
+            if j != i and not masked(i, j) and not masked(j, i):
+                z += e(a[i], a[j]) + e(p[i], p[j])
+        for j in range(B, len(documents)):
+            if row[j] != i and not masked(i, j):
+                z += e(p[i], documents[j])
+        total -= math.log(e(a[i], p[i]) / z)
+    return total / B
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("k", [0, 2])
+def test_gte_with_a_mask_equals_the_loops(seed, k):
+    inputs, same = pairs(seed, k, torch.float64), mask(seed, k)
+    assert gte(*inputs, same=same).item() == pytest.approx(loop_gte(*inputs, same), rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_gte_gradients_equal_finite_differences(k):
+    inputs, same = given(pairs(k=k, dtype=torch.float64)), mask(k=k)
+    assert torch.autograd.gradcheck(lambda *x: gte(*x, scale=3.0, same=same), inputs)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_gte_of_one_direction_is_info_nce(k):
+    inputs, same = pairs(k=k), mask(k=k)
+    one, two = gte(*inputs, same=same, directions=DIRECTIONS[:1]), info_nce(*inputs, same=same)
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [siglip, gte])
+def test_autocast_and_bf16_change_nothing_but_the_inputs(loss):
+    half = [x.bfloat16() for x in pairs(k=1)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(*half)
+    assert inside.dtype == torch.float32
+    assert inside.item() == loss(*(x.float() for x in half)).item()
+
+
+# --- the learned scale ---
+
+
+def test_learned_scale_is_saved_logged_and_held_below_its_maximum():
+    learned = LearnedScale(20.0, bias=-10.0, maximum=50.0)
+    assert learned()["scale"].item() == pytest.approx(20.0) and learned.logs()["bias"] == -10.0
+    with torch.no_grad():
+        learned.log_scale.fill_(9.0)  # an optimiser that went too far
+    scale = learned()["scale"]
+    assert scale.item() == pytest.approx(50.0)
+    scale.backward()
+    assert learned.log_scale.grad > 0  # it can come back
+    other = LearnedScale(bias=0.0)
+    other.load_state_dict(learned.state_dict())
+    assert other()["scale"].item() == pytest.approx(50.0) and other.bias.item() == -10.0
+    assert not other.logs()["scale"].requires_grad
+
+
+def test_learned_scale_gets_the_gradient_of_the_formula():
+    anchors, positives, _ = pairs(dtype=torch.float64)
+    learned = LearnedScale(5.0).double()
+    info_nce(anchors, positives, **learned()).backward()
+    step = 1e-6
+    above, below = (
+        info_nce(anchors, positives, scale=5.0 * math.exp(d)).item() for d in (step, -step)
+    )
+    assert learned.log_scale.grad.item() == pytest.approx((above - below) / (2 * step), rel=1e-6)
+
+
+# --- distillation ---
+
+
+def teacher(k, seed=0):
+    return 5 * torch.randn(B, 1 + k, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("form", ["scores", "margins"])
+def test_margin_mse_equals_sentence_transformers(peer, k, similarity, form):
+    losses, util = peer
+    inputs, scores = pairs(k=k, dtype=torch.float64), teacher(k).double()
+    if form == "margins":
+        scores = scores[:, :1] - scores[:, 1:]
+    function = {"cos": util.pairwise_cos_sim, "dot": util.pairwise_dot_score}[similarity]
+    theirs = losses.MarginMSELoss(torch.nn.Identity(), similarity_fct=function)
+    columns = [*inputs[:2], *inputs[2].unbind(1)]
+    assert_same_value_and_gradients(
+        margin_mse(*inputs, scores, similarity=similarity),
+        theirs.compute_loss_from_embeddings(columns, scores),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("temperatures", [(1.0, None), (0.05, None), (0.1, 2.0)])
+def test_distill_kl_equals_sentence_transformers(peer, k, similarity, temperatures):
+    losses, util = peer
+    inputs, scores = pairs(k=k, dtype=torch.float64), teacher(k).double() / 10
+    function = {"cos": util.pairwise_cos_sim, "dot": util.pairwise_dot_score}[similarity]
+    theirs = losses.DistillKLDivLoss(
+        torch.nn.Identity(),
+        similarity_fct=function,
+        temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+    )
+    columns = [*inputs[:2], *inputs[2].unbind(1)]
+    ours = distill_kl(
+        *inputs,
+        scores,
+        temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+        similarity=similarity,
+    )
+    expected = theirs.compute_loss_from_embeddings(columns, scores)
+    assert_same_value_and_gradients(ours, expected, inputs)
+
+
+@pytest.mark.parametrize("loss", [margin_mse, distill_kl])
+def test_distillation_gradients_equal_finite_differences(loss):
+    inputs, scores = pairs(k=2, dtype=torch.float64), teacher(2).double()
+    assert torch.autograd.gradcheck(lambda *x: loss(*x, scores, similarity="cos"), inputs)
+
+
+def test_one_margin_per_row_may_come_without_its_dimension():
+    inputs, scores = pairs(k=1), teacher(1)
+    margins = scores[:, 0] - scores[:, 1]
+    assert margin_mse(*inputs, margins).item() == margin_mse(*inputs, scores).item()
+
+
 # --- refusals ---
 
 x = torch.zeros(4, 8)
@@ -120,6 +396,20 @@ x = torch.zeros(4, 8)
         (lambda: cosent(x, x, x[:, 0].long()), ["torch.int64", "floating point"]),
         (lambda: cosent(x, x, x[:, 0], scale=0), ["scale is 0"]),
         (lambda: cosent(x, x, x[:, 0], similarity="cosine"), ["'cosine'", "'cos', 'dot'"]),
+        (lambda: siglip(x, x[:3]), ["(4, 8)", "(3, 8)"]),
+        (lambda: siglip(x, x, same=torch.zeros(4, 4)), ["torch.float32", "torch.bool"]),
+        (lambda: gte(x, x, x), ["negatives[:, None]"]),
+        (lambda: gte(x, x, directions=("doc_to_doc",)), ["'doc_to_doc'", "take 'query_to_doc'"]),
+        (lambda: gte(x, x, directions=("query_to_doc", "up")), ["'up'", "'doc_to_query'"]),
+        (lambda: gte(x, x, hardness=-1), ["hardness is -1"]),
+        (lambda: gte(x, x, hardness_of="all"), ["'all'", "'hard_negatives'"]),
+        (lambda: LearnedScale(0.5), ["scale is 0.5", "between 1"]),
+        (lambda: LearnedScale(200.0), ["200.0", "maximum 100.0"]),
+        (lambda: margin_mse(x, x, None, x), ["no negatives"]),
+        (lambda: margin_mse(x, x, x[:, None], x), ["(4, 8)", "(4, 2) or (4, 1) or (4,)"]),
+        (lambda: margin_mse(x, x, x[:, None], x[:, 0].long()), ["torch.int64"]),
+        (lambda: distill_kl(x, x, x[:, None], x[:, :1]), ["(4, 1)", "must be (4, 2)"]),
+        (lambda: distill_kl(x, x, x[:, None], x[:, :2], 0.0), ["temperature is 0.0"]),
     ],
 )
 def test_refusals_name_what_is_wrong(call, words):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_st.loss import gather, info_nce, same_text
 from contrastive_st.tiled import SameTiles, own_rows_info_nce, tiled_info_nce
@@ -147,11 +148,11 @@ def test_no_tensor_is_larger_than_a_tile_or_the_embeddings():
     identities, labels = names(B, 1)
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            for x in torch.utils._pytree.tree_leaves(result):
+            for x in result if isinstance(result, (tuple, list)) else [result]:
                 largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
             return result
 

@@ -11,6 +11,7 @@ import argparse
 import base64
 import re
 import sys
+from html import unescape
 from pathlib import Path, PurePosixPath
 
 import nbformat
@@ -56,8 +57,16 @@ def shown(cell):
 
 
 def pictures(nb) -> dict[str, bytes]:
-    "Take the PNGs out of the outputs: name -> bytes; each output becomes a link to the file."
+    "Take plots and drawings out of the outputs: name -> bytes; each becomes a link to its file."
     files = {}
+    for cell, output in ((c, o) for c in nb.cells if c.cell_type == "code" for o in c.outputs):
+        svg = output.get("data", {}).get("text/html", "")
+        if svg.startswith("<svg "):
+            # a file cannot ask the page for the colour of its letters
+            files[f"{cell.id}.svg"] = svg.replace("currentColor", "#777777").encode()
+            alt = unescape(re.search(r'aria-label="([^"]*)"', svg)[1])
+            link = {"text/markdown": f"![{alt}](docs/images/{cell.id}.svg)"}
+            output.data = nbformat.from_dict(link)
     for cell in (c for c in nb.cells if c.cell_type == "code"):
         for n, output in enumerate(o for o in cell.outputs if "image/png" in o.get("data", {})):
             name = f"{cell.id}{f'-{n + 1}' if n else ''}.png"
@@ -150,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = {root / "README.md": text.encode()} | {
         root / "docs/images" / name: data for name, data in files.items()
     }
-    left = set((root / "docs/images").glob("*.png")) - set(wanted)
+    left = {p for p in (root / "docs/images").iterdir() if p.is_file()} - set(wanted)
     stale = sorted(
         p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data
     ) + sorted(left)

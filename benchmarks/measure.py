@@ -353,6 +353,15 @@ ROWS = (
             ("p95_ms", "95th percentile", "", "{:.0f} ms"),
         )
     ),
+    *(
+        ("tiled", ("ratios", name), f"the tiled loss, {what}", target, how)
+        for name, what, target, how in (
+            ("tiled_over_plain_peak_mb_at_8192", "memory of the plain one at 8,192", "", "{:.2f}"),
+            ("tiled_over_plain_seconds_at_8192", "time of the plain one at 8,192", "", "{:.2f}"),
+            ("tiled_peak_mb_at_65536", "memory at 65,536", "≤ 1,000 MB", "{:,.0f} MB"),
+            ("one_matrix_mb_at_65536", "one matrix of scores there (computed)", "", "{:,.0f} MB"),
+        )
+    ),
 )
 
 

@@ -94,6 +94,7 @@ class Segments:
         self.step, self.most, self.calls = step, most, 0
         # what a model adds to the scores of each text by distance, (H, L, L), L = longest; or None
         self.bias: Tensor | None = None
+        self.masks: dict = {}  # made by the first layer, for the others
 
     @cached_property
     def blocks(self) -> list[_Block]:  # in the order of the lengths
@@ -258,27 +259,31 @@ def fill_to_sixteens(
     return K, V, (torch.arange(T + fill) < T).expand(T, -1)  # (T, T + fill)
 
 
-def _join(added, T, mask):
-    "The mask of the filled keys and what is added, as one mask of a rectangle of T tokens."
-    if added is None:
-        return mask
-    part = added[:, :T, :T]
-    if mask is None:
-        return part
-    return F.pad(part, (0, mask.shape[1] - T)).masked_fill(~mask, float("-inf"))
+def _mask(segments, rule, T, real, dtype):
+    "What is added to the scores of texts of T tokens, (1, 1 or H, T, T + fill), or None."
+    key = rule, T, dtype
+    if key not in segments.masks:  # the same for all layers
+        added = segments.added(*rule)
+        mask = None if added is None else added[None, :, :T, :T].to(dtype)
+        if mask is not None and real is not None:
+            mask = F.pad(mask, (0, real.shape[1] - T)).masked_fill(~real, float("-inf"))
+        segments.masks[key] = real if mask is None else mask
+    return segments.masks[key]
 
 
-def _by_length(query, key, value, lengths, scale, added=None):
+def _by_length(query, key, value, segments, scale, rule):
     "The same for inference on a CPU, where texts of one length lie side by side: a rectangle."
     rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (S, H * d)
     H, parts, at = query.shape[1], [], 0
-    for T, same in groupby(lengths):
+    # Of a causal text, no token sees the keys that are filled up behind it.
+    causal = rule == (True, None) and segments.bias is None
+    for T, same in groupby(segments.lengths):
         n = len(list(same))
         Q, K, V = (x[at : at + n * T].unflatten(0, (n, T)) for x in rows)  # (n, T, H * d)
-        K, V, mask = fill_to_sixteens(K, V)
-        mask = _join(None if added is None else added.to(Q.dtype), T, mask)
+        K, V, real = fill_to_sixteens(K, V)
+        mask = None if causal else _mask(segments, rule, T, real, Q.dtype)
         Q, K, V = (x.unflatten(2, (H, -1)).transpose(1, 2) for x in (Q, K, V))  # (n, H, T, d)
-        out = F.scaled_dot_product_attention(Q, K, V, mask, scale=scale)
+        out = F.scaled_dot_product_attention(Q, K, V, mask, is_causal=causal, scale=scale)
         parts.append(out.transpose(1, 2).flatten(0, 1))  # (n * T, H, d)
         at += n * T
     return torch.cat(parts)  # (S, H, d)
@@ -309,18 +314,20 @@ def attention(
     states = tuple(x.to(value.dtype) for x in (query, key, value))
     scale = d**-0.5 if scaling is None else scaling
     segments.calls += 1  # `packed_states` counts the layers that came here
-    added = segments.added(bool(getattr(module, "is_causal", False)), sliding_window)
-    if softcap is not None or (added is not None and query.device.type != "cpu"):
+    rule = bool(getattr(module, "is_causal", False)), sliding_window
+    plain = rule == (False, None) and segments.bias is None
+    if softcap is not None or not (plain or query.device.type == "cpu"):
         raise ValueError("this attention is not computed packed; set encoder.layout = 'padded'")
     # 1. a GPU: one kernel for texts of any lengths
     if query.device.type != "cpu":
         return ragged_attention(*states, segments, scale, dropout)[None], None
     # 2. a CPU without gradients: texts of one length at a time
-    trains = any(x is not None and x.requires_grad for x in (*states, added))
-    if not dropout and not trains:
-        return _by_length(*states, segments.lengths, scale, added)[None], None
+    learned = states if segments.bias is None else (*states, segments.bias)
+    if not dropout and not any(x.requires_grad for x in learned):
+        return _by_length(*states, segments, scale, rule)[None], None
     # 3. a CPU in training: blocks of nearly one length
     rows = [x.transpose(1, 2).reshape(S * H, d) for x in states]
+    added = segments.added(*rule)
     return _Attention.apply(*rows, added, segments, scale, dropout).view(1, S, H, d), None
 
 

@@ -724,11 +724,16 @@ def test_a_learned_bias_gets_its_gradient_and_dropout_its_mask():
     assert torch.autograd.gradcheck(attend, (bias, *heads))
 
 
-@pytest.mark.parametrize("kind", ["modernbert", "mistral", "qwen3", "mpnet"])
+@pytest.mark.parametrize("kind", ["modernbert", "mistral", "gemma3", "mpnet"])
 def test_a_family_whose_rule_is_not_kept_is_padded(kind, monkeypatch):
     "The try-out sees a window, a causal order or a bias that the packed way forgets."
     monkeypatch.setattr(Segments, "added", lambda *args: None)
-    backbone = other(kind)
+    assert not packable(other(kind))
+
+
+def test_a_decoder_that_would_look_ahead_is_padded():
+    backbone = other("qwen3")
+    backbone.layers[1].self_attn.is_causal = False
     assert not packable(backbone)
 
 

@@ -23,7 +23,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
-from pages import HIDDEN, ROOT, flags_of, modules, notebooks, parts, settings, split_directives
+from pages import (
+    HIDDEN,
+    ROOT,
+    START,
+    flags_of,
+    modules,
+    notebooks,
+    parts,
+    settings,
+    split_directives,
+)
 
 STAGE = ROOT / ".cache/site"
 BUILD = ROOT / ".cache/build"
@@ -33,6 +43,8 @@ MATHJAX_VERSION = "3.2.2"
 MATHJAX_SHA256 = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
 # files of the repository that are pages too
 PAGES = {
+    "docs/howto_data.md": "howto_data.md",
+    "docs/howto_serve.md": "howto_serve.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "docs/LOG.md": "log.md",
@@ -268,6 +280,8 @@ def api_pages() -> dict[str, str]:
 
 def entry(path: Path) -> str:
     "The line of a page in the table of contents: its title, after its number if it has one."
+    if path.suffix == ".md":
+        return PAGES[path.relative_to(ROOT).as_posix()].removesuffix(".md")
     place = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
     if not path.stem[0].isdigit():
         return place
@@ -281,10 +295,15 @@ def contents(cfg: dict[str, str]) -> str:
         lines = "\n".join(entries)
         return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
 
-    about = [name.removesuffix(".md") for source, name in PAGES.items() if (ROOT / source).exists()]
+    sources = [source for source in PAGES if (ROOT / source).exists() and source not in START]
+    about = [PAGES[source].removesuffix(".md") for source in sources]
+    start = [ROOT / source for source in START if (ROOT / source).exists()]
+    # a page stands in one tree, or Sphinx would not know which is its parent
+    table = {caption: [p for p in pages if p not in start] for caption, pages in parts().items()}
     return "\n".join(
         [
-            *(tree(caption, map(entry, pages)) for caption, pages in parts().items()),
+            *([tree("Start", map(entry, start))] if start else []),
+            *(tree(caption, map(entry, pages)) for caption, pages in table.items() if pages),
             tree("Reference", ["api/index"]),
             tree("Project", about + [f"Repository <{cfg['git_url']}>"]),
         ]

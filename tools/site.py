@@ -266,7 +266,8 @@ def api_pages() -> dict[str, str]:
         text = (ROOT / f"contrastive_st/{module}.py").read_text(encoding="utf-8")
         doc = ast.get_docstring(ast.parse(text)) or ""
         rows.append(f"[{module}]({module}.md)\n: {doc.splitlines()[0] if doc else ''}\n")
-    pages["api/index.md"] = (
+    # not index.md, which is the page of the module index
+    pages["api/overview.md"] = (
         "# API reference\n\nOne page per module, made from the signatures and the comment beside"
         " each parameter. Letters in shapes: B global batch, b per-device batch, C columns of an"
         " example, T tokens, D width, N candidates, K hard negatives, P devices.\n\n"
@@ -304,7 +305,7 @@ def contents(cfg: dict[str, str]) -> str:
         [
             *([tree("Start", map(entry, start))] if start else []),
             *(tree(caption, map(entry, pages)) for caption, pages in table.items() if pages),
-            tree("Reference", ["api/index"]),
+            tree("Reference", ["api/overview"]),
             tree("Project", about + [f"Repository <{cfg['git_url']}>"]),
         ]
     )

@@ -1,4 +1,4 @@
-"""The reading order: "Next" walks every page once, in the order of the site's sidebar."""
+"""The reading order: "Next" walks every page once, as `pages.py` lists them for the sidebar."""
 
 import json
 import re
@@ -39,6 +39,11 @@ def test_every_page_has_a_number_of_its_own_and_a_part():
     listed = [page for part in pages.parts().values() for page in part]
     assert listed == pages.modules() + pages.tutorials()
     assert {page.stem for page in pages.tutorials()} == set(pages.TUTORIALS)
+
+
+def test_the_sidebar_begins_with_the_tutorial_on_your_own_data():
+    assert pages.tutorials()[0] == ROOT / pages.START[0]
+    assert [source for source in pages.START if not (ROOT / source).is_file()] == []
 
 
 def test_the_start_page_names_every_page_and_each_has_a_time():

@@ -20,7 +20,16 @@ PARTS = {  # caption -> numbers of the pages in nbs/
     "VII What it stands on": range(33, 41),
 }
 # in the order of reading, which is none of the alphabet
-TUTORIALS = ("nli_to_stsb", "multi_qa_search", "three_claims", "mteb", "one_billion_pairs_tpu")
+TUTORIALS = (
+    "your_own_data",
+    "nli_to_stsb",
+    "multi_qa_search",
+    "three_claims",
+    "mteb",
+    "one_billion_pairs_tpu",
+)
+# what the sidebar shows before everything else: a tutorial, and the how-to pages it needs
+START = ("nbs/tutorials/your_own_data.ipynb", "docs/howto_data.md", "docs/howto_serve.md")
 HIDDEN = {"hide", "include: false"}  # directives of cells that no reader sees
 
 

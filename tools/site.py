@@ -23,7 +23,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
-from pages import HIDDEN, ROOT, flags_of, modules, notebooks, parts, settings, split_directives
+from pages import (
+    HIDDEN,
+    ROOT,
+    START,
+    flags_of,
+    modules,
+    notebooks,
+    parts,
+    settings,
+    split_directives,
+)
 
 STAGE = ROOT / ".cache/site"
 BUILD = ROOT / ".cache/build"
@@ -33,6 +43,8 @@ MATHJAX_VERSION = "3.2.2"
 MATHJAX_SHA256 = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
 # files of the repository that are pages too
 PAGES = {
+    "docs/howto_data.md": "howto_data.md",
+    "docs/howto_serve.md": "howto_serve.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "docs/LOG.md": "log.md",
@@ -254,7 +266,8 @@ def api_pages() -> dict[str, str]:
         text = (ROOT / f"contrastive_st/{module}.py").read_text(encoding="utf-8")
         doc = ast.get_docstring(ast.parse(text)) or ""
         rows.append(f"[{module}]({module}.md)\n: {doc.splitlines()[0] if doc else ''}\n")
-    pages["api/index.md"] = (
+    # not index.md, which is the page of the module index
+    pages["api/overview.md"] = (
         "# API reference\n\nOne page per module, made from the signatures and the comment beside"
         " each parameter. Letters in shapes: B global batch, b per-device batch, C columns of an"
         " example, T tokens, D width, N candidates, K hard negatives, P devices.\n\n"
@@ -268,6 +281,8 @@ def api_pages() -> dict[str, str]:
 
 def entry(path: Path) -> str:
     "The line of a page in the table of contents: its title, after its number if it has one."
+    if path.suffix == ".md":
+        return PAGES[path.relative_to(ROOT).as_posix()].removesuffix(".md")
     place = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
     if not path.stem[0].isdigit():
         return place
@@ -281,11 +296,16 @@ def contents(cfg: dict[str, str]) -> str:
         lines = "\n".join(entries)
         return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
 
-    about = [name.removesuffix(".md") for source, name in PAGES.items() if (ROOT / source).exists()]
+    sources = [source for source in PAGES if (ROOT / source).exists() and source not in START]
+    about = [PAGES[source].removesuffix(".md") for source in sources]
+    start = [ROOT / source for source in START if (ROOT / source).exists()]
+    # a page stands in one tree, or Sphinx would not know which is its parent
+    table = {caption: [p for p in pages if p not in start] for caption, pages in parts().items()}
     return "\n".join(
         [
-            *(tree(caption, map(entry, pages)) for caption, pages in parts().items()),
-            tree("Reference", ["api/index"]),
+            *([tree("Start", map(entry, start))] if start else []),
+            *(tree(caption, map(entry, pages)) for caption, pages in table.items() if pages),
+            tree("Reference", ["api/overview"]),
             tree("Project", about + [f"Repository <{cfg['git_url']}>"]),
         ]
     )

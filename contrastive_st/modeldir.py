@@ -851,10 +851,10 @@ def _load_link(name, folder):
 
 
 def read_head(
-    folder: str | Path,  # a model directory
+    name_or_dir: str | Path,  # a model directory, packaged weights or a hub id
 ) -> torch.nn.Sequential:  # vectors (N, D) to vectors (N, D'), in float32; mostly empty
     "Read the modules after the pooling, without the unit length at the end."
-    chain = _chain(Path(folder))[2:]
+    chain = _chain(find_folder(name_or_dir))[2:]
     if chain and chain[-1][0] == "Normalize":
         chain.pop()
     head = torch.nn.Sequential(*(_load_link(name, path) for name, path in chain))

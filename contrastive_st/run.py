@@ -45,7 +45,7 @@ from .guard import self_mask
 from .losses import cosent
 from .machine import processor_name
 from .model import SentenceEncoder
-from .modeldir import read_weights
+from .modeldir import read_head, read_weights
 from .tokens import TokenBatch, Tokens, token_report
 
 # %% ../nbs/04_run.ipynb #config
@@ -717,8 +717,10 @@ def load_weights(
     folder: str | Path,  # a model directory or checkpoint of the same backbone
 ) -> None:
     "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
-    weights, shapes = read_weights(folder), []
-    for state in (weights, encoder.backbone.state_dict()):
+    weights, head = read_weights(folder), read_head(folder).state_dict()
+    own, shapes = (encoder.backbone.state_dict(), encoder.head.state_dict()), []
+    for state, after in ((weights, head), own):  # after: of the modules after the pooling
+        state = state | {f"head.{name}": value for name, value in after.items()}
         shapes.append({name: value.shape for name, value in state.items()})
     # names with another shape, or in one of the two only
     if differ := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
@@ -727,6 +729,7 @@ def load_weights(
             "resume with the encoder that the run began with, or start in a new directory"
         )
     encoder.backbone.load_state_dict(weights)
+    encoder.head.load_state_dict(head)
 
 
 def load_training(

@@ -999,6 +999,12 @@ _BACKBONE = (
 )
 
 
+def _after_backbone(encoder):
+    "What few encoders have; named only where it is there, so that older runs can go on."
+    head = {"head": str(encoder.head)} if len(encoder.head) else {}
+    return head if encoder.include_prompt else head | {"include_prompt": False}
+
+
 def _encoder_identity(encoder):
     "What decides which vectors an encoder gives and how it learns, besides its weights."
     backbone, tokens = encoder.backbone, Tokens(encoder.tokenizer, encoder.max_length)
@@ -1018,7 +1024,10 @@ def _encoder_identity(encoder):
         "weights": sum(p.numel() for p in backbone.parameters()),
         "frozen": sum(p.numel() for p in backbone.parameters() if not p.requires_grad),
         "dropout": sorted({layer.p for layer in layers}),
-    } | {name: str(value) for name, value in shape.items() if value is not None}
+    } | {
+        **{name: str(value) for name, value in shape.items() if value is not None},
+        **_after_backbone(encoder),
+    }
 
 
 def _leaves(value, name=""):
@@ -1196,6 +1205,13 @@ class Run:
         device: torch.device | str = "cpu",  # where it computes
         versions: dict | None = None,  # what else belongs into the record of software and hardware
     ):
+        # Which tokens are those of the prompt is not known in training.
+        prompted = any(getattr(source, "prompts", None) for source in mixture.sources)
+        if prompted and not encoder.include_prompt:
+            raise ValueError(
+                "the model leaves prompts out of its pooling, which training with prompts cannot;"
+                " load it with include_prompt=True, or train without prompts"
+            )
         config = of_length(config, mixture)
         self.encoder, self.mixture, self.config, self.out = encoder, mixture, config, expanded(out)
         self.device, self.versions = torch.device(device), versions or {}

@@ -19,7 +19,9 @@ from encoders import TEXTS, backbone_and_tokenizer, theirs
 from contrastive_st import model
 from contrastive_st.model import POOLINGS, SentenceEncoder
 from contrastive_st.modeldir import Dense
+
 from contrastive_st.precision import quantize
+from contrastive_st.run import load_weights
 
 
 @pytest.fixture
@@ -129,6 +131,21 @@ def test_the_modules_are_trained_and_computed_in_float32(tiny_backbone, tiny_tok
 def test_modules_that_do_not_fit_are_one_sentence(tiny_backbone, tiny_tokenizer, head, said):
     with pytest.raises(ValueError, match=said):
         SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64, head=head)
+
+
+def test_load_weights_restores_the_modules(tiny_backbone, tiny_tokenizer, tmp_path):
+    parts = tiny_backbone, tiny_tokenizer
+    encoder = SentenceEncoder(*parts, max_length=64, head=[Dense(32, 8)]).eval()
+    encoder.save_pretrained(tmp_path)
+    before = encoder.encode(["a dog", "snow"])
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight.add_(1)
+    load_weights(encoder, tmp_path)
+    np.testing.assert_array_equal(encoder.encode(["a dog", "snow"]), before)
+    bare = SentenceEncoder(*parts, max_length=64)
+    with pytest.raises(ValueError, match="of another model .such as head.0.linear.bias"):
+        load_weights(bare, tmp_path)
 
 
 def test_only_listed_activations():

@@ -711,6 +711,48 @@ def _encode_parts(encoder, texts, before, batch_size, progress, bf16):
             counts = _Counts(*map(sum, zip(counts, more)))
     return np.concatenate(parts), counts
 
+# %% ../nbs/02_model.ipynb #check-batch
+def _check_batch(token_ids, lengths):
+    "Raise a ValueError unless the lengths cut the tokens into texts that have tokens."
+    if int(lengths.min()) < 1:
+        raise ValueError(
+            f"text {int(lengths.argmin())} of the batch has no tokens; the tokenizer must add"
+            " special tokens such as [CLS]"
+        )
+    check_ragged(token_ids, lengths)
+
+
+def _budget(layout, token_budget, device):
+    "The tokens to embed at a time on a type of device; raise a ValueError if they make no sense."
+    if token_budget is None:
+        token_budget = 3072 if device == "cpu" else 65536
+    if not is_whole_number(token_budget, 1) or layout not in ("packed", "padded"):
+        raise ValueError(
+            f"layout {quote(layout)} with token_budget {quote(token_budget)} does not work;"
+            " use 'packed' or 'padded' and at least 1 token"
+        )
+    return token_budget
+
+# %% ../nbs/02_model.ipynb #try-out
+def _try_out(encoder, folder, transformer):
+    "Encode a few texts, so that parts that load and do not work fail now."
+    token_ids = try_tokenizer(encoder.ragged_tokenizer(), encoder.max_length, transformer)
+    # tokens of a text: of a larger backbone fewer, so that the trial takes no longer
+    most = max(16, 10**9 // sum(weight.numel() for weight in encoder.parameters()))
+    some = [ids for ids in token_ids if len(ids) <= most]
+    if not some:
+        return
+    todo = "config.json, weights and tokenizer do not belong together"
+    with reading(transformer / "config.json", todo), _evaluating(encoder):
+        lengths = torch.tensor([len(ids) for ids in some])  # (N,)
+        vectors = encoder(torch.from_numpy(np.concatenate(some)), lengths)  # (N, D)
+        works = bool(vectors.isfinite().all())
+    if not works:
+        raise ValueError(
+            f"{folder}: the model gives vectors that are no numbers;"
+            " its weights or its config.json are damaged, or its training failed"
+        )
+
 # %% ../nbs/02_model.ipynb #similarity
 def _cosines(a, b):
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
@@ -757,45 +799,3 @@ def _compare(a, b, name):
             " both with one model"
         )
     return _SIMILARITIES[name](torch.from_numpy(a), torch.from_numpy(b)).numpy()
-
-# %% ../nbs/02_model.ipynb #check-batch
-def _check_batch(token_ids, lengths):
-    "Raise a ValueError unless the lengths cut the tokens into texts that have tokens."
-    if int(lengths.min()) < 1:
-        raise ValueError(
-            f"text {int(lengths.argmin())} of the batch has no tokens; the tokenizer must add"
-            " special tokens such as [CLS]"
-        )
-    check_ragged(token_ids, lengths)
-
-
-def _budget(layout, token_budget, device):
-    "The tokens to embed at a time on a type of device; raise a ValueError if they make no sense."
-    if token_budget is None:
-        token_budget = 3072 if device == "cpu" else 65536
-    if not is_whole_number(token_budget, 1) or layout not in ("packed", "padded"):
-        raise ValueError(
-            f"layout {quote(layout)} with token_budget {quote(token_budget)} does not work;"
-            " use 'packed' or 'padded' and at least 1 token"
-        )
-    return token_budget
-
-# %% ../nbs/02_model.ipynb #try-out
-def _try_out(encoder, folder, transformer):
-    "Encode a few texts, so that parts that load and do not work fail now."
-    token_ids = try_tokenizer(encoder.ragged_tokenizer(), encoder.max_length, transformer)
-    # tokens of a text: of a larger backbone fewer, so that the trial takes no longer
-    most = max(16, 10**9 // sum(weight.numel() for weight in encoder.parameters()))
-    some = [ids for ids in token_ids if len(ids) <= most]
-    if not some:
-        return
-    todo = "config.json, weights and tokenizer do not belong together"
-    with reading(transformer / "config.json", todo), _evaluating(encoder):
-        lengths = torch.tensor([len(ids) for ids in some])  # (N,)
-        vectors = encoder(torch.from_numpy(np.concatenate(some)), lengths)  # (N, D)
-        works = bool(vectors.isfinite().all())
-    if not works:
-        raise ValueError(
-            f"{folder}: the model gives vectors that are no numbers;"
-            " its weights or its config.json are damaged, or its training failed"
-        )

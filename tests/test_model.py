@@ -19,7 +19,6 @@ from encoders import TEXTS, backbone_and_tokenizer, theirs
 from contrastive_st import model
 from contrastive_st.model import POOLINGS, SentenceEncoder
 from contrastive_st.modeldir import Dense
-
 from contrastive_st.precision import quantize
 from contrastive_st.run import load_weights
 

@@ -1176,7 +1176,7 @@ def test_a_dtype_is_said_and_the_weights_are_float32(saved, encoder, key):
 
 
 def decoder(kind, folder):
-    "A tiny decoder with a tokenizer that ends each text, as Qwen3-Embedding and E5-mistral have it."
+    "A tiny decoder whose tokenizer ends each text, as Qwen3-Embedding and E5-mistral have it."
     from tokenizers import processors
 
     tokenizer = make_tokenizer()

@@ -1125,7 +1125,7 @@ def _pooling_config(settings, width):
         content["include_prompt"] = False
     return content
 
-
+# %% ../nbs/33_modeldir.ipynb #write-layout
 def _write_layout(folder, settings, head, width, rest):
     "Write the files of the sentence-transformers layout around the backbone and the tokenizer."
     links = head_layout(head)

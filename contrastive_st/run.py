@@ -979,6 +979,12 @@ def run_report(
     report = mixture.report(steps, sample)
     return report | {"tokens": token_report(batches, tokens)} if batches else report
 
+# %% ../nbs/04_run.ipynb #after-backbone
+def _after_backbone(encoder):
+    "What few encoders have; named only where it is there, so that older runs can go on."
+    head = {"head": str(encoder.head)} if len(encoder.head) else {}
+    return head if encoder.include_prompt else head | {"include_prompt": False}
+
 # %% ../nbs/04_run.ipynb #same-run
 def _texts_digest(source, most=1024):
     "A digest of a source's size and of rows spread evenly over it; None if it gives no texts."
@@ -997,12 +1003,6 @@ _BACKBONE = (
     *("intermediate_size", "hidden_dim", "hidden_act", "activation", "layer_norm_eps"),
     *("max_position_embeddings", "attention_probs_dropout_prob", "attention_dropout"),
 )
-
-
-def _after_backbone(encoder):
-    "What few encoders have; named only where it is there, so that older runs can go on."
-    head = {"head": str(encoder.head)} if len(encoder.head) else {}
-    return head if encoder.include_prompt else head | {"include_prompt": False}
 
 
 def _encoder_identity(encoder):

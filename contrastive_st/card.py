@@ -196,7 +196,21 @@ def _pooling(record):
     from contrastive_st.modeldir import POOLING_FLAGS
 
     width = _whole_number(record["word_embedding_dimension"])
-    return width, next(name for name, flag in POOLING_FLAGS.items() if record.get(flag) is True)
+    by_flag = [name for name, flag in POOLING_FLAGS.items() if record.get(flag) is True]
+    names = record.get("pooling_mode") or by_flag
+    names[0]  # a module that names none is damaged
+    return width * len(names), "+".join(names)
+
+
+def _after_pooling(modules):
+    "The folders of what follows the pooling, unit length aside."
+    return [m["path"] for m in modules[2:] if not m["type"].endswith(".Normalize")]
+
+
+def _width_after(folder, width):
+    "The width of the vectors behind a module, of which a dense layer alone changes it."
+    take = lambda config: _whole_number(config.get("out_features", width))  # noqa: E731
+    return _entry(folder / "config.json", take)
 
 
 def _prompts_of(record):
@@ -227,12 +241,16 @@ def _longest(record):
 def _about(folder):
     "Describe the encoder in a model directory: size, pooling, longest text, prompts and so on."
     width, pooling = _entry(folder / "1_Pooling/config.json", _pooling)
+    after = _entry(folder / "modules.json", _after_pooling)
+    for path in after:
+        width = _width_after(folder / path, width)
     prompt, prompts = _entry(folder / "config_sentence_transformers.json", _prompts_of)
     return {
         "architecture": _entry(folder / "config.json", lambda c: _line(c["architectures"][0])),
         "width": width,
         "parameters": sum(map(_count, sorted(folder.glob("*.safetensors")))),
         "pooling": pooling,
+        "written_out": "+" not in pooling and not after,
         "normalize": _entry(folder / "modules.json", _normalizes),
         "max_length": _entry(folder / "sentence_bert_config.json", _longest),
         "prompt": prompt,
@@ -258,7 +276,7 @@ def _fence(text):
 def usage(
     model: dict,  # the entry "model" of `read_records`
     name: str = "model",  # folder or hub id that the code opens
-) -> str:  # Markdown with three blocks of Python; all leave the same `embeddings`, (2, D)
+) -> str:  # Markdown with blocks of Python that leave the same `embeddings`, (2, D)
     "Write how to compute embeddings with sentence-transformers, transformers and contrastive_st."
     prompts = [f"{_code(key)} = {_code(_literal(p))}" for key, p in model["prompts"].items()]
     # A name that the template knows and we do not give is an error, not an empty text.
@@ -267,6 +285,8 @@ def usage(
         note="" if name != "model" else "  # the folder of this card",
         fence=_fence(name + model["prompt"]),
         pooling=model["pooling"],
+        # modules with weights of their own cannot be written out in a few lines
+        written_out=model.get("written_out", True),
         normalize=model["normalize"],
         max_length=model["max_length"],
         prompt=_literal(model["prompt"]) if model["prompt"] else "",
@@ -283,6 +303,9 @@ _POOLING_WORDS = {
     "mean": "mean of the token states",
     "cls": "state of the first token",
     "max": "maximum over the token states",
+    "mean_sqrt_len_tokens": "sum of the token states over the root of their number",
+    "weightedmean": "mean of the token states, later ones weigh more",
+    "lasttoken": "state of the last token",
 }
 
 
@@ -307,7 +330,7 @@ def _technical(run):
     model, config = run["model"], run["config"]
     values = {
         "widths": ", ".join(_text(width) for width in config["widths"]),
-        "pooling": _POOLING_WORDS[model["pooling"]],
+        "pooling": " and ".join(_POOLING_WORDS[name] for name in model["pooling"].split("+")),
         "score_functions": _score_functions(model, config["similarity"]),
         "prompt": _prompt_words(model),
         "architecture": _text(model["architecture"]),

@@ -372,6 +372,11 @@ def fingerprint(
     if core is not None:  # truncation and padding change from call to call
         tokenizer = json.loads(core.to_str()) | {"truncation": None, "padding": None}
     settings = {name: getattr(owner, name, None) for name in _SETTINGS}
+    # What few models have is named only where it is there, so that older results stay current.
+    if len(head := getattr(owner, "head", ())):
+        settings["head"] = str(head)
+    if not getattr(owner, "include_prompt", True):
+        settings["include_prompt"] = False
     return description | {
         "weights": _weights_digest(owner.state_dict()),
         "settings": json.dumps(settings, sort_keys=True, default=str),

@@ -238,9 +238,11 @@ def _check_encoder(encoder):
     "Raise `ValueError` for an encoder that no single ONNX file can hold."
     if encoder.pooling not in _POOLED:
         raise ValueError(
-            f"pooling {quote(encoder.pooling)} is a function of your own, which is not exported;"
-            f" {', '.join(_POOLED)} are"
+            f"pooling {quote(encoder.pooling)} is not exported; {', '.join(_POOLED)} are"
         )
+    if len(encoder.head) or not encoder.include_prompt:
+        what = "modules after its pooling" if len(encoder.head) else "a prompt that it leaves out"
+        raise ValueError(f"the model has {what}, which is not exported; use it with torch")
     size = 4 * sum(weight.numel() for weight in encoder.backbone.parameters())
     if size > _LARGEST:
         raise ValueError(

@@ -43,7 +43,10 @@ class ModelPlan:
     "Say which encoder to start from."
 
     name: str  # hub id, folder, or a packaged model
-    pooling: Literal["mean", "cls", "max"] | None = None  # None = what the model says, else mean
+    # None = what the model says, else mean
+    pooling: (
+        Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None
+    ) = None
     normalize: bool | None = None  # unit-length embeddings; None = what the model says, else yes
     max_length: Annotated[int, Field(gt=2)] | None = None  # word pieces; None = what the model says
     # random weights instead: a BERT of so many layers, with the tokenizer of `name`

@@ -45,7 +45,7 @@ from .guard import self_mask
 from .losses import cosent
 from .machine import processor_name
 from .model import SentenceEncoder
-from .modeldir import read_weights
+from .modeldir import read_head, read_weights
 from .tokens import TokenBatch, Tokens, token_report
 
 # %% ../nbs/04_run.ipynb #config
@@ -717,8 +717,10 @@ def load_weights(
     folder: str | Path,  # a model directory or checkpoint of the same backbone
 ) -> None:
     "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
-    weights, shapes = read_weights(folder), []
-    for state in (weights, encoder.backbone.state_dict()):
+    weights, head = read_weights(folder), read_head(folder).state_dict()
+    own, shapes = (encoder.backbone.state_dict(), encoder.head.state_dict()), []
+    for state, after in ((weights, head), own):  # after: of the modules after the pooling
+        state = state | {f"head.{name}": value for name, value in after.items()}
         shapes.append({name: value.shape for name, value in state.items()})
     # names with another shape, or in one of the two only
     if differ := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
@@ -727,6 +729,7 @@ def load_weights(
             "resume with the encoder that the run began with, or start in a new directory"
         )
     encoder.backbone.load_state_dict(weights)
+    encoder.head.load_state_dict(head)
 
 
 def load_training(
@@ -976,6 +979,12 @@ def run_report(
     report = mixture.report(steps, sample)
     return report | {"tokens": token_report(batches, tokens)} if batches else report
 
+# %% ../nbs/04_run.ipynb #after-backbone
+def _after_backbone(encoder):
+    "What few encoders have; named only where it is there, so that older runs can go on."
+    head = {"head": str(encoder.head)} if len(encoder.head) else {}
+    return head if encoder.include_prompt else head | {"include_prompt": False}
+
 # %% ../nbs/04_run.ipynb #same-run
 def _texts_digest(source, most=1024):
     "A digest of a source's size and of rows spread evenly over it; None if it gives no texts."
@@ -1015,7 +1024,10 @@ def _encoder_identity(encoder):
         "weights": sum(p.numel() for p in backbone.parameters()),
         "frozen": sum(p.numel() for p in backbone.parameters() if not p.requires_grad),
         "dropout": sorted({layer.p for layer in layers}),
-    } | {name: str(value) for name, value in shape.items() if value is not None}
+    } | {
+        **{name: str(value) for name, value in shape.items() if value is not None},
+        **_after_backbone(encoder),
+    }
 
 
 def _leaves(value, name=""):
@@ -1193,6 +1205,13 @@ class Run:
         device: torch.device | str = "cpu",  # where it computes
         versions: dict | None = None,  # what else belongs into the record of software and hardware
     ):
+        # Which tokens are those of the prompt is not known in training.
+        prompted = any(getattr(source, "prompts", None) for source in mixture.sources)
+        if prompted and not encoder.include_prompt:
+            raise ValueError(
+                "the model leaves prompts out of its pooling, which training with prompts cannot;"
+                " load it with include_prompt=True, or train without prompts"
+            )
         config = of_length(config, mixture)
         self.encoder, self.mixture, self.config, self.out = encoder, mixture, config, expanded(out)
         self.device, self.versions = torch.device(device), versions or {}

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .atomic import expanded
 from .machine import pair_arguments, refusal, tpu_chips
-from .model import POOLINGS, SentenceEncoder
+from .model import SentenceEncoder
 from .tokens import TokenBatch, Tokens, feed, pad
 from .run import SAVE_SECONDS, Abandoned, Lines, Run, TrainConfig, check_health
 from contrastive_st.run import (
@@ -255,8 +255,7 @@ def embed(
     added = torch.zeros_like(mask, dtype=torch.float32)
     added = added.masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None, :]
     hidden = encoder.backbone(input_ids=input_ids, attention_mask=added).last_hidden_state.float()
-    vectors = POOLINGS[encoder.pooling](hidden, mask.long())  # (N, T, D) -> (N, D)
-    return torch.nn.functional.normalize(vectors, dim=-1) if encoder.normalize else vectors
+    return encoder.pool(hidden, mask.long())  # (N, T, D) -> (N, D)
 
 # %% ../nbs/19_xla.ipynb #norm
 class ShardableLayerNorm(torch.nn.LayerNorm):
@@ -595,6 +594,11 @@ def _guard(replica, devices):
 def _check(encoder, mixture, config, buckets, devices):
     "Refuse, before anything is written or compiled, what would fail later or only look right."
     _check_family(encoder.backbone)
+    if len(encoder.head):
+        raise ValueError(
+            "the encoder has modules after its pooling, which were not checked under SPMD;"
+            " train it with contrastive_st.trainer"
+        )
     _divisible(mixture.batch_size, devices)
     longest, limit = max((encoder.max_length, *buckets)), encoder.token_limit
     if longest > (limit or longest):

@@ -18,7 +18,9 @@ from encoders import TEXTS, backbone_and_tokenizer, theirs
 
 from contrastive_st import model
 from contrastive_st.model import POOLINGS, SentenceEncoder
+from contrastive_st.modeldir import Dense
 from contrastive_st.precision import quantize
+from contrastive_st.run import load_weights
 
 
 @pytest.fixture
@@ -41,6 +43,10 @@ def test_pooling_equals_the_loop(name, seed):
             "mean": sum(kept) / len(kept),
             "cls": kept[0],
             "max": torch.stack(kept).max(0).values,
+            "mean_sqrt_len_tokens": sum(kept) / len(kept) ** 0.5,
+            "weightedmean": sum(n * state for n, state in enumerate(kept, 1))
+            / sum(range(1, len(kept) + 1)),
+            "lasttoken": kept[-1],
         }[name]
         torch.testing.assert_close(POOLINGS[name](hidden, mask)[row], expected)
 
@@ -57,6 +63,93 @@ def test_pooling_equals_sentence_transformers(name):
         "sentence_embedding"
     ]
     torch.testing.assert_close(POOLINGS[name](hidden, mask), theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+@pytest.mark.parametrize("skip", [1, 2])
+def test_a_prompt_is_left_out_as_in_sentence_transformers(name, skip):
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    hidden = torch.randn(3, 6, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    features = {"token_embeddings": hidden, "attention_mask": mask, "prompt_length": skip}
+    theirs = Pooling(8, pooling_mode=name, include_prompt=False)(features)["sentence_embedding"]
+    torch.testing.assert_close(POOLINGS[name](hidden, mask, skip), theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_poolings_end_to_end_are_as_wide_as_their_sum(encoder, layout):
+    encoder.layout = layout
+    parts = []
+    for encoder.pooling in ("lasttoken", "mean", "cls+lasttoken+mean"):
+        assert encoder.width == 32 * len(encoder.pooling.split("+"))
+        encoder.normalize = False
+        parts.append(encoder.encode(["a dog", "the man and the woman are eating rice"]))
+    np.testing.assert_allclose(parts[2][:, 32:64], parts[0], atol=1e-6)
+    np.testing.assert_allclose(parts[2][:, 64:], parts[1], atol=1e-6)
+
+
+def test_a_text_of_nothing_but_a_prompt_that_is_left_out(tiny_tokenizer):
+    tiny_tokenizer.backend_tokenizer.post_processor = None  # no [SEP] is left, either
+    backbone = make_backbone(len(tiny_tokenizer))
+    encoder = SentenceEncoder(backbone, tiny_tokenizer, max_length=16, include_prompt=False)
+    with pytest.raises(ValueError, match="text 1 has no token beside those of its prompt, 2"):
+        encoder.encode(["snow", ""], prompt="the man ")
+
+
+def test_poolings_may_be_a_list(tiny_backbone, tiny_tokenizer):
+    encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, ["max", "cls"], max_length=64)
+    assert encoder.pooling == "max+cls" and encoder.encode("snow").shape == (64,)
+
+
+# ---- modules after the pooling ----
+
+
+def test_the_modules_are_trained_and_computed_in_float32(tiny_backbone, tiny_tokenizer):
+    head = [Dense(32, 48), torch.nn.LayerNorm(48), torch.nn.Dropout(0.1), Dense(48, 8)]
+    encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64, head=head).train()
+    assert encoder.width == 8
+    tokens = torch.tensor([2, 30, 3, 2, 31, 32, 3]), torch.tensor([3, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = encoder(*tokens)
+    assert vectors.dtype == torch.float32
+    (vectors * torch.randn(2, 8)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+    assert len(list(encoder.head.parameters())) == 6
+
+
+@pytest.mark.parametrize(
+    "head, said",
+    [
+        ([Dense(16, 8)], "the Dense after the pooling takes vectors of 16 dimensions, and gets 32"),
+        ([torch.nn.LayerNorm(16)], "the LayerNorm after the pooling takes vectors of 16"),
+        ([torch.nn.Linear(32, 8)], "a Linear has no place in a model directory; use Dense"),
+        ([torch.nn.LayerNorm(32, eps=1e-12)], "a LayerNorm has no place"),
+    ],
+)
+def test_modules_that_do_not_fit_are_one_sentence(tiny_backbone, tiny_tokenizer, head, said):
+    with pytest.raises(ValueError, match=said):
+        SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=64, head=head)
+
+
+def test_load_weights_restores_the_modules(tiny_backbone, tiny_tokenizer, tmp_path):
+    parts = tiny_backbone, tiny_tokenizer
+    encoder = SentenceEncoder(*parts, max_length=64, head=[Dense(32, 8)]).eval()
+    encoder.save_pretrained(tmp_path)
+    before = encoder.encode(["a dog", "snow"])
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight.add_(1)
+    load_weights(encoder, tmp_path)
+    np.testing.assert_array_equal(encoder.encode(["a dog", "snow"]), before)
+    bare = SentenceEncoder(*parts, max_length=64)
+    with pytest.raises(ValueError, match="of another model .such as head.0.linear.bias"):
+        load_weights(bare, tmp_path)
+
+
+def test_only_listed_activations():
+    with pytest.raises(ValueError, match="activation 'PReLU' is not one of Identity"):
+        Dense(4, 4, activation="PReLU")
 
 
 # ---- forward ----
@@ -397,7 +490,7 @@ def test_an_empty_text_without_special_tokens(tiny_tokenizer, tmp_path, pooling)
         make_backbone(len(tiny_tokenizer)), tiny_tokenizer, pooling, max_length=16
     )
     texts = ["a dog", "", "snow is here", ""]
-    if pooling == "mean":
+    if pooling in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
         encoder.save_pretrained(tmp_path)
         np.testing.assert_allclose(encoder.encode(texts), theirs(tmp_path).encode(texts), atol=1e-6)
         assert not encoder.encode("").any()
@@ -567,7 +660,7 @@ def test_numpy_integers_are_integers(encoder):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"pooling": ["mean"]}, "pooling .* is not one of"),
+        ({"pooling": ["mean", 5]}, "pooling .* is not one of"),
         ({"prompts": ["a: "]}, "prompts is of type list"),
         ({"prompts": {"query": 5}}, "prompt 'query' is 5; both"),
     ],

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
-from conftest import make_backbone
+from conftest import make_backbone, make_tokenizer
 from encoders import MINILM, TEXTS, backbone_and_tokenizer, theirs
 
 from contrastive_st import modeldir
 from contrastive_st.model import POOLINGS, SentenceEncoder
+from contrastive_st.modeldir import Dense
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [*POOLINGS, "cls+mean", "lasttoken+mean_sqrt_len_tokens+cls"])
 def test_saved_opens_in_sentence_transformers(
     tiny_backbone, tiny_tokenizer, tmp_path, pooling, normalize
 ):
@@ -399,8 +401,6 @@ MYSTERY = {"model_type": "mystery", "auto_map": {"AutoModel": "code.Mine"}}
 
 CLIP = {"model_type": "clip", "vision_config": {}, "text_config": {}}
 
-LAST_TOKEN = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
-
 IMAGES = {"text": {}, "image": {}}
 
 TOKENS = {"module_input_name": "token_embeddings"}
@@ -425,7 +425,10 @@ BAD = [
     ("modules not JSON", write("modules.json", "?"), "modules.json: cannot be read"),
     ("modules without type", write("modules.json", '[{"idx": 0}]'), "json: type is missing"),
     ("modules empty", write("modules.json", "[]"), "the chain is empty"),
-    ("dense", chain("Transformer Pooling Dense"), "module 2 is sentence_transformers.models.Dense"),
+    ("words", chain("Transformer Pooling BoW"), "module 2 is sentence_transformers.models.BoW"),
+    ("dense without files", chain("Transformer Pooling Dense"), "in_features is missing"),
+    ("dense first", chain("Transformer Dense Pooling"), "chain is Transformer, Dense, Pooling"),
+    ("two poolings", chain("Transformer Pooling Pooling"), "and then any of Dense"),
     ("weighted", chain("Transformer WeightedLayerPooling Pooling"), "module 1 is .*LayerPooling"),
     ("someone's own module", chain("evil.Transformer Pooling"), "module 0 is evil.Transformer"),
     ("clip", chain("CLIPModel"), "module 0 is .*CLIPModel"),
@@ -433,14 +436,13 @@ BAD = [
     ("wrong order", chain("Pooling Transformer"), "the chain is Pooling, Transformer"),
     ("path outside", chain("Transformer Pooling", path="../x"), "module 1 lies outside the model"),
     ("pooling config gone", without("1_Pooling/config.json"), "is missing or empty"),
-    ("two poolings", pooling_config(pooling_mode_max_tokens=True), r"mean \+ max is not supported"),
-    ("old pooling", pooling_config(**LAST_TOKEN), "pooling_mode_lasttoken is not supported"),
-    ("new pooling", pooling_config(pooling_mode="weightedmean"), "weightedmean is not supported"),
-    ("prompt left out", pooling_config(include_prompt=False), "include_prompt false"),
+    ("old pooling", pooling_config(pooling_mode_lstm=True), "pooling_mode_lstm is not supported"),
+    ("new pooling", pooling_config(pooling_mode="attention"), "attention is not supported"),
     ("images", bert_config(modality_config=IMAGES), "takes text, image; only text"),
     ("other task", bert_config(transformer_task="fill-mask"), "transformer_task 'fill-mask'"),
     ("unknown setting", bert_config(query_expansion={"a": 1}), "query_expansion is not supported"),
-    ("token normalise", changed("2_Normalize/config.json", **TOKENS), "normalises token states"),
+    ("token normalise", changed("2_Normalize/config.json", **TOKENS), "works on token_embeddings"),
+    ("unknown option", bert_config(model_args={"rope": 2}), "model_args.rope is not supported"),
     ("cross encoder", changed(ST_CONFIG, model_type="CrossEncoder"), "is not a sentence encoder"),
     ("multimodal", config(**CLIP), "is multimodal"),
     ("decoder", config(model_type="bart", is_encoder_decoder=True), "a bart model has a decoder"),
@@ -817,7 +819,7 @@ def test_arguments_of_the_tokenizer_are_honoured(tiny_tokenizer, tmp_path, key, 
 
 
 def test_a_pooling_that_is_set_wins_over_an_unknown_one(saved):
-    edit(saved / "1_Pooling" / "config.json", pooling_mode="weightedmean")
+    edit(saved / "1_Pooling" / "config.json", pooling_mode="attention")
     assert SentenceEncoder.from_pretrained(saved, pooling="mean").pooling == "mean"
     with pytest.raises(ValueError, match="not one of mean, cls, max"):
         SentenceEncoder.from_pretrained(saved, pooling="average")
@@ -1017,3 +1019,206 @@ def test_a_model_is_saved_in_the_home_folder(encoder, tmp_path, monkeypatch):
     encoder.save_pretrained("~/model")
     assert not list(Path().iterdir())
     SentenceEncoder.from_pretrained("~/model")
+
+
+# ---- modules after the pooling ----
+
+
+def chained(folder, chain, backbone, tokenizer, **pooling):
+    "Write a model of these modules after the pooling, as sentence-transformers does."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    backbone.save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    first = modules.Transformer(str(folder / "backbone"), max_seq_length=32)
+    pool = modules.Pooling(32, **pooling)
+    links = [getattr(modules, name)(*values) for name, *values in chain]
+    model = SentenceTransformer(modules=[first, pool, *links], device="cpu")
+    model.save_pretrained(str(folder / "model"))
+    return folder / "model", model.eval()
+
+
+GELU, NONE = torch.nn.GELU(), None
+CHAINS = {
+    "labse": [("Dense", 32, 32), ("Normalize",)],
+    "embeddinggemma": [("Dense", 32, 96, False, NONE), ("Dense", 96, 32, False, NONE)],
+    "norms": [("LayerNorm", 32), ("Dropout", 0.3), ("Normalize",), ("Dense", 32, 8, True, GELU)],
+}
+CHAINS["embeddinggemma"].append(("Normalize",))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_equal_sentence_transformers(tiny_backbone, tiny_tokenizer, tmp_path, name):
+    torch.manual_seed(0)
+    folder, peer = chained(tmp_path, CHAINS[name], tiny_backbone, tiny_tokenizer)
+    encoder = SentenceEncoder.from_pretrained(folder)
+    expected = peer.encode(TEXTS)
+    assert expected.shape[1] == encoder.width
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-6)
+    # and back, after a step of training has changed every weight
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    encoder.save_pretrained(tmp_path / "again")
+    ours = encoder.encode(TEXTS)
+    assert np.abs(ours - expected).max() > 1e-3
+    np.testing.assert_allclose(theirs(tmp_path / "again").encode(TEXTS), ours, atol=1e-6)
+    again = SentenceEncoder.from_pretrained(tmp_path / "again")
+    np.testing.assert_allclose(again.encode(TEXTS), ours, atol=1e-6)
+    assert str(again.head) == str(encoder.head) and again.normalize == encoder.normalize
+
+
+def test_a_residual_is_added(tiny_backbone, tiny_tokenizer, tmp_path):
+    from sentence_transformers.sentence_transformer.modules import Dense as Theirs
+
+    for out in (32, 8):
+        torch.manual_seed(0)
+        ours = Dense(32, out, residual=True)
+        peer = Theirs(32, out, use_residual=True)
+        peer.load_state_dict(ours.state_dict())
+        x = torch.randn(3, 32)
+        expected = peer({"sentence_embedding": x})["sentence_embedding"]
+        torch.testing.assert_close(ours(x), expected)
+        encoder = SentenceEncoder(tiny_backbone, tiny_tokenizer, max_length=16, head=[ours])
+        encoder.save_pretrained(tmp_path / str(out))
+        vectors = encoder.encode(["a dog", "snow"])
+        peer = theirs(tmp_path / str(out))
+        np.testing.assert_allclose(peer.encode(["a dog", "snow"]), vectors, atol=1e-6)
+
+
+def with_dense(folder, **changes):
+    "Give a saved model a dense layer whose config.json is changed."
+    tokens = SentenceEncoder.from_pretrained(folder)
+    torch.manual_seed(0)
+    parts = tokens.backbone, tokens.tokenizer
+    SentenceEncoder(*parts, max_length=16, head=[Dense(32, 8)]).save_pretrained(folder)
+    (folder / "manifest.json").unlink()
+    edit(folder / "2_Dense" / "config.json", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"activation_function": "os.system"}, "'os.system', which is not imported; only"),
+        ({"activation_function": "torch.nn.modules.activation.PReLU"}, "which is not imported"),
+        ({"activation_function": "torch.nn.functional.tanh"}, "which is not imported"),
+        ({"activation_function": "torch.nn.modules.activation.Tanh.x"}, "which is not imported"),
+        ({"in_features": 16}, r"linear.weight has the shape \[8, 32\], and config.json describes"),
+        ({"in_features": 10**12}, "in_features should be"),
+        ({"bias": False}, r"linear.bias has the shape \[8\], and config.json describes None"),
+        ({"use_residual": True}, "residual.weight has the shape None"),
+        ({"colour": 1}, "the key colour is not supported"),
+        ({"module_input_name": "token_embeddings"}, "works on token_embeddings"),
+    ],
+)
+def test_a_dense_layer_that_cannot_be_is_one_sentence(saved, changes, said):
+    with_dense(saved, **changes)
+    with pytest.raises(ValueError, match=said):
+        SentenceEncoder.from_pretrained(saved)
+
+
+def test_weights_of_a_dense_layer_are_safetensors(saved):
+    with_dense(saved)
+    assert SentenceEncoder.from_pretrained(saved).width == 8
+    (saved / "2_Dense" / "model.safetensors").rename(saved / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="2_Dense holds its weights as pickle only"):
+        SentenceEncoder.from_pretrained(saved)
+
+
+def test_a_dense_layer_that_is_no_number_is_one_sentence(saved):
+    with_dense(saved)
+    file = saved / "2_Dense" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["linear.bias"][3] = float("nan")
+    safetensors.torch.save_file(weights, file)
+    with pytest.raises(ValueError, match="the tensor linear.bias holds NaN"):
+        SentenceEncoder.from_pretrained(saved)
+
+
+# ---- prompts, padding, dtype ----
+
+
+@pytest.mark.parametrize("pooling", [*POOLINGS, ["cls", "mean"]])
+def test_a_prompt_that_is_left_out(tiny_backbone, tiny_tokenizer, tmp_path, pooling):
+    options = {"pooling_mode": pooling, "include_prompt": False}
+    folder, peer = chained(tmp_path, [("Normalize",)], tiny_backbone, tiny_tokenizer, **options)
+    encoder = SentenceEncoder.from_pretrained(folder)
+    prompt = "the man: "
+    expected = peer.encode(TEXTS, prompt=prompt)
+    with_it = SentenceEncoder.from_pretrained(folder, include_prompt=True)
+    for encoder.layout in ("packed", "padded"):
+        np.testing.assert_allclose(encoder.encode(TEXTS, prompt=prompt), expected, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(TEXTS), peer.encode(TEXTS), atol=1e-6)
+    if pooling not in ("max", "lasttoken"):
+        assert np.abs(with_it.encode(TEXTS, prompt=prompt) - expected).max() > 1e-3
+    encoder.save_pretrained(tmp_path / "again")
+    again = theirs(tmp_path / "again")
+    np.testing.assert_allclose(again.encode(TEXTS, prompt=prompt), expected, atol=1e-6)
+
+
+def test_left_padding_gives_the_vectors_of_texts_alone(saved):
+    edit(saved / "sentence_bert_config.json", tokenizer_args={"padding_side": "left"})
+    encoder, peer = SentenceEncoder.from_pretrained(saved), theirs(saved)
+    alone = np.concatenate([peer.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(encoder.encode(TEXTS), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_is_said_and_the_weights_are_float32(saved, encoder, key):
+    edit(saved / "sentence_bert_config.json", model_args={key: "bfloat16"})
+    with pytest.warns(UserWarning, match="asks for bfloat16, and its weights become float32"):
+        loaded = SentenceEncoder.from_pretrained(saved)
+    np.testing.assert_allclose(loaded.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+
+
+# ---- decoders ----
+
+
+def decoder(kind, folder):
+    "A tiny decoder whose tokenizer ends each text, as Qwen3-Embedding and E5-mistral have it."
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    end = [("[SEP]", tokenizer.convert_tokens_to_ids("[SEP]"))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", pair="$A [SEP] $B [SEP]", special_tokens=end
+    )
+    tokenizer.padding_side = "left"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    shape |= dict(num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=64)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**shape, head_dim=8, pad_token_id=0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+def test_decoders_equal_sentence_transformers_and_learn(tmp_path, kind):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    decoder(kind, tmp_path / "plain")
+    first = modules.Transformer(str(tmp_path / "plain"), max_seq_length=32)
+    links = [modules.Pooling(32, pooling_mode="lasttoken"), modules.Normalize()]
+    peer = SentenceTransformer(modules=[first, *links], device="cpu")
+    peer.save_pretrained(str(tmp_path / "model"))
+    encoder = SentenceEncoder.from_pretrained(tmp_path / "model")
+    assert (encoder.pooling, encoder.layout) == ("lasttoken", "packed")
+    ids, lengths, _ = encoder.ragged_tokenizer()(["snow", ""])  # the end of the text, each time
+    assert ids[lengths.cumsum() - 1].tolist() == [encoder.tokenizer.sep_token_id] * 2
+    expected = peer.encode(TEXTS)  # padded on the left
+    for encoder.layout in ("packed", "padded"):
+        np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-6)
+    # a step of training, saved back
+    encoder.layout = "packed"
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.01)
+    tokens = torch.from_numpy(ids), torch.from_numpy(lengths)
+    (encoder.train()(*tokens) @ torch.randn(32)).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    optimizer.step()
+    encoder.eval().save_pretrained(tmp_path / "again")
+    ours = encoder.encode(TEXTS)
+    assert np.abs(ours - expected).max() > 1e-3
+    np.testing.assert_allclose(theirs(tmp_path / "again").encode(TEXTS), ours, atol=1e-6)

@@ -450,7 +450,7 @@ def test_unknown_keys_are_named_with_the_nearest_known(bad, text, words):
         (changed('name = "encoder"', 'name = "encoder"\npooling = 1'), ["model.pooling"]),
         (
             changed('name = "encoder"', 'name = "encoder"\npooling = "maen"'),
-            ["model.pooling: should be 'mean', 'cls' or 'max', not 'maen'"],
+            ["model.pooling: should be 'mean', 'cls', 'max', 'mean_sqrt_len_tokens',"],
         ),
         (changed('name = "encoder"', 'name = "encoder"\nnormalize = "yes"'), ["model.normalize"]),
         (

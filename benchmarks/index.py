@@ -1,7 +1,7 @@
 """What an index costs: time and memory to make one of 300,000 texts, and to search in it.
 
 python benchmarks/index.py            # 300,000 short texts and 1,000,000 vectors: some minutes
-python benchmarks/index.py --quick    # 20,000 and 50,000: less than a minute
+python benchmarks/index.py --quick    # 100,000 of both: less than three minutes
 
 The vectors come from a function that turns a text into 384 numbers in no time, so that the figures
 are those of the index and not of a model: what a model needs stands in benchmarks/speed.py. Each
@@ -24,7 +24,7 @@ from measure import arguments, fresh, memory, record, save
 from contrastive_st.index import Corpus, Index, build_index
 
 D = 384
-SIZES = {"whole": (300_000, 1_000_000), "quick": (20_000, 50_000)}
+SIZES = {"whole": (300_000, 1_000_000), "quick": (100_000, 100_000)}
 
 
 def peak_while(work) -> tuple:

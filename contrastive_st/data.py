@@ -416,6 +416,12 @@ class Mark(NamedTuple):
     kind: str  # "label" or "score"
     column: str | int  # its name, or its position in rows without names
     limits: tuple[float, float] | None = None  # of the scores; None: 0 to 1 or 0 to 5 are found
+    judges: bool = False  # its scores say only whether a pair is a positive: 1 or 0
+
+    @property
+    def word(self) -> str:  # "label", "score" or "relevance"
+        "Name its values as errors call them."
+        return "relevance" if self.judges else self.kind
 
 
 def _make_mark(label, score, score_range):
@@ -430,12 +436,23 @@ def _make_mark(label, score, score_range):
     if label is None and score is None:
         return None
     kind, column = ("label", label) if score is None else ("score", score)
+    _check_column(kind, column)
+    return Mark(kind, column, None if score_range is None else _check_limits(score_range))
+
+
+def _judge(relevance):
+    "The mark of a column that says which pairs are positives; it is read as a score is."
+    _check_column("relevance", relevance)
+    return Mark("score", relevance, (0, 1), judges=True)
+
+
+def _check_column(kind, column):
+    "Refuse what can be neither the name of a column nor its position."
     if type(column) not in (str, int) or column in ("", -1):
         raise ValueError(
             f"{kind} is {quote(column)}; give the name of a column, such as {quote(kind)}, "
             "or its position in rows without names"
         )
-    return Mark(kind, column, None if score_range is None else _check_limits(score_range))
 
 
 def _check_limits(limits):
@@ -515,8 +532,8 @@ def _check_text_columns(columns, mark):
         what = "one column of texts" if count == 1 else "two columns of texts"
         example = ("text",) if count == 1 else ("sentence1", "sentence2")
         raise ValueError(
-            f"columns={quote(columns)}; a set with a {mark.kind} has {what}, named as the "
-            f"{mark.kind} is, like {example}"
+            f"columns={quote(columns)}; a set with a {mark.word} has {what}, named as the "
+            f"{mark.word} is, like {example}"
         )
     return tuple(columns)
 
@@ -539,20 +556,20 @@ class _OutOfRange(ValueError):
     "A score outside of every scale that we know; the file is at fault, not one of its rows."
 
 
-def _score(value, limits):
+def _score(value, limits, word="score"):
     "A score as a number, within the limits or, without any, within 0 to 5."
     number = math.nan
     if isinstance(value, (int, float, str, np.number)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"the score is {quote(value)}, not a number; mend or delete the row")
+        raise ValueError(f"the {word} is {quote(value)}, not a number; mend or delete the row")
     low, high = limits or (0, 5)
     if low <= number <= high:
         return number
     if limits:
         raise ValueError(
-            f"score {number:g} is not from {low:g} to {high:g}; mend or delete the row"
+            f"{word} {number:g} is not from {low:g} to {high:g}; mend or delete the row"
         )
     raise _OutOfRange(
         f"score {number:g} is neither from 0 to 1 nor from 0 to 5; "
@@ -568,9 +585,9 @@ def _marked_row(row, columns):
     elif isinstance(row, dict):
         *texts, value = [row[name] for name in columns.choose(tuple(row), row)]
     else:
-        raise ValueError(f"expected a row with a {mark.kind}, found {quote(row)}; mend the row")
+        raise ValueError(f"expected a row with a {mark.word}, found {quote(row)}; mend the row")
     texts = _check_texts(texts, count)
-    return *texts, _label(value) if mark.kind == "label" else _score(value, mark.limits)
+    return *texts, _label(value) if mark.kind == "label" else _score(value, mark.limits, mark.word)
 
 
 def _marked_list(row, columns, count):
@@ -579,13 +596,13 @@ def _marked_list(row, columns, count):
     if isinstance(at, str):
         raise ValueError(
             f"the row is a list, which has no column {quote(at)}; give the position of the "
-            f"{columns.mark.kind}, such as {columns.mark.kind}={count}"
+            f"{columns.mark.word}, such as {columns.mark.word}={count}"
         )
     positions = columns.texts or tuple(i for i in range(len(row)) if i != at)[:count]
     if not 0 <= at < len(row) or len(positions) < count or max(positions) >= len(row):
         raise ValueError(
-            f"a list of {len(row)} does not fit {columns.mark.kind}={at} and "
-            f"{count} text{'s' * (count > 1)}; give positions such as {columns.mark.kind}={count}"
+            f"a list of {len(row)} does not fit {columns.mark.word}={at} and "
+            f"{count} text{'s' * (count > 1)}; give positions such as {columns.mark.word}={count}"
         )
     return row[at], [row[i] for i in positions]
 
@@ -1046,6 +1063,23 @@ def _rows_of(table, name):
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
+def _judged_rows(dataset, columns, name, relevance):
+    "Judged pairs of a list, a data frame or a dataset, joined by anchor, in memory."
+    if hasattr(dataset, "iloc"):
+        dataset = dataset.to_dict("records")
+    if isinstance(dataset, datasets.Dataset):
+        rows = ((n - 1, row) for n, row in dataset_rows(dataset))
+    elif isinstance(dataset, (list, tuple)):
+        rows = enumerate(dataset)
+    else:
+        raise ValueError(
+            f"{name}: a {type(dataset).__name__} has no judged rows; pass a datasets.Dataset, a "
+            "pandas DataFrame, a dictionary of columns, or a list of rows"
+        )
+    columns, reject = MarkedColumns(_judge(relevance), columns), Rejects(name, between=" row ")
+    return [group for _, group in judged_groups(rows, columns, reject)]
+
+
 def _from_list(rows, columns, name):
     "A list of rows of any form, checked, in memory."
     if isinstance(columns, MarkedColumns):
@@ -1069,14 +1103,17 @@ def _row_number(i, rows):
     return range(rows)[operator.index(i)]
 
 
-def _open_table(dataset, name, columns, check, mark):
+def _open_table(dataset, name, columns, check, mark, relevance):
     "What holds the rows of a source."
     if isinstance(dataset, Store):
         _check_mark(dataset, mark, name)
+        _check_relevance(dataset, relevance, name)
         return Store(dataset.folder)  # one of its own, because it knows the source's prompts
-    columns = MarkedColumns(mark, columns) if mark else Columns(_check_columns(columns))
     if type(dataset) is dict:
         dataset = _rows_of(dataset, name)
+    if relevance is not None:
+        dataset, columns = _judged_rows(dataset, columns, name, relevance), None
+    columns = MarkedColumns(mark, columns) if mark else Columns(_check_columns(columns))
     if isinstance(dataset, (list, tuple)):
         return _from_list(dataset, columns, name)
     return _from_dataset(dataset, columns, name, check)
@@ -1089,6 +1126,25 @@ def _check_mark(store, mark, name):
         raise ValueError(
             f"{name}: {mark.kind}={quote(mark.column)} is asked of a store that {has}; "
             f"prepare the data again with {mark.kind}"
+        )
+
+
+def _check_relevance(store, relevance, name):
+    "Refuse judgements that a store was not made from."
+    was = store.summary["origin"].get("relevance")
+    if relevance not in (None, was):
+        made = "without relevance" if was is None else f"with relevance={quote(was)}"
+        raise ValueError(
+            f"{name}: relevance={quote(relevance)} is asked of a store that was prepared {made}; "
+            "prepare the data again, or correct relevance"
+        )
+
+
+def _one_of(mark, relevance):
+    "Refuse relevance beside labels or scores."
+    if mark and relevance is not None:
+        raise ValueError(
+            f"relevance={quote(relevance)} beside a {mark.kind}; a dataset has one of the two"
         )
 
 
@@ -1199,9 +1255,13 @@ class Source:
         score_range: Sequence[float] | None = None,
         # put before the texts when they are tokenised: one for all, one for each column, or by name
         prompts: str | Sequence[str] | dict | None = None,
+        # the column that judges pairs: 1 is a positive, 0 a hard negative of the same anchor; of
+        # what is no store, the texts are held in memory
+        relevance: str | int | None = None,
     ):
         self.name, mark = name, _make_mark(label, score, score_range)
-        self._table = _open_table(dataset, name, columns, check, mark)
+        _one_of(mark, relevance)
+        self._table = _open_table(dataset, name, columns, check, mark, relevance)
         self._limits = None if mark is None else mark.limits
         self.has_labels, self.has_scores = (
             getattr(self._table, "mark", None) == kind for kind in ("label", "score")
@@ -1355,8 +1415,8 @@ def _chooser(columns, mark, relevance):
     "What chooses the columns of a file."
     if mark:
         return MarkedColumns(mark, columns)
-    if relevance is not None:  # its column is read as a score is: two texts beside it
-        return MarkedColumns(Mark("score", relevance, (0, 1)), columns)
+    if relevance is not None:
+        return MarkedColumns(_judge(relevance), columns)
     return Columns(columns)
 
 
@@ -1393,7 +1453,7 @@ def judged_groups(
         try:
             anchor, text, judged = _marked_row(row, columns)
             if judged not in (0, 1):
-                raise ValueError(f"the label is {judged:g}; write 1 (positive) or 0 (negative)")
+                raise ValueError(f"relevance is {judged:g}; write 1 (positive) or 0 (negative)")
         except ValueError as problem:
             reject(line, problem)
             continue
@@ -1408,7 +1468,7 @@ def judged_groups(
 def _whole_group(group, line, reject):
     "The rows of an anchor, if one is a positive."
     if group and not group["positive"]:
-        problem = "no row of this anchor, of those that follow each other, has label 1"
+        problem = "no row of this anchor, of those that follow each other, has relevance 1"
         reject(line, f"{problem}; add one, or delete its rows")
     elif group:
         yield line, group
@@ -1464,17 +1524,18 @@ def load_source(
     score_range: Sequence[float] | None = None,
     # put before the texts when they are tokenised: one for all, one for each column, or by name
     prompts: str | Sequence[str] | dict | None = None,
-    # the column of a file that judges pairs: 1 is a positive, 0 a negative of the same anchor
+    # the column that judges pairs: 1 is a positive, 0 a hard negative of the same anchor
     relevance: str | int | None = None,
 ) -> Source:  # random access in constant memory
     "Open a file, a store or a hub dataset; a file is checked once and memory-mapped from then on."
     marks = {"label": label, "score": score, "score_range": score_range, "prompts": prompts}
+    marks["relevance"] = relevance
     place, mark = path_or_hub_id, _make_mark(label, score, score_range)
     if is_store(place):
         return Source(_open_store(Store(place)), name or Path(place).stem, **marks)
-    if relevance is None and is_hub_id(place):
+    if is_hub_id(place):
         return Source(_load_hub(str(place), split), name or str(place), columns, **marks)
-    if relevance is None and is_saved_dataset(place):
+    if is_saved_dataset(place):
         folder = expanded(place)
         return Source(_load_saved(folder, split), name or folder.name, columns, **marks)
     path = _readable(place)
@@ -1489,12 +1550,9 @@ def load_source(
 
 def _columns_asked(columns, mark, relevance):
     "The columns of texts, after a look at their number."
-    if mark and relevance is not None:
-        raise ValueError(
-            f"relevance={quote(relevance)} beside a {mark.kind}; a dataset has one of the two"
-        )
+    _one_of(mark, relevance)
     if mark or relevance is not None:
-        return _check_text_columns(columns, mark or Mark("score", relevance)) or None
+        return _check_text_columns(columns, mark or _judge(relevance)) or None
     return _check_columns(columns)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'WINDOW_CHARACTERS', 'BATCH', 'FORMAT', 'ARROW', 'load_encoder', 'write_npy', 'verify', 'open_embeddings',
-           'fingerprint', 'same_texts', 'write_embeddings']
+           'embedding_blocks', 'fingerprint', 'same_texts', 'write_embeddings']
 
 # %% ../nbs/21_encoding.ipynb #imports-std
 import io
@@ -320,11 +320,32 @@ def open_embeddings(
         if path.suffix not in ARROW:
             return np.load(path, mmap_mode="r")
         if path.suffix == ".parquet":
-            table = pq.read_table(path)
+            table = pq.read_table(path, columns=["vector"])
         else:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         vectors = table["vector"].combine_chunks()
         return vectors.flatten().to_numpy(zero_copy_only=False).reshape(card["rows"], -1)
+
+
+def embedding_blocks(
+    path: str | Path,  # a file that `write_embeddings` wrote, its card beside it
+) -> Iterator[np.ndarray]:  # (n, columns) as they were written, N rows in all
+    "Walk over the vectors of a file of any form, in the memory of some thousand rows."
+    path = Path(path)
+    verify(path, full=False)
+    if path.suffix not in ARROW:
+        table = open_embeddings(path)
+        yield from (table[start : start + WINDOW] for start in range(0, len(table), WINDOW))
+        return
+    with atomic.reading(path, _RENEW):
+        if path.suffix == ".parquet":
+            batches = pq.ParquetFile(path).iter_batches(WINDOW, columns=["vector"])
+        else:
+            file = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = (file.get_batch(n) for n in range(file.num_record_batches))
+        for batch in batches:
+            rows = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
+            yield rows.reshape(len(batch), -1)
 
 # %% ../nbs/21_encoding.ipynb #fingerprint
 def _weights_digest(state):

@@ -25,7 +25,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from . import atomic
-from .encoding import fingerprint, load_encoder, open_embeddings, same_texts
+from .encoding import embedding_blocks, fingerprint, load_encoder, same_texts
 from .encoding import verify, write_embeddings, write_npy
 from .files import ROW_FORMATS, STDIN, Header, choose_columns, find_spellings
 from .files import format_of, list_names, read_lines, read_rows, row_text
@@ -102,6 +102,19 @@ def _nearest(queries, chunks, record, top_k):
 
     scores, rows = nearest_rows(table, chunks, top_k, product)
     return scores.numpy(), rows.numpy()
+
+
+_TIES = 16  # rows beyond the last that may be equal to it
+_ROUNDING = 1e-6  # by which the scores of equal texts may differ
+
+
+def _settle(scores, rows, k):
+    "Put rows of equal scores in their order; a product may differ in its last digit -> (Q, k)."
+    with np.errstate(invalid="ignore"):  # -inf stands where faiss gave too few rows
+        step = _ROUNDING * np.maximum(1, abs(scores[:, :1]))
+        falls = np.diff(scores, prepend=scores[:, :1]) < -step
+    order = np.lexsort((rows, falls.cumsum(axis=1)))  # (Q, k + ties)
+    return scores[:, :k], np.take_along_axis(rows, order, axis=1)[:, :k]
 
 # %% ../nbs/23_index.ipynb #corpus
 @lru_cache(64)
@@ -504,12 +517,12 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:  # scores float32, rows int64, (Q, k), best first
         "Find the nearest rows of every query; of equal scores the lower row comes first."
         queries, k = _query_table(vectors, self.record, top_k), min(top_k, len(self))
+        more = min(k + _TIES, len(self))
         if self.record.faiss and not exact:
-            return self._nearest_by_faiss(queries, k)
+            return _settle(*self._nearest_by_faiss(queries, more), k)
         starts = range(0, len(self), _ROWS)
-        return _nearest(
-            queries, map(self._chunk, (slice(s, s + _ROWS) for s in starts)), self.record, k
-        )
+        chunks = map(self._chunk, (slice(s, s + _ROWS) for s in starts))
+        return _settle(*_nearest(queries, chunks, self.record, more), k)
 
     def _chunk(self, rows):
         "Some of the stored rows."
@@ -674,11 +687,9 @@ def _query_table(vectors, record, top_k):
     return table
 
 # %% ../nbs/23_index.ipynb #build-parts
-def _blocks(codes, keep=None):
-    "Walk over a table by blocks; `keep` says which rows are wanted."
-    for start in range(0, len(codes), _ROWS):
-        block = codes[start : start + _ROWS]
-        yield block if keep is None else block[keep[start : start + _ROWS]]
+def _blocks(codes):
+    "Walk over a table by blocks."
+    yield from (codes[start : start + _ROWS] for start in range(0, len(codes), _ROWS))
 
 
 def _lengths(block, record, first):
@@ -810,9 +821,28 @@ class _SameTexts:
             yield *waiting.popleft(), text
 
 
-def _converted(codes, keep, card, precision, path):
+def _file_blocks(path, keep):
+    "Walk over the rows of a file of vectors that are wanted."
+    start = 0
+    for block in embedding_blocks(path):
+        yield block[keep[start : start + len(block)]]
+        start += len(block)
+
+
+def _sample(path):
+    "The first rows of a file of vectors as float32, enough to calibrate with."
+    parts, rows = [], 0
+    for block in embedding_blocks(path):
+        parts.append(np.asarray(block, np.float32))
+        rows += len(block)
+        if rows >= _ROWS:
+            break
+    return np.concatenate(parts)[:_ROWS]
+
+
+def _converted(path, keep, card, precision):
     "Blocks of a file of vectors in another precision."
-    for block in _blocks(codes, keep):
+    for block in _file_blocks(path, keep):
         yield quantize(np.asarray(block, np.float32), precision, card["ranges"])
 
 
@@ -848,17 +878,13 @@ def _reuse(out, encoder, corpus, path, precision, prompt):
     except BaseException:
         atomic.remove(work)
         raise
-    codes, keep = open_embeddings(path), np.frombuffer(stream.keep, bool)
+    keep = np.frombuffer(stream.keep, bool)
     if precision == card["precision"]:
-        blocks = _blocks(codes, keep)
+        blocks = _file_blocks(path, keep)
     else:
-        eight = precision.endswith("int8")
-        sample = np.asarray(codes[:_ROWS], np.float32)
-        card = card | {
-            "precision": precision,
-            "ranges": calibrate(sample).tolist() if eight else None,
-        }
-        blocks = _converted(codes, keep, card, precision, path)
+        ranges = calibrate(_sample(path)).tolist() if precision.endswith("int8") else None
+        card = card | {"precision": precision, "ranges": ranges}
+        blocks = _converted(path, keep, card, precision)
     table = _open_texts(work / TEXTS)
     return _New(stream.rows, card["width"], card, blocks, table, stream, work)
 

@@ -801,7 +801,7 @@ def as_mixture(
     # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Mixture`
     datasets_per_batch: int | None = None,
     cache_dir: str | Path | None = None,  # where `load_source` keeps its stores
-    # label, score, score_range and prompts of the data, as `Source` takes them
+    # label, score, score_range, prompts and relevance of the data, as `Source` takes them
     **marks,
 ) -> "Mixture":  # a Mixture is returned as it is
     "Make a mixture of whatever holds examples; several datasets are drawn in proportion to rows."

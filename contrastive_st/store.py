@@ -329,6 +329,12 @@ def fit_prompts(
             f'{where}: prompts is {quote(prompts)}; write {{anchor = "query: ", positive = '
             '"passage: "}, or a list with a text for each column'
         )
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(
+                f"{where}: the prompt {quote(prompt)} holds half a character (a lone surrogate); "
+                "correct it"
+            )
     if len(prompts) != len(columns):
         raise ValueError(
             f"{where}: {len(prompts)} prompts for {len(columns)} columns "

@@ -633,12 +633,15 @@ class Tokens:
 
     def check(
         self,
-        stores: Iterable,  # prepared stores; None where there is none
+        # sources, of which those in memory may have prompts, too; or prepared stores, None where
+        # there is none
+        sources: Iterable,
     ) -> None:
-        "Refuse stores whose tokens another tokenizer made, before a run begins."
-        for store in stores:
+        "Refuse tokens that another tokenizer made, and long prompts, before a run begins."
+        for source in sources:
+            store = source if isinstance(source, Store) else getattr(source, "store", None)
             _same_engine(store, self)
-            self.check_prompts(getattr(store, "prompts", None) or ())
+            self.check_prompts(getattr(source, "prompts", None) or ())
 
 # %% ../nbs/10_tokens.ipynb #feed
 def feed(

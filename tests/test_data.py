@@ -1465,7 +1465,52 @@ def test_judged_pairs_become_hard_negatives(tmp_path):
     csv(tmp_path, "m.csv", "sentence1,sentence2,label", [*rows, ("v", "w", 0)])
     stops("m.csv:8: no row of this anchor", load_source, path, relevance="label")
     csv(tmp_path, "m.csv", "sentence1,sentence2,label", [*rows, ("v", "w", 2)])
-    stops("score 2 is not from 0 to 1", load_source, path, relevance="label")
+    stops("relevance 2 is not from 0 to 1", load_source, path, relevance="label")
+    csv(tmp_path, "m.csv", "sentence1,sentence2,label", [*rows, ("v", "w", 0.5)])
+    stops("relevance is 0.5; write 1 (positive)", load_source, path, relevance="label")
+    csv(tmp_path, "m.csv", "sentence1,sentence2,label", [*rows, ("v", "w", "yes")])
+    stops("the relevance is 'yes', not a number", load_source, path, relevance="label")
+    stops("relevance is ['label']", load_source, path, relevance=["label"])
+    stops("relevance='label' beside a label", load_source, path, relevance="label", label="label")
+
+
+JUDGED = [("q", "p", 1), ("q", "n", 0), ("r", "s", 1), ("r", "u", 0)]
+JUDGED_KEYS = ("sentence1", "sentence2", "label")
+
+
+def test_judged_pairs_from_everywhere(tmp_path):
+    frame = pd.DataFrame(JUDGED, columns=JUDGED_KEYS)
+    dataset = datasets.Dataset.from_pandas(frame)
+    dataset.save_to_disk(tmp_path / "saved")
+    rows = frame.to_dict("records")
+    for data_, column in (
+        (frame, "label"),
+        (dataset, "label"),
+        (rows, "label"),
+        (frame.to_dict("list"), "label"),
+        (JUDGED, 2),
+    ):
+        assert list(Source(data_, relevance=column)) == [("q", "p", "n"), ("r", "s", "u")]
+    assert list(load_source(tmp_path / "saved", relevance="label"))[1] == ("r", "s", "u")
+    stops("dataset row 3: no row of this anchor", Source, [*JUDGED[:3], ("v", "w", 0)], relevance=2)
+    stops("dataset row 1: relevance 3 is not", Source, [JUDGED[0], ("q", "n", 3)], relevance=2)
+    stops("a set has no judged rows", Source, {1, 2}, relevance=2)
+    stops("relevance='label' beside a score", Source, rows, relevance="label", score="label")
+
+
+def test_a_store_knows_its_relevance(tmp_path):
+    path = csv(tmp_path, "m.csv", ",".join(JUDGED_KEYS), JUDGED)
+    wanted = {"name": "m", "path_or_hub_id": path, "relevance": "label"}
+    plain = {"name": "n", "path_or_hub_id": csv(tmp_path, "n.csv", "anchor,positive", ["ab", "cd"])}
+    data.prepare([wanted, plain], tmp_path / "out", progress=False)
+    m, n = (tmp_path / "out" / f"{name}.store" for name in "mn")
+    assert list(load_source(m, relevance="label")) == list(load_source(m))
+    stops("prepared with relevance='label'", load_source, m, relevance="other")
+    stops("prepared without relevance", load_source, n, relevance="label")
+
+
+def test_a_prompt_of_half_a_character_is_refused_when_the_source_is_made():
+    stops("holds half a character", Source, [("a", "b"), ("c", "d")], prompts="q\ud83d: ")
 
 
 def test_prompts_are_checked():

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from conftest import WORDS, make_backbone, make_tokenizer, refuses, sentences
 
-from contrastive_st.encoding import write_embeddings
+from contrastive_st.encoding import embedding_blocks, open_embeddings, write_embeddings
 from contrastive_st.index import Corpus, Hit, Index, build_index, extend_or_build, is_index
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.precision import dequantize, unit_rows
@@ -248,6 +248,31 @@ def test_vectors_of_a_file(tmp_path, name, precision):
     np.testing.assert_allclose(index.nearest(bag(QUERIES), 5)[0], expected[0], atol=0.02)
     if precision is None:
         assert (index.nearest(bag(QUERIES), 5)[1] == expected[1]).all()
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.arrow", "v.parquet"])
+def test_vectors_of_a_file_are_read_block_by_block(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("contrastive_st.encoding.WINDOW", 64)
+    write_embeddings(tmp_path / name, bag, TEXTS, progress=False)
+    blocks = list(embedding_blocks(tmp_path / name))
+    assert max(map(len, blocks)) == 64
+    assert (np.concatenate(blocks) == open_embeddings(tmp_path / name)).all()
+
+
+def test_equal_texts_come_in_their_order(tmp_path):
+    "A product may differ in its last digit from place to place; the order must not."
+
+    def shaky(texts):
+        noise = np.random.default_rng(len(texts)).normal(0, 1e-7, (len(texts), 80))
+        return bag(texts) + noise.astype(np.float32)
+
+    texts = [TEXTS[0], TEXTS[1]] * 8
+    index = quiet(tmp_path / "index", shaky, texts)
+    first = index.search(bag(TEXTS[:1]), 4)[0]
+    assert [hit.id for hit in first] == ["0", "2", "4", "6"]
+    scores, rows = index.nearest(bag(TEXTS[:2]), 16)
+    assert (np.diff(scores) <= 0).all() and (np.sort(rows) == np.arange(16)).all()
+    assert rows[1].tolist() == [*range(1, 16, 2), *range(0, 16, 2)]
 
 
 def test_vectors_of_other_texts_or_models_are_refused(tmp_path, model):

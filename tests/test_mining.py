@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from contrastive_st.cli import app
-from contrastive_st.data import read_examples
+from contrastive_st.data import Source, load_source, read_examples
 from contrastive_st.mining import cross_encoder, mine_hard_negatives
 from contrastive_st.mixture import Mixture
 from contrastive_st.search import faiss_index
@@ -411,6 +412,20 @@ def test_files_are_what_training_reads(tmp_path):
     positives = [(row["sentence1"], row["sentence2"]) for row in rows if row["label"]]
     assert sorted(positives) == sorted(zip(p.queries, p.positives))
     assert [f.name for f in tmp_path.iterdir() if not f.name.startswith(".")] == ["mined.jsonl"]
+
+
+def test_labeled_pairs_are_read_back_as_hard_negatives(tmp_path):
+    "What is mined as labeled pairs trains as the n-tuples of the same mining do."
+    p, options = problem(), {"num_negatives": 3, "relative_margin": 0.05}
+    tuples, _ = mine(p, output_format="n-tuple", **options)
+    path, _ = mine(p, output_format="labeled-pair", path=tmp_path / "mined.jsonl", **options)
+    rows, _ = mine(p, output_format="labeled-pair", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # queries with fewer negatives repeat theirs
+        read = list(load_source(path, relevance="label", cache_dir=tmp_path / "c"))
+        assert list(Source(rows, relevance="label")) == read
+    assert {example[:2] for example in read} == set(zip(p.queries, p.positives))
+    assert len(tuples) > 50 and set(tuples) <= set(read)
 
 
 KILLED = """

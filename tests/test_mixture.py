@@ -1238,6 +1238,12 @@ def test_every_labelled_row_is_an_anchor_once_an_epoch():
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than")
+def test_judged_rows_in_memory():
+    rows = [("q", "p", 1), ("q", "n", 0), ("r", "s", 1), ("r", "u", 0)]
+    mixture = as_mixture(rows, batch_size=2, relevance=2)
+    assert sorted(mixture.batch(0).examples) == [("q", "p", "n"), ("r", "s", "u")]
+
+
 def test_prompts_stand_before_the_texts_and_leave_identities():
     batch = next(b for b in map(marked(datasets_per_batch=1).batch, range(20)) if b.prompts)
     assert [f"q: {a}" for a, _ in batch.examples] == [a for a, _ in batch.inputs]

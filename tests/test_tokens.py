@@ -866,3 +866,5 @@ def test_a_prompt_leaves_room_for_a_text(tiny_tokenizer):
     tokens, source = Tokens(tiny_tokenizer, 4), Source([("a", "b"), ("c", "d")], prompts="dog " * 9)
     with pytest.raises(ValueError, match="takes all 4 tokens of max_length"):
         tokens(Mixture([source], [1], 2, 1).batch(0))
+    with pytest.raises(ValueError, match="takes all 4 tokens of max_length"):
+        tokens.check([source])  # before a batch is made

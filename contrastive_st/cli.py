@@ -18,7 +18,7 @@ import sys
 import unicodedata
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -187,6 +187,8 @@ class Exam:
     query_prompt: str | None = None  # before each question; None = what the model says
     document_prompt: str | None = None  # before each document, the same way
     labelled: tuple | None = None  # of evaluation.read_labelled: what is judged, what votes or None
+    # scores of the search by the weights they are of, shared by exams that search the same
+    memory: dict | None = None
 
     @property
     def texts(self) -> int:  # how many texts a measurement encodes
@@ -207,10 +209,7 @@ class Exam:
             graded = evaluation.evaluate_sts(partial(encoder.encode, progress=False), self.pairs)
             scores |= {"sts_n" if k == "n" else k: v for k, v in graded.items()}
         if self.questions:
-            prompts = self.query_prompt, self.document_prompt
-            query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
-            ranked = evaluation.evaluate_retrieval(query, *self.questions, encode_corpus=document)
-            scores |= {"retrieval_n" if k == "n" else k: v for k, v in ranked.items()}
+            scores |= self._search(encoder)
         if self.labelled:
             judged, voters = self.labelled
             encode = partial(encoder.encode, progress=False)
@@ -218,6 +217,33 @@ class Exam:
             counts = {"n": "labels_n", "k": "labels_k", "classes": "labels_classes"}
             scores |= {counts.get(k, k): v for k, v in voted.items()}
         return scores
+
+    def _search(self, encoder):
+        "The scores of the search, made once for the same weights where exams share a memory."
+        from contrastive_st import evaluation
+
+        key = None if self.memory is None else _weights(encoder)
+        if key is None or key not in self.memory:
+            prompts = self.query_prompt, self.document_prompt
+            query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
+            ranked = evaluation.evaluate_retrieval(query, *self.questions, encode_corpus=document)
+            scores = {"retrieval_n" if k == "n" else k: v for k, v in ranked.items()}
+            if key is None:
+                return scores
+            self.memory.clear()  # training goes on, and no earlier weights come back but the best
+            self.memory[key] = scores
+        return dict(self.memory[key])
+
+
+def _weights(encoder):
+    "A digest of an encoder's weights: a tenth of a second for a small one."
+    import torch
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for weight in encoder.state_dict().values():
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def measures(
@@ -300,13 +326,20 @@ def check_output(
         probe.unlink()
 
 # %% ../nbs/30_cli.ipynb #evaluate
-def _check_evaluate(sts, retrieval, prompts, out):
+def _check_evaluate(sts, retrieval, labels, neighbors, prompts, out):
     "Raise `ValueError` for options of `evaluate` that do not go together."
-    if not (sts or retrieval):
-        raise ValueError("nothing to measure: give --sts FILE, --retrieval FOLDER, or both")
+    if neighbors and not labels:
+        raise ValueError(
+            "--neighbors holds the texts that vote on those of --labels; give --labels FILE too"
+        )
+    if not (sts or retrieval or labels):
+        raise ValueError(
+            "nothing to measure: give --sts FILE, --retrieval FOLDER, --labels FILE, or several"
+        )
     if not retrieval and prompts != (None, None):
         raise ValueError(
-            "--query-prompt and --document-prompt are for --retrieval; graded pairs have neither"
+            "--query-prompt and --document-prompt are for --retrieval; graded pairs and labelled"
+            " texts have neither"
         )
     if out:
         check_output(out)
@@ -322,13 +355,27 @@ def evaluate(
     retrieval: Annotated[
         Path | None, typer.Option(help="Folder with corpus.jsonl, queries.jsonl, qrels/test.tsv.")
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Table of labelled texts: a .csv, .tsv, .jsonl, .json or .parquet."),
+    ] = None,
+    neighbors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled texts that vote on those of --labels. Without it: the others there."
+        ),
+    ] = None,
+    text: Annotated[str, typer.Option(help="Column of both tables with the texts.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of both tables with the labels.")] = "label",
     out: Annotated[Path | None, typer.Option(help="Write all metrics to this JSON file.")] = None,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
 ):
-    "Measure a model on graded pairs, on retrieval, or both, with 95% intervals."
-    _check_evaluate(sts, retrieval, (query_prompt, document_prompt), out)
-    scores = measures(sts, retrieval, query_prompt, document_prompt)(_encoder(model))
+    "Measure a model on graded pairs, on retrieval, on labelled texts, with 95% intervals."
+    prompts = query_prompt, document_prompt
+    _check_evaluate(sts, retrieval, labels, neighbors, prompts, out)
+    exam = measures(sts, retrieval, *prompts, labels, neighbors, text, label)
+    scores = exam(_encoder(model))
     _say(score_table({Path(model).name: scores}))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -498,16 +545,34 @@ def _exam_options(recipe, folder, key):
     return paths | {option: getattr(plan, option) for option in options}
 
 
+def _look_up(recipe, data_folder):
+    "The files of a recipe's exams; also refuse a recipe that names what is not there."
+    from contrastive_st import recipes
+
+    folder = recipe.folder(data_folder)
+    recipes.data_config(recipe, data_folder)
+    return [_exam_options(recipe, folder, key) for key in ("evaluation", "test")]
+
+
+def _share(exams, options):
+    "Let evaluation and test search once where both ask the same of the same weights."
+    keys = ("retrieval", "query_prompt", "document_prompt")
+    first, second = ([each[key] for key in keys] for each in options)
+    if not first[0] or first != second:
+        return exams
+    shared = {"questions": exams[0].questions, "memory": {}}
+    return tuple(replace(exam, **shared) for exam in exams)
+
+
 def _open(recipe, data_folder, store):
     "Open all that a training needs; whatever is wrong with it is an error now."
     from contrastive_st import recipes
     from contrastive_st.run import TrainConfig
 
     config = recipes.build(TrainConfig, recipe.train, f"{recipe.path}: train")
-    folder = recipe.folder(data_folder)
-    options = [_exam_options(recipe, folder, key) for key in ("evaluation", "test")]
+    options = _look_up(recipe, data_folder)
     mixture = recipe.mixture(data_folder, store)
-    exams = tuple(measures(**each) for each in options)
+    exams = _share(tuple(measures(**each) for each in options), options)
     # Held-out questions make the better picture, those of the test before all others.
     of_picture = options[1] if options[1]["retrieval"] else options[0]
     retrieval = of_picture["retrieval"]
@@ -538,6 +603,14 @@ def _from_here(path):
     return str(path) if relative.startswith("../..") else relative
 
 
+def _default_out(recipe, is_sweep):
+    "Where a run goes if no folder was named: runs/NAME, by the name of its recipe."
+    from contrastive_st import recipes
+
+    name = recipe if recipe in recipes.known() else Path(recipe).stem
+    return Path("runs", f"{name}-sweep" if is_sweep else name)
+
+
 def _is_first_process():
     "Whether this is the process that talks, of the several that torchrun starts."
     return int(os.environ.get("RANK", 0)) == 0
@@ -546,11 +619,16 @@ def _is_first_process():
 def _say_what_is_measured(job):
     "Say what the first minutes of a run are spent on."
     pairs = sum(len(exam.pairs[0]) for exam in job.exams if exam.pairs)
-    passages = sum(len(exam.questions[0]) for exam in job.exams if exam.questions)
-    counts = {"passages": passages, "graded pairs": pairs}
+    corpora = {id(exam.questions): exam.questions[0] for exam in job.exams if exam.questions}
+    sides = [side for exam in job.exams for side in exam.labelled or () if side]
+    counts = {
+        "passages": sum(map(len, corpora.values())),  # a corpus that both share counts once
+        "graded pairs": pairs,
+        "labelled texts": sum(len(side.texts) for side in sides),
+    }
     parts = [f"{count:,} {name}" for name, count in counts.items() if count]
     if parts and _is_first_process():
-        _say(f"measuring before: {' and '.join(parts)}", err=True)
+        _say(f"measuring before: {', '.join(parts)}", err=True)
 
 
 def _fit(job, text, out, xla, resume, overwrite, progress):
@@ -637,7 +715,10 @@ def _check_train(out, resume, overwrite, repo_id):
 @_stoppable()
 def train(
     recipe: _RecipeArg,
-    out: Annotated[Path, typer.Option(help="Run directory to fill.")] = Path("runs/latest"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory to fill. Without it: runs/NAME, by the recipe's name."),
+    ] = None,
     data_folder: _Data = None,
     store: _Store = None,
     changes: _Changes = [],
@@ -677,15 +758,21 @@ def train(
     progress: _Progress = True,
 ):
     "Train a model from a recipe, measure it before and after, and say what to type next."
-    from contrastive_st import card, recipes
+    from contrastive_st import recipes
 
+    # Whatever imports torch comes after the recipe: a misspelt key is told at once.
+    out = out or _default_out(recipe, bool(sweep))
     if sweep:
         options = {"tiny": tiny, "xla": xla, "overwrite": overwrite, "progress": progress}
         options |= {"data_folder": data_folder, "store": store}
         return _sweep(recipe, out, changes, sweep, push_to_hub, options)
     # 1. Check, then open everything.
+    loaded = recipes.load(recipe, parse_changes(changes), tiny)
+    _look_up(loaded, data_folder)
+    from contrastive_st import card
+
     is_finished = _check_train(out, resume, overwrite, push_to_hub)
-    job = _open(recipes.load(recipe, parse_changes(changes), tiny), data_folder, store)
+    job = _open(loaded, data_folder, store)
     # 2. Train, with the similarities before it.
     heat = {"before training": job.draw(job.encoder)}
     text = card.with_command(job.recipe.text, ["contrastive-st", *sys.argv[1:]])
@@ -1035,6 +1122,8 @@ def _write_stores(entries, out, on_error, workers, progress, verify):
 
     sources = [
         {"name": e.name, "path_or_hub_id": e.path, "columns": e.columns, "split": e.split}
+        # Prompts are no part of the rows; they are laid before them when these are tokenised.
+        | {key: value for key, value in e.marks.items() if key != "prompts"}
         for e in entries
     ]
     total = sum(e.lines for e in entries) if all(e.lines for e in entries) else None
@@ -1050,8 +1139,8 @@ def _tokens(model, max_length):
     return Tokens(encoder.tokenizer, encoder.max_length)
 
 
-def _tokenise(tokens, out, summaries, progress):
-    "Store the token ids of every prepared dataset."
+def _tokenise(tokens, out, entries, summaries, progress):
+    "Store the token ids of every prepared dataset, those of its prompts included."
     from tqdm.auto import tqdm
 
     from contrastive_st.data import store_folder
@@ -1059,15 +1148,15 @@ def _tokenise(tokens, out, summaries, progress):
     total = sum(s["rows"] for s in summaries.values())
     style = {"unit": " rows", "unit_scale": True, "desc": "tokenising"}
     with tqdm(total=total, disable=not progress, **style) as bar:
-        for name in summaries:
-            tokens.prepare(store_folder(out, name), bar.update)
+        for e in entries:
+            tokens.prepare(store_folder(out, e.name), bar.update, e.marks.get("prompts"))
 
 # %% ../nbs/30_cli.ipynb #prepare-next
 def _data_config(entries, summaries):
     "A data config for the stores, with the rows that were counted."
     for e in entries:
         weight = {} if e.weight is None else {"weight": e.weight}
-        yield {"name": e.name, "lines": summaries[e.name]["rows"], **weight}
+        yield {"name": e.name, "lines": summaries[e.name]["rows"], **weight, **e.marks}
 
 
 def _train_command(config, tiny, data_folder, out):
@@ -1190,7 +1279,7 @@ def prepare(
     tokens = _tokens(tokenizer, max_length or longest) if tokenizer else None
     summaries = _write_stores(entries, out, on_error, workers, progress, verify)
     if tokens:
-        _tokenise(tokens, out, summaries, progress)
+        _tokenise(tokens, out, entries, summaries, progress)
     atomic.write_json(out / "data_config.json", list(_data_config(entries, summaries)))
     _say(f"{_store_table(summaries)}\n\n{_length_table(summaries)}\n")
     _say("\n".join([*_changed_negatives(summaries), _total(summaries), _outcome(summaries, out)]))

@@ -430,6 +430,21 @@ def _score_range(text):
     return (low, high) if text else None
 
 
+def _after_new(made, data):
+    "What can be typed after a recipe is written: train it, then search in the texts."
+    program, run = _program(), _default_out(str(made.recipe), False)
+    yield f"  {program} train {shlex.quote(str(made.recipe))}"
+    if not Path(data).is_file():  # of the hub
+        return
+    place = shlex.quote(str(run / "index"))
+    # The texts that are found are the positives of pairs; else there is one kind of text.
+    is_pair = not made.layout.label and not made.layout.score
+    column = made.layout.texts[1 if is_pair else 0]
+    words = ["index", f"{run}/model", data, "--column", column]
+    yield f"  {program} {shlex.join(words)} --out {place}"
+    yield f"  {program} search {place} 'YOUR QUESTION'"
+
+
 @app.command()
 @_stoppable()
 def new(
@@ -477,7 +492,7 @@ def new(
     rows = [[name, f"{count:,}"] for name, count in made.rows.items()]
     _say(f"{table_text([', '.join(made.layout.names), 'rows'], rows)}\n")
     _say(f"Written: {made.recipe} and {made.folder}/")
-    _say(f"Next: {_program()} train {shlex.quote(str(made.recipe))}")
+    _say("\n".join(["Next:", *_after_new(made, data)]))
 
 # %% ../nbs/30_cli.ipynb #heat
 def similarity(
@@ -690,12 +705,14 @@ def summary(
 
 
 def _next_commands(out, retrieval, question):
-    "What can be typed after a training: a search, the demo, the card."
+    "What can be typed after a training: a search, an index, the demo, the card."
     model, program = shlex.quote(f"{out}/model"), _program()
     corpus = retrieval / "corpus.jsonl" if retrieval else None
     is_there = corpus is not None and corpus.is_file()  # it may be zipped
     texts = shlex.quote(_from_here(corpus)) if is_there else "YOUR_TEXTS.txt"
     yield f"  {program} search {model} {texts} {shlex.quote(printable(question[:200]))}"
+    place = shlex.quote(f"{out}/index")
+    yield f"  {program} index {model} YOUR_TEXTS.csv --column COLUMN --out {place}"
     yield f"  {program} demo {shlex.quote(str(out))}    # in a browser; needs the extra 'demo'"
     yield f"  less {model}/README.md    # how to use it from Python, in three libraries"
 
@@ -1733,7 +1750,10 @@ def search(
         ),
     ] = None,
     top_k: Annotated[
-        int, typer.Option("--top", "--top-k", min=1, help="Passages to show for each question.")
+        int,
+        typer.Option(
+            "--top", "--top-k", min=1, help="Passages to show for each question, equal ones once."
+        ),
     ] = 3,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object a line, one for each question.")
@@ -1762,8 +1782,23 @@ def search(
         raise ValueError("a question is blank; write what you want to find")
     searched, questions = _searched(model, words, index_model, exact, options)
     for question in _questions(questions):
-        hits = searched.search(question, top_k)
-        _say_json(question, hits) if as_json else _say_hits(question, hits, width)
+        if as_json:
+            _say_json(question, searched.search(question, top_k))
+        else:
+            _say_hits(question, _distinct(searched, question, top_k), width)
+
+
+def _distinct(searched, question, top_k):
+    "The nearest passages, of equal texts the first: several questions may share an answer."
+    rows = top_k
+    while True:
+        hits = searched.search(question, rows)
+        first = {}
+        for hit in hits:
+            first.setdefault(hit[2], hit)
+        if len(first) >= top_k or len(hits) < rows:
+            return list(first.values())[:top_k]
+        rows *= 4
 
 
 def _say_json(question, hits):

@@ -363,7 +363,7 @@ def test_the_commands_that_train_suggests_work(place, run):
 
 def test_a_run_goes_into_a_folder_of_its_recipes_name(place):
     recipe(place, "mine.toml")
-    out = works("train", "mine.toml", "--no-progress", "--set", "train.steps=1")
+    out = works("train", "mine.toml", "--no-progress", "--set", "train.steps=2")
     assert "Written to runs/mine:" in out and (place / "runs" / "mine" / "model").is_dir()
     refuses("train", "mine.toml", "--no-progress", words=["runs/mine", "resume", "overwrite"])
 
@@ -405,14 +405,14 @@ def test_evaluation_and_test_of_one_corpus_search_it_once(place, monkeypatch):
     monkeypatch.setattr(
         evaluation, "evaluate_retrieval", lambda *a, **k: searches.append(1) or search(*a, **k)
     )
-    works("train", path, "--out", "runs/shared", "--no-progress", "--set", "train.steps=1")
+    works("train", path, "--out", "runs/shared", "--no-progress", "--set", "train.steps=2")
     assert len(searches) == 2  # before and after
     metrics = json.loads((place / "runs" / "shared" / "metrics.json").read_text())
     for side in ("before", "after"):
         assert metrics["test"][side]["ndcg@10"] == metrics[side]["ndcg@10"]
     works(
         *("train", path, "--out", "runs/shared", "--no-progress", "--overwrite"),
-        *("--set", "train.steps=1", "--set", "test.query_prompt='query: '"),
+        *("--set", "train.steps=2", "--set", "test.query_prompt='query: '"),
     )
     assert len(searches) == 6  # another prompt makes it another search
 

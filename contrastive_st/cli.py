@@ -406,7 +406,7 @@ def _encoder(model):
     check_model(model)
     return SentenceEncoder.from_pretrained(model)
 
-# %% ../nbs/30_cli.ipynb #new
+# %% ../nbs/30_cli.ipynb #new-parts
 def _names_in(text):
     "The names in a list with commas; a name that holds a comma stands in double quotes."
     import csv
@@ -444,7 +444,7 @@ def _after_new(made, data):
     yield f"  {program} {shlex.join(words)} --out {place}"
     yield f"  {program} search {place} 'YOUR QUESTION'"
 
-
+# %% ../nbs/30_cli.ipynb #new
 @app.command()
 @_stoppable()
 def new(
@@ -716,7 +716,7 @@ def _next_commands(out, retrieval, question):
     yield f"  {program} demo {shlex.quote(str(out))}    # in a browser; needs the extra 'demo'"
     yield f"  less {model}/README.md    # how to use it from Python, in three libraries"
 
-# %% ../nbs/30_cli.ipynb #train
+# %% ../nbs/30_cli.ipynb #train-check
 def _check_train(out, resume, overwrite, repo_id):
     "Refuse what would fail after hours of training; tell whether the run is finished already."
     from contrastive_st import card, run
@@ -727,7 +727,7 @@ def _check_train(out, resume, overwrite, repo_id):
         card.check_name(repo_id)
     return resume and run.run_state(out) == "finished"
 
-
+# %% ../nbs/30_cli.ipynb #train
 @app.command()
 @_stoppable()
 def train(
@@ -1381,6 +1381,26 @@ def _show_mined(report, out):
         _say(f"Next: read the list, then add {entry} to the mix of a recipe,")
         _say(f"whose folder is then {out.parent}, and train")
 
+# %% ../nbs/30_cli.ipynb #mine-options
+_RangeMax = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rank to stop before. Without it: ten ranks a negative."),
+]
+_Margin = Annotated[float | None, typer.Option(help="Smallest distance below the answer's score.")]
+_RelativeMargin = Annotated[
+    float,
+    typer.Option(help="The same as a share of it; 0 keeps out only what scores above it."),
+]
+_Rescore = Annotated[
+    str | None, typer.Option(help="Cross-encoder, a directory or hub id, that scores again.")
+]
+_QueryVectors = Annotated[
+    Path | None, typer.Option(help="Vectors of the questions, one for each row of PAIRS.")
+]
+_DocumentVectors = Annotated[
+    Path | None, typer.Option(help="Vectors of the corpus (or answers), one for each row.")
+]
+
 # %% ../nbs/30_cli.ipynb #mine
 @app.command()
 @_stoppable("with --resume the same command goes on")
@@ -1396,18 +1416,10 @@ def mine(
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Negatives for each question.")] = 5,
     range_min: Annotated[int, typer.Option(min=0, help="First rank to look at.")] = 0,
-    range_max: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rank to stop before. Without it: ten ranks a negative."),
-    ] = None,
+    range_max: _RangeMax = None,
     max_score: Annotated[float | None, typer.Option(help="Largest score of a negative.")] = None,
-    margin: Annotated[
-        float | None, typer.Option(help="Smallest distance below the answer's score.")
-    ] = None,
-    relative_margin: Annotated[
-        float,
-        typer.Option(help="The same as a share of it; 0 keeps out only what scores above it."),
-    ] = 0.05,
+    margin: _Margin = None,
+    relative_margin: _RelativeMargin = 0.05,
     sampling: Annotated[
         str, typer.Option(help="'top' takes the best that are left, 'random' any of them.")
     ] = "top",
@@ -1420,15 +1432,9 @@ def mine(
     ] = "triplet",
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
-    rescore: Annotated[
-        str | None, typer.Option(help="Cross-encoder, a directory or hub id, that scores again.")
-    ] = None,
-    query_vectors: Annotated[
-        Path | None, typer.Option(help="Vectors of the questions, one for each row of PAIRS.")
-    ] = None,
-    document_vectors: Annotated[
-        Path | None, typer.Option(help="Vectors of the corpus (or answers), one for each row.")
-    ] = None,
+    rescore: _Rescore = None,
+    query_vectors: _QueryVectors = None,
+    document_vectors: _DocumentVectors = None,
     faiss: Annotated[
         bool, typer.Option("--faiss", help="Search with a faiss index instead of exactly.")
     ] = False,
@@ -1504,7 +1510,7 @@ class _Counted:
                 self.first = self.first or self.texts
             yield text
 
-# %% ../nbs/30_cli.ipynb #encode
+# %% ../nbs/30_cli.ipynb #encode-parts
 _Column = Annotated[
     str, typer.Option(help="Column that holds the texts. Without it: text, question and the like.")
 ]
@@ -1512,7 +1518,7 @@ _IdColumn = Annotated[
     str | None,
     typer.Option(
         "--id",
-        help="Column that holds an id for each text. Without it: _id; '' takes no ids from the file.",
+        help="Column with an id for each text. Without it: _id; '' takes no ids from the file.",
     ),
 ]
 
@@ -1537,7 +1543,7 @@ def _say_blank(counted):
             err=True,
         )
 
-
+# %% ../nbs/30_cli.ipynb #encode
 @app.command()
 @_stoppable("with --resume the same command goes on")
 def encode(
@@ -1612,7 +1618,7 @@ def index(
     texts: Annotated[
         Path,
         typer.Argument(
-            help="A .txt with one text a line, or a table: csv, tsv, jsonl, json, parquet, also .gz."
+            help="A .txt with one text a line, or a csv, tsv, jsonl, json or parquet, also .gz."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to make, or with --append to add to.")],

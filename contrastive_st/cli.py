@@ -430,6 +430,27 @@ def _score_range(text):
     return (low, high) if text else None
 
 
+def _program():
+    "How this program is called from here."
+    if shutil.which("contrastive-st"):
+        return "contrastive-st"
+    return _from_here(Path(sys.executable).parent / "contrastive-st")
+
+
+def _from_here(path):
+    "A path as it is typed from here, if it is not far away."
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("../..") else relative
+
+
+def _default_out(recipe, is_sweep):
+    "Where a run goes if no folder was named: runs/NAME, by the name of its recipe."
+    from contrastive_st import recipes
+
+    name = recipe if recipe in recipes.known() else Path(recipe).stem
+    return Path("runs", f"{name}-sweep" if is_sweep else name)
+
+
 def _after_new(made, data):
     "What can be typed after a recipe is written: train it, then search in the texts."
     program, run = _program(), _default_out(str(made.recipe), False)
@@ -603,27 +624,6 @@ def resume_command(
     words = [word for word in argv[1:] if word not in ("--resume", "--overwrite")]
     end = words.index("--") if "--" in words else len(words)
     return shlex.join([_program(), *words[:end], "--resume", *words[end:]])
-
-
-def _program():
-    "How this program is called from here."
-    if shutil.which("contrastive-st"):
-        return "contrastive-st"
-    return _from_here(Path(sys.executable).parent / "contrastive-st")
-
-
-def _from_here(path):
-    "A path as it is typed from here, if it is not far away."
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("../..") else relative
-
-
-def _default_out(recipe, is_sweep):
-    "Where a run goes if no folder was named: runs/NAME, by the name of its recipe."
-    from contrastive_st import recipes
-
-    name = recipe if recipe in recipes.known() else Path(recipe).stem
-    return Path("runs", f"{name}-sweep" if is_sweep else name)
 
 
 def _is_first_process():
@@ -982,6 +982,16 @@ def comparison_text(
     return "\n\n".join([*tables, "\n".join(remarks(comparison))]).rstrip()
 
 
+def _runs_in(folders):
+    "The folders, a folder of runs that a sweep filled as its runs."
+    from contrastive_st.run import run_state
+
+    for folder in folders:
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+        runs = [path for path in inside if run_state(path) != "none"]
+        yield from runs if runs and run_state(folder) == "none" else [folder]
+
+
 def _say_measuring(run):
     "Say what the next moments are spent on."
     _say(f"measuring {run.name}, question by question", err=True)
@@ -990,7 +1000,9 @@ def _say_measuring(run):
 @app.command()
 @_stoppable("what was measured is kept")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, such as runs/*.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, or folders of them, such as runs/*.")
+    ],
     baseline: Annotated[
         Path | None, typer.Option(help="The run that the others are compared with; else the first.")
     ] = None,
@@ -1016,7 +1028,7 @@ def compare(
         page.check_plot(plot)
         check_output(plot, "--plot")
     options = baseline, metric, data_folder, measure, _say_measuring
-    comparison = page.compare_runs(runs, *options)
+    comparison = page.compare_runs(list(_runs_in(runs)), *options)
     if as_json:
         typer.echo(page.comparison_json(comparison))
     else:

@@ -1203,6 +1203,29 @@ def test_search_shows_all_passages_when_there_are_fewer(place):
 # ---- demo ----
 
 
+def test_equal_passages_are_shown_once(place):
+    lines = ["the dog is here"] * 9 + ["a cat", "the rain", "much snow"]
+    (place / "double.txt").write_text("\n".join(lines) + "\n")
+    words = ["search", "encoder", "double.txt", "the dog is here", "--top", "3"]
+    shown = works(*words).splitlines()[1:]
+    assert len(shown) == 3 and sum("the dog is here" in line for line in shown) == 1
+    hits = json.loads(works(*words, "--json"))["hits"]  # a program gets every row
+    assert [hit["text"] for hit in hits] == ["the dog is here"] * 3
+    assert len(works(*words[:-1], "12").splitlines()) == 5  # there are no more
+
+
+def test_compare_opens_the_folder_of_a_sweep(place, run, monkeypatch):
+    from contrastive_st import compare as page
+
+    folders = []
+    monkeypatch.setattr(page, "compare_runs", lambda runs, *_: folders.extend(runs) or 1 / 0)
+    for name in ("lr=2", "lr=1"):
+        shutil.copytree(place / "runs" / "first", place / "sweep" / name)
+    with pytest.raises(ZeroDivisionError):
+        command("compare", "runs/first", "sweep")
+    assert [str(folder) for folder in folders] == ["runs/first", "sweep/lr=1", "sweep/lr=2"]
+
+
 def test_demo_hands_on_what_was_typed(place, monkeypatch):
     calls = []
     monkeypatch.setattr("contrastive_st.demo.launch", lambda *args: calls.append(args))

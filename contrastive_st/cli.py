@@ -6,7 +6,7 @@
 __all__ = ['app', 'printable', 'Terminated', 'main', 'parse_changes', 'Exam', 'measures', 'table_text', 'score_table',
            'check_output', 'evaluate', 'check_model', 'new', 'similarity', 'sample_pairs', 'resume_command', 'summary',
            'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'comparison_text', 'compare', 'export',
-           'prepare', 'mine', 'encode', 'index', 'search', 'demo', 'serve']
+           'prepare', 'encode', 'index', 'search', 'mine', 'demo', 'serve']
 
 # %% ../nbs/30_cli.ipynb #imports-export
 import json
@@ -1314,183 +1314,6 @@ def prepare(
     _say("\n".join([*_changed_negatives(summaries), _total(summaries), _outcome(summaries, out)]))
     _say(f"Next: {_train_command(config, tiny, data_folder, out)}")
 
-# %% ../nbs/30_cli.ipynb #mine-read
-def _pairs(path):
-    "The first two columns of a file of training rows: questions and their answers."
-    from contrastive_st.data import read_examples
-
-    rows = list(read_examples(path))
-    if rows and len(rows[0]) > 2:
-        _say(f"note: {path}: the negatives that are there already are left out", err=True)
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
-def _vectors(option, path, texts, rows):
-    "A file of vectors, one for each text of another file; None if no file was given."
-    from contrastive_st.encoding import open_embeddings
-
-    if path is None:
-        return None
-    if path.with_name(f"{path.name}.json").is_file():  # the card of `encode`: the file is checked
-        table = open_embeddings(path)
-    else:
-        with atomic.reading(path, "make it with contrastive-st encode"):
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-    if table.ndim != 2 or len(table) != rows:
-        raise ValueError(
-            f"{option} {path}: has the shape {table.shape} and {texts} has {rows:,} rows;"
-            " encode those rows, one vector each"
-        )
-    return table
-
-# %% ../nbs/30_cli.ipynb #mine-inputs
-def _mining_inputs(model, pairs, corpus, vectors, prompt, faiss, progress):
-    "The texts and vectors to mine from, as `mine_hard_negatives` takes them."
-    from contrastive_st.search import faiss_index
-
-    queries, positives = _pairs(pairs)
-    passages = None if corpus is None else list(_texts(corpus))
-    texts, where = (positives, pairs) if passages is None else (passages, corpus)
-    asking = _vectors("--query-vectors", vectors[0], pairs, len(queries))
-    answering = _vectors("--document-vectors", vectors[1], where, len(texts))
-    # The model is opened only where vectors are missing.
-    encoder = _encoder(model) if asking is None or answering is None else None
-    if faiss and answering is None:  # an index needs them all beforehand
-        prompt = {} if prompt is None else {"prompt": prompt}
-        answering = encoder.encode_document(texts, progress=progress, **prompt)
-    return {
-        "queries": queries,
-        "positives": positives,
-        "corpus": passages,
-        "encoder": encoder,
-        "query_embeddings": asking,
-        "corpus_embeddings": answering,
-        "index": faiss_index(answering) if faiss else None,
-    }
-
-# %% ../nbs/30_cli.ipynb #mine-show
-def _suspect_lines(rows):
-    "Question, answer and negative with their scores, three lines each."
-    for row in rows:
-        texts = [printable(row[name])[:88] for name in ("query", "positive", "negative")]
-        yield f"  {row['positive_score']:6.3f}  {texts[0]}"
-        yield f"          + {texts[1]}"
-        yield f"  {row['negative_score']:6.3f}  - {texts[2]}"
-
-
-def _show_mined(report, out):
-    "The report of a mining, the negatives that may be answers, and what to do with the file."
-    _say(str(report))
-    titles = "Taken, nearest to the answer's score:", "Filtered, farthest above it:"
-    for title, filtered, most in zip(titles, (False, True), (5, 3)):
-        if rows := report.table(filtered)[:most]:
-            _say("\n".join(["", title, *_suspect_lines(rows)]))
-    _say(f"\n{report.counts['examples']:,} examples -> {out}")
-    if report.options["output_format"] == "labeled-pair":
-        _say("Next: these rows have labels, so they are for a classifier or a cross-encoder")
-    else:
-        entry = f'{{name = "{out.name}", weight = 1}}'
-        _say(f"Next: read the list, then add {entry} to the mix of a recipe,")
-        _say(f"whose folder is then {out.parent}, and train")
-
-# %% ../nbs/30_cli.ipynb #mine-options
-_RangeMax = Annotated[
-    int | None,
-    typer.Option(min=1, help="Rank to stop before. Without it: ten ranks a negative."),
-]
-_Margin = Annotated[float | None, typer.Option(help="Smallest distance below the answer's score.")]
-_RelativeMargin = Annotated[
-    float,
-    typer.Option(help="The same as a share of it; 0 keeps out only what scores above it."),
-]
-_Rescore = Annotated[
-    str | None, typer.Option(help="Cross-encoder, a directory or hub id, that scores again.")
-]
-_QueryVectors = Annotated[
-    Path | None, typer.Option(help="Vectors of the questions, one for each row of PAIRS.")
-]
-_DocumentVectors = Annotated[
-    Path | None, typer.Option(help="Vectors of the corpus (or answers), one for each row.")
-]
-
-# %% ../nbs/30_cli.ipynb #mine
-@app.command()
-@_stoppable("with --resume the same command goes on")
-def mine(
-    model: _Model,
-    pairs: Annotated[
-        Path, typer.Argument(help="Questions and answers: a .jsonl, .csv, .tsv or .parquet.")
-    ],
-    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
-    corpus: Annotated[
-        Path | None,
-        typer.Option(help="Passages, the answers among them. Without it: the answers alone."),
-    ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Negatives for each question.")] = 5,
-    range_min: Annotated[int, typer.Option(min=0, help="First rank to look at.")] = 0,
-    range_max: _RangeMax = None,
-    max_score: Annotated[float | None, typer.Option(help="Largest score of a negative.")] = None,
-    margin: _Margin = None,
-    relative_margin: _RelativeMargin = 0.05,
-    sampling: Annotated[
-        str, typer.Option(help="'top' takes the best that are left, 'random' any of them.")
-    ] = "top",
-    seed: Annotated[int, typer.Option(min=0, help="Of 'random' and of --fill.")] = 0,
-    fill: Annotated[
-        bool, typer.Option("--fill", help="Fill up with random passages where too few are left.")
-    ] = False,
-    output_format: Annotated[
-        str, typer.Option("--format", help="triplet, n-tuple or labeled-pair.")
-    ] = "triplet",
-    query_prompt: _QueryPrompt = None,
-    document_prompt: _DocumentPrompt = None,
-    rescore: _Rescore = None,
-    query_vectors: _QueryVectors = None,
-    document_vectors: _DocumentVectors = None,
-    faiss: Annotated[
-        bool, typer.Option("--faiss", help="Search with a faiss index instead of exactly.")
-    ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Write the whole report to this JSON file.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an earlier mining of these files stopped.")
-    ] = False,
-    progress: _Progress = True,
-):
-    "Find hard negatives for pairs of questions and answers, and say which may be false."
-    from contrastive_st.mining import cross_encoder, mine_hard_negatives
-
-    check_output(out)
-    if report:
-        check_output(report, "--report")
-    scorer = cross_encoder(rescore) if rescore else None
-    vectors = query_vectors, document_vectors
-    inputs = _mining_inputs(model, pairs, corpus, vectors, document_prompt, faiss, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _, mined = mine_hard_negatives(
-        **inputs,
-        query_prompt=query_prompt,
-        corpus_prompt=document_prompt,
-        rescore=scorer,
-        num_negatives=k,
-        range_min=range_min,
-        range_max=range_max,
-        max_score=max_score,
-        absolute_margin=margin,
-        relative_margin=relative_margin,
-        sampling=sampling,
-        seed=seed,
-        too_few="fill" if fill else "drop",
-        output_format=output_format,
-        path=out,
-        resume=resume,
-        progress=progress,
-    )
-    if report:
-        atomic.write_json(report, mined.record())
-    _show_mined(mined, out)
-
 # %% ../nbs/30_cli.ipynb #read-texts
 def _read_corpus(path, column="", id_column=None):
     "Yield (line, id, text) of a file, or of standard input if it is '-'; none is a `ValueError`."
@@ -1875,6 +1698,183 @@ def _shorten(text, indent, width=None):
     text = printable(text[:10_000])  # more than any terminal shows
     room = (width or shutil.get_terminal_size().columns) - indent
     return text if len(text) <= room else text[: max(room - 1, 1)] + "…"
+
+# %% ../nbs/30_cli.ipynb #mine-read
+def _pairs(path):
+    "The first two columns of a file of training rows: questions and their answers."
+    from contrastive_st.data import read_examples
+
+    rows = list(read_examples(path))
+    if rows and len(rows[0]) > 2:
+        _say(f"note: {path}: the negatives that are there already are left out", err=True)
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _vectors(option, path, texts, rows):
+    "A file of vectors, one for each text of another file; None if no file was given."
+    from contrastive_st.encoding import open_embeddings
+
+    if path is None:
+        return None
+    if path.with_name(f"{path.name}.json").is_file():  # the card of `encode`: the file is checked
+        table = open_embeddings(path)
+    else:
+        with atomic.reading(path, "make it with contrastive-st encode"):
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+    if table.ndim != 2 or len(table) != rows:
+        raise ValueError(
+            f"{option} {path}: has the shape {table.shape} and {texts} has {rows:,} rows;"
+            " encode those rows, one vector each"
+        )
+    return table
+
+# %% ../nbs/30_cli.ipynb #mine-inputs
+def _mining_inputs(model, pairs, corpus, vectors, prompt, faiss, progress):
+    "The texts and vectors to mine from, as `mine_hard_negatives` takes them."
+    from contrastive_st.search import faiss_index
+
+    queries, positives = _pairs(pairs)
+    passages = None if corpus is None else list(_texts(corpus))
+    texts, where = (positives, pairs) if passages is None else (passages, corpus)
+    asking = _vectors("--query-vectors", vectors[0], pairs, len(queries))
+    answering = _vectors("--document-vectors", vectors[1], where, len(texts))
+    # The model is opened only where vectors are missing.
+    encoder = _encoder(model) if asking is None or answering is None else None
+    if faiss and answering is None:  # an index needs them all beforehand
+        prompt = {} if prompt is None else {"prompt": prompt}
+        answering = encoder.encode_document(texts, progress=progress, **prompt)
+    return {
+        "queries": queries,
+        "positives": positives,
+        "corpus": passages,
+        "encoder": encoder,
+        "query_embeddings": asking,
+        "corpus_embeddings": answering,
+        "index": faiss_index(answering) if faiss else None,
+    }
+
+# %% ../nbs/30_cli.ipynb #mine-show
+def _suspect_lines(rows):
+    "Question, answer and negative with their scores, three lines each."
+    for row in rows:
+        texts = [printable(row[name])[:88] for name in ("query", "positive", "negative")]
+        yield f"  {row['positive_score']:6.3f}  {texts[0]}"
+        yield f"          + {texts[1]}"
+        yield f"  {row['negative_score']:6.3f}  - {texts[2]}"
+
+
+def _show_mined(report, out):
+    "The report of a mining, the negatives that may be answers, and what to do with the file."
+    _say(str(report))
+    titles = "Taken, nearest to the answer's score:", "Filtered, farthest above it:"
+    for title, filtered, most in zip(titles, (False, True), (5, 3)):
+        if rows := report.table(filtered)[:most]:
+            _say("\n".join(["", title, *_suspect_lines(rows)]))
+    _say(f"\n{report.counts['examples']:,} examples -> {out}")
+    if report.options["output_format"] == "labeled-pair":
+        _say("Next: these rows have labels, so they are for a classifier or a cross-encoder")
+    else:
+        entry = f'{{name = "{out.name}", weight = 1}}'
+        _say(f"Next: read the list, then add {entry} to the mix of a recipe,")
+        _say(f"whose folder is then {out.parent}, and train")
+
+# %% ../nbs/30_cli.ipynb #mine-options
+_RangeMax = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rank to stop before. Without it: ten ranks a negative."),
+]
+_Margin = Annotated[float | None, typer.Option(help="Smallest distance below the answer's score.")]
+_RelativeMargin = Annotated[
+    float,
+    typer.Option(help="The same as a share of it; 0 keeps out only what scores above it."),
+]
+_Rescore = Annotated[
+    str | None, typer.Option(help="Cross-encoder, a directory or hub id, that scores again.")
+]
+_QueryVectors = Annotated[
+    Path | None, typer.Option(help="Vectors of the questions, one for each row of PAIRS.")
+]
+_DocumentVectors = Annotated[
+    Path | None, typer.Option(help="Vectors of the corpus (or answers), one for each row.")
+]
+
+# %% ../nbs/30_cli.ipynb #mine
+@app.command()
+@_stoppable("with --resume the same command goes on")
+def mine(
+    model: _Model,
+    pairs: Annotated[
+        Path, typer.Argument(help="Questions and answers: a .jsonl, .csv, .tsv or .parquet.")
+    ],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Passages, the answers among them. Without it: the answers alone."),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Negatives for each question.")] = 5,
+    range_min: Annotated[int, typer.Option(min=0, help="First rank to look at.")] = 0,
+    range_max: _RangeMax = None,
+    max_score: Annotated[float | None, typer.Option(help="Largest score of a negative.")] = None,
+    margin: _Margin = None,
+    relative_margin: _RelativeMargin = 0.05,
+    sampling: Annotated[
+        str, typer.Option(help="'top' takes the best that are left, 'random' any of them.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(min=0, help="Of 'random' and of --fill.")] = 0,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill up with random passages where too few are left.")
+    ] = False,
+    output_format: Annotated[
+        str, typer.Option("--format", help="triplet, n-tuple or labeled-pair.")
+    ] = "triplet",
+    query_prompt: _QueryPrompt = None,
+    document_prompt: _DocumentPrompt = None,
+    rescore: _Rescore = None,
+    query_vectors: _QueryVectors = None,
+    document_vectors: _DocumentVectors = None,
+    faiss: Annotated[
+        bool, typer.Option("--faiss", help="Search with a faiss index instead of exactly.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the whole report to this JSON file.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier mining of these files stopped.")
+    ] = False,
+    progress: _Progress = True,
+):
+    "Find hard negatives for pairs of questions and answers, and say which may be false."
+    from contrastive_st.mining import cross_encoder, mine_hard_negatives
+
+    check_output(out)
+    if report:
+        check_output(report, "--report")
+    scorer = cross_encoder(rescore) if rescore else None
+    vectors = query_vectors, document_vectors
+    inputs = _mining_inputs(model, pairs, corpus, vectors, document_prompt, faiss, progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _, mined = mine_hard_negatives(
+        **inputs,
+        query_prompt=query_prompt,
+        corpus_prompt=document_prompt,
+        rescore=scorer,
+        num_negatives=k,
+        range_min=range_min,
+        range_max=range_max,
+        max_score=max_score,
+        absolute_margin=margin,
+        relative_margin=relative_margin,
+        sampling=sampling,
+        seed=seed,
+        too_few="fill" if fill else "drop",
+        output_format=output_format,
+        path=out,
+        resume=resume,
+        progress=progress,
+    )
+    if report:
+        atomic.write_json(report, mined.record())
+    _show_mined(mined, out)
 
 # %% ../nbs/30_cli.ipynb #demo
 @app.command()

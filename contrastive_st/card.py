@@ -409,23 +409,26 @@ def _rows_of(task, plan, before, after):
 
 def metric_rows(
     run: dict,  # of `read_records`
-    # split is "evaluation" or "test", set its path, n the pairs or questions or None if the run did
-    # not record them; before and after have a _low and a _high; None for a metric = not measured.
+    # split is "evaluation" or "test", set its path, n the pairs, questions or texts, or None if the
+    # run did not record them; before and after have a _low and a _high; None for a metric = not measured.
 ) -> list[dict]:  # split, set, n, task, metric, before, after and the ends of their intervals
     "List what was measured, a row for each metric of each set."
     rows = []
     for split, record in (("evaluation", run["metrics"]), ("test", run["metrics"]["test"])):
         plan, sides = _table_of(run, split), _sides(record)
-        for task in ("sts", "retrieval"):
+        for task in ("sts", "retrieval", "labels"):
             rows += [{"split": split} | row for row in _rows_of(task, plan, *sides)]
     return rows
 
 # %% ../nbs/28_card.ipynb #evaluation-table
+_ITEMS = {"sts": "pairs", "retrieval": "questions", "labels": "texts"}  # what a task counts
+
+
 def _evaluation_row(row):
     "The cells of a metric: set, name, before, after."
     size, metric = "", METRICS[row["metric"]]
     if row["n"]:
-        size = f", {row['n']:,} {'pairs' if row['task'] == 'sts' else 'questions'}"
+        size = f", {row['n']:,} {_ITEMS[row['task']]}"
     return [
         f"{_text(row['set'])} ({row['split']}{size})",
         metric.key,
@@ -562,6 +565,7 @@ def _base(run):
 _TASKS = {  # task -> the hub's type and name of it, and how sentence-transformers calls its metrics
     "sts": ("semantic-similarity", "Semantic Similarity", "{}_cosine"),
     "retrieval": ("information-retrieval", "Information Retrieval", "cosine_{}"),
+    "labels": ("text-classification", "Classification by nearest neighbours", "{}"),
 }
 
 

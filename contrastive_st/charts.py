@@ -350,7 +350,7 @@ def before_after(
     for title, sides in (("", run["metrics"]), ("test ", run["metrics"]["test"])):
         before, after = sides["before"], sides["after"]
         for row in METRICS.values():
-            if row.task in ("sts", "retrieval") and row.key in before:
+            if row.task != "training" and row.key in before:
                 both = (
                     format_interval(side, row.key, absent="not yet") for side in (before, after)
                 )

@@ -6,7 +6,7 @@
 __all__ = ['app', 'printable', 'Terminated', 'main', 'parse_changes', 'Exam', 'measures', 'table_text', 'score_table',
            'check_output', 'evaluate', 'check_model', 'new', 'similarity', 'sample_pairs', 'resume_command', 'summary',
            'train', 'tpu_time', 'by_folder', 'report_lines', 'inspect', 'comparison_text', 'compare', 'export',
-           'prepare', 'mine', 'encode', 'index', 'search', 'demo', 'serve']
+           'prepare', 'encode', 'index', 'search', 'mine', 'demo', 'serve']
 
 # %% ../nbs/30_cli.ipynb #imports-export
 import json
@@ -18,7 +18,7 @@ import sys
 import unicodedata
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -187,6 +187,8 @@ class Exam:
     query_prompt: str | None = None  # before each question; None = what the model says
     document_prompt: str | None = None  # before each document, the same way
     labelled: tuple | None = None  # of evaluation.read_labelled: what is judged, what votes or None
+    # scores of the search by the weights they are of, shared by exams that search the same
+    memory: dict | None = None
 
     @property
     def texts(self) -> int:  # how many texts a measurement encodes
@@ -207,10 +209,7 @@ class Exam:
             graded = evaluation.evaluate_sts(partial(encoder.encode, progress=False), self.pairs)
             scores |= {"sts_n" if k == "n" else k: v for k, v in graded.items()}
         if self.questions:
-            prompts = self.query_prompt, self.document_prompt
-            query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
-            ranked = evaluation.evaluate_retrieval(query, *self.questions, encode_corpus=document)
-            scores |= {"retrieval_n" if k == "n" else k: v for k, v in ranked.items()}
+            scores |= self._search(encoder)
         if self.labelled:
             judged, voters = self.labelled
             encode = partial(encoder.encode, progress=False)
@@ -218,6 +217,33 @@ class Exam:
             counts = {"n": "labels_n", "k": "labels_k", "classes": "labels_classes"}
             scores |= {counts.get(k, k): v for k, v in voted.items()}
         return scores
+
+    def _search(self, encoder):
+        "The scores of the search, made once for the same weights where exams share a memory."
+        from contrastive_st import evaluation
+
+        key = None if self.memory is None else _weights(encoder)
+        if key is None or key not in self.memory:
+            prompts = self.query_prompt, self.document_prompt
+            query, document = evaluation.with_prompts(encoder, *prompts, progress=False)
+            ranked = evaluation.evaluate_retrieval(query, *self.questions, encode_corpus=document)
+            scores = {"retrieval_n" if k == "n" else k: v for k, v in ranked.items()}
+            if key is None:
+                return scores
+            self.memory.clear()  # training goes on, and no earlier weights come back but the best
+            self.memory[key] = scores
+        return dict(self.memory[key])
+
+
+def _weights(encoder):
+    "A digest of an encoder's weights: a tenth of a second for a small one."
+    import torch
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for weight in encoder.state_dict().values():
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def measures(
@@ -300,13 +326,20 @@ def check_output(
         probe.unlink()
 
 # %% ../nbs/30_cli.ipynb #evaluate
-def _check_evaluate(sts, retrieval, prompts, out):
+def _check_evaluate(sts, retrieval, labels, neighbors, prompts, out):
     "Raise `ValueError` for options of `evaluate` that do not go together."
-    if not (sts or retrieval):
-        raise ValueError("nothing to measure: give --sts FILE, --retrieval FOLDER, or both")
+    if neighbors and not labels:
+        raise ValueError(
+            "--neighbors holds the texts that vote on those of --labels; give --labels FILE too"
+        )
+    if not (sts or retrieval or labels):
+        raise ValueError(
+            "nothing to measure: give --sts FILE, --retrieval FOLDER, --labels FILE, or several"
+        )
     if not retrieval and prompts != (None, None):
         raise ValueError(
-            "--query-prompt and --document-prompt are for --retrieval; graded pairs have neither"
+            "--query-prompt and --document-prompt are for --retrieval; graded pairs and labelled"
+            " texts have neither"
         )
     if out:
         check_output(out)
@@ -322,13 +355,27 @@ def evaluate(
     retrieval: Annotated[
         Path | None, typer.Option(help="Folder with corpus.jsonl, queries.jsonl, qrels/test.tsv.")
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Table of labelled texts: a .csv, .tsv, .jsonl, .json or .parquet."),
+    ] = None,
+    neighbors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled texts that vote on those of --labels. Without it: the others there."
+        ),
+    ] = None,
+    text: Annotated[str, typer.Option(help="Column of both tables with the texts.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of both tables with the labels.")] = "label",
     out: Annotated[Path | None, typer.Option(help="Write all metrics to this JSON file.")] = None,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
 ):
-    "Measure a model on graded pairs, on retrieval, or both, with 95% intervals."
-    _check_evaluate(sts, retrieval, (query_prompt, document_prompt), out)
-    scores = measures(sts, retrieval, query_prompt, document_prompt)(_encoder(model))
+    "Measure a model on graded pairs, on retrieval, on labelled texts, with 95% intervals."
+    prompts = query_prompt, document_prompt
+    _check_evaluate(sts, retrieval, labels, neighbors, prompts, out)
+    exam = measures(sts, retrieval, *prompts, labels, neighbors, text, label)
+    scores = exam(_encoder(model))
     _say(score_table({Path(model).name: scores}))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -359,7 +406,7 @@ def _encoder(model):
     check_model(model)
     return SentenceEncoder.from_pretrained(model)
 
-# %% ../nbs/30_cli.ipynb #new
+# %% ../nbs/30_cli.ipynb #new-parts
 def _names_in(text):
     "The names in a list with commas; a name that holds a comma stands in double quotes."
     import csv
@@ -383,6 +430,42 @@ def _score_range(text):
     return (low, high) if text else None
 
 
+def _program():
+    "How this program is called from here."
+    if shutil.which("contrastive-st"):
+        return "contrastive-st"
+    return _from_here(Path(sys.executable).parent / "contrastive-st")
+
+
+def _from_here(path):
+    "A path as it is typed from here, if it is not far away."
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("../..") else relative
+
+
+def _default_out(recipe, is_sweep):
+    "Where a run goes if no folder was named: runs/NAME, by the name of its recipe."
+    from contrastive_st import recipes
+
+    name = recipe if recipe in recipes.known() else Path(recipe).stem
+    return Path("runs", f"{name}-sweep" if is_sweep else name)
+
+
+def _after_new(made, data):
+    "What can be typed after a recipe is written: train it, then search in the texts."
+    program, run = _program(), _default_out(str(made.recipe), False)
+    yield f"  {program} train {shlex.quote(str(made.recipe))}"
+    if not Path(data).is_file():  # of the hub
+        return
+    place = shlex.quote(str(run / "index"))
+    # The texts that are found are the positives of pairs; else there is one kind of text.
+    is_pair = not made.layout.label and not made.layout.score
+    column = made.layout.texts[1 if is_pair else 0]
+    words = ["index", f"{run}/model", data, "--column", column]
+    yield f"  {program} {shlex.join(words)} --out {place}"
+    yield f"  {program} search {place} 'YOUR QUESTION'"
+
+# %% ../nbs/30_cli.ipynb #new
 @app.command()
 @_stoppable()
 def new(
@@ -430,7 +513,7 @@ def new(
     rows = [[name, f"{count:,}"] for name, count in made.rows.items()]
     _say(f"{table_text([', '.join(made.layout.names), 'rows'], rows)}\n")
     _say(f"Written: {made.recipe} and {made.folder}/")
-    _say(f"Next: {_program()} train {shlex.quote(str(made.recipe))}")
+    _say("\n".join(["Next:", *_after_new(made, data)]))
 
 # %% ../nbs/30_cli.ipynb #heat
 def similarity(
@@ -498,16 +581,34 @@ def _exam_options(recipe, folder, key):
     return paths | {option: getattr(plan, option) for option in options}
 
 
+def _look_up(recipe, data_folder):
+    "The files of a recipe's exams; also refuse a recipe that names what is not there."
+    from contrastive_st import recipes
+
+    folder = recipe.folder(data_folder)
+    recipes.data_config(recipe, data_folder)
+    return [_exam_options(recipe, folder, key) for key in ("evaluation", "test")]
+
+
+def _share(exams, options):
+    "Let evaluation and test search once where both ask the same of the same weights."
+    keys = ("retrieval", "query_prompt", "document_prompt")
+    first, second = ([each[key] for key in keys] for each in options)
+    if not first[0] or first != second:
+        return exams
+    shared = {"questions": exams[0].questions, "memory": {}}
+    return tuple(replace(exam, **shared) for exam in exams)
+
+
 def _open(recipe, data_folder, store):
     "Open all that a training needs; whatever is wrong with it is an error now."
     from contrastive_st import recipes
     from contrastive_st.run import TrainConfig
 
     config = recipes.build(TrainConfig, recipe.train, f"{recipe.path}: train")
-    folder = recipe.folder(data_folder)
-    options = [_exam_options(recipe, folder, key) for key in ("evaluation", "test")]
+    options = _look_up(recipe, data_folder)
     mixture = recipe.mixture(data_folder, store)
-    exams = tuple(measures(**each) for each in options)
+    exams = _share(tuple(measures(**each) for each in options), options)
     # Held-out questions make the better picture, those of the test before all others.
     of_picture = options[1] if options[1]["retrieval"] else options[0]
     retrieval = of_picture["retrieval"]
@@ -525,19 +626,6 @@ def resume_command(
     return shlex.join([_program(), *words[:end], "--resume", *words[end:]])
 
 
-def _program():
-    "How this program is called from here."
-    if shutil.which("contrastive-st"):
-        return "contrastive-st"
-    return _from_here(Path(sys.executable).parent / "contrastive-st")
-
-
-def _from_here(path):
-    "A path as it is typed from here, if it is not far away."
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("../..") else relative
-
-
 def _is_first_process():
     "Whether this is the process that talks, of the several that torchrun starts."
     return int(os.environ.get("RANK", 0)) == 0
@@ -546,11 +634,16 @@ def _is_first_process():
 def _say_what_is_measured(job):
     "Say what the first minutes of a run are spent on."
     pairs = sum(len(exam.pairs[0]) for exam in job.exams if exam.pairs)
-    passages = sum(len(exam.questions[0]) for exam in job.exams if exam.questions)
-    counts = {"passages": passages, "graded pairs": pairs}
+    corpora = {id(exam.questions): exam.questions[0] for exam in job.exams if exam.questions}
+    sides = [side for exam in job.exams for side in exam.labelled or () if side]
+    counts = {
+        "passages": sum(map(len, corpora.values())),  # a corpus that both share counts once
+        "graded pairs": pairs,
+        "labelled texts": sum(len(side.texts) for side in sides),
+    }
     parts = [f"{count:,} {name}" for name, count in counts.items() if count]
     if parts and _is_first_process():
-        _say(f"measuring before: {' and '.join(parts)}", err=True)
+        _say(f"measuring before: {', '.join(parts)}", err=True)
 
 
 def _fit(job, text, out, xla, resume, overwrite, progress):
@@ -612,16 +705,18 @@ def summary(
 
 
 def _next_commands(out, retrieval, question):
-    "What can be typed after a training: a search, the demo, the card."
+    "What can be typed after a training: a search, an index, the demo, the card."
     model, program = shlex.quote(f"{out}/model"), _program()
     corpus = retrieval / "corpus.jsonl" if retrieval else None
     is_there = corpus is not None and corpus.is_file()  # it may be zipped
     texts = shlex.quote(_from_here(corpus)) if is_there else "YOUR_TEXTS.txt"
     yield f"  {program} search {model} {texts} {shlex.quote(printable(question[:200]))}"
+    place = shlex.quote(f"{out}/index")
+    yield f"  {program} index {model} YOUR_TEXTS.csv --column COLUMN --out {place}"
     yield f"  {program} demo {shlex.quote(str(out))}    # in a browser; needs the extra 'demo'"
     yield f"  less {model}/README.md    # how to use it from Python, in three libraries"
 
-# %% ../nbs/30_cli.ipynb #train
+# %% ../nbs/30_cli.ipynb #train-check
 def _check_train(out, resume, overwrite, repo_id):
     "Refuse what would fail after hours of training; tell whether the run is finished already."
     from contrastive_st import card, run
@@ -632,12 +727,15 @@ def _check_train(out, resume, overwrite, repo_id):
         card.check_name(repo_id)
     return resume and run.run_state(out) == "finished"
 
-
+# %% ../nbs/30_cli.ipynb #train
 @app.command()
 @_stoppable()
 def train(
     recipe: _RecipeArg,
-    out: Annotated[Path, typer.Option(help="Run directory to fill.")] = Path("runs/latest"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory to fill. Without it: runs/NAME, by the recipe's name."),
+    ] = None,
     data_folder: _Data = None,
     store: _Store = None,
     changes: _Changes = [],
@@ -677,15 +775,21 @@ def train(
     progress: _Progress = True,
 ):
     "Train a model from a recipe, measure it before and after, and say what to type next."
-    from contrastive_st import card, recipes
+    from contrastive_st import recipes
 
+    # Whatever imports torch comes after the recipe: a misspelt key is told at once.
+    out = out or _default_out(recipe, bool(sweep))
     if sweep:
         options = {"tiny": tiny, "xla": xla, "overwrite": overwrite, "progress": progress}
         options |= {"data_folder": data_folder, "store": store}
         return _sweep(recipe, out, changes, sweep, push_to_hub, options)
     # 1. Check, then open everything.
+    loaded = recipes.load(recipe, parse_changes(changes), tiny)
+    _look_up(loaded, data_folder)
+    from contrastive_st import card
+
     is_finished = _check_train(out, resume, overwrite, push_to_hub)
-    job = _open(recipes.load(recipe, parse_changes(changes), tiny), data_folder, store)
+    job = _open(loaded, data_folder, store)
     # 2. Train, with the similarities before it.
     heat = {"before training": job.draw(job.encoder)}
     text = card.with_command(job.recipe.text, ["contrastive-st", *sys.argv[1:]])
@@ -878,6 +982,16 @@ def comparison_text(
     return "\n\n".join([*tables, "\n".join(remarks(comparison))]).rstrip()
 
 
+def _runs_in(folders):
+    "The folders, a folder of runs that a sweep filled as its runs."
+    from contrastive_st.run import run_state
+
+    for folder in folders:
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+        runs = [path for path in inside if run_state(path) != "none"]
+        yield from runs if runs and run_state(folder) == "none" else [folder]
+
+
 def _say_measuring(run):
     "Say what the next moments are spent on."
     _say(f"measuring {run.name}, question by question", err=True)
@@ -886,7 +1000,9 @@ def _say_measuring(run):
 @app.command()
 @_stoppable("what was measured is kept")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, such as runs/*.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, or folders of them, such as runs/*.")
+    ],
     baseline: Annotated[
         Path | None, typer.Option(help="The run that the others are compared with; else the first.")
     ] = None,
@@ -912,7 +1028,7 @@ def compare(
         page.check_plot(plot)
         check_output(plot, "--plot")
     options = baseline, metric, data_folder, measure, _say_measuring
-    comparison = page.compare_runs(runs, *options)
+    comparison = page.compare_runs(list(_runs_in(runs)), *options)
     if as_json:
         typer.echo(page.comparison_json(comparison))
     else:
@@ -1035,6 +1151,8 @@ def _write_stores(entries, out, on_error, workers, progress, verify):
 
     sources = [
         {"name": e.name, "path_or_hub_id": e.path, "columns": e.columns, "split": e.split}
+        # Prompts are no part of the rows; they are laid before them when these are tokenised.
+        | {key: value for key, value in e.marks.items() if key != "prompts"}
         for e in entries
     ]
     total = sum(e.lines for e in entries) if all(e.lines for e in entries) else None
@@ -1050,8 +1168,8 @@ def _tokens(model, max_length):
     return Tokens(encoder.tokenizer, encoder.max_length)
 
 
-def _tokenise(tokens, out, summaries, progress):
-    "Store the token ids of every prepared dataset."
+def _tokenise(tokens, out, entries, summaries, progress):
+    "Store the token ids of every prepared dataset, those of its prompts included."
     from tqdm.auto import tqdm
 
     from contrastive_st.data import store_folder
@@ -1059,15 +1177,15 @@ def _tokenise(tokens, out, summaries, progress):
     total = sum(s["rows"] for s in summaries.values())
     style = {"unit": " rows", "unit_scale": True, "desc": "tokenising"}
     with tqdm(total=total, disable=not progress, **style) as bar:
-        for name in summaries:
-            tokens.prepare(store_folder(out, name), bar.update)
+        for e in entries:
+            tokens.prepare(store_folder(out, e.name), bar.update, e.marks.get("prompts"))
 
 # %% ../nbs/30_cli.ipynb #prepare-next
 def _data_config(entries, summaries):
     "A data config for the stores, with the rows that were counted."
     for e in entries:
         weight = {} if e.weight is None else {"weight": e.weight}
-        yield {"name": e.name, "lines": summaries[e.name]["rows"], **weight}
+        yield {"name": e.name, "lines": summaries[e.name]["rows"], **weight, **e.marks}
 
 
 def _train_command(config, tiny, data_folder, out):
@@ -1190,182 +1308,11 @@ def prepare(
     tokens = _tokens(tokenizer, max_length or longest) if tokenizer else None
     summaries = _write_stores(entries, out, on_error, workers, progress, verify)
     if tokens:
-        _tokenise(tokens, out, summaries, progress)
+        _tokenise(tokens, out, entries, summaries, progress)
     atomic.write_json(out / "data_config.json", list(_data_config(entries, summaries)))
     _say(f"{_store_table(summaries)}\n\n{_length_table(summaries)}\n")
     _say("\n".join([*_changed_negatives(summaries), _total(summaries), _outcome(summaries, out)]))
     _say(f"Next: {_train_command(config, tiny, data_folder, out)}")
-
-# %% ../nbs/30_cli.ipynb #mine-read
-def _pairs(path):
-    "The first two columns of a file of training rows: questions and their answers."
-    from contrastive_st.data import read_examples
-
-    rows = list(read_examples(path))
-    if rows and len(rows[0]) > 2:
-        _say(f"note: {path}: the negatives that are there already are left out", err=True)
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
-def _vectors(option, path, texts, rows):
-    "A file of vectors, one for each text of another file; None if no file was given."
-    from contrastive_st.encoding import open_embeddings
-
-    if path is None:
-        return None
-    if path.with_name(f"{path.name}.json").is_file():  # the card of `encode`: the file is checked
-        table = open_embeddings(path)
-    else:
-        with atomic.reading(path, "make it with contrastive-st encode"):
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-    if table.ndim != 2 or len(table) != rows:
-        raise ValueError(
-            f"{option} {path}: has the shape {table.shape} and {texts} has {rows:,} rows;"
-            " encode those rows, one vector each"
-        )
-    return table
-
-# %% ../nbs/30_cli.ipynb #mine-inputs
-def _mining_inputs(model, pairs, corpus, vectors, prompt, faiss, progress):
-    "The texts and vectors to mine from, as `mine_hard_negatives` takes them."
-    from contrastive_st.search import faiss_index
-
-    queries, positives = _pairs(pairs)
-    passages = None if corpus is None else list(_texts(corpus))
-    texts, where = (positives, pairs) if passages is None else (passages, corpus)
-    asking = _vectors("--query-vectors", vectors[0], pairs, len(queries))
-    answering = _vectors("--document-vectors", vectors[1], where, len(texts))
-    # The model is opened only where vectors are missing.
-    encoder = _encoder(model) if asking is None or answering is None else None
-    if faiss and answering is None:  # an index needs them all beforehand
-        prompt = {} if prompt is None else {"prompt": prompt}
-        answering = encoder.encode_document(texts, progress=progress, **prompt)
-    return {
-        "queries": queries,
-        "positives": positives,
-        "corpus": passages,
-        "encoder": encoder,
-        "query_embeddings": asking,
-        "corpus_embeddings": answering,
-        "index": faiss_index(answering) if faiss else None,
-    }
-
-# %% ../nbs/30_cli.ipynb #mine-show
-def _suspect_lines(rows):
-    "Question, answer and negative with their scores, three lines each."
-    for row in rows:
-        texts = [printable(row[name])[:88] for name in ("query", "positive", "negative")]
-        yield f"  {row['positive_score']:6.3f}  {texts[0]}"
-        yield f"          + {texts[1]}"
-        yield f"  {row['negative_score']:6.3f}  - {texts[2]}"
-
-
-def _show_mined(report, out):
-    "The report of a mining, the negatives that may be answers, and what to do with the file."
-    _say(str(report))
-    titles = "Taken, nearest to the answer's score:", "Filtered, farthest above it:"
-    for title, filtered, most in zip(titles, (False, True), (5, 3)):
-        if rows := report.table(filtered)[:most]:
-            _say("\n".join(["", title, *_suspect_lines(rows)]))
-    _say(f"\n{report.counts['examples']:,} examples -> {out}")
-    if report.options["output_format"] == "labeled-pair":
-        _say("Next: these rows have labels, so they are for a classifier or a cross-encoder")
-    else:
-        entry = f'{{name = "{out.name}", weight = 1}}'
-        _say(f"Next: read the list, then add {entry} to the mix of a recipe,")
-        _say(f"whose folder is then {out.parent}, and train")
-
-# %% ../nbs/30_cli.ipynb #mine
-@app.command()
-@_stoppable("with --resume the same command goes on")
-def mine(
-    model: _Model,
-    pairs: Annotated[
-        Path, typer.Argument(help="Questions and answers: a .jsonl, .csv, .tsv or .parquet.")
-    ],
-    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
-    corpus: Annotated[
-        Path | None,
-        typer.Option(help="Passages, the answers among them. Without it: the answers alone."),
-    ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Negatives for each question.")] = 5,
-    range_min: Annotated[int, typer.Option(min=0, help="First rank to look at.")] = 0,
-    range_max: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rank to stop before. Without it: ten ranks a negative."),
-    ] = None,
-    max_score: Annotated[float | None, typer.Option(help="Largest score of a negative.")] = None,
-    margin: Annotated[
-        float | None, typer.Option(help="Smallest distance below the answer's score.")
-    ] = None,
-    relative_margin: Annotated[
-        float,
-        typer.Option(help="The same as a share of it; 0 keeps out only what scores above it."),
-    ] = 0.05,
-    sampling: Annotated[
-        str, typer.Option(help="'top' takes the best that are left, 'random' any of them.")
-    ] = "top",
-    seed: Annotated[int, typer.Option(min=0, help="Of 'random' and of --fill.")] = 0,
-    fill: Annotated[
-        bool, typer.Option("--fill", help="Fill up with random passages where too few are left.")
-    ] = False,
-    output_format: Annotated[
-        str, typer.Option("--format", help="triplet, n-tuple or labeled-pair.")
-    ] = "triplet",
-    query_prompt: _QueryPrompt = None,
-    document_prompt: _DocumentPrompt = None,
-    rescore: Annotated[
-        str | None, typer.Option(help="Cross-encoder, a directory or hub id, that scores again.")
-    ] = None,
-    query_vectors: Annotated[
-        Path | None, typer.Option(help="Vectors of the questions, one for each row of PAIRS.")
-    ] = None,
-    document_vectors: Annotated[
-        Path | None, typer.Option(help="Vectors of the corpus (or answers), one for each row.")
-    ] = None,
-    faiss: Annotated[
-        bool, typer.Option("--faiss", help="Search with a faiss index instead of exactly.")
-    ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Write the whole report to this JSON file.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an earlier mining of these files stopped.")
-    ] = False,
-    progress: _Progress = True,
-):
-    "Find hard negatives for pairs of questions and answers, and say which may be false."
-    from contrastive_st.mining import cross_encoder, mine_hard_negatives
-
-    check_output(out)
-    if report:
-        check_output(report, "--report")
-    scorer = cross_encoder(rescore) if rescore else None
-    vectors = query_vectors, document_vectors
-    inputs = _mining_inputs(model, pairs, corpus, vectors, document_prompt, faiss, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _, mined = mine_hard_negatives(
-        **inputs,
-        query_prompt=query_prompt,
-        corpus_prompt=document_prompt,
-        rescore=scorer,
-        num_negatives=k,
-        range_min=range_min,
-        range_max=range_max,
-        max_score=max_score,
-        absolute_margin=margin,
-        relative_margin=relative_margin,
-        sampling=sampling,
-        seed=seed,
-        too_few="fill" if fill else "drop",
-        output_format=output_format,
-        path=out,
-        resume=resume,
-        progress=progress,
-    )
-    if report:
-        atomic.write_json(report, mined.record())
-    _show_mined(mined, out)
 
 # %% ../nbs/30_cli.ipynb #read-texts
 def _read_corpus(path, column="", id_column=None):
@@ -1398,7 +1345,7 @@ class _Counted:
                 self.first = self.first or self.texts
             yield text
 
-# %% ../nbs/30_cli.ipynb #encode
+# %% ../nbs/30_cli.ipynb #encode-parts
 _Column = Annotated[
     str, typer.Option(help="Column that holds the texts. Without it: text, question and the like.")
 ]
@@ -1406,7 +1353,7 @@ _IdColumn = Annotated[
     str | None,
     typer.Option(
         "--id",
-        help="Column that holds an id for each text. Without it: _id; '' takes no ids from the file.",
+        help="Column with an id for each text. Without it: _id; '' takes no ids from the file.",
     ),
 ]
 
@@ -1431,7 +1378,7 @@ def _say_blank(counted):
             err=True,
         )
 
-
+# %% ../nbs/30_cli.ipynb #encode
 @app.command()
 @_stoppable("with --resume the same command goes on")
 def encode(
@@ -1506,7 +1453,7 @@ def index(
     texts: Annotated[
         Path,
         typer.Argument(
-            help="A .txt with one text a line, or a table: csv, tsv, jsonl, json, parquet, also .gz."
+            help="A .txt with one text a line, or a csv, tsv, jsonl, json or parquet, also .gz."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to make, or with --append to add to.")],
@@ -1644,7 +1591,10 @@ def search(
         ),
     ] = None,
     top_k: Annotated[
-        int, typer.Option("--top", "--top-k", min=1, help="Passages to show for each question.")
+        int,
+        typer.Option(
+            "--top", "--top-k", min=1, help="Passages to show for each question, equal ones once."
+        ),
     ] = 3,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object a line, one for each question.")
@@ -1673,8 +1623,23 @@ def search(
         raise ValueError("a question is blank; write what you want to find")
     searched, questions = _searched(model, words, index_model, exact, options)
     for question in _questions(questions):
-        hits = searched.search(question, top_k)
-        _say_json(question, hits) if as_json else _say_hits(question, hits, width)
+        if as_json:
+            _say_json(question, searched.search(question, top_k))
+        else:
+            _say_hits(question, _distinct(searched, question, top_k), width)
+
+
+def _distinct(searched, question, top_k):
+    "The nearest passages, of equal texts the first: several questions may share an answer."
+    rows = top_k
+    while True:
+        hits = searched.search(question, rows)
+        first = {}
+        for hit in hits:
+            first.setdefault(hit[2], hit)
+        if len(first) >= top_k or len(hits) < rows:
+            return list(first.values())[:top_k]
+        rows *= 4
 
 
 def _say_json(question, hits):
@@ -1733,6 +1698,183 @@ def _shorten(text, indent, width=None):
     text = printable(text[:10_000])  # more than any terminal shows
     room = (width or shutil.get_terminal_size().columns) - indent
     return text if len(text) <= room else text[: max(room - 1, 1)] + "…"
+
+# %% ../nbs/30_cli.ipynb #mine-read
+def _pairs(path):
+    "The first two columns of a file of training rows: questions and their answers."
+    from contrastive_st.data import read_examples
+
+    rows = list(read_examples(path))
+    if rows and len(rows[0]) > 2:
+        _say(f"note: {path}: the negatives that are there already are left out", err=True)
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _vectors(option, path, texts, rows):
+    "A file of vectors, one for each text of another file; None if no file was given."
+    from contrastive_st.encoding import open_embeddings
+
+    if path is None:
+        return None
+    if path.with_name(f"{path.name}.json").is_file():  # the card of `encode`: the file is checked
+        table = open_embeddings(path)
+    else:
+        with atomic.reading(path, "make it with contrastive-st encode"):
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+    if table.ndim != 2 or len(table) != rows:
+        raise ValueError(
+            f"{option} {path}: has the shape {table.shape} and {texts} has {rows:,} rows;"
+            " encode those rows, one vector each"
+        )
+    return table
+
+# %% ../nbs/30_cli.ipynb #mine-inputs
+def _mining_inputs(model, pairs, corpus, vectors, prompt, faiss, progress):
+    "The texts and vectors to mine from, as `mine_hard_negatives` takes them."
+    from contrastive_st.search import faiss_index
+
+    queries, positives = _pairs(pairs)
+    passages = None if corpus is None else list(_texts(corpus))
+    texts, where = (positives, pairs) if passages is None else (passages, corpus)
+    asking = _vectors("--query-vectors", vectors[0], pairs, len(queries))
+    answering = _vectors("--document-vectors", vectors[1], where, len(texts))
+    # The model is opened only where vectors are missing.
+    encoder = _encoder(model) if asking is None or answering is None else None
+    if faiss and answering is None:  # an index needs them all beforehand
+        prompt = {} if prompt is None else {"prompt": prompt}
+        answering = encoder.encode_document(texts, progress=progress, **prompt)
+    return {
+        "queries": queries,
+        "positives": positives,
+        "corpus": passages,
+        "encoder": encoder,
+        "query_embeddings": asking,
+        "corpus_embeddings": answering,
+        "index": faiss_index(answering) if faiss else None,
+    }
+
+# %% ../nbs/30_cli.ipynb #mine-show
+def _suspect_lines(rows):
+    "Question, answer and negative with their scores, three lines each."
+    for row in rows:
+        texts = [printable(row[name])[:88] for name in ("query", "positive", "negative")]
+        yield f"  {row['positive_score']:6.3f}  {texts[0]}"
+        yield f"          + {texts[1]}"
+        yield f"  {row['negative_score']:6.3f}  - {texts[2]}"
+
+
+def _show_mined(report, out):
+    "The report of a mining, the negatives that may be answers, and what to do with the file."
+    _say(str(report))
+    titles = "Taken, nearest to the answer's score:", "Filtered, farthest above it:"
+    for title, filtered, most in zip(titles, (False, True), (5, 3)):
+        if rows := report.table(filtered)[:most]:
+            _say("\n".join(["", title, *_suspect_lines(rows)]))
+    _say(f"\n{report.counts['examples']:,} examples -> {out}")
+    if report.options["output_format"] == "labeled-pair":
+        _say("Next: these rows have labels, so they are for a classifier or a cross-encoder")
+    else:
+        entry = f'{{name = "{out.name}", weight = 1}}'
+        _say(f"Next: read the list, then add {entry} to the mix of a recipe,")
+        _say(f"whose folder is then {out.parent}, and train")
+
+# %% ../nbs/30_cli.ipynb #mine-options
+_RangeMax = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rank to stop before. Without it: ten ranks a negative."),
+]
+_Margin = Annotated[float | None, typer.Option(help="Smallest distance below the answer's score.")]
+_RelativeMargin = Annotated[
+    float,
+    typer.Option(help="The same as a share of it; 0 keeps out only what scores above it."),
+]
+_Rescore = Annotated[
+    str | None, typer.Option(help="Cross-encoder, a directory or hub id, that scores again.")
+]
+_QueryVectors = Annotated[
+    Path | None, typer.Option(help="Vectors of the questions, one for each row of PAIRS.")
+]
+_DocumentVectors = Annotated[
+    Path | None, typer.Option(help="Vectors of the corpus (or answers), one for each row.")
+]
+
+# %% ../nbs/30_cli.ipynb #mine
+@app.command()
+@_stoppable("with --resume the same command goes on")
+def mine(
+    model: _Model,
+    pairs: Annotated[
+        Path, typer.Argument(help="Questions and answers: a .jsonl, .csv, .tsv or .parquet.")
+    ],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Passages, the answers among them. Without it: the answers alone."),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Negatives for each question.")] = 5,
+    range_min: Annotated[int, typer.Option(min=0, help="First rank to look at.")] = 0,
+    range_max: _RangeMax = None,
+    max_score: Annotated[float | None, typer.Option(help="Largest score of a negative.")] = None,
+    margin: _Margin = None,
+    relative_margin: _RelativeMargin = 0.05,
+    sampling: Annotated[
+        str, typer.Option(help="'top' takes the best that are left, 'random' any of them.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(min=0, help="Of 'random' and of --fill.")] = 0,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill up with random passages where too few are left.")
+    ] = False,
+    output_format: Annotated[
+        str, typer.Option("--format", help="triplet, n-tuple or labeled-pair.")
+    ] = "triplet",
+    query_prompt: _QueryPrompt = None,
+    document_prompt: _DocumentPrompt = None,
+    rescore: _Rescore = None,
+    query_vectors: _QueryVectors = None,
+    document_vectors: _DocumentVectors = None,
+    faiss: Annotated[
+        bool, typer.Option("--faiss", help="Search with a faiss index instead of exactly.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the whole report to this JSON file.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier mining of these files stopped.")
+    ] = False,
+    progress: _Progress = True,
+):
+    "Find hard negatives for pairs of questions and answers, and say which may be false."
+    from contrastive_st.mining import cross_encoder, mine_hard_negatives
+
+    check_output(out)
+    if report:
+        check_output(report, "--report")
+    scorer = cross_encoder(rescore) if rescore else None
+    vectors = query_vectors, document_vectors
+    inputs = _mining_inputs(model, pairs, corpus, vectors, document_prompt, faiss, progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _, mined = mine_hard_negatives(
+        **inputs,
+        query_prompt=query_prompt,
+        corpus_prompt=document_prompt,
+        rescore=scorer,
+        num_negatives=k,
+        range_min=range_min,
+        range_max=range_max,
+        max_score=max_score,
+        absolute_margin=margin,
+        relative_margin=relative_margin,
+        sampling=sampling,
+        seed=seed,
+        too_few="fill" if fill else "drop",
+        output_format=output_format,
+        path=out,
+        resume=resume,
+        progress=progress,
+    )
+    if report:
+        atomic.write_json(report, mined.record())
+    _show_mined(mined, out)
 
 # %% ../nbs/30_cli.ipynb #demo
 @app.command()

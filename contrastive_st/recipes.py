@@ -271,6 +271,16 @@ def merge(
         table[key] = merge(table[key], value) if both else value
     return table
 
+
+def _lay(table, changes):
+    "Lay changes over a recipe; a length given in steps replaces one in epochs, and the other way."
+    old, new = table.get("train"), changes.get("train")
+    if isinstance(old, dict) and isinstance(new, dict):
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if one in new and other not in new:
+                old.pop(other, None)
+    return merge(table, changes)
+
 # %% ../nbs/26_recipes.ipynb #parse
 _LARGEST_FILE = 4_000_000  # bytes
 # Squared dots of a line: Python's TOML reader takes time that grows so with the parts of a key.
@@ -325,7 +335,7 @@ def _tiny(table, path, is_used):
         )
     if not changes or not isinstance(changes, dict):  # the recipe's own check names what is none
         return {}
-    _recipe(merge(deepcopy(table), changes), path, "", f"{path}: tiny")
+    _recipe(_lay(deepcopy(table), changes), path, "", f"{path}: tiny")
     return deepcopy(changes) if is_used else {}
 
 # %% ../nbs/26_recipes.ipynb #record
@@ -402,8 +412,8 @@ def load(
     check_values(changes, where)
     # What an earlier run changed, then the tiny table, then the changes of this run.
     text, table, record = _without_record(*_read(path), path)
-    changes = merge(merge(record.changes, _tiny(table, path, tiny)), deepcopy(changes))
-    table = merge(table, deepcopy(changes))
+    changes = _lay(_lay(record.changes, _tiny(table, path, tiny)), deepcopy(changes))
+    table = _lay(table, deepcopy(changes))
     if tiny and "CONTRASTIVE_ST_DATA" in os.environ:  # of this machine, so it is not recorded
         merge(table, {"data": {"folder": os.path.abspath(os.environ["CONTRASTIVE_ST_DATA"])}})
     recipe = _recipe(table, path, text, where)

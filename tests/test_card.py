@@ -319,6 +319,27 @@ def test_evaluation_has_intervals_and_says_what_chose(run):
     assert "optimistic" in part
 
 
+def test_a_labelled_exam_is_told(copy):
+    text = (copy / "recipe.toml").read_text()
+    new = text.replace('sts = "dev.tsv"', 'sts = "dev.tsv"\nlabels = "intents.csv"')
+    (copy / "recipe.toml").write_text(new)
+    metrics = json.loads((copy / "metrics.json").read_text())
+    for side, rate in (("before", 0.5), ("after", 0.75)):
+        ends = {"knn_accuracy_low": rate - 0.1, "knn_accuracy_high": rate + 0.1}
+        exam = {"knn_accuracy": rate, "map@r": rate, "labels_n": 40} | ends
+        metrics[side] |= exam
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    rows = [row for row in metric_rows(read_records(copy)) if row["task"] == "labels"]
+    assert [(row["set"], row["metric"]) for row in rows] == [
+        ("intents.csv", "knn_accuracy"),
+        ("intents.csv", "map@r"),
+    ]
+    line = next(line for line in model_card(copy).splitlines() if line.endswith("[0.650, 0.850] |"))
+    assert "(evaluation, 40 texts)" in line and "0.500 [0.400, 0.600]" in line
+    results = yaml.safe_load(model_card(copy).split("---")[1])["model-index"][0]["results"]
+    assert "text-classification" in {result["task"]["type"] for result in results}
+
+
 def test_training_has_the_command_and_every_setting(run):
     part = section(model_card(run), "Training")
     config = json.loads((run / "config.json").read_text())

@@ -26,20 +26,24 @@ import yaml
 from conftest import make_backbone, make_tokenizer
 from typer.testing import CliRunner
 
-from contrastive_st import cli, data, evaluation
+from contrastive_st import cli, data, evaluation, recipes
 from contrastive_st.card import model_card
 from contrastive_st.cpu import has_bf16
 from contrastive_st.demo import LIMIT
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.tokens import Tokens
 
 SCRIPT = Path(sys.executable).parent / "contrastive-st"
 COMMANDS = {
-    "train": "out data store set tiny xla resume overwrite push-to-hub progress",
+    "train": "out data store set sweep tiny xla resume overwrite push-to-hub progress",
     "inspect": "data store set tiny sample plot",
     "prepare": "out data tiny tokenizer max-length on-error workers progress verify",
-    "evaluate": "sts retrieval out query-prompt document-prompt",
+    "evaluate": "sts retrieval labels neighbors text label out query-prompt document-prompt",
     "encode": "out column id precision prompt workers resume bf16 batch-size",
-    "index": "out column id precision vectors faiss append resume workers bf16",
+    "index": (
+        "out column id precision query-prompt document-prompt vectors faiss append resume workers"
+        " bf16 progress"
+    ),
     "search": "top json width model exact column id query-prompt document-prompt",
     "demo": "run host port limit corpus queries",
     "serve": "host port texts characters waiting",
@@ -80,6 +84,8 @@ retrieval = "retrieval"
 [test]
 sts = "sts.tsv"
 """
+# what a training says on its way, beside its error
+SPOKEN = r"note: |measuring before: |computing on |step \d+ of |\d+ of \d+ steps in "
 THINGS = (
     "dog cat man woman child horse guitar piano rice road street water music ball train rain snow"
     " money".split()
@@ -180,7 +186,7 @@ def works(*args, **kwargs):
 def refuses(*args, words=(), **kwargs):
     "Exit code 2, and one line of standard error that begins with 'error: ' and holds the words."
     code, out, err = command(*args, **kwargs)
-    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("note: ")]
+    lines = [line for line in err.splitlines() if line.strip() and not re.match(SPOKEN, line)]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
         f"exit {code}\n{out}\n{err}"
     )
@@ -353,6 +359,62 @@ def test_the_commands_that_train_suggests_work(place, run):
         *"--no-progress --set train.steps=2".split(),
     )
     assert Path(suggested(spaced)[1]).is_dir()
+
+
+def test_a_run_goes_into_a_folder_of_its_recipes_name(place):
+    recipe(place, "mine.toml")
+    out = works("train", "mine.toml", "--no-progress", "--set", "train.steps=2")
+    assert "Written to runs/mine:" in out and (place / "runs" / "mine" / "model").is_dir()
+    refuses("train", "mine.toml", "--no-progress", words=["runs/mine", "resume", "overwrite"])
+
+
+def test_epochs_take_the_place_of_the_recipes_steps(place):
+    path = recipe(place, "passes.toml", ("warmup = 1\n", ""))
+    options = "--out runs/passes --no-progress --set train.epochs=0.5".split()
+    works("train", path, *options)
+    config = json.loads((place / "runs" / "passes" / "config.json").read_text())
+    rows = 2 * len(THINGS) + len(THINGS)
+    assert config["steps"] == -(-rows // 2 // 8)
+    refuses(
+        *("train", path, "--overwrite", "--set", "train.steps=2", *options),
+        words=["steps is 2 and epochs is 0.5", "give one of the two"],
+    )
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [("data.batchsize=8", "batchsize"), ("title=3", "title"), ("test.sts='gone.tsv'", "gone.tsv")],
+)
+def test_a_wrong_recipe_is_told_before_torch_is_there(place, change, word):
+    code = (
+        "import sys; from contrastive_st import cli\n"
+        "try: cli.main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    words = ["train", "recipe.toml", "--out", "never", "--set", change]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=place, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and word in done.stderr, done.stderr
+    assert done.stdout.strip() == "False"
+
+
+def test_evaluation_and_test_of_one_corpus_search_it_once(place, monkeypatch):
+    path = recipe(place, "shared.toml", ("[test]\n", '[test]\nretrieval = "retrieval"\n'))
+    searches, search = [], evaluation.evaluate_retrieval
+    monkeypatch.setattr(
+        evaluation, "evaluate_retrieval", lambda *a, **k: searches.append(1) or search(*a, **k)
+    )
+    works("train", path, "--out", "runs/shared", "--no-progress", "--set", "train.steps=2")
+    assert len(searches) == 2  # before and after
+    metrics = json.loads((place / "runs" / "shared" / "metrics.json").read_text())
+    for side in ("before", "after"):
+        assert metrics["test"][side]["ndcg@10"] == metrics[side]["ndcg@10"]
+    works(
+        *("train", path, "--out", "runs/shared", "--no-progress", "--overwrite"),
+        *("--set", "train.steps=2", "--set", "test.query_prompt='query: '"),
+    )
+    assert len(searches) == 6  # another prompt makes it another search
 
 
 def test_a_run_is_not_written_over(place, run):
@@ -674,6 +736,66 @@ def test_prepare_then_train_from_the_store_alone(place):
     assert works("inspect", "recipe.toml", "--store", "store") == works("inspect", "recipe.toml")
 
 
+MARKED = """
+[[data.mix]]
+name = "intents.csv"
+weight = 1
+columns = ["text"]
+label = "intent"
+
+[[data.mix]]
+name = "graded.csv"
+weight = 1
+score = "score"
+score_range = [0, 5]
+
+[[data.mix]]
+name = "pairs.jsonl"
+weight = 1
+prompts = ["query: ", "passage: "]
+"""
+
+
+@pytest.fixture(scope="module")
+def marked(place):
+    "A recipe that mixes labelled, graded and prompted rows."
+    lines = [f"the {x} {is_} here,{n % 3}" for n, x in enumerate(THINGS) for is_ in ("is", "was")]
+    (place / "data" / "intents.csv").write_text("\n".join(["text,intent", *lines]) + "\n")
+    pairs = [f"a {x},a {y},{n % 6}" for n, (x, y) in enumerate(zip(THINGS, THINGS[1:] + THINGS))]
+    (place / "data" / "graded.csv").write_text("\n".join(["first,second,score", *pairs]) + "\n")
+    table = MARKED + "\n[train]"
+    return recipe(place, "marked.toml", ('mix = "data_config.json"\n', ""), ("[train]", table))
+
+
+def test_prepare_keeps_labels_scores_and_prompts(place, marked):
+    works("prepare", marked, *"--out marks --tokenizer encoder --no-progress".split())
+    config = json.loads((place / "marks" / "data_config.json").read_text())
+    assert [set(entry) - {"name", "weight", "lines"} for entry in config] == [
+        {"label"},
+        {"score", "score_range"},
+        {"prompts"},
+    ]
+    mixed = recipes.load(marked)
+    encoder = mixed.encoder()
+    tokens = Tokens(encoder.tokenizer, encoder.max_length)
+    alone = recipes.load(marked, {"data": {"mix": "data_config.json", "folder": "marks"}})
+    mixtures = [mixed.mixture(), mixed.mixture(store="marks"), alone.mixture()]
+    seen = set()
+    for step in range(6):
+        files, *stores = (tokens(mixture.batch(step)) for mixture in mixtures)
+        seen.add((files.labels is not None and files.labels.any().item(), files.scores is not None))
+        for other in stores:
+            for one, two in zip(files, other):
+                assert (one is None and two is None) or torch.equal(one, two)
+    assert {(True, False), (False, True)} <= seen, "labelled and graded batches were compared"
+    losses = []
+    for name, options in (("of-files", []), ("of-stores", ["--store", "marks"])):
+        works("train", marked, "--out", f"runs/{name}", "--no-progress", *options)
+        history = json.loads((place / "runs" / name / "history.json").read_text())
+        losses.append([line["loss"] for line in history if "loss" in line])
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
 def test_prepare_lists_bad_lines(place, tmp_path):
     lines = ['["a dog", "a cat"]', "not JSON", '["rain", ""]', '["snow", "money"]', '["one"]']
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines) + "\n")
@@ -850,6 +972,24 @@ def test_evaluate_on_both_keeps_both_counts(place):
     assert {3, len(THINGS)} <= {v for k, v in result.items() if "n" in k.split("_")}, {
         k: v for k, v in result.items() if isinstance(v, int)
     }
+
+
+def test_evaluate_labelled_texts(place):
+    rows = [f"the {x} is on the {y},{x}" for x in THINGS[:6] for y in ("road", "street", "rain")]
+    (place / "judged.csv").write_text("\n".join(["text,label", *rows[::3]]) + "\n")
+    (place / "voters.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    out = works(*"evaluate encoder --labels judged.csv --neighbors voters.csv --out l.json".split())
+    judged, voters = (evaluation.read_labelled(place / f"{n}.csv") for n in ("judged", "voters"))
+    encode = SentenceEncoder.from_pretrained(place / "encoder").encode
+    expected = evaluation.evaluate_labels(encode, *judged, voters)
+    written = json.loads((place / "l.json").read_text())
+    assert written["knn_accuracy"] == pytest.approx(expected["knn_accuracy"])
+    assert written["labels_n"] == 6 and "knn_accuracy" in out and "map@r" in out
+    (place / "other.csv").write_text("utterance,intent\n" + "\n".join(rows) + "\n")
+    works(*"evaluate encoder --labels other.csv --text utterance --label intent".split())
+    refuses(*"evaluate encoder --labels other.csv".split(), words=["other.csv", "utterance"])
+    refuses(*"evaluate encoder --neighbors voters.csv".split(), words=["--labels"])
+    refuses("evaluate", "encoder", words=["nothing to measure", "--labels FILE"])
 
 
 @pytest.mark.parametrize("split, spearman", [("test", 0.8203), ("dev", 0.8672)])
@@ -1061,6 +1201,29 @@ def test_search_shows_all_passages_when_there_are_fewer(place):
 
 
 # ---- demo ----
+
+
+def test_equal_passages_are_shown_once(place):
+    lines = ["the dog is here"] * 9 + ["a cat", "the rain", "much snow"]
+    (place / "double.txt").write_text("\n".join(lines) + "\n")
+    words = ["search", "encoder", "double.txt", "the dog is here", "--top", "3"]
+    shown = works(*words).splitlines()[1:]
+    assert len(shown) == 3 and sum("the dog is here" in line for line in shown) == 1
+    hits = json.loads(works(*words, "--json"))["hits"]  # a program gets every row
+    assert [hit["text"] for hit in hits] == ["the dog is here"] * 3
+    assert len(works(*words[:-1], "12").splitlines()) == 5  # there are no more
+
+
+def test_compare_opens_the_folder_of_a_sweep(place, run, monkeypatch):
+    from contrastive_st import compare as page
+
+    folders = []
+    monkeypatch.setattr(page, "compare_runs", lambda runs, *_: folders.extend(runs) or 1 / 0)
+    for name in ("lr=2", "lr=1"):
+        shutil.copytree(place / "runs" / "first", place / "sweep" / name)
+    with pytest.raises(ZeroDivisionError):
+        command("compare", "runs/first", "sweep")
+    assert [str(folder) for folder in folders] == ["runs/first", "sweep/lr=1", "sweep/lr=2"]
 
 
 def test_demo_hands_on_what_was_typed(place, monkeypatch):

@@ -158,6 +158,21 @@ def test_a_model_in_a_folder_is_noted(folder, monkeypatch):
     }
 
 
+def test_a_length_replaces_the_other_length(folder):
+    longer = load(folder / "good.toml", {"train": {"epochs": 2}})
+    assert longer.train["epochs"] == 2 and "steps" not in longer.train
+    (folder / "recorded.toml").write_text(longer.text)  # as a run records it
+    assert load(folder / "recorded.toml").train == longer.train
+    again = load(folder / "recorded.toml", {"train": {"steps": 5}})
+    assert again.train["steps"] == 5 and "epochs" not in again.train
+    both = load(folder / "good.toml", {"train": {"steps": 5, "epochs": 2}})
+    assert (both.train["steps"], both.train["epochs"]) == (5, 2)  # TrainConfig refuses that
+    (folder / "small.toml").write_text(f"{GOOD}\n[tiny.train]\nepochs = 1\n")
+    small = load(folder / "small.toml", tiny=True)
+    assert small.train["epochs"] == 1 and "steps" not in small.train
+    assert load(folder / "small.toml").train["steps"] == 6
+
+
 def test_inline_mixes_folders_and_lists(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     inline = changed(

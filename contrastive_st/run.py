@@ -323,7 +323,7 @@ def _guard(rows, guide, config, step, mask=guide_mask):
         return None
     if config.guard == "guide" and guide is None:
         raise ValueError("guard is 'guide', but the batch has no vectors of one in its field guide")
-    rows = rows.detach() if guide is None else guide
+    rows = guide if config.guard == "guide" else rows.detach()
     negatives = rows[:, 2:] if rows.shape[1] > 2 else None  # (B, K, D)
     return mask(rows[:, 0], rows[:, 1], negatives, -margin)
 
@@ -343,9 +343,9 @@ def _tiled_loss(rows, identities, labels, guide, config, step, learned):
     "The loss of this rank's rows (b, C, D), and candidates masked per anchor; two scalars."
     b, (B, C) = len(rows), identities.shape
     known = SameTiles(identities if config.mask_same else _unlike(identities), labels)
-    # Each rank needs all vectors for the scores of a guard, as for the candidates of its rows.
-    everyone = rows if guide is not None else contrastive.gather(rows.detach())
-    guarded = _guard(everyone, guide, config, step, guide_tiles)
+    # The model's own guard asks for the scores of all rows, not of this rank's alone.
+    judged = contrastive.gather(rows.detach()) if config.guard == "self" else rows
+    guarded = _guard(judged, guide, config, step, guide_tiles)
 
     def same(rows, columns):  # (t, u) bool
         cells = known(rows, columns)

@@ -33,7 +33,7 @@ from test_trainer import (
     weights,
 )
 
-from contrastive_st import trainer
+from contrastive_st import recipes, trainer
 from contrastive_st.atomic import MANIFEST, Damaged, read_json
 from contrastive_st.data import Source, load_source
 from contrastive_st.guard import guide_mask
@@ -1414,6 +1414,31 @@ def test_a_guide_that_is_no_index_is_refused_before_the_directory_is_taken(tmp_p
     with pytest.raises(ValueError, match="holds int8 vectors, which are codes"):
         train_tiny(tmp_path / "run", replace(c, guide=str(tmp_path / "codes")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_guide_is_named_relative_to_the_recipe(tmp_path):
+    text = """
+title = "guided"
+[model]
+name = "m"
+[data]
+mix = "data_config.json"
+[train]
+guard = "guide"
+guide = "guide-index"
+"""
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    recipe = recipes.load(tmp_path / "r.toml")
+    assert recipe.train["guide"] == str(tmp_path / "guide-index") and recipe.text == text
+    changed = recipes.load(tmp_path / "r.toml", {"train": {"guide": "/elsewhere"}})
+    assert TrainConfig(**changed.train).guide == "/elsewhere"
+
+
+def test_overwrite_deletes_what_compare_measured(tmp_path):
+    train_tiny(tmp_path, config(1))
+    (tmp_path / "items.json").write_text("{}", encoding="utf-8")
+    train_tiny(tmp_path, config(1), overwrite=True)
+    assert not (tmp_path / "items.json").exists()
 
 
 # ---- prompts, labels and scores of a run ----

@@ -6,6 +6,8 @@
 __all__ = ['SIMILARITIES', 'number_equal', 'check_identities', 'same_text', 'check_inputs', 'info_nce', 'matryoshka', 'gather']
 
 # %% ../nbs/01_loss.ipynb #imports
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -185,9 +187,10 @@ def matryoshka(
     *,
     widths: list[int],  # how many leading dimensions to keep, each 1 to D; include D itself
     weights: list[float] = None,  # one factor per width; default 1 each
-    **info_nce_args,  # scale, symmetric, similarity, same
+    loss: Callable = info_nce,  # or another loss of the same three inputs
+    **options,  # of the loss: scale, symmetric, similarity, same
 ) -> Tensor:  # weighted sum of the losses, scalar float32
-    "Sum the InfoNCE loss over embeddings cut to each of `widths`."
+    "Sum a loss over embeddings cut to each of `widths`."
     D, weights = anchors.shape[-1], [1.0] * len(widths) if weights is None else weights
     if len(widths) == 0 or not all(0 < w <= D for w in widths):
         raise ValueError(
@@ -200,7 +203,7 @@ def matryoshka(
         )
     columns = [x for x in (anchors, positives, negatives) if x is not None]
     return sum(
-        f * info_nce(*(x[..., :w] for x in columns), **info_nce_args)  # each (B, w) or (B, K, w)
+        f * loss(*(x[..., :w] for x in columns), **options)  # each (B, w) or (B, K, w)
         for w, f in zip(widths, weights)
     )
 

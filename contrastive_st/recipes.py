@@ -417,6 +417,8 @@ def load(
     if tiny and "CONTRASTIVE_ST_DATA" in os.environ:  # of this machine, so it is not recorded
         merge(table, {"data": {"folder": os.path.abspath(os.environ["CONTRASTIVE_ST_DATA"])}})
     recipe = _recipe(table, path, text, where)
+    if isinstance(guide := recipe.train.get("guide"), str) and guide:  # relative to the recipe
+        recipe.train["guide"] = str(path.parent / guide)
     record = RunRecord(changes, os.path.isdir(recipe.model.name))
     return replace(recipe, text=_with_record(text, record))
 

@@ -453,6 +453,8 @@ class TokenBatch(NamedTuple):
     labels: Tensor | None = None
     # how similar anchor and positive are, (B,) float32 in [0, 1]; None: the batch is not graded
     scores: Tensor | None = None
+    # another encoder's vectors of the texts, (B, C, G) float32; None: there is no guide
+    guide: Tensor | None = None
 
 
 def _texts(batch):

@@ -31,7 +31,8 @@ from .mixture import Mixture, as_mixture
 from .model import SentenceEncoder
 from .run import SAVE_SECONDS, Abandoned, Lines, Run, Stopped, TrainConfig
 from .run import check_health, format_seconds, progress_style
-from .run import checkpoint_folder, last_checkpoint, load_training, load_weights
+from .run import checkpoint_folder, last_checkpoint, learned_scale
+from .run import load_training, load_weights
 from .run import log_line, lr_factor, rank_count, read_record, seed_step, train_step
 from .tokens import TokenBatch, Tokens, feed
 
@@ -39,14 +40,14 @@ from .tokens import TokenBatch, Tokens, feed
 class _Steps(IterableDataset):
     "Yield the token batch of each step from `start()` to `steps`."
 
-    def __init__(self, mixture, tokens, steps, start, rank=0, ranks=1, workers=0, watch=iter):
-        self.mixture, self.tokens, self.slice = mixture, tokens, (rank, ranks)
+    def __init__(self, run, tokens, steps, start, rank=0, ranks=1, workers=0, watch=iter):
+        self.run, self.tokens, self.slice = run, tokens, (rank, ranks)
         self.steps, self.start = steps, start
         self.workers = workers  # threads that make the next batches ahead of time
         self.watch = watch  # sees the batches pass
 
     def _make(self, step):
-        batch = self.tokens(self.mixture.batch(step, *self.slice))._asdict()
+        batch = self.run.batch(self.tokens, step, *self.slice)._asdict()
         return {name: values for name, values in batch.items() if values is not None}
 
     def __iter__(self):
@@ -89,6 +90,10 @@ class _ContrastiveTrainer(Trainer):
         super().__init__(model=run.encoder, eval_dataset=[], **kwargs)
         self.run, self.config, self.compute = run, run.config, compute
         self.tracker = run.tracker
+        # Beside the encoder: every rank has the global batch's gradient of it, so DDP need not know.
+        self.learned = learned_scale(run.config)
+        if self.learned is not None:
+            self.learned.to(self.args.device)
         self.counts, self.clock, self.reading = _Means(), _Clock(), (0.0, 0.0)
         self.add_callback(self.clock)
         self.add_callback(_Checkpoints(run))
@@ -99,7 +104,7 @@ class _ContrastiveTrainer(Trainer):
         tokens = Tokens(self.model.tokenizer, self.model.max_length)
         ranks = self.args.process_index, self.args.world_size
         steps = _Steps(
-            self.run.mixture,
+            self.run,
             tokens,
             self.config.steps,
             self._first,  # asked when the loop begins: only then is the checkpoint loaded
@@ -112,6 +117,13 @@ class _ContrastiveTrainer(Trainer):
     def _first(self):
         return self.state.global_step
 
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.learned is not None:
+            scale = {"params": list(self.learned.parameters()), "weight_decay": 0.0}
+            optimizer.add_param_group(scale)
+        return optimizer
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         steps, warmup = self.config.steps, self.config.warmup
         self.lr_scheduler = LambdaLR(
@@ -123,6 +135,8 @@ class _ContrastiveTrainer(Trainer):
         seed_step(self.config.seed, self.state.global_step, self.args.process_index)
         model.train()
         low, device = self.compute["dtype"] == "bfloat16", self.args.device.type
+        if self.learned is not None:
+            self.learned.zero_grad()  # the Trainer does so for the model alone
         logs = train_step(
             model,
             TokenBatch(**self._prepare_inputs(inputs)),
@@ -132,6 +146,7 @@ class _ContrastiveTrainer(Trainer):
             chunk_tokens=self.compute["chunk_tokens"],
             no_sync=getattr(model, "no_sync", nullcontext),
             step=self.state.global_step,
+            learned=self.learned,
         )
         loss = logs.pop("loss")  # the Trainer adds it up itself
         self.counts.add(**logs)
@@ -212,10 +227,15 @@ class _ContrastiveTrainer(Trainer):
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
         }
+        if self.learned is not None:
+            state["learned"] = self.learned.state_dict()
         torch.save(self.tracker.state() | state, folder / "training.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.old = load_training(resume_from_checkpoint, _TRAINING_KEYS)
+        keys = _TRAINING_KEYS | ({"learned"} if self.learned is not None else set())
+        self.old = load_training(resume_from_checkpoint, keys)
+        if self.learned is not None:
+            self.learned.load_state_dict(self.old["learned"])
         self.tracker.best_step, self.tracker.best = self.old["best_step"], self.old["best"]
         load_weights(self.model, resume_from_checkpoint)
 

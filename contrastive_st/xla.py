@@ -231,10 +231,10 @@ def lay_out(
         "rows": rows[order].int(),  # (C*B,)
         "identities": batch.identities,  # (B, C)
         "truncated": truncated,
-    } | {  # a batch has labels, scores, or neither, (B,)
+    } | {  # a batch has labels, scores, or neither, (B,), perhaps vectors of a guide, (B, C, G)
         name: values
-        for name, values in (("labels", batch.labels), ("scores", batch.scores))
-        if values is not None
+        for name in ("labels", "scores", "guide")
+        if (values := getattr(batch, name)) is not None
     }
 
 
@@ -485,8 +485,8 @@ def make_step(
     "Compile the training step; a program too many, or a wait for the host inside, is an error."
 
     def contrastive(
-        totals, step, input_ids, lengths, rows, identities, truncated, labels=None, scores=None
-    ):
+        totals, step, input_ids, lengths, rows, identities, truncated, **marks
+    ):  # marks: labels, scores or guide, where the batch has them
         noise.rows, noise.step, columns = rows, step, identities.shape[1]
 
         def embed_columns(input_ids, lengths):
@@ -494,7 +494,7 @@ def make_step(
                 vectors = embed(encoder, input_ids, lengths)  # (C*B, D)
             return _columns_first(vectors, columns, devices)
 
-        batch = TokenBatch(input_ids, lengths, identities, truncated, labels, scores)
+        batch = TokenBatch(input_ids, lengths, identities, truncated, **marks)
         logs = train_step(encoder, batch, config, optimizer, embed_columns, step=step)
         # Numbers for the log, which stay on the device.
         return totals + torch.stack([logs[name].float() for name in _LOGGED]), step + 1
@@ -616,6 +616,12 @@ def _check(encoder, mixture, config, buckets, devices):
             "chunk_tokens is for CPU and GPU; on XLA the batch of a device stays whole: set it to"
             " 0, and use a smaller batch or more devices"
         )
+    if config.learn_scale or config.tiled:
+        name = "learn_scale" if config.learn_scale else "tiled"
+        raise ValueError(
+            f"{name} is for CPU and GPU; on XLA the loss is part of one compiled program with a"
+            f" fixed scale: leave {name} out"
+        )
     if config.patience and _hosts()[1] > 1:
         raise ValueError(
             "patience is set, but each of several hosts would decide for itself when to stop, and"
@@ -643,18 +649,18 @@ def _versions(mesh):
     }
 
 
-def _batches(mixture, tokens, config, first, mesh):
+def _batches(run, tokens, first, mesh):
     "The remaining batches, laid out and sent to the devices by threads ahead of time."
     host, hosts = _hosts()
 
     def make(step):
-        batch = tokens(mixture.batch(step, host, hosts))  # this host's slice
+        batch = run.batch(tokens, step, host, hosts)  # this host's slice
         # A host does not know how long the others' texts are.
         T = tokens.bucket(batch) if hosts == 1 else tokens.buckets[-1]
         arrays = lay_out(batch, T, mesh.size() // hosts, tokens.pad_id, host, hosts)
         return {name: _send(t, mesh) for name, t in arrays.items()}
 
-    return feed(make, range(first, config.steps), config.workers)
+    return feed(make, range(first, run.config.steps), run.config.workers)
 
 # %% ../nbs/19_xla.ipynb #log
 class _Log:
@@ -858,7 +864,7 @@ def _train(run, checkpoint, tokens, mesh, progress):
     graphs = len(buckets) * len(forms)
     step = make_step(replica, optimizer, config, noise, mesh.size(), graphs)
     # 3. all steps that are left
-    batches = _batches(run.mixture, tokens, config, tracker.step, mesh)
+    batches = _batches(run, tokens, tracker.step, mesh)
     with contextlib.closing(batches):
         _loop(run, replica, optimizer, step, batches, buckets, mesh.size(), lines)
     if run.signals.number and not tracker.is_over():

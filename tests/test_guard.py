@@ -313,7 +313,7 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"guard": "other"}, "guard should be '' or 'self', not 'other'"),
+        ({"guard": "other"}, "guard should be '', 'self' or 'guide', not 'other'"),
         ({"guard_margin": float("nan")}, "guard_margin"),
         ({"guard_margin": 5.0}, "guard_margin"),
         ({"guard_after": -1}, "guard_after"),

@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tokenizer
+from conftest import make_tokenizer, sentences
 from test_trainer import (
     At,
     Crash,
@@ -23,6 +24,7 @@ from test_trainer import (
     losses,
     make_encoder,
     make_mixture,
+    make_source,
     read,
     snapshot,
     stop,
@@ -31,11 +33,15 @@ from test_trainer import (
     weights,
 )
 
-from contrastive_st import trainer
+from contrastive_st import recipes, trainer
 from contrastive_st.atomic import MANIFEST, Damaged, read_json
-from contrastive_st.data import Source
-from contrastive_st.losses import cosent
+from contrastive_st.data import Source, load_source
+from contrastive_st.guard import guide_mask
+from contrastive_st.index import build_index
+from contrastive_st.loss import info_nce, same_text
+from contrastive_st.losses import cosent, gte, siglip
 from contrastive_st.mixture import Mixture
+from contrastive_st.model import SentenceEncoder
 from contrastive_st.run import (
     Lines,
     Stopped,
@@ -45,6 +51,7 @@ from contrastive_st.run import (
     claim,
     find_checkpoint,
     format_seconds,
+    learned_scale,
     load_training,
     log_line,
     lr_factor,
@@ -1180,6 +1187,324 @@ def test_labels_and_scores_on_two_processes_are_those_of_one(tmp_path):
     for name, value in alone.items():
         for there in both:
             assert torch.allclose(value, there[name], rtol=1e-4, atol=1e-6), name
+
+
+# ---- the loss of a run ----
+
+LOSSES = {
+    "siglip": dict(loss="siglip"),
+    "gte": dict(loss="gte"),
+    "tiled": dict(tiled=True),
+    "learned": dict(learn_scale=True),
+    "learned siglip": dict(loss="siglip", learn_scale=True, scale=10.0),
+    "learned tiled": dict(tiled=True, learn_scale=True, widths=(8, 32)),
+    "tiled guard": dict(tiled=True, guard="self", guard_margin=0.01, guard_after=0),
+    "guide": dict(guard="guide", guide="not opened here"),
+    "tiled guide": dict(tiled=True, guard="guide", guide="not opened here", mask_same=False),
+    "gte guide": dict(loss="gte", guard="guide", guide="not opened here", guard_margin=0.1),
+}
+
+
+def guided(batch):
+    "A batch with vectors of a guide, which follow from its texts."
+    turns = batch.identities[..., None] % torch.arange(7, 12)  # (B, C, 5)
+    return batch._replace(guide=turns.float() / 4 - 1)
+
+
+def loss_steps(embed, encoder, rank=0, ranks=1):
+    "Loss, what it masked and gradients of a step of each loss, whole and in chunks."
+    found, no_sync = {}, getattr(embed, "no_sync", nullcontext)
+    for columns in (2, 3):
+        plain = Tokens(make_tokenizer(), 64)(make_mixture(columns).batch(1, rank, ranks))
+        for name, options in LOSSES.items():
+            for chunk_tokens in (0, 40):
+                c = config(**options)
+                learned = learned_scale(c)
+                batch = guided(plain) if c.guide else plain
+                logs = train_step(
+                    *(encoder, batch, c),
+                    embed=embed,
+                    chunk_tokens=chunk_tokens,
+                    no_sync=no_sync,
+                    learned=learned,
+                )
+                ours = list(learned.named_parameters()) if learned else []
+                key = f"{columns} {name} {chunk_tokens}"
+                for n, p in [*encoder.named_parameters(), *ours]:
+                    found[f"{key} {n}"] = p.grad.clone()
+                found |= {f"{key} {n}": logs[n] for n in ("loss", "masked", "negatives")}
+                encoder.zero_grad()
+    return found
+
+
+def test_every_loss_on_two_processes_and_in_chunks_is_that_of_one(tmp_path):
+    from pathlib import Path
+
+    paths, notes = [str(Path(__file__).parent), str(Path(__file__).parent.parent)], tmp_path / "n"
+    script = MARKED.replace("marked_steps", "loss_steps").format(paths=paths, notes=str(notes))
+    done = torchrun(tmp_path, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [torch.load(f"{notes}{rank}", weights_only=True) for rank in (0, 1)]
+    encoder = make_encoder()
+    alone = loss_steps(encoder, encoder)
+    assert all(
+        alone[f"{C} {name} 0 masked"] > 0 for C in (2, 3) for name in LOSSES if "gui" in name
+    )
+    for name, value in alone.items():
+        for there in both:
+            torch.testing.assert_close(there[name], value, rtol=1e-4, atol=2e-6, msg=name)
+        if " 0 " in name:
+            chunked = alone[name.replace(" 0 ", " 40 ")]
+            torch.testing.assert_close(chunked, value, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("widths", [(), (8, 16)])
+def test_the_loss_of_a_batch_goes_by_its_name(columns, widths):
+    batch = guided(Tokens(make_tokenizer(), 64)(make_mixture(columns, copies=4).batch(0)))
+    torch.manual_seed(0)
+    x, C = torch.randn(columns * 8, 16), columns
+    rows, same = x.view(C, 8, 16).transpose(0, 1), same_text(batch.identities)
+    guide = batch.guide
+    same_too = same | guide_mask(
+        guide[:, 0], guide[:, 1], guide[:, 2:] if C > 2 else None, absolute_margin=-0.05
+    )
+    for name, function in {"siglip": siglip, "gte": gte, "info_nce": info_nce}.items():
+        guard = dict(guard="guide", guide="x", guard_margin=0.05, widths=widths, loss=name)
+        for options, mask in ((dict(loss=name, widths=widths), same), (guard, same_too)):
+            value, masked = batch_loss(x, batch.identities, config(**options), guide=guide)
+            way = {"symmetric": C == 2} if name == "info_nce" else {}
+            expected = sum(
+                function(
+                    *(rows[:, 0, :w], rows[:, 1, :w], rows[:, 2:, :w] if C > 2 else None),
+                    same=mask,
+                    scale=20.0,
+                    **way,
+                )
+                for w in widths or (16,)
+            )
+            assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+            assert masked == mask.sum() / 8
+            if name == "info_nce":
+                tiled = batch_loss(x, batch.identities, config(**options, tiled=True), guide=guide)
+                assert tiled[0].item() == pytest.approx(expected.item(), rel=1e-6)
+                assert tiled[1] == masked
+
+
+def test_graded_pairs_take_cosent_whatever_the_loss():
+    batch, x = Tokens(make_tokenizer(), 64)(make_mixture().batch(0)), torch.randn(16, 16)
+    scores = torch.tensor([0, 0.25, 0.25, 0.5, 0.75, 1, 1, 0])
+    expected = batch_loss(x, batch.identities, config(), scores=scores)
+    for options in LOSSES.values():
+        c = config(**options | {"scale": 20.0, "widths": ()})
+        assert (
+            batch_loss(x, batch.identities, c, scores=scores, learned=learned_scale(c)) == expected
+        )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(loss="infonce"), "loss should be 'info_nce', 'siglip' or 'gte', not 'infonce'"),
+        (dict(tiled=True, loss="gte"), "tiled is a form of info_nce, but loss is 'gte'"),
+        (dict(learn_scale=True, scale=200.0), "scale is 200, but one that is learned stays from 1"),
+        (dict(learn_scale="yes"), "learn_scale"),
+        (dict(guard="guide"), "guard is 'guide' but guide is empty; name the index folder"),
+        (dict(guide="index"), "guide is 'index' but guard is ''; set guard = 'guide'"),
+    ],
+)
+def test_settings_of_the_loss_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_without_the_vectors_of_its_guide_is_refused():
+    batch, c = Tokens(make_tokenizer(), 64)(make_mixture().batch(0)), config(**LOSSES["guide"])
+    with pytest.raises(ValueError, match="the batch has no vectors of one in its field guide"):
+        batch_loss(torch.randn(16, 16), batch.identities, c)
+
+
+@pytest.mark.parametrize("options", [LOSSES["learned"], LOSSES["learned siglip"]])
+def test_a_scale_is_trained_logged_saved_and_resumed_exactly(tmp_path, options):
+    c = config(6, save_every=2, **options)
+    one = dropout_run(tmp_path / "whole", c)
+    dropout_run(tmp_path / "parts", c, callbacks=[At(3, stop)])
+    two = dropout_run(tmp_path / "parts", c, resume=True)
+    assert same(one, two)
+    names = ["scale", *(["bias"] if c.loss == "siglip" else [])]
+    for name in names:
+        curve, other = (
+            [line[name] for line in read(tmp_path / run, "history") if name in line]
+            for run in ("whole", "parts")
+        )
+        assert curve == other and len(set(curve)) == 6
+        assert curve[0] == pytest.approx(c.scale if name == "scale" else -10)
+    state = load_training(tmp_path / "parts/checkpoints/checkpoint-6", {"learned"})
+    assert state["learned"]["log_scale"].exp().item() != pytest.approx(c.scale, rel=1e-5)
+    fixed = dropout_run(tmp_path / "fixed", config(6, loss=c.loss, scale=c.scale))
+    assert not same(one, fixed)
+    with pytest.raises(ValueError, match="learn_scale was True, now False"):
+        dropout_run(
+            tmp_path / "whole", config(6, save_every=2, loss=c.loss, scale=c.scale), resume=True
+        )
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ({}, dict(loss="gte"), "loss was 'info_nce', now 'gte'"),
+        (dict(loss="gte"), {}, "loss was 'gte', now 'info_nce'"),
+        (dict(guard="self"), {}, "guard was 'self', now ''"),
+        (dict(tiled=True), {}, "tiled was True, now False"),
+    ],
+)
+def test_resume_sees_another_loss_and_old_records_stay_as_they_are(
+    tmp_path, before, after, message
+):
+    train_tiny(tmp_path, config(4, save_every=2, **before), callbacks=[At(3, stop)])
+    written = read(tmp_path, "config").keys() & {"loss", "guard", "tiled", "learn_scale", "guide"}
+    assert written == before.keys()
+    with pytest.raises(ValueError, match=message):
+        train_tiny(tmp_path, config(4, save_every=2, **after), resume=True)
+
+
+# ---- a guide ----
+
+
+class ByCharacter:
+    "A guide that needs no training: how often a text has each letter."
+
+    def __call__(self, texts):
+        letters = "abcdefghijklmnopqrstuvwxyz "
+        return np.array([[text.count(c) + 0.1 for c in letters] for text in texts], np.float32)
+
+
+def guide_index(folder, texts):
+    build_index(folder, ByCharacter(), texts, progress=False)
+    return str(folder)
+
+
+def test_a_run_with_a_guide(tmp_path):
+    texts = sorted({text for row in make_source(3).rows(range(40)) for text in row})
+    c = config(4, save_every=2, guard="guide", guide=guide_index(tmp_path / "index", texts))
+    whole = dropout_run(tmp_path / "whole", c, mixture=make_mixture(3))
+    lines = [line for line in read(tmp_path / "whole", "history") if "loss" in line]
+    assert all(line["masked"] > 0 for line in lines)
+    assert not same(whole, dropout_run(tmp_path / "plain", config(4), mixture=make_mixture(3)))
+    # it may move, but not change
+    dropout_run(tmp_path / "parts", c, mixture=make_mixture(3), callbacks=[At(3, stop)])
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "index", tmp_path / "moved/index")
+    moved = replace(c, guide=str(tmp_path / "moved/index"))
+    assert same(whole, dropout_run(tmp_path / "parts", moved, mixture=make_mixture(3), resume=True))
+    other = replace(c, guide=guide_index(tmp_path / "index", texts[:-1]))
+    with pytest.raises(ValueError, match="guided_by was"):
+        dropout_run(tmp_path / "parts", other, mixture=make_mixture(3), resume=True)
+    few = replace(c, guide=guide_index(tmp_path / "few/index", texts[:50]))
+    with pytest.raises(ValueError, match="the guide has no vector for .* encode all texts"):
+        dropout_run(tmp_path / "stopped", few, mixture=make_mixture(3))
+
+
+def test_a_guide_that_is_no_index_is_refused_before_the_directory_is_taken(tmp_path):
+    c = config(guard="guide", guide=tmp_path / "nothing")
+    with pytest.raises(ValueError, match="nothing.* is no index folder; make one of all texts"):
+        train_tiny(tmp_path / "run", c)
+    build_index(tmp_path / "codes", ByCharacter(), ["a", "b"], precision="int8", progress=False)
+    with pytest.raises(ValueError, match="holds int8 vectors, which are codes"):
+        train_tiny(tmp_path / "run", replace(c, guide=str(tmp_path / "codes")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_guide_is_named_relative_to_the_recipe(tmp_path):
+    text = """
+title = "guided"
+[model]
+name = "m"
+[data]
+mix = "data_config.json"
+[train]
+guard = "guide"
+guide = "guide-index"
+"""
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    recipe = recipes.load(tmp_path / "r.toml")
+    assert recipe.train["guide"] == str(tmp_path / "guide-index") and recipe.text == text
+    changed = recipes.load(tmp_path / "r.toml", {"train": {"guide": "/elsewhere"}})
+    assert TrainConfig(**changed.train).guide == "/elsewhere"
+
+
+def test_overwrite_deletes_what_compare_measured(tmp_path):
+    train_tiny(tmp_path, config(1))
+    (tmp_path / "items.json").write_text("{}", encoding="utf-8")
+    train_tiny(tmp_path, config(1), overwrite=True)
+    assert not (tmp_path / "items.json").exists()
+
+
+# ---- prompts, labels and scores of a run ----
+
+
+def prompted(*prompts, names=("pairs", "more")):
+    table = [make_source(name=name, seed=n) for n, name in enumerate(names[: len(prompts)])]
+    for source, own in zip(table, prompts):
+        source.prompts = own
+    return Mixture(table, [1.0] * len(table), 8, 1)
+
+
+def test_training_prompts_are_saved_with_the_model(tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    mixture = prompted(("query: ", "passage: "))
+    train_tiny(tmp_path / "run", config(2, save_every=1), mixture=mixture)
+    ours = SentenceEncoder.from_pretrained(tmp_path / "run/model")
+    assert ours.prompts == {"query": "query: ", "document": "passage: "}
+    peer = st.SentenceTransformer(str(tmp_path / "run/model"), device="cpu")
+    np.testing.assert_allclose(
+        ours.encode_query(["snow"], progress=False), peer.encode_query(["snow"]), atol=1e-6
+    )
+    bare = ours.encode(["query: snow"], progress=False)
+    np.testing.assert_allclose(ours.encode_query(["snow"], progress=False), bare, atol=1e-6)
+    # an encoder that has prompts keeps them
+    encoder = make_encoder()
+    encoder.prompts = {"query": "q: "}
+    train(encoder, mixture, config(1), tmp_path / "own", progress=False)
+    assert SentenceEncoder.from_pretrained(tmp_path / "own/model").prompts == {"query": "q: "}
+    with pytest.warns(UserWarning, match="2 different pairs of prompts, so the model keeps none"):
+        train_tiny(tmp_path / "two", config(1), mixture=prompted(("a: ", "b: "), ("c: ", "b: ")))
+    assert not SentenceEncoder.from_pretrained(tmp_path / "two/model").prompts
+
+
+@pytest.mark.parametrize("now", [None, ("query: ", "")])
+def test_a_run_that_is_resumed_with_other_prompts_is_refused(tmp_path, now):
+    c = config(4, save_every=2)
+    train_tiny(tmp_path, c, mixture=prompted(("query: ", "passage: ")), callbacks=[At(3, stop)])
+    with pytest.raises(ValueError, match="mix.1.prompts was"):
+        train_tiny(tmp_path, c, mixture=prompted(now), resume=True)
+    train_tiny(tmp_path, c, mixture=prompted(("query: ", "passage: ")), resume=True)
+
+
+@pytest.mark.parametrize("mark", ["label", "score"])
+def test_a_run_that_is_resumed_with_other_labels_or_scores_is_refused(tmp_path, mark):
+    texts, c = sentences(40, 1), config(4, save_every=2)
+
+    def mixture(change=0):
+        if mark == "label":
+            rows = [{"text": text, "label": str(n % 4)} for n, text in enumerate(texts)]
+            rows[0]["label"] = str(change)
+        else:
+            rows = [
+                {"anchor": a, "positive": b, "score": n % 5 / 5}
+                for n, (a, b) in enumerate(zip(texts[:20], texts[20:]))
+            ]
+            rows[7]["score"] += change / 10
+        path = tmp_path / f"{mark}{change}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        source = load_source(path, "marked", cache_dir=tmp_path / "stores", **{mark: mark})
+        return Mixture([source], [1.0], 8, 1)
+
+    train_tiny(tmp_path / "run", c, mixture=mixture(), callbacks=[At(3, stop)])
+    with pytest.raises(ValueError, match="texts.marked was"):
+        train_tiny(tmp_path / "run", c, mixture=mixture(1), resume=True)
+    train_tiny(tmp_path / "run", c, mixture=mixture(), resume=True)
 
 
 # ---- several processes ----

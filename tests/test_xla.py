@@ -140,6 +140,7 @@ CASES = (
     "dropout pairs",
 )
 MORE = ("one way pairs", "widths pairs", "copies count pairs")
+MORE += ("siglip triplets", "gte triplets", "bert guided")
 
 
 @each("step", 0, 1, 2, 4, 8)
@@ -521,6 +522,8 @@ SAID = {
     "indivisible": "ValueError: global batch 18 is not divisible by 4 devices; use 16 or 20",
     "family": "ValueError: backbones of type electra were not checked under SPMD",
     "positions": "ValueError: bucket 128 is longer than the 64 positions of this backbone",
+    "learned": "ValueError: learn_scale is for CPU and GPU; on XLA the loss is part of one",
+    "tiled": "ValueError: tiled is for CPU and GPU; on XLA the loss is part of one compiled",
     "bf16": "nothing",
     "their checkpoint": (
         "training.pt: was written by another training loop or version, whose state has another"
@@ -543,7 +546,9 @@ def test_refused_with_a_sentence(jobs, name):
 
 @pytest.mark.jobs("guards-4")
 def test_what_is_refused_beforehand_leaves_no_directory(jobs):
-    assert not {"indivisible", "positions", "family"} & {*jobs["guards-4"]["there"]}
+    assert not {"indivisible", "positions", "family", "learned", "tiled"} & {
+        *jobs["guards-4"]["there"]
+    }
 
 
 @pytest.mark.jobs("guards-4")

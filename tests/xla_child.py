@@ -198,7 +198,8 @@ def eager(encoder, batch, config, noise=None):
         arrays = xla.lay_out(batch, LENGTH)
         noise.rows, noise.step = arrays["rows"], torch.tensor(7, dtype=torch.int32)
         vectors = xla.embed(encoder, arrays["input_ids"], arrays["lengths"])
-    loss, masked = batch_loss(vectors, batch.identities, config, batch.labels, batch.scores)
+    marks = batch.labels, batch.scores, None, batch.guide
+    loss, masked = batch_loss(vectors, batch.identities, config, *marks)
     loss.backward()
     return {
         "loss": loss.item(),
@@ -326,6 +327,11 @@ def step(folder):
         compare("one way", make_encoder(), ("pairs",), symmetric=False)
         compare("widths", make_encoder(), ("pairs",), widths=(8, 32))
         compare("copies count", make_encoder(), ("pairs",), mask_same=False)
+        for loss in ("siglip", "gte"):
+            compare(loss, make_encoder(), ("triplets",), loss=loss)
+        turns = batches["triplets"].identities[..., None] % torch.arange(7, 12)  # (B, C, 5)
+        batches["guided"] = batches["triplets"]._replace(guide=turns.float() / 4 - 1)
+        compare("bert", make_encoder(), ("guided",), guard="guide", guide="not opened here")
     return found
 
 
@@ -532,6 +538,8 @@ def guards(folder):
     found["lost late"] = train("lost late", poisoned(make_encoder()), steps=6, log_every=6)
     found["indivisible"] = train("indivisible", data=make_mixture(folder / "cache", 18))
     found["family"] = train("family", make_encoder("electra"))
+    found["learned"] = train("learned", learn_scale=True)
+    found["tiled"] = train("tiled", tiled=True)
     found["positions"] = train("positions", buckets=(32, 128))
     found["bf16"] = train("bf16", bf16=True, save_every=10)
     bf16 = newest_program(folder).replace(".cpu_after_", ".before_")

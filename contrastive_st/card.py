@@ -410,7 +410,8 @@ def _rows_of(task, plan, before, after):
 def metric_rows(
     run: dict,  # of `read_records`
     # split is "evaluation" or "test", set its path, n the pairs, questions or texts, or None if the
-    # run did not record them; before and after have a _low and a _high; None for a metric = not measured.
+    # run did not record them;
+    # before and after have a _low and a _high; None for a metric = not measured.
 ) -> list[dict]:  # split, set, n, task, metric, before, after and the ends of their intervals
     "List what was measured, a row for each metric of each set."
     rows = []

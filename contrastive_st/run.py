@@ -1092,26 +1092,6 @@ def _texts_digest(source, most=1024):
     return digest.hexdigest()
 
 
-def _add_prompts(encoder, mixture):
-    "Give an encoder without prompts those that its datasets are trained with."
-    if any(encoder.prompts.values()):
-        return
-    asked = {tuple(source.prompts[:2]) for source in mixture.sources if _prompts(source)}
-    if len(asked) > 1:
-        warnings.warn(
-            f"the datasets have {len(asked)} different pairs of prompts, so the model keeps none;"
-            " give the encoder its prompts, as in encoder.prompts = {'query': ..., 'document': ...}",
-            stacklevel=4,
-        )
-    elif asked:
-        encoder.prompts |= dict(zip(("query", "document"), asked.pop()))
-
-
-def _prompts(source):
-    "The prompts of a dataset, one for each column; [] = it has none."
-    return list(getattr(source, "prompts", None) or ())
-
-
 # What transformers calls the shape of a backbone, in one family or another, and its dropout.
 _BACKBONE = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -1177,6 +1157,26 @@ def _check_same(out, before, now):
             f" ({'; '.join(differ[:5])}{more}); "
             "resume with the same recipe and data, or start in a new directory"
         )
+
+# %% ../nbs/04_run.ipynb #prompts
+def _add_prompts(encoder, mixture):
+    "Give an encoder without prompts those that its datasets are trained with."
+    if any(encoder.prompts.values()):
+        return
+    asked = {tuple(source.prompts[:2]) for source in mixture.sources if _prompts(source)}
+    if len(asked) > 1:
+        warnings.warn(
+            f"the datasets have {len(asked)} different pairs of prompts, so the model keeps none;"
+            " give the encoder its own, as in encoder.prompts = {'query': ..., 'document': ...}",
+            stacklevel=4,
+        )
+    elif asked:
+        encoder.prompts |= dict(zip(("query", "document"), asked.pop()))
+
+
+def _prompts(source):
+    "The prompts of a dataset, one for each column; [] = it has none."
+    return list(getattr(source, "prompts", None) or ())
 
 # %% ../nbs/04_run.ipynb #recipe
 def _exams(text, where):

@@ -90,7 +90,7 @@ class _ContrastiveTrainer(Trainer):
         super().__init__(model=run.encoder, eval_dataset=[], **kwargs)
         self.run, self.config, self.compute = run, run.config, compute
         self.tracker = run.tracker
-        # Beside the encoder: every rank has the global batch's gradient of it, so DDP need not know.
+        # Beside the encoder: every rank has the whole batch's gradient of it, so DDP leaves it out.
         self.learned = learned_scale(run.config)
         if self.learned is not None:
             self.learned.to(self.args.device)

@@ -475,7 +475,7 @@ def _check(encoder, mixture, config):
             " or use contrastive_st.xla.train (--xla) for XLA devices"
         )
     tokens = Tokens(encoder.tokenizer, encoder.max_length)
-    tokens.check(getattr(source, "store", None) for source in mixture.sources)
+    tokens.check(mixture.sources)
 
 
 def _device():

@@ -830,7 +830,7 @@ def train(
         print(f"{about['xla_devices']} XLA devices, {about['xla_device']}", flush=True)
     _check(encoder, mixture, config, buckets, mesh.size())
     tokens = Tokens(encoder.tokenizer, encoder.max_length, buckets or (32, 64, 128))
-    tokens.check(getattr(source, "store", None) for source in mixture.sources)
+    tokens.check(mixture.sources)
     run_folder = Path(out) / f"host-{host}" if host else out
     run = Run(encoder, mixture, config, run_folder, evaluate, test, _torch_xla().device(), about)
     run.signals.enabled = hosts == 1

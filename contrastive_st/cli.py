@@ -453,6 +453,8 @@ def _default_out(recipe, is_sweep):
 
 def _after_new(made, data):
     "What can be typed after a recipe is written: train it, then search in the texts."
+    from contrastive_st.files import read_rows
+
     program, run = _program(), _default_out(str(made.recipe), False)
     yield f"  {program} train {shlex.quote(str(made.recipe))}"
     if not Path(data).is_file():  # of the hub
@@ -461,7 +463,10 @@ def _after_new(made, data):
     # The texts that are found are the positives of pairs; else there is one kind of text.
     is_pair = not made.layout.label and not made.layout.score
     column = made.layout.texts[1 if is_pair else 0]
-    words = ["index", f"{run}/model", data, "--column", column]
+    words = ["index", f"{run}/model", data]
+    # Rows that are lists have no columns to name.
+    _, row = next(iter(read_rows(data)))
+    words += ["--column", column] if column in row and isinstance(row, dict) else []
     yield f"  {program} {shlex.join(words)} --out {place}"
     yield f"  {program} search {place} 'YOUR QUESTION'"
 

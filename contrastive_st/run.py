@@ -1124,7 +1124,7 @@ def _encoder_identity(encoder):
         **_after_backbone(encoder),
     }
 
-
+# %% ../nbs/04_run.ipynb #same-settings
 def _leaves(value, name=""):
     "The values in nested dicts and lists of dicts, each with the way to it, as in mix.1.name."
     if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -1265,6 +1265,17 @@ def _write_records(out, versions, identity, settings, recipe):
     if recipe:
         write_text(out / "recipe.toml", recipe)
 
+
+def _check_prompts(encoder, mixture):
+    "Refuse prompts in the data for a model whose pooling leaves prompts out."
+    prompted = any(getattr(source, "prompts", None) for source in mixture.sources)
+    # Which tokens are those of the prompt is not known in training.
+    if prompted and not encoder.include_prompt:
+        raise ValueError(
+            "the model leaves prompts out of its pooling, which training with prompts cannot;"
+            " load it with include_prompt=True, or train without prompts"
+        )
+
 # %% ../nbs/04_run.ipynb #run-ahead
 def _look_ahead(out, checkpoint, run):
     "See that what is needed after the last step is there; make good what can be made good."
@@ -1329,13 +1340,7 @@ class Run:
         device: torch.device | str = "cpu",  # where it computes
         versions: dict | None = None,  # what else belongs into the record of software and hardware
     ):
-        # Which tokens are those of the prompt is not known in training.
-        prompted = any(getattr(source, "prompts", None) for source in mixture.sources)
-        if prompted and not encoder.include_prompt:
-            raise ValueError(
-                "the model leaves prompts out of its pooling, which training with prompts cannot;"
-                " load it with include_prompt=True, or train without prompts"
-            )
+        _check_prompts(encoder, mixture)
         config = of_length(config, mixture)
         self.encoder, self.mixture, self.config, self.out = encoder, mixture, config, expanded(out)
         self.device, self.versions = torch.device(device), versions or {}

@@ -182,14 +182,19 @@ def changed_keys(
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
 
 # %% ../nbs/29_compare.ipynb #exam
+_OF_LABELS = "labels", "neighbors"
+_OF_EXAM = "sts", "retrieval", *_OF_LABELS  # keys of a recipe's table that name data
+
+
 class ExamData(NamedTuple):
     "What runs are compared on: the data that a table of their recipe names."
 
     pairs: tuple | None  # of data.read_sts
     questions: tuple | None  # of data.read_retrieval
     prompts: tuple[str | None, str | None]  # before questions and passages
-    data: str  # digest of pairs and questions
+    data: str  # digest of pairs, questions and labelled texts
     digest: str  # of these and the prompts
+    labelled: tuple | None = None  # of evaluation.read_labelled: what is judged, what votes or None
 
 
 def _digest(value):
@@ -207,25 +212,28 @@ def read_exam(
 ) -> ExamData:
     "Read the data that a recipe measures on."
     # Here, and not above: these wait for torch.
-    from contrastive_st import data
+    from contrastive_st import data, evaluation
     from contrastive_st.recipes import inside
 
     paths = {
         key: inside(folder, plan[key], f"{where}.{key}") if plan.get(key) else None
-        for key in ("sts", "retrieval")
+        for key in _OF_EXAM
     }
     pairs = data.read_sts(paths["sts"]) if paths["sts"] else None
     questions = data.read_retrieval(paths["retrieval"]) if paths["retrieval"] else None
+    columns = plan.get("text", "text"), plan.get("label", "label")
+    sides = [paths[key] and evaluation.read_labelled(paths[key], *columns) for key in _OF_LABELS]
+    labelled = tuple(sides) if paths["labels"] else None
     prompts = plan.get("query_prompt"), plan.get("document_prompt")
-    content = _digest([pairs, questions])
-    return ExamData(pairs, questions, prompts, content, _digest([content, prompts]))
+    content = _digest([pairs, questions, *([labelled] if labelled else [])])
+    return ExamData(pairs, questions, prompts, content, _digest([content, prompts]), labelled)
 
 # %% ../nbs/29_compare.ipynb #items
 def measure_items(
     encoder,  # model.SentenceEncoder
     exam: ExamData,  # as `read_exam` gives it
-) -> dict:  # "sts": {"scores", "gold"} and "retrieval": {"ids", metric -> values}, lists of n
-    "Measure an encoder on every pair and every question of an exam."
+) -> dict:  # "sts": {"scores", "gold"}, "retrieval" and "labels": {metric -> values}, lists of n
+    "Measure an encoder on every pair, every question and every labelled text of an exam."
     from contrastive_st import evaluation
 
     items = {}
@@ -241,7 +249,19 @@ def measure_items(
         names = [m.key for m in METRICS.values() if m.task == "retrieval"]
         values = {name: [row[name] for row in by_query.values()] for name in names}
         items["retrieval"] = {"ids": list(map(str, by_query)), **values}
+    if exam.labelled:
+        items["labels"] = _by_text(encoder, *exam.labelled)
     return items
+
+
+def _by_text(encoder, judged, voters):
+    "What `evaluation.evaluate_labels` averages, for each text."
+    from contrastive_st.evaluation import labels_by_text, similarity_of
+
+    others = (voters.texts, voters.labels) if voters else None
+    how = {"neighbors": others, "similarity": similarity_of(encoder)}
+    table = labels_by_text(_plain(encoder), judged.texts, judged.labels, **how)  # (n, 2)
+    return dict(zip(("knn_accuracy", "map@r"), table.T.tolist()))
 
 
 def _plain(encoder):
@@ -265,7 +285,7 @@ def aggregate(
             return None
         correlation = pearsonr if metric == "pearson" else spearmanr
         return float(correlation(items["sts"]["scores"], items["sts"]["gold"]).statistic)
-    values = items.get("retrieval", {}).get(metric)
+    values = items.get(METRICS[metric].task, {}).get(metric)
     return float(np.mean(values)) if values else None
 
 # %% ../nbs/29_compare.ipynb #cache
@@ -348,7 +368,7 @@ def exam_folder(
 ) -> tuple[Path, dict]:  # data folder, and the table of the recipe
     "Find the data that a run was measured on; raise `ValueError` saying what is missing."
     plan = _table(run.recipe, split)
-    names = [plan[key] for key in ("sts", "retrieval") if plan.get(key)]
+    names = [plan[key] for key in _OF_EXAM if plan.get(key)]
     if not names:
         raise ValueError(
             f"{run.name} was trained from Python, and no recipe says what it was measured on"
@@ -367,8 +387,8 @@ def exam_folder(
 def measured(
     scores: dict,  # metrics of one side
 ) -> list[str]:  # keys of METRICS that are numbers, in the order of tables
-    "List the metrics of sentence pairs and of retrieval that were measured."
-    tasks = "sts", "retrieval"
+    "List the metrics of sentence pairs, retrieval and labelled texts that were measured."
+    tasks = "sts", "retrieval", "labels"
     return [
         key
         for key, m in METRICS.items()
@@ -398,15 +418,15 @@ def _split(runs):
         if shared:
             return split, shared
     raise ValueError(
-        "these runs measured nothing in common; give runs whose recipes have the same table"
-        " [test] or [evaluation]"
+        "these runs have no score in common; give runs whose recipes measure the same kind of"
+        " data in [test] or in [evaluation]"
     )
 
 
 def _chosen(shared, metric):
     "The metrics to compare: the one that was asked for, or the first of each task."
     if metric is None:
-        best = [key for key in ("spearman", "ndcg@10") if key in shared]
+        best = [key for key in ("spearman", "ndcg@10", "knn_accuracy") if key in shared]
         return best or shared[:1]
     if metric not in shared:
         raise ValueError(
@@ -439,7 +459,8 @@ def _paired(metric, first, second):
         if metric != "spearman" or None in sides:  # the bootstrap of pairs knows this correlation
             return None
         return paired_difference(*(side["scores"] for side in sides), sides[0]["gold"])
-    sides = [record["items"].get("retrieval", {}).get(metric) for record in (first, second)]
+    task = METRICS[metric].task
+    sides = [record["items"].get(task, {}).get(metric) for record in (first, second)]
     return None if None in sides else paired_difference(*sides)
 
 
@@ -482,7 +503,7 @@ def _with_baseline(folders, baseline):
 def compare_runs(
     folders: Sequence[str | Path],  # run directories
     baseline: str | Path | None = None,  # a run directory; None = the first one
-    metric: str | None = None,  # a key of METRICS; None = spearman and ndcg@10
+    metric: str | None = None,  # a key of METRICS; None = spearman, ndcg@10, knn_accuracy
     data_folder: str | Path | None = None,  # of the recipes; None = found by the runs' commands
     # False = take only what is kept, and no paired difference where nothing is
     measure: bool = True,  # measure models question by question

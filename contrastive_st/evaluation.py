@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'embed_texts', 'sts_cosines', 'similarity_of', 'format_interval', 'evaluate_sts', 'paired_difference',
            'retrieval_by_query', 'evaluate_retrieval', 'Metric', 'metric', 'Labelled', 'read_labelled',
-           'evaluate_labels', 'with_prompts', 'alignment', 'uniformity', 'collapse']
+           'labels_by_text', 'evaluate_labels', 'with_prompts', 'alignment', 'uniformity', 'collapse']
 
 # %% ../nbs/03_evaluation.ipynb #imports
 import warnings
@@ -688,19 +688,17 @@ def _average_precision(hits, relevant):
     return total / np.maximum(R[:, 0], 1)
 
 
-def evaluate_labels(
+def labels_by_text(
     encode: Callable,  # list of N texts -> (N, D) array
     texts: Sequence[str],  # n texts
     labels: Sequence[Hashable],  # the label of each
     # None = the other texts vote on each
     neighbors: tuple | None = None,  # texts and labels that vote, such as those of training
     k: int = 5,  # neighbors that vote, equal weights; of equal votes the first label wins
-    resamples: int = 1000,  # bootstrap resamples over texts; 0 = no intervals
-    seed: int = 0,  # of the resampling
     # None = as the encoder was saved, see `similarity_of`
     similarity: str | None = None,  # "cos" or "dot"
-) -> dict:  # "knn_accuracy", "map@r", each also with _low and _high (95%); "n", "k", "classes"
-    "Say how well the nearest neighbors of a text know its label, with intervals."
+) -> np.ndarray:  # (n, 2) float: whether the vote is right, and the average precision
+    "Give what `evaluate_labels` averages, for each text."
     if not is_whole_number(k, 1):
         raise ValueError(f"k is {quote(k)}; give a whole number of neighbors, 1 or more")
     is_same = neighbors is None
@@ -716,10 +714,27 @@ def evaluate_labels(
     depth = min(max(k, relevant.max()), max(k, _MOST_RELEVANT), len(codes) - is_same)
     rows = codes[_nearest(vectors, voters, int(depth), is_same)]  # (n, depth)
     right = mode(rows[:, :k], axis=1).mode == own
-    table = np.stack([right, _average_precision(rows == own[:, None], relevant)], axis=1)  # (n, 2)
+    return np.stack([right, _average_precision(rows == own[:, None], relevant)], axis=1)  # (n, 2)
+
+
+def evaluate_labels(
+    encode: Callable,  # list of N texts -> (N, D) array
+    texts: Sequence[str],  # n texts
+    labels: Sequence[Hashable],  # the label of each
+    # None = the other texts vote on each
+    neighbors: tuple | None = None,  # texts and labels that vote, such as those of training
+    k: int = 5,  # neighbors that vote, equal weights; of equal votes the first label wins
+    resamples: int = 1000,  # bootstrap resamples over texts; 0 = no intervals
+    seed: int = 0,  # of the resampling
+    # None = as the encoder was saved, see `similarity_of`
+    similarity: str | None = None,  # "cos" or "dot"
+) -> dict:  # "knn_accuracy", "map@r", each also with _low and _high (95%); "n", "k", "classes"
+    "Say how well the nearest neighbors of a text know its label, with intervals."
+    table = labels_by_text(encode, texts, labels, neighbors, k, similarity)  # (n, 2)
     names = ["knn_accuracy", "map@r"]
-    report = _report(names, lambda draw: table[draw].mean(axis=1), len(own), resamples, seed)
-    return report | {"n": len(own), "k": k, "classes": len(set(labels))}
+    report = _report(names, lambda draw: table[draw].mean(axis=1), len(table), resamples, seed)
+    voters = len(texts) - 1 if neighbors is None else len(neighbors[0])
+    return report | {"n": len(table), "k": min(int(k), voters), "classes": len(set(labels))}
 
 # %% ../nbs/03_evaluation.ipynb #prompts
 def _one_side(encoder, method, prompt, options):

@@ -108,12 +108,13 @@ def self_mask(
     anchors: Tensor,  # the model's own embeddings, (b, D) float
     positives: Tensor,  # (B, D) float
     negatives: Tensor | None = None,  # (B, K, D) float
-    margin: float | Tensor = 0.1,  # cosine above the positive's; inf as a tensor masks nothing
+    # below 0 a candidate must score above the positive; -inf as a tensor masks nothing
+    margin: float | Tensor = -0.1,  # as `absolute_margin` of `guide_mask`
     first: int = 0,  # row of the first anchor's positive
 ) -> Tensor:  # True = no negative of this anchor, (b, N) bool with N = B * (1 + K)
-    "Mark the candidates that the model itself scores above the positive by a margin."
+    "Mark the candidates that the model itself scores above the positive, at -0.1 clearly above."
     _check_margin("margin", margin)
-    return guide_mask(anchors, positives, negatives, -margin, None, first)
+    return guide_mask(anchors, positives, negatives, margin, None, first)
 
 
 @torch.no_grad()

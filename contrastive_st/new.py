@@ -422,11 +422,15 @@ def _check_classes(place, label, counts):
             f"{place}: all {counts[0]:,} rows have the same {quote(label)}, so there is nothing to"
             " tell apart; add rows of another"
         )
+    if counts.max() == 1:
+        raise ValueError(
+            f"{place}: every value of {quote(label)} is different, so no two of the"
+            f" {len(counts):,} rows share a label; name another column with --label"
+        )
     if counts.max() < 3:
         raise ValueError(
-            f"{place}: no {quote(label)} has three rows ({len(counts):,} values in"
-            f" {counts.sum():,} rows), and two train while one measures; name another column with"
-            " --label, or join rare labels"
+            f"{place}: no value of {quote(label)} stands in three rows, but a label needs two to"
+            " train on and one to measure; name another column with --label, or join rare labels"
         )
 
 
@@ -474,7 +478,7 @@ def _parts(place, scan, holdout, seed):
         raise ValueError(
             f"{place}: {len(held):,} rows, of which --holdout {holdout} leaves"
             f" {(~held).sum():,} to train and {measured:,} to measure; both sides need two at least"
-            f"{_hint_of_groups(groups, n, len(held))}"
+            f"{_hint_of_groups(scan, groups, n)}"
         )
     parts = held.astype(np.int8)
     if held.sum() >= _HALVES:  # groups again, so that no text is in both halves
@@ -484,12 +488,19 @@ def _parts(place, scan, holdout, seed):
     return parts
 
 
-def _hint_of_groups(groups, n, rows):
-    "What else to say where the rows hang together."
+def _hint_of_groups(scan, groups, n):
+    "What else to say where the rows hang together, and the way out."
     largest = np.bincount(connect(groups)).max()
     if largest <= max(n, 2):
         return ", so add rows or hold out more"
-    return f", and {largest:,} rows hang together through texts that they share"
+    together = f", and {largest:,} rows hang together through texts that they share"
+    if scan.labels is not None:
+        return f"{together}; keep one row of each text"
+    if 2 * largest <= len(groups) - 2:  # two whole groups can be measured
+        return f"{together}; hold out whole groups, for example --holdout {2 * largest}"
+    if scan.scores is not None:
+        return f"{together}; add pairs of other texts"
+    return f"{together}; add rows with other texts, or pass the column of repeated texts as --label"
 
 
 def _drop_leaks(scan, parts):

@@ -77,7 +77,7 @@ def _complete(config):
     if config.warmup is None and config.steps is not None:
         object.__setattr__(config, "warmup", config.steps // 10)
     if config.guard_margin is None:
-        object.__setattr__(config, "guard_margin", 0.0 if config.guard == "guide" else 0.1)
+        object.__setattr__(config, "guard_margin", 0.0 if config.guard == "guide" else -0.1)
 
 
 def _check_loss(config):
@@ -145,7 +145,8 @@ class TrainConfig:
     # "self" keeps out candidates that the model itself scores above the positive, "guide" those
     # that another encoder does; "" = no guard
     guard: Literal["", "self", "guide"] = ""
-    # cosine by which a candidate must score above the positive; None = 0.1, with a guide 0
+    # how far below the positive, in cosine, the guard already masks; below 0 it asks for more than
+    # the positive; None = -0.1, with a guide 0
     guard_margin: Annotated[float, Field(ge=-1, le=1), _Finite] | None = None
     # steps before the guard begins; None = those of the warm-up, with a guide 0
     guard_after: Annotated[int, Field(ge=0), _Fewer] | None = None
@@ -306,14 +307,14 @@ def _unlike(identities):
 
 # %% ../nbs/04_run.ipynb #guard
 def _margin(config, step):
-    "By how much a candidate must score above the positive at a step; None = there is no guard yet."
+    "How far below the positive a step already masks; None = there is no guard yet."
     if not config.guard:
         return None
     after = config.guard_after
     if after is None:  # a guide knows its texts from the first step on
         after = 0 if config.guard == "guide" else config.warmup or 0
     if isinstance(step, torch.Tensor):
-        return torch.where(step < after, math.inf, config.guard_margin)  # scalar
+        return torch.where(step < after, -math.inf, config.guard_margin)  # scalar
     return None if step is not None and step < after else config.guard_margin
 
 
@@ -325,7 +326,7 @@ def _guard(rows, guide, config, step, mask=guide_mask):
         raise ValueError("guard is 'guide', but the batch has no vectors of one in its field guide")
     rows = guide if config.guard == "guide" else rows.detach()
     negatives = rows[:, 2:] if rows.shape[1] > 2 else None  # (B, K, D)
-    return mask(rows[:, 0], rows[:, 1], negatives, -margin)
+    return mask(rows[:, 0], rows[:, 1], negatives, margin)
 
 
 def _no_negatives(rows, identities, labels, guide, config, step):
@@ -1218,7 +1219,7 @@ def _versions(device, more):
 
 # %% ../nbs/04_run.ipynb #run-parts
 # Settings that came later, with the value that runs before them had.
-_ADDED = dict(guard="", guard_margin=0.1, guard_after=None, guide="")
+_ADDED = dict(guard="", guard_margin=-0.1, guard_after=None, guide="")
 _ADDED |= dict(loss="info_nce", learn_scale=False, tiled=False)
 
 

@@ -9,6 +9,7 @@ __all__ = ['GRACE', 'Limits', 'Batcher', 'EmbedRequest', 'SimilarityRequest', 'S
 # %% ../nbs/32_serve.ipynb #imports
 import asyncio
 import base64
+import difflib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -421,8 +422,8 @@ _TOKENS = (
 )
 
 
-def _sentence(errors):
-    "What FastAPI complains of, in one sentence."
+def _sentence(errors, keys):
+    "What FastAPI complains of, in one sentence; `keys` are those that the request may have."
     first = errors[0]
     if first["type"] == "json_invalid":
         return 'the request is not JSON; send an object such as {"texts": ["a dog"]}'
@@ -435,6 +436,10 @@ def _sentence(errors):
         return f"{problem.key} is empty; give at least one text, and none without characters"
     if not problem.key:
         return f"the request {problem.text}; send a JSON object"
+    if problem.kind == "unknown":
+        near = difflib.get_close_matches(problem.path[-1][:100], keys, 1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return f"unknown key '{problem.key}'; {hint}/openapi.json describes the request"
     return f"{problem.key} {problem.text}; /openapi.json describes the request"
 
 
@@ -447,7 +452,9 @@ def _add_handlers(app):
         return _refuse(refusal)
 
     async def misread(request, error):
-        return _refuse(Refusal(422, _sentence(error.errors())))
+        kind = request.scope["endpoint"].__annotations__.get("request")  # what the address takes
+        keys = list(getattr(kind, "model_fields", ()))
+        return _refuse(Refusal(422, _sentence(error.errors(), keys)))
 
     async def missing(request, error):
         words = {404: f"there is nothing at {brief(request.url.path)}; see /openapi.json"}

@@ -16,6 +16,7 @@ import tomllib
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -345,7 +346,7 @@ def test_the_metrics_are_those_of_the_model(place, run):
 def suggested(out):
     "The arguments of the search that a run suggests, as a shell reads them."
     line = next(line for line in out.split("Next:")[1].splitlines() if " search " in line)
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     assert words[0].endswith("contrastive-st") and words[1] == "search" and len(words) == 5, line
     return words[1:]
 
@@ -1012,6 +1013,27 @@ def test_evaluate_minilm_on_real_pairs(place, shared_data, split, spearman):
 # ---- encode ----
 
 
+def test_bars_are_for_a_terminal(place, monkeypatch):
+    "A log of a job holds no bars: `encode` and `index` ask for them on a terminal only."
+    seen = []
+
+    def written(*_, progress, **options):
+        seen.append(progress)
+        return {"rows": 1, "width": 1}
+
+    monkeypatch.setattr("contrastive_st.encoding.write_embeddings", written)
+    (place / "bars.txt").write_text("a dog\n")
+    works("encode", "encoder", "bars.txt", "--out", "bars.npy")
+
+    def built(*_, progress, **options):
+        seen.append(progress)
+        return SimpleNamespace(folder=place / "encoder", rows=1, width=1, precision="float32")
+
+    monkeypatch.setattr("contrastive_st.index.extend_or_build", built)
+    works("index", "encoder", "bars.txt", "--out", "bars")
+    assert seen == [False, False]
+
+
 def test_encode_keeps_the_order_and_every_line(place):
     lines = [
         *("the cat is on the road", "", "a dog", "Größe, 東京 and música — “quoted”"),
@@ -1339,7 +1361,7 @@ def broken(place):
         (["train", "recipe.toml", "--out", "never", "--data", "nowhere"], ["nowhere"]),
         (
             ["train", "recipe.toml", "--out", "never", "--data", "empty"],
-            ["evaluation.sts", "sts.tsv", "empty"],
+            ["data.mix", "data_config.json", "empty"],
         ),
         (["train", "recipe.toml", "--out", "recipe.toml"], ["recipe.toml"]),
         (["train", "recipe.toml", "--out", "texts.txt/run"], ["texts.txt"]),
@@ -1693,7 +1715,7 @@ def test_a_stopped_training_says_how_to_go_on(place, monkeypatch):
     code, out, err = command(*words)
     first, last = err.splitlines()
     # 18 graded pairs in each exam; for the evaluation also 18 documents
-    texts = "18 passages and 36 graded pairs"
+    texts = "18 passages, 36 graded pairs"
     assert (code, out, first) == (143, "", f"measuring before: {texts}")
     assert last.startswith("stopped at step 3 of 6, and saved; go on with: ")
     program, *rest = shlex.split(last.partition("go on with: ")[2])

@@ -119,6 +119,7 @@ def edit(path, change):
 def test_a_sweep_ends_with_the_table(place):
     said = (place / "said.txt").read_text()
     table = said[said.rindex("run  ") :]
+    assert "Next:" not in said  # four lines for each run, above the table
     assert said.count("baseline") == 2 and "with 0 inside the interval" in table
     row = next(line for line in table.splitlines() if line.startswith("lr=0.01"))
     assert row.split()[1] == "0.01" and row.split()[-1] == "4" and "[" in row
@@ -196,6 +197,39 @@ def test_a_baseline_is_named_or_added(place, runs):
     assert added.differences["spearman"][2]["difference"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("neighbors", ["", "voters.csv"])
+def test_labelled_texts_are_paired(tmp_path, monkeypatch, quick_disk, neighbors):
+    "Each text has a value, whose mean is what the run recorded, and the sweep compares them."
+    fill(tmp_path)
+    kinds = "animal", "person", "thing"
+    for n, name in enumerate(("judged.csv", "voters.csv")):
+        rows = [f"the {x} is {n},{kinds[i % 3]}\n" for i, x in enumerate(THINGS)]
+        (tmp_path / "data" / name).write_text("say,kind\n" + "".join(rows))
+    table = f'labels = "judged.csv"\nneighbors = "{neighbors}"\ntext = "say"\nlabel = "kind"\n'
+    recipe = (tmp_path / "recipe.toml").read_text()
+    recipe = recipe.replace('sts = "sts.tsv"\nretrieval = "retrieval"\n', table)
+    (tmp_path / "recipe.toml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    words = "train", "recipe.toml", "--out", "runs", "--no-progress"
+    monkeypatch.setattr("sys.argv", ["contrastive-st", *words])
+    result = call(*words, "--sweep", "train.lr=1e-4,1e-1")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "knn_accuracy" in result.output[result.output.rindex("run  ") :]
+    runs = [tmp_path / "runs" / name for name in ("lr=0.0001", "lr=0.1")]
+    comparison = compare_runs(runs)
+    assert comparison.metrics == ["knn_accuracy"] and comparison.notes == []
+    values = []
+    for run in runs:
+        items = atomic.read_json(run / "items.json")["items"]
+        after = json.loads((run / "metrics.json").read_text())["after"]
+        for metric in ("knn_accuracy", "map@r"):
+            assert len(items["labels"][metric]) == len(THINGS)
+            assert aggregate(items, metric) == pytest.approx(after[metric], abs=1e-6)
+        values.append(items["labels"]["map@r"])
+    paired = evaluation.paired_difference(*values)
+    assert compare_runs(runs, metric="map@r").differences["map@r"][1] == pytest.approx(paired)
+
+
 # --- exams that do not fit ---
 
 
@@ -229,7 +263,7 @@ def test_data_that_are_gone_are_said(runs, tmp_path):
 
 def test_runs_without_a_common_metric(runs):
     edit(runs[1] / "metrics.json", lambda m: m.update(after={"other": 1.0}))
-    refuses(lambda: compare_runs(runs), "measured nothing in common")
+    refuses(lambda: compare_runs(runs), "no score in common", "[evaluation]")
 
 
 # --- bad input ---
@@ -361,6 +395,10 @@ def test_bad_sweeps(sweep, said):
         (["--sweep", "model.name=encoder/none,other"], "encoder/none"),
         (["--sweep", "train.lr=1e-3,1e-2", "--push-to-hub", "me/x"], "one run"),
         (["--sweep", "train.lr=1e-3,1e-2", "--out", "RUN"], "is a run"),
+        (
+            "--sweep train.lr=1,2 --set evaluation.sts='' --set evaluation.retrieval=''".split(),
+            "measures nothing",
+        ),
     ],
 )
 def test_bad_values_are_refused_before_the_first_run(place, tmp_path, words, said):

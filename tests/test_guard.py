@@ -110,13 +110,14 @@ def test_sixteen_bits_are_compared_in_thirty_two():
     assert torch.equal(mask, guide_mask(*(x.float() for x in columns)))
 
 
-def test_the_own_guard_is_a_guide_with_the_margin_turned_round():
+def test_the_own_guard_is_a_guide_with_the_same_sign():
     columns = [x.requires_grad_() for x in batch()]
-    mask = self_mask(*columns, margin=0.2)
+    mask = self_mask(*columns, margin=-0.2)
     assert torch.equal(mask, naive(*columns, absolute=-0.2)) and mask.any()
+    assert torch.equal(self_mask(*columns), naive(*columns, absolute=-0.1))
     assert not mask.requires_grad
-    assert not self_mask(*columns, margin=torch.tensor(torch.inf)).any()
-    assert torch.equal(self_mask(*columns, margin=torch.tensor(0.2)), mask)
+    assert not self_mask(*columns, margin=torch.tensor(-torch.inf)).any()
+    assert torch.equal(self_mask(*columns, margin=torch.tensor(-0.2)), mask)
 
 
 class NoReading(TorchDispatchMode):
@@ -215,7 +216,7 @@ def test_equals_the_peer(tiny_tokenizer, strategy, margin, K):
 
 
 def config(**options):
-    return TrainConfig(steps=10, warmup=4, guard="self", guard_margin=0.05, **options)
+    return TrainConfig(steps=10, warmup=4, guard="self", guard_margin=-0.05, **options)
 
 
 def training_batch(C=4):
@@ -234,7 +235,7 @@ def columns_of(embeddings, C=4):
 def test_the_loss_of_a_batch_uses_the_mask(C, options):
     embeddings, identities = training_batch(C)
     columns, guarded = columns_of(embeddings, C), config(**options)
-    same = self_mask(*columns, margin=0.05)
+    same = self_mask(*columns, margin=-0.05)
     assert same.any()
     if guarded.mask_same:
         same = same | same_text(identities)
@@ -242,6 +243,23 @@ def test_the_loss_of_a_batch_uses_the_mask(C, options):
     expected = function(*columns, same=same, symmetric=C == 2)
     value, masked = batch_loss(embeddings, identities, guarded)
     assert torch.equal(value, expected) and masked == same.sum() / B
+
+
+@pytest.mark.parametrize("margin", [-0.2, 0.0, 0.2])
+@pytest.mark.parametrize("guard", ["self", "guide"])
+def test_a_recipe_s_margin_has_the_sign_of_guide_mask(guard, margin):
+    embeddings, identities = training_batch()
+    guide = embeddings.flip(1).view(4, B, D).transpose(0, 1)  # (B, C, D)
+    judge = columns_of(embeddings) if guard == "self" else (guide[:, 0], guide[:, 1], guide[:, 2:])
+    more = dict(guard="guide", guide="not opened") if guard == "guide" else dict(guard="self")
+    settings = TrainConfig(steps=10, guard_margin=margin, mask_same=False, **more)
+    masked = batch_loss(embeddings, identities, settings, guide=guide)[1]
+    assert masked == guide_mask(*judge, absolute_margin=margin).sum() / B
+
+
+def test_the_margin_of_a_recipe_that_names_none():
+    assert TrainConfig(steps=10, guard="self").guard_margin == -0.1
+    assert TrainConfig(steps=10, guard="guide", guide="x").guard_margin == 0
 
 
 @pytest.mark.parametrize("after, begins", [(None, 4), (0, 0), (7, 7)])
@@ -370,8 +388,8 @@ def test_a_guide_with_another_tokenizer(tiny_backbone, tiny_tokenizer):
         (lambda a, p, n: guide_mask(a, p, absolute_margin=float("nan")), "absolute_margin is nan"),
         (lambda a, p, n: guide_mask(a, p, relative_margin="5%"), "relative_margin is '5%'"),
         (
-            lambda a, p, n: self_mask(a, p, margin=float("inf")),
-            "margin is inf; it must be a finite",
+            lambda a, p, n: self_mask(a, p, margin=float("-inf")),
+            "margin is -inf; it must be a finite",
         ),
         (lambda a, p, n: guide_mask(a, p, first=1), "first is 1, but 12 anchors have 12"),
         (lambda a, p, n: guide_mask(a, p[:5]), "first is 0, but 12 anchors have 5 candidates"),

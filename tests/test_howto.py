@@ -91,7 +91,9 @@ def test_a_table_becomes_a_recipe_as_the_page_says(tmp_path):
             (tmp_path / "grades.csv").write_text(block.text, encoding="utf-8")
         if block.language != "bash":
             continue
-        printed = "".join(type_line(s, tmp_path) for s in commands(block.text) if is_typed(s))
+        # a terminal shows the notes, too
+        lines = [f"{line} 2>&1" for line in commands(block.text) if is_typed(line)]
+        printed = "".join(type_line(line, tmp_path) for line in lines)
         if block.output is not None:
             assert comparable(printed) == comparable(block.output), block.text
     assert (tmp_path / "grades/train.jsonl").exists() and (tmp_path / "faq/heldout").is_dir()

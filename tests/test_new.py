@@ -289,10 +289,15 @@ def test_empty_columns(desk):
 
 
 @pytest.mark.parametrize(
-    "labels, words", [("one", "all 60 rows have the same"), ("each", "no 'intent' has three rows")]
+    "labels, words",
+    [
+        (["one"] * 60, "all 60 rows have the same"),
+        ([f"label {n}" for n in range(60)], "every value of 'intent' is different"),
+        ([f"label {n // 2}" for n in range(60)], "no value of 'intent' stands in three rows"),
+    ],
 )
 def test_labels_that_tell_nothing_apart(desk, labels, words):
-    rows = [(text, "one" if labels == "one" else text) for text, _ in TICKETS]
+    rows = [(text, label) for (text, _), label in zip(TICKETS, labels)]
     fails(words, write("tickets.csv", ("text", "intent"), rows), label="intent")
 
 
@@ -313,7 +318,19 @@ def test_scores_out_of_range(desk):
 def test_three_rows(desk):
     assert "3 rows" in fails("both sides need two", faq(FAQ[::20]))
     one_group = [(question, "Please call us.") for question, _ in FAQ]
-    assert "60 rows hang together" in fails("both sides need two", faq(one_group))
+    sentence = fails("both sides need two", faq(one_group))
+    assert "60 rows hang together" in sentence and "add rows with other texts" in sentence
+
+
+def test_rows_that_hang_together_have_a_way_out(desk):
+    sentence = fails("6 rows hang together", faq(), holdout="5%")
+    assert sentence.endswith("--holdout 12")
+    assert new_recipe("mine.toml", faq(), holdout="12").rows == {"train": 48, "heldout": 12}
+    same = write("same.csv", ("text", "intent"), [("Help!", label) for _, label in TICKETS])
+    assert fails("hang together", same, label="intent").endswith("keep one row of each text")
+    graded = write("graded.csv", ("left", "right", "rating"), [("a", b, s) for _, b, s in GRADED])
+    options = {"columns": ("left", "right", "rating"), "scores": True}
+    assert fails("hang together", graded, **options).endswith("add pairs of other texts")
 
 
 def test_nothing_is_overwritten(desk):

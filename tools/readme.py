@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = {root / "README.md": text.encode()} | {
         root / "docs/images" / name: data for name, data in files.items()
     }
-    left = {p for p in (root / "docs/images").iterdir() if p.is_file()} - set(wanted)
+    left = {p for p in (root / "docs/images").glob("*.*") if p.is_file()} - set(wanted)
     stale = sorted(
         p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data
     ) + sorted(left)

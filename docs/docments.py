@@ -236,6 +236,8 @@ def process_docstring(app, what, name, obj, options, lines) -> None:
         fields = field_rows(source, node)
         rows = fields or constructor_rows(obj)
         head = "Field" if fields else "Parameter"
+    elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return  # a property of one line, made of a lambda
     else:
         rows, returned = function_rows(source, node)
         signature = inspect.signature(target).parameters

@@ -11,7 +11,6 @@ it had before the step began.
 
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -19,33 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from measure import arguments, fresh, memory, record, save
+from measure import arguments, fresh, peak_while, record, save
 
 from contrastive_st.index import Corpus, Index, build_index
 
 D = 384
 SIZES = {"whole": (300_000, 1_000_000), "quick": (100_000, 100_000)}
-
-
-def peak_while(work) -> tuple:
-    "Its result, seconds, and how many MB of its own the process had more at most, looked at often."
-    before, peak, done = memory()["RssAnon"], 0.0, threading.Event()
-
-    def look():
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, memory()["RssAnon"])
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    start = time.perf_counter()
-    try:
-        result = work()
-    finally:
-        seconds = time.perf_counter() - start
-        done.set()
-        watcher.join()
-    return result, seconds, max(peak - before, 0.0)
 
 
 def letters(texts: list) -> np.ndarray:

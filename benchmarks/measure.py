@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -64,6 +65,27 @@ def memory() -> dict[str, float]:
     return {
         name: int(lines[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "RssAnon", "RssFile")
     }
+
+
+def peak_while(work) -> tuple:
+    "Its result, seconds, and how many MB of its own the process had more at most, looked at often."
+    before, peak, done = memory()["RssAnon"], 0.0, threading.Event()
+
+    def look():
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, memory()["RssAnon"])
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        result = work()
+    finally:
+        seconds = time.perf_counter() - start
+        done.set()
+        watcher.join()
+    return result, seconds, max(peak - before, 0.0)
 
 
 def fresh(function: Callable, *args):

@@ -13,7 +13,6 @@ blocks of a mining of 300,000 queries in a million passages, for its memory.
 import os
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from measure import arguments, fresh, memory, one_thread, record, save
+from measure import arguments, fresh, one_thread, peak_while, record, save
 
 from contrastive_st.mining import mine_hard_negatives
 
@@ -106,25 +105,6 @@ def peer_1024(*args) -> list:
 WAYS = {"ours": ours, "peer": peer, "peer_1024": peer_1024}
 
 
-def peak_while(work) -> tuple[object, float]:
-    "The result of a function, and by how many MB of its own the process grew while it ran."
-    before, peak, done = memory()["RssAnon"], 0.0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, memory()["RssAnon"])
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = work()
-    finally:
-        done.set()
-        watcher.join()
-    return result, peak - before
-
-
 def measured(way: str, folder: Path) -> dict:
     "Run one way -> CPU seconds, peak MB, and its examples as one number."
     one_thread()
@@ -133,7 +113,7 @@ def measured(way: str, folder: Path) -> dict:
     passages = [f"passage {n}" for n in range(len(corpus))]
     WAYS[way](queries[:64], corpus[:512], texts[:64], passages[:512])  # imports, first allocations
     start = time.process_time()
-    examples, peak = peak_while(lambda: WAYS[way](queries, corpus, texts, passages))
+    examples, _, peak = peak_while(lambda: WAYS[way](queries, corpus, texts, passages))
     seconds = time.process_time() - start
     return {"seconds": seconds, "peak_mb": peak, "examples": len(examples), "all": examples}
 
@@ -202,7 +182,7 @@ def large(Q: int, N: int, blocks: int) -> float:
             except Enough:
                 pass
 
-        return peak_while(work)[1]
+        return peak_while(work)[2]
 
 
 def ratios(results: dict) -> dict:

@@ -14,8 +14,7 @@ import time
 
 import torch
 from matplotlib.figure import Figure
-from measure import arguments, fresh, one_thread, record, save
-from mining import peak_while
+from measure import arguments, fresh, one_thread, peak_while, record, save
 
 from contrastive_st.loss import info_nce, same_text
 from contrastive_st.tiled import SameTiles, tiled_info_nce
@@ -59,7 +58,7 @@ def measured(way: str, B: int) -> dict:
         return loss.item()
 
     start = time.process_time()
-    loss, peak = peak_while(step)
+    loss, _, peak = peak_while(step)
     seconds = time.process_time() - start
     return {"seconds": seconds, "peak_mb": peak, "loss": loss, "norm": inputs[0].grad.norm().item()}
 

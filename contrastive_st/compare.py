@@ -14,6 +14,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,7 +241,9 @@ def measure_items(
     if exam.pairs:
         first, second, gold = map(list, exam.pairs)
         similarity = evaluation.similarity_of(encoder)
-        vectors = evaluation.embed_texts(_plain(encoder), [*first, *second], similarity)  # (2n, D)
+        vectors = evaluation.embed_texts(
+            partial(encoder.encode, progress=False), [*first, *second], similarity
+        )  # (2n, D)
         scores = (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)  # (n,)
         items["sts"] = {"scores": scores.tolist(), "gold": [float(g) for g in gold]}
     if exam.questions:
@@ -260,17 +263,10 @@ def _by_text(encoder, judged, voters):
 
     others = (voters.texts, voters.labels) if voters else None
     how = {"neighbors": others, "similarity": similarity_of(encoder)}
-    table = labels_by_text(_plain(encoder), judged.texts, judged.labels, **how)  # (n, 2)
+    table = labels_by_text(
+        partial(encoder.encode, progress=False), judged.texts, judged.labels, **how
+    )  # (n, 2)
     return dict(zip(("knn_accuracy", "map@r"), table.T.tolist()))
-
-
-def _plain(encoder):
-    "The function that encodes without a bar."
-
-    def encode(texts):
-        return encoder.encode(texts, progress=False)
-
-    return encode
 
 
 def aggregate(

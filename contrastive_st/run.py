@@ -38,10 +38,10 @@ from .atomic import MANIFEST, Damaged, abandoned, check_folder, digest_file
 from .atomic import expanded, is_whole, lock, named, new_folder
 from .atomic import quote, read_json, reading, remove, write_json, write_text
 from . import loss as contrastive
-from .config import TrainConfig, in_one_sentence, of_length
+from .config import DISTILLED, TrainConfig, in_one_sentence, of_length
 from .gradcache import cached_step
 from .guard import guide_mask, guide_tiles, open_guide
-from .losses import LearnedScale, cosent, gte, siglip
+from .losses import LearnedScale, cosent, distill_kl, gte, margin_mse, siglip
 from .machine import processor_name
 from .model import SentenceEncoder
 from .modeldir import read_head, read_weights
@@ -120,32 +120,63 @@ def _graded_loss(rows, scores, config):
     )
 
 
+def _teacher_scores(guide):
+    "How a guide (B, C, G) scores the candidates of each row, by cosine, (B, C - 1)."
+    guide = torch.nn.functional.normalize(guide.float(), dim=-1)
+    return (guide[:, :1] * guide[:, 1:]).sum(-1)
+
+
+def _distilled_loss(rows, guide, config):
+    "The loss of rows (B, C, D) that shall be scored as a guide (B, C, G) scores them, a scalar."
+    if guide is None:
+        raise ValueError(
+            f"loss is {config.loss!r}, but the batch has no vectors of a guide in its field guide"
+        )
+    if rows.shape[1] < 3:
+        raise ValueError(
+            f"loss is {config.loss!r}, but the rows of the batch have no hard negatives to compare"
+            " the positive with"
+        )
+    scores, options = _teacher_scores(guide), {"similarity": config.similarity}
+    if config.loss == "margin_mse":  # both sides grow with the scale, and so does the gradient
+        function, scores = margin_mse, config.scale * scores
+        options["scale"] = config.scale
+    else:
+        function, options["temperature"] = distill_kl, 1 / config.scale
+    return sum(
+        function(rows[:, 0, :w], rows[:, 1, :w], rows[:, 2:, :w], scores, **options)
+        for w in config.widths or (rows.shape[-1],)
+    )
+
+
 def _unlike(identities):
     "Identities (B, C) of which no two are equal, for a mask of labels alone."
     return torch.arange(identities.numel(), device=identities.device).view_as(identities)
 
 # %% ../nbs/04_run.ipynb #guard
-def _margin(config, step):
-    "How far below the positive a step already masks; None = there is no guard yet."
+def _margins(config, step):
+    "How far below the positive a step masks, absolute and relative; None = there is no guard yet."
     if not config.guard:
         return None
+    margins = config.guard_margin, config.guard_relative_margin
     after = config.guard_after
     if after is None:  # a guide knows its texts from the first step on
         after = 0 if config.guard == "guide" else config.warmup or 0
-    if isinstance(step, torch.Tensor):
-        return torch.where(step < after, -math.inf, config.guard_margin)  # scalar
-    return None if step is not None and step < after else config.guard_margin
+    if isinstance(step, torch.Tensor):  # a margin of -inf masks nothing, whichever it is
+        begun = [m if m is None else torch.where(step < after, -math.inf, m) for m in margins]
+        return tuple(begun)  # two scalars
+    return None if step is not None and step < after else margins
 
 
 def _guard(rows, guide, config, step, mask=guide_mask):
     "What a guard keeps out at a step, by the guide's vectors (B, C, G) or rows (B, C, D)."
-    if (margin := _margin(config, step)) is None:
+    if (margins := _margins(config, step)) is None:
         return None
     if config.guard == "guide" and guide is None:
         raise ValueError("guard is 'guide', but the batch has no vectors of one in its field guide")
     rows = guide if config.guard == "guide" else rows.detach()
     negatives = rows[:, 2:] if rows.shape[1] > 2 else None  # (B, K, D)
-    return mask(rows[:, 0], rows[:, 1], negatives, margin)
+    return mask(rows[:, 0], rows[:, 1], negatives, *margins)
 
 
 def _no_negatives(rows, identities, labels, guide, config, step):
@@ -202,6 +233,8 @@ def batch_loss(
     if scores is not None:
         value = _graded_loss(rows, scores, config)
         return value, torch.zeros((), device=rows.device)
+    if config.loss in DISTILLED:  # a row's own texts shall be scored as the guide scores them
+        return _distilled_loss(rows, guide, config), torch.zeros((), device=rows.device)
     # 4. what must not be pushed away
     same = _no_negatives(
         rows, contrastive.gather(identities), labels, guide, config, step
@@ -1039,7 +1072,7 @@ def _versions(device, more):
 # %% ../nbs/04_run.ipynb #run-parts
 # Settings that came later, with the value that runs before them had.
 _ADDED = dict(guard="", guard_margin=-0.1, guard_after=None, guide="")
-_ADDED |= dict(loss="info_nce", learn_scale=False, tiled=False)
+_ADDED |= dict(loss="info_nce", learn_scale=False, tiled=False, guard_relative_margin=None)
 
 
 def _settings(config, mixture):
@@ -1095,6 +1128,19 @@ def _check_prompts(encoder, mixture):
             "the model leaves prompts out of its pooling, which training with prompts cannot;"
             " load it with include_prompt=True, or train without prompts"
         )
+
+# %% ../nbs/04_run.ipynb #check-negatives
+def _check_negatives(mixture, config):
+    "Refuse pairs without hard negatives where a loss needs them."
+    if config.loss not in DISTILLED:
+        return
+    for source in mixture.sources:
+        if len(source.columns) < 3 and not getattr(source, "has_scores", False):
+            raise ValueError(
+                f"{source.name}: its rows have no hard negatives, but loss = {config.loss!r} copies"
+                " how far the positive lies above them; add some with contrastive-st mine, or"
+                " leave the dataset out"
+            )
 
 # %% ../nbs/04_run.ipynb #run-ahead
 def _look_ahead(out, checkpoint, run):
@@ -1161,6 +1207,7 @@ class Run:
         versions: dict | None = None,  # what else belongs into the record of software and hardware
     ):
         _check_prompts(encoder, mixture)
+        _check_negatives(mixture, config)
         config = of_length(config, mixture)
         self.encoder, self.mixture, self.config, self.out = encoder, mixture, config, expanded(out)
         self.device, self.versions = torch.device(device), versions or {}
@@ -1171,7 +1218,7 @@ class Run:
         self._first = {}  # what a resumed run measured before its first step
         self._by_step = {}  # what the evaluation of a step measured in this process
         self.signals = Signals()
-        self._guide = open_guide(config.guide) if config.guard == "guide" else None
+        self._guide = open_guide(config.guide) if config.guide else None
 
     def batch(
         self,

@@ -33,7 +33,7 @@ from contrastive_st.recipes import (
     merge,
     plan,
 )
-from contrastive_st.trainer import TrainConfig
+from contrastive_st.trainer import TrainConfig, train
 
 DAMAGED = int(os.environ.get("DAMAGED_RECIPES", 80))  # how many are made and tried
 GOOD = """
@@ -232,12 +232,13 @@ PUBLISHED = [
     "multi-qa-mpnet-base-dot-v1",
     "nli-distilbert",
 ]
+FAMILIES = ["bge-like", "e5-like"]  # how known models are trained, on small public sets
 # the cards'; of the second, the sum of the sizes that its card prints
 TOTALS = [1_170_060_424, 1_099_060_508, 214_988_242, 214_988_242, 214_988_242, 314_315]
 
 
 def test_the_published_recipes_go_by_name():
-    assert set(known()) == {*PUBLISHED, "nli", "quickstart"}
+    assert set(known()) == {*PUBLISHED, *FAMILIES, "nli", "quickstart"}
     assert load("nli").path == str(ROOT / "recipes" / "nli.toml")
 
 
@@ -252,7 +253,7 @@ def test_a_published_run_is_planned_from_its_sizes(name, total):
     assert {d["name"] for d in report["datasets"] if d["columns"] == 3} == set(recipe.data.triplets)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED + FAMILIES)
 def test_each_key_of_a_published_recipe_says_where_it_is_from(name):
     text = known()[name].read_text().split("\n[tiny]\n")[0]
     silent = [
@@ -261,7 +262,7 @@ def test_each_key_of_a_published_recipe_says_where_it_is_from(name):
         if re.match(r"\w+ = ", line)
         and not line.startswith("title")
         and not re.search(
-            r"# .*(card|script|data_config|call|notebook|by their names|our choice)", line
+            r"# .*(card|script|readme|data_config|call|notebook|by their names|our choice)", line
         )
     ]
     assert not silent
@@ -280,6 +281,41 @@ def test_poolings_and_similarities_are_those_of_the_cards():
             )
 
 
+BGE = "Represent this sentence for searching relevant passages: "
+
+
+@pytest.mark.parametrize(
+    "name, pooling, scale, prompts, rows",
+    [
+        ("e5-like", "mean", 100.0, ["query: ", "passage: "], 39_780),
+        ("bge-like", "cls", 50.0, [BGE, "", ""], 3922),
+    ],
+)
+def test_a_family_is_planned_and_trained_with_its_prompts(
+    name, pooling, scale, prompts, rows, tmp_path, shared_data
+):
+    recipe = load(name)
+    assert (recipe.model.pooling, recipe.train["scale"]) == (pooling, scale)
+    planned = plan(recipe)
+    assert sum(map(len, planned.sources)) == rows
+    assert all(source.prompts == prompts for source in planned.sources)
+    assert {len(source.columns) for source in planned.sources} == {len(prompts)}
+    small = {
+        "model": {"layers": 1, "width": 32},
+        "data": {"batch_size": 8},
+        "train": {"steps": 2, "warmup": 0, "eval_every": 0},
+    }
+    tiny = load(name, small, tiny=True)
+    mixture = tiny.mixture(shared_data)
+    assert sum(map(len, mixture.sources)) == rows  # as many as the recipe says
+    config = build(TrainConfig, tiny.train, "x")
+    train(tiny.encoder(), mixture, config, tmp_path / "run", progress=False)
+    settings = json.loads(
+        (tmp_path / "run" / "model" / "config_sentence_transformers.json").read_text()
+    )
+    assert settings["prompts"] == {"query": prompts[0], "document": prompts[1]}
+
+
 def test_the_released_config_of_all_datasets_v3_can_take_the_cards_place():
     recipe = load(
         "all_datasets_v3_distilroberta-base", {"data": {"mix": "data_config_all_datasets_v3.json"}}
@@ -287,7 +323,7 @@ def test_the_released_config_of_all_datasets_v3_can_take_the_cards_place():
     assert sum(map(len, plan(recipe).sources)) == 1_124_818_467 and len(plan(recipe).sources) == 123
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED + FAMILIES)
 def test_each_has_a_tiny_variant_on_the_shared_data(name, shared_data):
     full, tiny = load(name), load(name, tiny=True)
     config = build(TrainConfig, tiny.train, "x")

@@ -1,5 +1,6 @@
 """Guards against false negatives: the double loop, sentence-transformers, shapes, and a guide."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -255,6 +256,30 @@ def test_a_recipe_s_margin_has_the_sign_of_guide_mask(guard, margin):
     settings = TrainConfig(steps=10, guard_margin=margin, mask_same=False, **more)
     masked = batch_loss(embeddings, identities, settings, guide=guide)[1]
     assert masked == guide_mask(*judge, absolute_margin=margin).sum() / B
+
+
+@pytest.mark.parametrize("margin", [None, -0.1, 0.3])
+@pytest.mark.parametrize("relative", [-0.2, 0.0, 0.3])
+def test_a_recipe_s_relative_margin_is_that_of_guide_mask(margin, relative):
+    embeddings, identities = training_batch()
+    settings = TrainConfig(
+        steps=10,
+        guard="self",
+        guard_margin=margin,
+        guard_relative_margin=relative,
+        mask_same=False,
+        guard_after=4,
+    )
+    assert settings.guard_margin == margin  # no margin of its own beside the relative one
+    expected = guide_mask(*columns_of(embeddings), margin, relative).sum() / B
+    none = torch.zeros(())
+    for step, masked in ((3, none), (4, expected), (None, expected)):
+        for number in {step, None if step is None else torch.tensor(step)}:
+            assert batch_loss(embeddings, identities, settings, step=number)[1] == masked
+    tiled = replace(settings, tiled=True)
+    value, masked = batch_loss(embeddings, identities, tiled, step=torch.tensor(5))
+    torch.testing.assert_close(value, batch_loss(embeddings, identities, settings, step=5)[0])
+    assert masked == pytest.approx(expected)
 
 
 def test_the_margin_of_a_recipe_that_names_none():

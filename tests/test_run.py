@@ -39,7 +39,7 @@ from contrastive_st.data import Source, load_source
 from contrastive_st.guard import guide_mask
 from contrastive_st.index import build_index
 from contrastive_st.loss import info_nce, same_text
-from contrastive_st.losses import cosent, gte, siglip
+from contrastive_st.losses import cosent, distill_kl, gte, margin_mse, siglip
 from contrastive_st.mixture import Mixture
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.run import (
@@ -1202,6 +1202,7 @@ LOSSES = {
     "guide": dict(guard="guide", guide="not opened here"),
     "tiled guide": dict(tiled=True, guard="guide", guide="not opened here", mask_same=False),
     "gte guide": dict(loss="gte", guard="guide", guide="not opened here", guard_margin=-0.1),
+    "relative": dict(guard="guide", guide="not opened here", guard_relative_margin=0.05),
 }
 
 
@@ -1291,6 +1292,48 @@ def test_the_loss_of_a_batch_goes_by_its_name(columns, widths):
                 assert tiled[1] == masked
 
 
+@pytest.mark.parametrize("similarity, widths", [("cos", ()), ("dot", (8, 32))])
+@pytest.mark.parametrize("loss", ["margin_mse", "distill_kl"])
+def test_rows_are_scored_as_the_guide_scores_them(loss, similarity, widths):
+    embeddings, identities = torch.randn(4 * 6, 32), torch.randint(0, 60, (6, 4))
+    guide = torch.randn(6, 4, 5)
+    c = config(loss=loss, guide="not opened", similarity=similarity, widths=widths, scale=10.0)
+    rows = embeddings.view(4, 6, 32).transpose(0, 1)  # (b, C, D)
+    teacher = F.cosine_similarity(guide[:, :1], guide[:, 1:], dim=-1)  # (b, 1 + K)
+    expected = 0
+    for w in widths or (32,):
+        columns = rows[:, 0, :w], rows[:, 1, :w], rows[:, 2:, :w]
+        if loss == "margin_mse":
+            expected += margin_mse(*columns, 10 * teacher, 10.0, similarity)
+        else:
+            expected += distill_kl(*columns, teacher, 0.1, similarity=similarity)
+    value, masked = batch_loss(embeddings, identities, c, guide=guide)
+    torch.testing.assert_close(value, expected)
+    assert masked == 0
+    with pytest.raises(ValueError, match="has no vectors of a guide in its field guide"):
+        batch_loss(embeddings, identities, c)
+    with pytest.raises(ValueError, match="have no hard negatives to compare"):
+        batch_loss(embeddings, identities.view(12, 2), c, guide=torch.randn(12, 2, 5))
+
+
+def test_a_run_that_copies_a_guide(tmp_path):
+    texts = sorted({text for row in make_source(3).rows(range(40)) for text in row})
+    index = guide_index(tmp_path / "index", texts)
+    for loss in ("margin_mse", "distill_kl"):
+        c = config(4, save_every=2, loss=loss, guide=index)
+        whole = dropout_run(tmp_path / loss, c, mixture=make_mixture(3))
+        lines = [line for line in read(tmp_path / loss, "history") if "loss" in line]
+        assert all(line["masked"] == 0 < line["loss"] for line in lines)
+        assert not same(
+            whole, dropout_run(tmp_path / f"{loss} no", config(4), mixture=make_mixture(3))
+        )
+    with pytest.raises(
+        ValueError, match="its rows have no hard negatives, but loss = 'distill_kl'"
+    ):
+        dropout_run(tmp_path / "pairs", c, mixture=make_mixture(2))
+    assert not (tmp_path / "pairs").exists()
+
+
 def test_graded_pairs_take_cosent_whatever_the_loss():
     batch, x = Tokens(make_tokenizer(), 64)(make_mixture().batch(0)), torch.randn(16, 16)
     scores = torch.tensor([0, 0.25, 0.25, 0.5, 0.75, 1, 1, 0])
@@ -1305,12 +1348,27 @@ def test_graded_pairs_take_cosent_whatever_the_loss():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(loss="infonce"), "loss should be 'info_nce', 'siglip' or 'gte', not 'infonce'"),
+        (
+            dict(loss="infonce"),
+            "loss should be 'info_nce', 'siglip', .* or 'distill_kl', not 'infonce'",
+        ),
         (dict(tiled=True, loss="gte"), "tiled is a form of info_nce, but loss is 'gte'"),
         (dict(learn_scale=True, scale=200.0), "scale is 200, but one that is learned stays from 1"),
         (dict(learn_scale="yes"), "learn_scale"),
         (dict(guard="guide"), "guard is 'guide' but guide is empty; name the index folder"),
         (dict(guide="index"), "guide is 'index' but guard is ''; set guard = 'guide'"),
+        (dict(loss="margin_mse"), "loss is 'margin_mse' but guide is empty; name the index folder"),
+        (dict(guard_relative_margin=0.1), "guard_relative_margin is 0.1 but there is no guard"),
+        (dict(guard="self", guard_relative_margin=2.0), "guard_relative_margin should be less"),
+        (
+            dict(loss="distill_kl", guide="index", guard="self"),
+            "guard is 'self' but loss is 'distill_kl', which compares no texts of other rows",
+        ),
+        (
+            dict(loss="distill_kl", guide="index", learn_scale=True),
+            "learn_scale is set but loss is 'distill_kl'",
+        ),
+        (dict(loss="margin_mse", guide="i", tiled=True), "tiled is a form of info_nce"),
     ],
 )
 def test_settings_of_the_loss_that_do_not_go_together(options, message):

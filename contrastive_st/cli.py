@@ -451,22 +451,28 @@ def _default_out(recipe, is_sweep):
     return Path("runs", f"{name}-sweep" if is_sweep else name)
 
 
+def _is_table(data, column):
+    "Whether `data` is a file whose rows have a text in this column."
+    from contrastive_st.files import Rejects, read_rows
+
+    if not atomic.expanded(data).is_file():  # of the hub
+        return False
+    # A first row that is bad was left out and counted, so it is passed over here, too.
+    _, row = next(iter(read_rows(data, reject=Rejects(data, "skip"))), (0, None))
+    return isinstance(row, dict) and isinstance(row.get(column), str)
+
+
 def _after_new(made, data):
     "What can be typed after a recipe is written: train it, then search in the texts."
-    from contrastive_st.files import read_rows
-
     program, run = _program(), _default_out(str(made.recipe), False)
     yield f"  {program} train {shlex.quote(str(made.recipe))}"
-    if not Path(data).is_file():  # of the hub
-        return
     place = shlex.quote(str(run / "index"))
     # The texts that are found are the positives of pairs; else there is one kind of text.
     is_pair = not made.layout.label and not made.layout.score
     column = made.layout.texts[1 if is_pair else 0]
-    words = ["index", f"{run}/model", data]
-    # Rows that are lists have no columns to name.
-    _, row = next(iter(read_rows(data)))
-    words += ["--column", column] if column in row and isinstance(row, dict) else []
+    # The command index reads no hub and no lists, but it reads the rows that were written.
+    texts = data if _is_table(data, column) else str(made.folder / "train.jsonl")
+    words = ["index", f"{run}/model", texts, "--column", column]
     yield f"  {program} {shlex.join(words)} --out {place}"
     yield f"  {program} search {place} 'YOUR QUESTION'"
 

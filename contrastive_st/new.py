@@ -308,32 +308,22 @@ class _Table:
     "A file or a hub dataset that is read twice, in the same order."
 
     def __init__(self, place, split):
-        self.place, self.split, self.layout, self.bounds = str(place), split, None, None
-        self.dataset = None if self._is_file() else self._hub(str(place), split)
+        self.place, self.layout, self.bounds = str(place), None, None
+        self.dataset = self._open(split)
 
-    def _is_file(self):
+    def _open(self, split):
+        "The dataset of the hub or of a folder; None for a file."
         path = expanded(self.place)
-        if path.exists() or "".join(path.suffixes[-2:]).lower().endswith((".gz", *ROW_FORMATS)):
+        if path.is_file() or path.name.lower().endswith((".gz", *ROW_FORMATS)):
             self.place = str(regular_file(path, ROW_FORMATS))
-            return True
-        from contrastive_st.data import is_hub_id
+            return None
+        # It brings the datasets library, for which a file with a usual name need not wait.
+        from contrastive_st.data import open_dataset
 
-        if not is_hub_id(self.place):
+        dataset = open_dataset(self.place, split)
+        if dataset is None:
             regular_file(path, ROW_FORMATS)  # which says what is wrong
-        return False
-
-    @staticmethod
-    def _hub(name, split):
-        "One split of a hub dataset."
-        from datasets import load_dataset
-
-        try:
-            return load_dataset(*name.rsplit("/", max(name.count("/") - 1, 0)), split=split)
-        except Exception as error:  # whatever stops the hub, you need the two ways out
-            raise ValueError(
-                f"{name}: no such file, and the hub does not give split {quote(split)} of it"
-                f" ({str(error)[:200]}); check name and network, or give a file"
-            ) from error
+        return dataset
 
     def rows(self, columns, reject):
         "Yield (line, raw row)."
@@ -805,7 +795,8 @@ def _remarks(table, folder, counts, exams):
 
 def new_recipe(
     out: str | Path,  # recipe to write, such as mine.toml; the data go to the folder mine beside it
-    data: str | Path,  # file that `files.read_rows` reads, or the id of a hub dataset
+    # file that `files.read_rows` reads, folder of save_to_disk, or id of a hub dataset
+    data: str | Path,
     # anchor, positive and perhaps negatives; with `label` the text; with `scores` two texts and
     # their score; () finds them by their names
     columns: Sequence[str] = (),
@@ -815,7 +806,7 @@ def new_recipe(
     holdout: str = "10%",  # share of the rows, or how many, to measure on
     model: str = "sentence-transformers/all-MiniLM-L6-v2",  # where training starts
     seed: int = 0,  # of the choice of held-out rows
-    split: str = "train",  # of a hub dataset
+    split: str = "train",  # of a hub dataset or a saved one
 ) -> NewRecipe:  # written whole, or not at all
     "Turn a file into data, a held-out exam and a recipe; bad rows are left out and listed."
     # 1. What can be wrong before the file is read.

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from random import Random
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,6 +183,71 @@ def test_lists_of_texts_have_the_columns_of_training(desk):
     assert new_recipe("mine.toml", "pairs.jsonl").layout.texts == ("anchor", "positive")
     _jsonl("groups.jsonl", [{"query": f"q {n}", "pos": [f"a {n}", f"b {n}"]} for n in range(40)])
     assert new_recipe("groups.toml", "groups.jsonl").rows == {"train": 72, "heldout": 8}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A stand-in for the hub: {what load_dataset is asked for: the dataset}; else no network."
+    sets = {}
+
+    def load(*asked):
+        if asked not in sets:
+            raise ConnectionError("Couldn't reach\nthe Hub")
+        return sets[asked]
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: load(*names, split))
+    return sets
+
+
+def dicts(rows=FAQ, names=("question", "answer")):
+    return [dict(zip(names, row)) for row in rows]
+
+
+def test_a_hub_dataset_is_read_as_training_reads_it(desk, hub):
+    held = {}
+    for place, asked in {
+        "owner/faq": ("owner/faq", "train"),
+        "owner/faq/shop": ("owner/faq", "shop", "train"),
+        "snli": ("stanfordnlp/snli", "train"),
+    }.items():
+        hub[asked] = datasets.Dataset.from_list(dicts())
+        name = place.replace("/", "-")
+        made = new_recipe(f"{name}.toml", place, holdout="20%")
+        assert made.rows == {"train": 48, "heldout": 12}
+        held[place] = set(read_retrieval(f"{name}/heldout").queries.values())
+    new_recipe("file.toml", faq(), holdout="20%")
+    assert held["owner/faq"] == set(read_retrieval("file/heldout").queries.values())
+    assert held["owner/faq"] == held["owner/faq/shop"] == held["snli"]
+    [entry] = recipes.load("owner-faq.toml").data.mix
+    assert entry["name"] == "train.jsonl" and entry["lines"] == 48
+
+
+def test_classes_of_a_hub_dataset_are_labels(desk, hub):
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=[f"i{n}" for n in range(5)])
+    )
+    rows = [{"text": text, "label": n % 5} for n, (text, _) in enumerate(TICKETS)]
+    rows.append({"text": None, "label": 1})
+    hub["owner/intents", "test"] = datasets.Dataset.from_list(rows, features)
+    made = new_recipe("mine.toml", "owner/intents", label="label", split="test")
+    assert made.layout == (("text",), "label", "") and sum(made.rows.values()) == 60
+    assert set(read_labelled("mine/heldout.jsonl").labels) == set("01234")
+    assert "1 bad rows skipped" in made.remarks[0]
+
+
+def test_a_saved_dataset_is_read(desk):
+    saved = datasets.DatasetDict(test=datasets.Dataset.from_list(dicts()))
+    saved.save_to_disk("saved")
+    assert new_recipe("mine.toml", "saved", split="test").rows["heldout"] == 6
+    fails("has no split 'train', but test", "saved")
+
+
+def test_a_hub_that_does_not_answer(desk, hub):
+    sentence = fails("does not give split 'train'", "owner/faq")
+    assert "Couldn't reach the Hub" in sentence and "check name and network" in sentence
+    hub["owner/rows", "train"] = datasets.Dataset.from_list(dicts(names=("left", "right")))
+    assert "--columns left,right" in fails("what is a pair is not clear", "owner/rows")
+    assert "did you mean" in fails("no column 'rigt'", "owner/rows", columns=("left", "rigt"))
 
 
 def test_columns_are_found_or_asked_for():
@@ -375,8 +441,27 @@ def test_the_command(desk):
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output
     assert "train mine.toml" in result.output and "1 bad rows skipped" in result.output
+    assert "index runs/mine/model faq.csv --column answer" in result.output
     result = CliRunner().invoke(app, ["new", "b.toml", "--data", name, "--score-range", "5,0"])
     assert "give the lowest and the highest score" in str(result.exception)
+
+
+def test_the_next_command_indexes_what_is_there(desk, hub):
+    "No dataset of the hub and no lists of texts, but the rows that were written; a bad row first."
+    hub["owner/faq", "train"] = datasets.Dataset.from_list(dicts())
+    _jsonl("lists.jsonl", [{"query": f"q {n}", "pos": [f"a {n}", f"b {n}"]} for n in range(40)])
+    (desk / "wide.csv").write_text(
+        "question,answer\na,b,c\n" + "".join(f"{q},{a}\n" for q, a in FAQ)
+    )
+    for n, (data, words) in enumerate(
+        {
+            "owner/faq": "r0/train.jsonl --column answer",
+            "lists.jsonl": "r1/train.jsonl --column pos",
+            "wide.csv": "wide.csv --column answer",
+        }.items()
+    ):
+        result = CliRunner().invoke(app, ["new", f"r{n}.toml", "--data", data])
+        assert result.exit_code == 0 and words in result.output, result.output
 
 
 def test_torch_is_not_needed(desk):

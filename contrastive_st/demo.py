@@ -39,8 +39,9 @@ from .compare import compare_runs
 from .data import quickstart_folder, read_retrieval
 from .evaluation import METRICS, format_interval
 from .files import read_texts, regular_file
+from .machine import import_extra
 from .model import SentenceEncoder
-from .search import cluster, import_extra, semantic_search
+from .search import cluster, semantic_search
 from .tokens import fix_surrogates
 from .recipes import merge
 from contrastive_st.server import (

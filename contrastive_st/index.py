@@ -29,6 +29,7 @@ from .encoding import embedding_blocks, fingerprint, load_encoder, same_texts
 from .encoding import verify, write_embeddings, write_npy
 from .files import ROW_FORMATS, STDIN, Header, choose_columns, find_spellings
 from .files import format_of, list_names, read_lines, read_rows, row_text
+from .machine import import_extra
 from .precision import PRECISIONS, calibrate, check_precision, dequantize, quantize
 
 # %% ../nbs/23_index.ipynb #scores
@@ -894,7 +895,6 @@ _METHODS = ("ivf", "hnsw")
 
 def _faiss_of(method, rows, similarity):
     "What index.json says of an index of faiss for so many rows."
-    from contrastive_st.search import import_extra
 
     if method not in _METHODS:
         raise ValueError(f"unknown index {atomic.quote(method)}; choose {' or '.join(_METHODS)}")
@@ -929,7 +929,7 @@ class _Floats:
 
 def _write_faiss(path, vectors, record):
     "Write an index of faiss over vectors that are written."
-    from contrastive_st.search import faiss_index, import_extra
+    from contrastive_st.search import faiss_index
 
     with warnings.catch_warnings():
         index = faiss_index(_Floats(vectors, record), record.faiss["factory"])
@@ -938,7 +938,6 @@ def _write_faiss(path, vectors, record):
 
 def _open_faiss(path, record):
     "Open an index of faiss."
-    from contrastive_st.search import import_extra
 
     faiss = import_extra("faiss")
     with atomic.reading(path, _RENEW):

@@ -1277,9 +1277,7 @@ def test_serve_hands_on_what_was_typed(place, monkeypatch):
 
 def test_demo_without_its_extra_is_one_sentence(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    refuses(
-        "demo", "encoder", words=["gradio is not installed", "pip install 'contrastive_st[demo]'"]
-    )
+    refuses("demo", "encoder", words=["gradio is not installed", "pip install", "[demo]"])
 
 
 # ---- what a user can mend ----

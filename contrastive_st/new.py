@@ -14,7 +14,6 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +23,8 @@ import numpy as np
 from . import atomic
 from .atomic import expanded, quote
 from .files import ROW_FORMATS, TEXT_COLUMNS, EmptyText, Header, Rejects
-from .files import dataset_rows, find_spellings, list_names, plain_name, read_rows
-from .files import regular_file, report_rejects
+from .files import choose_columns, dataset_rows, find_spellings, list_names
+from .files import read_rows, regular_file, report_rejects
 from .store import REJECTS, column_names, text_identity
 
 # %% ../nbs/27_new.ipynb #connect
@@ -106,25 +105,11 @@ class Layout(NamedTuple):
         return (*self.texts, *filter(None, (self.label, self.score)))
 
 
-def _spelled(name, names):
-    "A column as the file spells it; ValueError with the nearest names if it is not there."
-    spellings = find_spellings(name, names)
-    if len(spellings) == 1:
-        return spellings[0]
-    plain = {plain_name(own): own for own in names}
-    near = get_close_matches(plain_name(name), plain, 1)
-    hint = f" (did you mean {quote(plain[near[0]])}?)" if near and not spellings else ""
-    raise ValueError(
-        f"{len(spellings) or 'no'} column {quote(name)}{hint} among {list_names(names)}"
-    )
-
-
 class _Asked(Header):
     "The header of a table whose columns may be unknown; line 1 must look like names."
 
     def check(self, names, row, only_names):
-        for name in self.columns:
-            _spelled(name, names)
+        choose_columns(names, self.columns)
         if self.columns or not any(row.values()):
             return
         if len(names) == 1:
@@ -133,7 +118,7 @@ class _Asked(Header):
             raise ValueError(f"{list_names(names, 3)} look like texts and not like names")
 
     def select(self, names, samples):
-        return [_spelled(name, names) for name in self.columns] or None
+        return list(choose_columns(names, self.columns)) or None
 
 # %% ../nbs/27_new.ipynb #guess
 _SCORES = """score similarity similarity_score relatedness_score rating grade label""".split()
@@ -196,9 +181,9 @@ def find_layout(
 ) -> Layout:  # columns as the file spells them
     "Find the columns to read; a `ValueError` asks for them by name, with a guess."
     names = tuple(dict.fromkeys(name for row in rows for name in row))
-    chosen = tuple(_spelled(name, names) for name in columns)
+    chosen = choose_columns(names, tuple(columns))
     if label:
-        return _labelled_layout(names, rows, chosen, _spelled(label, names))
+        return _labelled_layout(names, rows, chosen, *choose_columns(names, (label,)))
     if scores:
         return _scored_layout(names, rows, chosen)
     if len(chosen) == 1:

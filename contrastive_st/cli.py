@@ -187,7 +187,7 @@ class Exam:
     query_prompt: str | None = None  # before each question; None = what the model says
     document_prompt: str | None = None  # before each document, the same way
     labelled: tuple | None = None  # of evaluation.read_labelled: what is judged, what votes or None
-    # scores of the search by the weights they are of, shared by exams that search the same
+    # scores of the search by the weights they are of, shared by test sets that search the same
     memory: dict | None = None
 
     @property
@@ -219,7 +219,7 @@ class Exam:
         return scores
 
     def _search(self, encoder):
-        "The scores of the search, made once for the same weights where exams share a memory."
+        "The scores of the search, made once for the same weights where test sets share a memory."
         from contrastive_st import evaluation
 
         key = None if self.memory is None else _weights(encoder)
@@ -513,7 +513,7 @@ def new(
     seed: Annotated[int, typer.Option(min=0, help="Another seed holds out other rows.")] = 0,
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
 ):
-    "Turn your own file into training data, a held-out exam and a recipe."
+    "Turn your own file into training data, a held-out test set and a recipe."
     from contrastive_st.new import new_recipe
 
     limits = _score_range(score_range)
@@ -593,7 +593,7 @@ def _exam_options(recipe, folder, key):
 
 
 def _look_up(recipe, data_folder):
-    "The files of a recipe's exams; also refuse a recipe that names what is not there."
+    "The files of a recipe's test sets; also refuse a recipe that names what is not there."
     from contrastive_st import recipes
 
     folder = recipe.folder(data_folder)

@@ -670,7 +670,7 @@ def test_different_exams_are_not_compared(tmp_path):
     tested = in_run(measured_run(tmp_path / "c", "Three", test=(0.8, 0.7, 0.9)))
     bare = in_run(run_directory(tmp_path / "d"))
     for model in (other, tested, bare):
-        assert "measured on different exams" in demo.verdict([first, model])
+        assert "measured on different test sets" in demo.verdict([first, model])
     write(first.run / "metrics.json", "{}")
     assert demo.verdict([first, tested]) == ""
 

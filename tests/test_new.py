@@ -1,4 +1,4 @@
-"""Own files become data, exam and recipe: no text on both sides, nothing lost or overwritten."""
+"""Own files become data, a test set and a recipe: no text on both sides, nothing lost."""
 
 import csv
 import gzip

@@ -105,6 +105,16 @@ class Layout(NamedTuple):
         return (*self.texts, *filter(None, (self.label, self.score)))
 
 
+def _hint_of_separator(names):
+    "What else to say where a header may have been parted wrongly."
+    if len(names) == 1 and any(c in names[0] for c in ",;\t|"):
+        return ""  # the reader says more of those that it knows
+    return (
+        "; if another character separates the cells, end the file's name in .csv and name it in a"
+        " line above the header, such as sep=;"
+    )
+
+
 class _Asked(Header):
     "The header of a table whose columns may be unknown; line 1 must look like names."
 
@@ -113,8 +123,10 @@ class _Asked(Header):
         if self.columns or not any(row.values()):
             return
         if len(names) == 1:
+            self.hint = _hint_of_separator(names)
             raise ValueError(f"one column, {quote(names[0])}, is no table")
         if not only_names:
+            self.hint = _hint_of_separator(names)
             raise ValueError(f"{list_names(names, 3)} look like texts and not like names")
 
     def select(self, names, samples):
@@ -182,6 +194,7 @@ def find_layout(
     "Find the columns to read; a `ValueError` asks for them by name, with a guess."
     names = tuple(dict.fromkeys(name for row in rows for name in row))
     chosen = choose_columns(names, tuple(columns))
+    _check_distinct(chosen)
     if label:
         return _labelled_layout(names, rows, chosen, *choose_columns(names, (label,)))
     if scores:
@@ -189,6 +202,12 @@ def find_layout(
     if len(chosen) == 1:
         raise _unclear(f"what belongs to column {quote(chosen[0])}", names, rows)
     return Layout(chosen or _pair(names, rows))
+
+
+def _check_distinct(columns):
+    "Raise a ValueError if a column has two parts to play."
+    if twice := [name for name, n in Counter(columns).items() if n > 1]:
+        raise ValueError(f"column {quote(twice[0])} is named twice; name another beside it")
 
 
 def _pair(names, rows):
@@ -210,6 +229,7 @@ def _labelled_layout(names, rows, chosen, label):
             f"--columns {','.join(chosen)} names {len(chosen)} columns; with --label name the one"
             " that holds the texts"
         )
+    _check_distinct((*chosen, label))
     if not chosen and not known and len(texts) != 1:
         raise _unclear("which column holds the texts", names, rows)
     return Layout((*chosen, *known, *texts)[:1], label=label)
@@ -218,6 +238,11 @@ def _labelled_layout(names, rows, chosen, label):
 def _scored_layout(names, rows, chosen):
     "The columns of two texts and their grade."
     score = chosen[2:3] or tuple(n for n in find_all(_SCORES, names) if n not in chosen)[:1]
+    if not score and not any(_is_number(row.get(name)) for row in rows for name in names):
+        raise ValueError(
+            f"no column of {list_names(names)} holds numbers, so there are no scores; leave out"
+            " --scores to train on pairs"
+        )
     if not score or len(chosen) not in (0, 2, 3):
         raise _unclear("which columns hold two texts and their score", names, rows)
     others = tuple(name for name in names if name != score[0])
@@ -255,6 +280,12 @@ def _checked(name, text):
     return text
 
 
+def _mend_score(score):
+    "What to do about a score that is none; some countries write 0,5."
+    other = score.replace(",", ".") if isinstance(score, str) else ""
+    return f"write {other.strip()}" if "," in str(score) and _is_number(other) else "mend the row"
+
+
 def _records(row, layout, bounds):
     "The examples of a row: one for each positive where the column holds a list of them."
     row = _named_row(row)
@@ -268,7 +299,7 @@ def _records(row, layout, bounds):
         score = row[layout.score]
         if not _is_number(score) or bounds and not bounds[0] <= float(score) <= bounds[1]:
             limits = f"a number from {bounds[0]:g} to {bounds[1]:g}" if bounds else "a number"
-            raise ValueError(f"score {quote(score)} is not {limits}; mend the row")
+            raise ValueError(f"score {quote(score)} is not {limits}; {_mend_score(score)}")
     anchor, *others = [row[name] for name in layout.texts]
     lists = others[:1] and isinstance(others[0], list)
     for positive in others[0] if lists else others[:1] or [None]:
@@ -298,6 +329,10 @@ class _Table:
 
     def _open(self, split):
         "The dataset of the hub or of a folder; None for a file."
+        if "://" in self.place:
+            raise ValueError(
+                f"{quote(self.place)} is an address and no file; download it, and give the file"
+            )
         path = expanded(self.place)
         if path.is_file() or path.name.lower().endswith((".gz", *ROW_FORMATS)):
             self.place = str(regular_file(path, ROW_FORMATS))
@@ -388,6 +423,11 @@ def _check_scan(table, scan):
         raise _unreadable(place, rejects, rows)
     if scan.labels is not None:
         _check_classes(place, table.layout.label, np.bincount(scan.labels))
+    elif (scan.identities[:, 0] == scan.identities[:, 1]).all():
+        raise ValueError(
+            f"{place}: {' and '.join(table.layout.texts[:2])} hold the same text in every row, so"
+            " there is nothing to learn; name other columns with --columns"
+        )
 
 
 def _check_classes(place, label, counts):
@@ -465,6 +505,10 @@ def _parts(place, scan, holdout, seed):
 
 def _hint_of_groups(scan, groups, n):
     "What else to say where the rows hang together, and the way out."
+    if len(groups) < 4:
+        return ", so add rows"
+    if len(groups) - n < 2:
+        return ", so add rows or hold out fewer"
     largest = np.bincount(connect(groups)).max()
     if largest <= max(n, 2):
         return ", so add rows or hold out more"
@@ -799,6 +843,10 @@ def new_recipe(
     parse_holdout(holdout, 100)
     if label and scores:
         raise ValueError("--label and --scores exclude each other; pairs have scores, texts labels")
+    if score_range and not scores:
+        raise ValueError("--score-range is for pairs with scores; add --scores, or leave it out")
+    if not model.strip():
+        raise ValueError("--model is empty; name a folder or a hub id, or leave it out")
     # 2. The first walk: columns, identities, and who goes where.
     table = _Table(data, split)
     table.find(tuple(columns), label, scores)

@@ -342,6 +342,10 @@ def test_a_column_that_is_not_there(desk):
 def test_a_delimiter_that_is_guessed_wrongly(desk):
     (desk / "a.tsv").write_text("question,answer\nwhere?,here\n")
     assert "separated by ','" in fails("one column", "a.tsv")
+    faq(name="caret.csv", delimiter="^")
+    assert fails("is no table", "caret.csv").endswith("such as sep=;")
+    write("two.csv", ("question, or so", "answer"), [(f"{q}, yes", a) for q, a in FAQ], ";")
+    assert fails("look like texts", "two.csv").endswith("such as sep=;")
     rows = "".join(f"{n}, where;is it, {n};there, {n}\n" for n in range(20))
     (desk / "b.csv").write_text("id, text;question;answer\n" + rows)
     assert "sep=;" in fails(
@@ -428,8 +432,30 @@ def test_what_is_no_table(desk):
     fails("is a folder", ".")
 
 
-def test_labels_and_scores_exclude_each_other(desk):
+def test_options_that_do_not_fit(desk):
     fails("exclude each other", faq(), label="answer", scores=True)
+    fails("add --scores, or leave it out", faq(), score_range=(0, 1))
+    fails("--model is empty", faq(), model=" ")
+    fails("no column of question, answer holds numbers", faq(), scores=True)
+    fails("'question' is named twice", faq(), columns=("question", "Question"))
+    fails("'answer' is named twice", faq(), columns=("answer",), label="answer")
+    assert fails("leaves 0 to train", faq(), holdout="60").endswith("hold out fewer")
+    assert fails("leaves 3 to train", faq(FAQ[::20])).endswith("so add rows")
+
+
+def test_texts_that_are_equal_in_every_row(desk):
+    fails("hold the same text in every row", faq([(q, f" {q.upper()}") for q, _ in FAQ]))
+
+
+def test_an_address_is_no_file(desk):
+    fails("is an address and no file; download it", "https://example.org/faq.csv")
+
+
+def test_a_score_with_a_comma(desk):
+    rows = [(a, b, f"{s},5") for a, b, s in GRADED]
+    name = write("graded.csv", ("left", "right", "score"), rows, ";")
+    options = {"columns": ("left", "right", "score"), "scores": True}
+    assert fails("score '0,5' is not a number", name, **options).endswith("write 0.5")
 
 
 # --- the command, and what it needs ---

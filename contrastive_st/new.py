@@ -36,13 +36,15 @@ def connect(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    texts, numbers = np.unique(identities, return_inverse=True)
-    numbers = numbers.reshape(identities.shape).astype(np.int32)  # (N, C)
+    # Column by column, since of millions of rows every array counts.
+    texts = np.unique(identities)
+    numbers = [np.searchsorted(texts, column).astype(np.int32) for column in identities.T]
     # A text is a node, and a row joins its anchor to each of its other texts.
-    anchors = np.repeat(numbers[:, :1], numbers.shape[1], axis=1).ravel()
-    edges = (np.ones(numbers.size, np.int8), (anchors, numbers.ravel()))
-    graph = coo_array(edges, shape=(len(texts), len(texts)))
-    return connected_components(graph, directed=False)[1][numbers[:, 0]]
+    anchor, n, shape = numbers[0], len(numbers) - 1, (len(texts), len(texts))
+    ends = np.tile(anchor, n), np.concatenate(numbers[1:] or [anchor[:0]])  # n * N of each
+    del texts, numbers
+    graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=shape)
+    return connected_components(graph, directed=False)[1][anchor]
 
 # %% ../nbs/27_new.ipynb #hold-out
 def _group_order(identities, groups, seed):
@@ -57,7 +59,7 @@ def _group_order(identities, groups, seed):
 def _take(order, sizes, most):
     "Groups in their order, each that still fits, until `most` rows are taken."
     taken = []
-    for group in order.tolist():
+    for group in map(int, order):  # a list of them would hold all, and few are looked at
         if most == 0:
             break
         if sizes[group] <= most:
@@ -548,32 +550,43 @@ def _line(file, **fields):
     file.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
+def _number(keys):
+    "Number keys in the order in which they come first, (n,) int32."
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), np.int32)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    return numbers[inverse]
+
+
 class _Search:
     "Write a search test in the layout of BEIR: questions, passages and who answers whom."
 
-    def __init__(self, folder, stack):
+    def __init__(self, folder, stack, identities):
         (folder / "qrels").mkdir(parents=True)
 
         def create(name):
             return stack.enter_context(open(folder / name, "w", encoding="utf-8", newline="\n"))
 
         self.queries, self.corpus = create("queries.jsonl"), create("corpus.jsonl")
-        self.qrels, self.ids = create("qrels/test.tsv"), {}
+        self.qrels = create("qrels/test.tsv")
         self.qrels.write("query-id\tcorpus-id\tscore\n")
-
-    def _id(self, file, letter, text):
-        "The id of a text; a new text is written."
-        key = letter, text_identity(text)
-        if key not in self.ids:
-            self.ids[key] = f"{letter}{len(self.ids)}"
-            _line(file, _id=self.ids[key], text=text)
-        return self.ids[key]
+        # What is equal is known before the texts are, which saves a dictionary of all of them.
+        question, passage = (_number(column) for column in identities.T)
+        pair = _number(question * np.int64(len(passage)) + passage)
+        self.numbers = iter(np.stack([question, passage, pair], axis=1))  # (n, 3)
+        self.counts = [0, 0, 0]  # of those that were written
 
     def __call__(self, record):
-        query = self._id(self.queries, "q", record.texts[0])
-        passage = self._id(self.corpus, "d", record.texts[1])
-        if (query, passage) not in self.ids:  # a pair that occurs twice is judged once
-            self.ids[query, passage] = ""
+        numbers = next(self.numbers).tolist()
+        # The numbers rise, so what is new has the next one.
+        new = [number == count for number, count in zip(numbers, self.counts)]
+        self.counts = [count + is_new for count, is_new in zip(self.counts, new)]
+        query, passage = f"q{numbers[0]}", f"d{numbers[1]}"
+        if new[0]:
+            _line(self.queries, _id=query, text=record.texts[0])
+        if new[1]:
+            _line(self.corpus, _id=passage, text=record.texts[1])
+        if new[2]:  # a pair that occurs twice is judged once
             self.qrels.write(f"{query}\t{passage}\t1\n")
 
 
@@ -591,15 +604,15 @@ class _Rows:
         _line(self.file, **dict(zip(self.names, values)))
 
 
-def _test_set(folder, name, stack, layout, bounds):
+def _test_set(folder, name, stack, table, identities):
     "What writes the test set that fits, and its key and path in the recipe."
-    if layout.label:
+    if table.layout.label:
         names = ("text", "label")
         return _Rows(folder / f"{name}.jsonl", stack, names), ("labels", f"{name}.jsonl")
-    if not layout.score:
-        return _Search(folder / name, stack), ("retrieval", name)
+    if not table.layout.score:
+        return _Search(folder / name, stack, identities[:, :2]), ("retrieval", name)
     rows = _Rows(folder / f"{name}.jsonl", stack, ("sentence1", "sentence2", "score"))
-    low, high = bounds
+    low, high = table.bounds
 
     def write(record):  # graded sets are read with scores from 0 to 5
         rows(record._replace(score=5 * (record.score - low) / (high - low)))
@@ -612,7 +625,7 @@ def _names(parts):
     return {DEV: "dev", TEST: "test"} if (parts == TEST).any() else {DEV: "heldout"}
 
 
-def _write_data(folder, table, parts, leaks, voters):
+def _write_data(folder, table, identities, parts, leaks, voters):
     "Walk through the rows a second time and write each where it belongs; returns the test sets."
     layout, counts = table.layout, Counter()
     with ExitStack() as stack:
@@ -622,7 +635,7 @@ def _write_data(folder, table, parts, leaks, voters):
 
         train = _Rows(folder / "train.jsonl", stack, layout.names)
         test_sets = {
-            part: _test_set(folder, name, stack, layout, table.bounds)
+            part: _test_set(folder, name, stack, table, identities[parts == part])
             for part, name in _names(parts).items()
         }
         writers = {TRAIN: train} | {part: write for part, (write, _) in test_sets.items()}
@@ -634,16 +647,19 @@ def _write_data(folder, table, parts, leaks, voters):
         def note(line, kind, problem):
             _line(rejects, line=line, kind=kind, problem=problem)
 
-        n = -1
-        for n, record in enumerate(table.records(note)):
-            if n == len(parts):
+        n = 0
+        for n, record in enumerate(table.records(note), 1):
+            # Nothing may be called what another row was when the file was read first.
+            if n > len(parts) or text_identity(record.texts[0]) != identities[n - 1, 0]:
+                n = -1
                 break
-            counts["leaks" if leaks[n] else int(parts[n])] += 1
-            if not leaks[n]:
-                writers[int(parts[n])](record)
-            if voting and voters[n]:
+            part, is_leak = int(parts[n - 1]), leaks[n - 1]
+            counts["leaks" if is_leak else part] += 1
+            if not is_leak:
+                writers[part](record)
+            if voting and voters[n - 1]:
                 voting(record)
-    if n + 1 != len(parts):
+    if n != len(parts):
         raise ValueError(f"{table.place}: changed while it was read; run again")
     if not table.rejects.skipped:
         (folder / REJECTS).unlink()
@@ -809,8 +825,8 @@ def _remarks(table, folder, counts, test_sets):
                 passages = len(list(islice(lines, _FEW)))
             if passages < _FEW:
                 yield (
-                    f"{path} has {passages} passages, among which it is easy to find the right one;"
-                    " with more rows held out the figures say more"
+                    f"{path} has {passages} passages, so the right one is easy to find; hold out"
+                    " more rows to see more"
                 )
     if rejects.skipped:
         report = report_rejects(table.place, kept, rejects.skipped, rejects.first)
@@ -860,7 +876,7 @@ def new_recipe(
     voters = None if scan.labels is None else _voters(scan, parts, seed)
     # 3. The second walk writes.
     with atomic.new_folder(folder) as beside:
-        test_sets, counts = _write_data(beside, table, parts, leaks, voters)
+        test_sets, counts = _write_data(beside, table, scan.identities, parts, leaks, voters)
     rows = {"train": counts[TRAIN]} | {name: counts[part] for part, name in _names(parts).items()}
     title = f"{Path(table.place).name}: {', '.join(table.layout.names)}"
     used = counts[TRAIN] if scan.labels is None else _with_partner(scan.labels[parts == TRAIN])

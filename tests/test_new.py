@@ -144,6 +144,19 @@ def test_a_negative_that_is_held_out_is_left_out_and_counted(desk):
     )
 
 
+def test_equal_texts_of_a_test_set_are_one(desk):
+    rows = [(f"q {n}", f"a {n}") for n in range(100)] * 2
+    new_recipe("mine.toml", faq(rows), holdout="50%")
+    lines = {
+        name: (desk / "mine/heldout" / name).read_text().splitlines()
+        for name in ("queries.jsonl", "corpus.jsonl", "qrels/test.tsv")
+    }
+    assert [len(each) for each in lines.values()] == [50, 50, 51]
+    test = read_retrieval("mine/heldout")
+    assert test.qrels == {f"q{n}": {f"d{n}": 1} for n in range(50)}
+    assert all(test.queries[f"q{n}"][2:] == test.corpus[f"d{n}"][2:] for n in range(50))
+
+
 def test_bad_rows_are_left_out_counted_and_listed(desk):
     rows = [*FAQ[:30], ("", "no question"), *FAQ[30:], ("no answer", " "), ("last", "")]
     made = new_recipe("mine.toml", faq(rows))
@@ -445,6 +458,22 @@ def test_options_that_do_not_fit(desk):
 
 def test_texts_that_are_equal_in_every_row(desk):
     fails("hold the same text in every row", faq([(q, f" {q.upper()}") for q, _ in FAQ]))
+
+
+@pytest.mark.parametrize(
+    "rows", [FAQ[:-1], [*FAQ, ("more", "rows")], [("other", "text"), *FAQ[1:]]]
+)
+def test_a_file_that_changes_between_two_readings(desk, monkeypatch, rows):
+    reads = []
+
+    def read(path, *rest):
+        reads.append(path)
+        if len(reads) == 3:  # columns, first walk, second walk
+            faq(rows)
+        return read_rows(path, *rest)
+
+    monkeypatch.setattr("contrastive_st.new.read_rows", read)
+    fails("changed while it was read; run again", faq())
 
 
 def test_an_address_is_no_file(desk):

@@ -1588,7 +1588,8 @@ def _check_index_words(folder, words, options):
         raise ValueError(
             f"{folder} is an index, which knows its texts and prompts; leave out {', '.join(given)}"
         )
-    if words and Path(words[0]).is_file():
+    # os.path, because a long question is no name that a file could have
+    if words and os.path.isfile(words[0]):
         raise ValueError(
             f"{folder} is an index, which holds its corpus; leave out {words[0]}, or name a model"
             " instead of the index"
@@ -1597,6 +1598,7 @@ def _check_index_words(folder, words, options):
 
 def _searched(model, words, index_model, exact, options):
     "What is searched, and the questions."
+    from contrastive_st.files import STDIN
     from contrastive_st.index import is_index
 
     if is_index(model):
@@ -1609,6 +1611,11 @@ def _searched(model, words, index_model, exact, options):
         )
     if index_model or exact:
         raise ValueError(f"{model} is no index; --model and --exact are for one")
+    if words[0] != STDIN and not os.path.exists(os.path.expanduser(words[0])):
+        raise ValueError(
+            f"{model} is no index, so {atomic.quote(words[0])} should be a file of texts, and there"
+            " is no such file; check both names, and the folder you run in"
+        )
     prompts = options["--query-prompt"], options["--document-prompt"]
     return _SearchedFile(model, words[0], options["--column"], options["--id"], prompts), words[1:]
 

@@ -36,15 +36,22 @@ def connect(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    # Column by column, since of millions of rows every array counts.
-    texts = np.unique(identities)
-    numbers = [np.searchsorted(texts, column).astype(np.int32) for column in identities.T]
-    # A text is a node, and a row joins its anchor to each of its other texts.
-    anchor, n, shape = numbers[0], len(numbers) - 1, (len(texts), len(texts))
-    ends = np.tile(anchor, n), np.concatenate(numbers[1:] or [anchor[:0]])  # n * N of each
-    del texts, numbers
-    graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=shape)
-    return connected_components(graph, directed=False)[1][anchor]
+    # A text that stands in one place joins nothing, and of millions of rows most are like that.
+    ordered = np.sort(identities, axis=None)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    N = len(identities)
+    if not len(repeated):
+        return np.arange(N, dtype=np.int32)
+    # Rows and repeated texts are the nodes, and each row is joined to the texts that it holds.
+    rows, texts = [], []
+    for column in identities.T:
+        place = np.searchsorted(repeated, column)  # (N,)
+        rows.append(np.flatnonzero(repeated.take(place, mode="clip") == column).astype(np.int32))
+        texts.append(place[rows[-1]].astype(np.int32) + N)
+    ends, n = (np.concatenate(rows), np.concatenate(texts)), N + len(repeated)
+    graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(n, n))
+    return connected_components(graph, directed=False)[1][:N]
 
 # %% ../nbs/27_new.ipynb #hold-out
 def _group_order(identities, groups, seed):

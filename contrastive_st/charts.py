@@ -18,7 +18,7 @@ import pandas as pd
 
 from .atomic import read_json, reading
 from .evaluation import METRICS, format_interval, metric
-from .search import import_extra
+from .machine import import_extra
 
 # %% ../nbs/38_charts.ipynb #project
 _TSNE_LIMIT = 1_000  # 15 s in 3-D on one core

@@ -187,7 +187,7 @@ class Exam:
     query_prompt: str | None = None  # before each question; None = what the model says
     document_prompt: str | None = None  # before each document, the same way
     labelled: tuple | None = None  # of evaluation.read_labelled: what is judged, what votes or None
-    # scores of the search by the weights they are of, shared by exams that search the same
+    # scores of the search by the weights they are of, shared by test sets that search the same
     memory: dict | None = None
 
     @property
@@ -219,7 +219,7 @@ class Exam:
         return scores
 
     def _search(self, encoder):
-        "The scores of the search, made once for the same weights where exams share a memory."
+        "The scores of the search, made once for the same weights where test sets share a memory."
         from contrastive_st import evaluation
 
         key = None if self.memory is None else _weights(encoder)
@@ -451,22 +451,28 @@ def _default_out(recipe, is_sweep):
     return Path("runs", f"{name}-sweep" if is_sweep else name)
 
 
+def _is_table(data, column):
+    "Whether `data` is a file whose rows have a text in this column."
+    from contrastive_st.files import Rejects, read_rows
+
+    if not atomic.expanded(data).is_file():  # of the hub
+        return False
+    # A first row that is bad was left out and counted, so it is passed over here, too.
+    _, row = next(iter(read_rows(data, reject=Rejects(data, "skip"))), (0, None))
+    return isinstance(row, dict) and isinstance(row.get(column), str)
+
+
 def _after_new(made, data):
     "What can be typed after a recipe is written: train it, then search in the texts."
-    from contrastive_st.files import read_rows
-
     program, run = _program(), _default_out(str(made.recipe), False)
     yield f"  {program} train {shlex.quote(str(made.recipe))}"
-    if not Path(data).is_file():  # of the hub
-        return
     place = shlex.quote(str(run / "index"))
     # The texts that are found are the positives of pairs; else there is one kind of text.
     is_pair = not made.layout.label and not made.layout.score
     column = made.layout.texts[1 if is_pair else 0]
-    words = ["index", f"{run}/model", data]
-    # Rows that are lists have no columns to name.
-    _, row = next(iter(read_rows(data)))
-    words += ["--column", column] if column in row and isinstance(row, dict) else []
+    # The command index reads no hub and no lists, but it reads the rows that were written.
+    texts = data if _is_table(data, column) else str(made.folder / "train.jsonl")
+    words = ["index", f"{run}/model", texts, "--column", column]
     yield f"  {program} {shlex.join(words)} --out {place}"
     yield f"  {program} search {place} 'YOUR QUESTION'"
 
@@ -507,7 +513,7 @@ def new(
     seed: Annotated[int, typer.Option(min=0, help="Another seed holds out other rows.")] = 0,
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
 ):
-    "Turn your own file into training data, a held-out exam and a recipe."
+    "Turn your own file into training data, a held-out test set and a recipe."
     from contrastive_st.new import new_recipe
 
     limits = _score_range(score_range)
@@ -587,7 +593,7 @@ def _exam_options(recipe, folder, key):
 
 
 def _look_up(recipe, data_folder):
-    "The files of a recipe's exams; also refuse a recipe that names what is not there."
+    "The files of a recipe's test sets; also refuse a recipe that names what is not there."
     from contrastive_st import recipes
 
     folder = recipe.folder(data_folder)
@@ -1582,7 +1588,8 @@ def _check_index_words(folder, words, options):
         raise ValueError(
             f"{folder} is an index, which knows its texts and prompts; leave out {', '.join(given)}"
         )
-    if words and Path(words[0]).is_file():
+    # os.path, because a long question is no name that a file could have
+    if words and os.path.isfile(words[0]):
         raise ValueError(
             f"{folder} is an index, which holds its corpus; leave out {words[0]}, or name a model"
             " instead of the index"
@@ -1591,6 +1598,7 @@ def _check_index_words(folder, words, options):
 
 def _searched(model, words, index_model, exact, options):
     "What is searched, and the questions."
+    from contrastive_st.files import STDIN
     from contrastive_st.index import is_index
 
     if is_index(model):
@@ -1603,6 +1611,11 @@ def _searched(model, words, index_model, exact, options):
         )
     if index_model or exact:
         raise ValueError(f"{model} is no index; --model and --exact are for one")
+    if words[0] != STDIN and not os.path.exists(os.path.expanduser(words[0])):
+        raise ValueError(
+            f"{model} is no index, so {atomic.quote(words[0])} should be a file of texts, and there"
+            " is no such file; check both names, and the folder you run in"
+        )
     prompts = options["--query-prompt"], options["--document-prompt"]
     return _SearchedFile(model, words[0], options["--column"], options["--id"], prompts), words[1:]
 

@@ -234,7 +234,7 @@ def measure_items(
     encoder,  # model.SentenceEncoder
     exam: ExamData,  # as `read_exam` gives it
 ) -> dict:  # "sts": {"scores", "gold"}, "retrieval" and "labels": {metric -> values}, lists of n
-    "Measure an encoder on every pair, every question and every labelled text of an exam."
+    "Measure an encoder on every pair, every question and every labelled text of a test set."
     from contrastive_st import evaluation
 
     items = {}
@@ -286,11 +286,11 @@ def aggregate(
 
 # %% ../nbs/29_compare.ipynb #cache
 _ITEMS = "items.json"
-_TOLERANCE = 2e-3  # between two machines; another exam differs by more
+_TOLERANCE = 2e-3  # between two machines; another test set differs by more
 
 
 def _kept_items(run, model, exam):
-    "The record that an earlier comparison left, if it is of this model and exam; else None."
+    "The record that an earlier comparison left, if it is of this model and test set; else None."
     try:
         record = read_json(run.folder / _ITEMS)
         is_same = record["model"] == model and (exam is None or record["exam"] == exam.digest)
@@ -317,7 +317,7 @@ def run_items(
     exam: ExamData | None,  # None = take what is kept, whatever it is of
     split: str,  # "evaluation" or "test"
     on_measure: Callable[[RunResult], None] = lambda run: None,  # called before a measurement
-) -> dict | None:  # "items", and "data", a digest of the exam; None = nothing kept and no exam
+) -> dict | None:  # "items", and "data", a digest of the test set; None = no test set, nothing kept
     "Return the value of each question in a run, kept from before or measured now."
     manifest = run.folder / "model" / MANIFEST
     with reading(manifest, _AGAIN):
@@ -472,7 +472,7 @@ def _differences(records, metrics, baseline):
 
 
 def _pair_up(runs, baseline, split, metrics, options):
-    "Paired differences, and the notes on them; without an exam in common there are none."
+    "Paired differences, and the notes on them; without a test set in common there are none."
     alone = "so there is no paired difference, and each interval is of one run alone"
     nothing = {metric: [None] * len(runs) for metric in metrics}
     try:

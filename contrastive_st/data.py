@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Example', 'ROW_TEXTS', 'ROW_CHARACTERS', 'LOOK_AHEAD', 'AHEAD_CHARACTERS', 'Columns', 'Mark', 'MarkedColumns',
-           'Classes', 'is_saved_dataset', 'read_examples', 'Source', 'judged_groups', 'is_hub_id', 'load_source',
-           'is_store', 'store_folder', 'share_counter', 'count_rows', 'Prepared', 'prepare', 'ScoredPairs', 'read_sts',
-           'Retrieval', 'read_retrieval', 'quickstart_folder']
+           'Classes', 'is_saved_dataset', 'read_examples', 'Source', 'judged_groups', 'is_hub_id', 'open_dataset',
+           'load_source', 'is_store', 'store_folder', 'share_counter', 'count_rows', 'Prepared', 'prepare',
+           'ScoredPairs', 'read_sts', 'Retrieval', 'read_retrieval', 'quickstart_folder']
 
 # %% ../nbs/07_data.ipynb #imports
 import hashlib
@@ -1351,9 +1351,7 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None, extra=()):
 
 def _open_raw(place, columns, split):
     "What a file or a hub dataset is made of, and a function that reads its raw rows."
-    hub = is_hub_id(place)
-    if hub or is_saved_dataset(place):
-        dataset = _load_hub(str(place), split) if hub else _load_saved(expanded(place), split)
+    if (dataset := open_dataset(place, split)) is not None:
         # datasets has no public name for the hash of what a dataset holds
         origin = {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}
         return origin, lambda reject, after: dataset_rows(dataset, after)
@@ -1501,10 +1499,21 @@ def _load_hub(name, split):
         return datasets.load_dataset(f"{owner}/{repository}", *configuration, split=split)
     except Exception as error:
         # whatever stops the hub, you need the name that you gave and the two ways out
-        why = f"the hub does not give split {quote(split)} of it ({str(error)[:200]})"
+        words = " ".join(str(error).split())[:200]  # the hub's own message may have several lines
         raise ValueError(
-            f"{name}: no such file, and {why}; check name and network, or pass a file"
+            f"{name}: no such file, and the hub does not give split {quote(split)} of it"
+            f" ({words}); check name and network, or pass a file"
         ) from error
+
+
+def open_dataset(
+    place: str | Path,  # a hub id, or a folder of save_to_disk
+    split: str = "train",  # that is taken
+) -> datasets.Dataset | None:  # None: neither of the two
+    "Open what the datasets library keeps: a dataset of the hub, or a saved one."
+    if is_hub_id(place):
+        return _load_hub(str(place), split)
+    return _load_saved(expanded(place), split) if is_saved_dataset(place) else None
 
 # %% ../nbs/07_data.ipynb #load-source
 def load_source(

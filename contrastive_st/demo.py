@@ -39,8 +39,9 @@ from .compare import compare_runs
 from .data import quickstart_folder, read_retrieval
 from .evaluation import METRICS, format_interval
 from .files import read_texts, regular_file
+from .machine import import_extra
 from .model import SentenceEncoder
-from .search import cluster, import_extra, semantic_search
+from .search import cluster, semantic_search
 from .tokens import fix_surrogates
 from .recipes import merge
 from contrastive_st.server import (
@@ -588,11 +589,11 @@ def run_html(
 
 # %% ../nbs/31_demo.ipynb #verdict
 class _Score(NamedTuple):
-    "What a model got in an exam."
+    "What a model got on a test set."
 
     name: str  # of the model
     run: Path | None  # None for the model that a run began with
-    exam: tuple  # equal for equal exams
+    exam: tuple  # equal for equal test sets
     report: dict  # metrics by name
 
 
@@ -627,7 +628,7 @@ def _paired(best, second, key):
     if not (best.run and second.run):
         return {}
     try:
-        # Only what `contrastive-st compare` kept: the page should not wait for an exam.
+        # Only what `contrastive-st compare` kept: the page should not wait for a measurement.
         comparison = compare_runs([second.run, best.run], metric=key, measure=False)
     except ValueError:  # a run that goes on, or with records of another version
         return {}
@@ -662,7 +663,7 @@ def verdict(
     groups = [[s for s in scores if s.exam == score.exam] for score in scores]
     group = max(groups, key=len, default=[])
     if len(group) < 2:
-        different = "the runs were measured on different exams, so none is called better"
+        different = "the runs were measured on different test sets, so none is called better"
         return different if len(scores) > 1 else ""
     for key in ("ndcg@10", "spearman", *METRICS):
         if all(isinstance(score.report.get(key), float) for score in group):

@@ -11,7 +11,6 @@ import os
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from .atomic import check_folder, expanded, is_whole, new_folder
 from .atomic import quote, read_json, reading, write_json
 from .files import read_texts
+from .machine import import_extra
 
 # %% ../nbs/25_export.ipynb #graph
 _INPUTS = ("input_ids", "attention_mask")  # (N, T) int64 each
@@ -138,16 +138,6 @@ def _about(encoder, name):
 _ABOUT, _GRAPH = "export.json", "onnx/model.onnx"
 
 
-def _import(module):
-    "Import what only exports need."
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error.name} is not installed; pip install 'contrastive_st[onnx]'"
-        ) from None
-
-
 class OnnxEncoder:
     "Turn texts into vectors with onnxruntime and tokenizers alone."
 
@@ -168,7 +158,9 @@ class OnnxEncoder:
         self.about = read_json(folder / _ABOUT, todo="export the model again")
         with reading(folder, "export the model again"):
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self.session = _import("onnxruntime").InferenceSession(str(folder / _GRAPH))
+            self.session = import_extra("onnxruntime", "onnx").InferenceSession(
+                str(folder / _GRAPH)
+            )
 
     def run(
         self,
@@ -257,7 +249,7 @@ def export_onnx(
 ) -> dict:  # what export.json says: pooling, prompts, and how far vectors differ
     "Write a model as an ONNX graph with its tokenizer, after a check on a hundred texts."
     for module in ("onnx", "onnxscript", "onnxruntime"):  # said before anything is loaded
-        _import(module)
+        import_extra(module, "onnx")
     folder, is_name = expanded(folder), isinstance(model, str | os.PathLike)
     _check_target(folder)
     from contrastive_st.model import SentenceEncoder

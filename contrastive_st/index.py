@@ -13,7 +13,6 @@ import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -28,7 +27,8 @@ from . import atomic
 from .encoding import embedding_blocks, fingerprint, load_encoder, same_texts
 from .encoding import verify, write_embeddings, write_npy
 from .files import ROW_FORMATS, STDIN, Header, choose_columns, find_spellings
-from .files import format_of, list_names, read_lines, read_rows, row_text
+from .files import format_of, read_lines, read_rows, row_text
+from .machine import import_extra
 from .precision import PRECISIONS, calibrate, check_precision, dequantize, quantize
 
 # %% ../nbs/23_index.ipynb #scores
@@ -118,20 +118,10 @@ def _settle(scores, rows, k):
 
 # %% ../nbs/23_index.ipynb #corpus
 @lru_cache(64)
-def _find_column(name, names):
-    "A column by its name; a wrong name is answered with the nearest ones."
-    if not find_spellings(name, names):
-        near = get_close_matches(name, map(str, names), 3, 0.6)
-        todo = f"did you mean {' or '.join(near)}?" if near else "name one of them"
-        raise ValueError(f"no column {atomic.quote(name)} among {list_names(names)}; {todo}")
-    return choose_columns(names, (name,))[0]
-
-
-@lru_cache(64)
 def _id_column(name, names):
     "The column of the ids: the one that was named, else `_id`, as in a corpus.jsonl; or None."
     if name is not None:
-        return _find_column(name, names)
+        return choose_columns(names, (name,))[0]
     spellings = find_spellings("_id", names)
     return spellings[0] if len(spellings) == 1 else None
 
@@ -145,8 +135,7 @@ class _Columns(Header):
         super().__init__(self.wanted if column else (), ("_id",))
 
     def check(self, names, row, only_names):
-        for name in self.wanted:
-            _find_column(name, names)
+        choose_columns(names, self.wanted)
 
     def select(self, names, samples):
         self.check(names, {}, False)
@@ -188,15 +177,9 @@ class Corpus:
             return
         for line, row in read_rows(self.path, _Columns(self.column, self.id_column)):
             try:
-                yield line, self._id(row), self._text(row)
+                yield line, self._id(row), row_text(row, self.column)
             except ValueError as problem:
                 raise ValueError(f"{self.place(line)}: {problem}") from None
-
-    def _text(self, row):
-        "The text of a row."
-        if self.column and isinstance(row, dict):
-            _find_column(self.column, tuple(row))
-        return row_text(row, self.column)
 
     def _id(self, row):
         "The id of a row; None if rows are numbered."
@@ -894,7 +877,6 @@ _METHODS = ("ivf", "hnsw")
 
 def _faiss_of(method, rows, similarity):
     "What index.json says of an index of faiss for so many rows."
-    from contrastive_st.search import import_extra
 
     if method not in _METHODS:
         raise ValueError(f"unknown index {atomic.quote(method)}; choose {' or '.join(_METHODS)}")
@@ -929,7 +911,7 @@ class _Floats:
 
 def _write_faiss(path, vectors, record):
     "Write an index of faiss over vectors that are written."
-    from contrastive_st.search import faiss_index, import_extra
+    from contrastive_st.search import faiss_index
 
     with warnings.catch_warnings():
         index = faiss_index(_Floats(vectors, record), record.faiss["factory"])
@@ -938,7 +920,6 @@ def _write_faiss(path, vectors, record):
 
 def _open_faiss(path, record):
     "Open an index of faiss."
-    from contrastive_st.search import import_extra
 
     faiss = import_extra("faiss")
     with atomic.reading(path, _RENEW):

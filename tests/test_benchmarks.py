@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import data_input  # noqa: E402
 import data_order  # noqa: E402
 import measure  # noqa: E402
+import new  # noqa: E402
 import xla  # noqa: E402
 
 from contrastive_st.data import quickstart_folder  # noqa: E402
@@ -137,3 +138,11 @@ def test_the_table_of_the_readme_is_fresh(tmp_path):
     assert copy.read_text(encoding="utf-8") == readme.read_text(encoding="utf-8"), (
         "run python benchmarks/measure.py"
     )
+
+
+def test_new(tmp_path):
+    result = new.make(str(tmp_path), 500)
+    assert result["rows"] == {"train": 450, "heldout": 50} and result["peak_mb"] >= 0
+    texts = (tmp_path / "500.csv").read_text().splitlines()
+    answers = [line.split(",")[1] for line in texts[1:]]
+    assert len(set(answers)) == 450 and answers[8] == answers[9]

@@ -1218,6 +1218,13 @@ def test_search_passes_over_blank_lines_of_standard_input(place):
     assert works("search", "encoder", "texts.txt", "--top-k", "1", stdin="\na dog\n\n") == expected
 
 
+def test_a_question_may_be_longer_than_a_files_name(place):
+    works("index", "encoder", "texts.txt", "--out", "asked", "--no-progress")
+    assert "a dog a dog" in works("search", "asked", "a dog " * 100, "--top", "1")
+    refuses("search", "encoder", "a dog", words=["encoder is no index", "'a dog'", "no such file"])
+    refuses("search", "encoder", "a dog " * 100, "it", words=["encoder is no index", "..."])
+
+
 def test_search_shows_all_passages_when_there_are_fewer(place):
     assert len(works("search", "encoder", "texts.txt", "dog", "--top-k", "50").splitlines()) == 4
 
@@ -1277,9 +1284,7 @@ def test_serve_hands_on_what_was_typed(place, monkeypatch):
 
 def test_demo_without_its_extra_is_one_sentence(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    refuses(
-        "demo", "encoder", words=["gradio is not installed", "pip install 'contrastive_st[demo]'"]
-    )
+    refuses("demo", "encoder", words=["gradio is not installed", "pip install", "[demo]"])
 
 
 # ---- what a user can mend ----

@@ -670,7 +670,7 @@ def test_different_exams_are_not_compared(tmp_path):
     tested = in_run(measured_run(tmp_path / "c", "Three", test=(0.8, 0.7, 0.9)))
     bare = in_run(run_directory(tmp_path / "d"))
     for model in (other, tested, bare):
-        assert "measured on different exams" in demo.verdict([first, model])
+        assert "measured on different test sets" in demo.verdict([first, model])
     write(first.run / "metrics.json", "{}")
     assert demo.verdict([first, tested]) == ""
 
@@ -730,7 +730,7 @@ def test_a_port_in_use_and_other_doors_that_do_not_open(monkeypatch):
 @pytest.mark.parametrize("package", ["gradio", "plotly"])
 def test_without_the_extra_one_sentence(monkeypatch, words, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=r"pip install 'contrastive_st\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install .*\[demo\]"):
         demo.build([words])
 
 
@@ -738,7 +738,7 @@ def test_without_the_extra_one_sentence(monkeypatch, words, package):
 
 gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None,
-    reason="Gradio is not installed: pip install 'contrastive_st[demo]'",
+    reason="Gradio is not installed: it comes with the extra demo",
 )
 COMMAND = [sys.executable, "-c", "from contrastive_st.cli import main; main()", "demo"]
 PROCESSES = {}  # address -> process

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -85,6 +86,35 @@ def test_the_module_needs_nothing_but_python():
         text=True,
     )
     assert done.stderr == "" and set(done.stdout.split()) <= {"contrastive_st", "__main__"}
+
+
+# --- an extra that is missing
+
+
+@pytest.mark.parametrize(
+    "origin, words",
+    [
+        ('{"url": "https://github.com/o/r", "vcs_info": {"vcs": "git"}}', "_st[demo] @ git+https"),
+        ('{"url": "file:///clone", "dir_info": {"editable": true}}', "pip install -e '.[demo]'"),
+        (None, "_st[demo] @ git+https"),  # from an index or a wheel: no such file
+    ],
+)
+def test_a_missing_extra_names_the_way_that_the_package_came(monkeypatch, origin, words):
+    installed = SimpleNamespace(read_text=lambda name: origin)
+    monkeypatch.setattr(machine.metadata, "distribution", lambda name: installed)
+    with pytest.raises(ValueError, match="^no_such_package is not installed; ") as error:
+        machine.import_extra("no_such_package", "demo")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_extra_of_a_package_in_no_environment(monkeypatch):
+    def absent(name):
+        raise machine.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine.metadata, "distribution", absent)
+    assert (
+        machine.install_line("onnx") == "in the root of the clone, type: pip install -e '.[onnx]'"
+    )
 
 
 # --- what is installed on which machine?

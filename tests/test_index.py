@@ -144,7 +144,7 @@ def test_files_of_all_kinds(tmp_path):
     for ending in ("jsonl", "json", "csv", "parquet"):
         corpus = Corpus(tmp_path / f"a.{ending}", "answer", "nr")
         assert [(id, text) for _, id, text in corpus] == [(str(n), TEXTS[n]) for n in range(5)]
-        refuses(lambda: list(Corpus(tmp_path / f"a.{ending}", "anwser")), "mean answer?", ending)
+        refuses(lambda: list(Corpus(tmp_path / f"a.{ending}", "anwser")), "mean 'answer'?", ending)
         refuses(lambda: list(Corpus(tmp_path / f"a.{ending}", "answer", "Nummer")), "Nummer")
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     assert list(Corpus(tmp_path / "a.txt")) == [(1, None, "one"), (2, None, "two")]

@@ -43,7 +43,7 @@ ALLOWED = {
     "evaluation": {"precision", "search"},
     "bias": {"evaluation"},
     "card": {"evaluation", "modeldir"},
-    "charts": {"evaluation", "search"},
+    "charts": {"evaluation"},
     "compare": {"card", "data", "evaluation", "model", "recipes"},
     "export": {"model"},
     "recipes": {"config", "mixture", "model", "tokens"},

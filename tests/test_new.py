@@ -1,4 +1,4 @@
-"""Own files become data, exam and recipe: no text on both sides, nothing lost or overwritten."""
+"""Own files become data, a test set and a recipe: no text on both sides, nothing lost."""
 
 import csv
 import gzip
@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from random import Random
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -143,6 +144,19 @@ def test_a_negative_that_is_held_out_is_left_out_and_counted(desk):
     )
 
 
+def test_equal_texts_of_a_test_set_are_one(desk):
+    rows = [(f"q {n}", f"a {n}") for n in range(100)] * 2
+    new_recipe("mine.toml", faq(rows), holdout="50%")
+    lines = {
+        name: (desk / "mine/heldout" / name).read_text().splitlines()
+        for name in ("queries.jsonl", "corpus.jsonl", "qrels/test.tsv")
+    }
+    assert [len(each) for each in lines.values()] == [50, 50, 51]
+    test = read_retrieval("mine/heldout")
+    assert test.qrels == {f"q{n}": {f"d{n}": 1} for n in range(50)}
+    assert all(test.queries[f"q{n}"][2:] == test.corpus[f"d{n}"][2:] for n in range(50))
+
+
 def test_bad_rows_are_left_out_counted_and_listed(desk):
     rows = [*FAQ[:30], ("", "no question"), *FAQ[30:], ("no answer", " "), ("last", "")]
     made = new_recipe("mine.toml", faq(rows))
@@ -184,13 +198,78 @@ def test_lists_of_texts_have_the_columns_of_training(desk):
     assert new_recipe("groups.toml", "groups.jsonl").rows == {"train": 72, "heldout": 8}
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    "A stand-in for the hub: {what load_dataset is asked for: the dataset}; else no network."
+    sets = {}
+
+    def load(*asked):
+        if asked not in sets:
+            raise ConnectionError("Couldn't reach\nthe Hub")
+        return sets[asked]
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: load(*names, split))
+    return sets
+
+
+def dicts(rows=FAQ, names=("question", "answer")):
+    return [dict(zip(names, row)) for row in rows]
+
+
+def test_a_hub_dataset_is_read_as_training_reads_it(desk, hub):
+    held = {}
+    for place, asked in {
+        "owner/faq": ("owner/faq", "train"),
+        "owner/faq/shop": ("owner/faq", "shop", "train"),
+        "snli": ("stanfordnlp/snli", "train"),
+    }.items():
+        hub[asked] = datasets.Dataset.from_list(dicts())
+        name = place.replace("/", "-")
+        made = new_recipe(f"{name}.toml", place, holdout="20%")
+        assert made.rows == {"train": 48, "heldout": 12}
+        held[place] = set(read_retrieval(f"{name}/heldout").queries.values())
+    new_recipe("file.toml", faq(), holdout="20%")
+    assert held["owner/faq"] == set(read_retrieval("file/heldout").queries.values())
+    assert held["owner/faq"] == held["owner/faq/shop"] == held["snli"]
+    [entry] = recipes.load("owner-faq.toml").data.mix
+    assert entry["name"] == "train.jsonl" and entry["lines"] == 48
+
+
+def test_classes_of_a_hub_dataset_are_labels(desk, hub):
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=[f"i{n}" for n in range(5)])
+    )
+    rows = [{"text": text, "label": n % 5} for n, (text, _) in enumerate(TICKETS)]
+    rows.append({"text": None, "label": 1})
+    hub["owner/intents", "test"] = datasets.Dataset.from_list(rows, features)
+    made = new_recipe("mine.toml", "owner/intents", label="label", split="test")
+    assert made.layout == (("text",), "label", "") and sum(made.rows.values()) == 60
+    assert set(read_labelled("mine/heldout.jsonl").labels) == set("01234")
+    assert "1 bad rows skipped" in made.remarks[0]
+
+
+def test_a_saved_dataset_is_read(desk):
+    saved = datasets.DatasetDict(test=datasets.Dataset.from_list(dicts()))
+    saved.save_to_disk("saved")
+    assert new_recipe("mine.toml", "saved", split="test").rows["heldout"] == 6
+    fails("has no split 'train', but test", "saved")
+
+
+def test_a_hub_that_does_not_answer(desk, hub):
+    sentence = fails("does not give split 'train'", "owner/faq")
+    assert "Couldn't reach the Hub" in sentence and "check name and network" in sentence
+    hub["owner/rows", "train"] = datasets.Dataset.from_list(dicts(names=("left", "right")))
+    assert "--columns left,right" in fails("what is a pair is not clear", "owner/rows")
+    assert "did you mean" in fails("no column 'rigt'", "owner/rows", columns=("left", "rigt"))
+
+
 def test_columns_are_found_or_asked_for():
     assert find_layout([{"id": 1, "Title": "a b", "body": "c d"}]).texts == ("Title", "body")
     rows = [{"utterance": text, "topic": label} for text, label in TICKETS]
     assert find_layout(rows, label="Topic").names == ("utterance", "topic")
     with pytest.raises(ValueError, match="--columns utterance --label topic$"):
         find_layout(rows)
-    with pytest.raises(ValueError, match=r"no column 'topik' \(did you mean 'topic'\?\)"):
+    with pytest.raises(ValueError, match=r"no column 'topik' among .* \(did you mean 'topic'\?\)"):
         find_layout(rows, label="topik")
     graded = [dict(zip(("left", "right", "rating"), row)) for row in GRADED]
     with pytest.raises(ValueError, match="--columns left,right,rating --scores$"):
@@ -276,6 +355,10 @@ def test_a_column_that_is_not_there(desk):
 def test_a_delimiter_that_is_guessed_wrongly(desk):
     (desk / "a.tsv").write_text("question,answer\nwhere?,here\n")
     assert "separated by ','" in fails("one column", "a.tsv")
+    faq(name="caret.csv", delimiter="^")
+    assert fails("is no table", "caret.csv").endswith("such as sep=;")
+    write("two.csv", ("question, or so", "answer"), [(f"{q}, yes", a) for q, a in FAQ], ";")
+    assert fails("look like texts", "two.csv").endswith("such as sep=;")
     rows = "".join(f"{n}, where;is it, {n};there, {n}\n" for n in range(20))
     (desk / "b.csv").write_text("id, text;question;answer\n" + rows)
     assert "sep=;" in fails(
@@ -362,8 +445,46 @@ def test_what_is_no_table(desk):
     fails("is a folder", ".")
 
 
-def test_labels_and_scores_exclude_each_other(desk):
+def test_options_that_do_not_fit(desk):
     fails("exclude each other", faq(), label="answer", scores=True)
+    fails("add --scores, or leave it out", faq(), score_range=(0, 1))
+    fails("--model is empty", faq(), model=" ")
+    fails("no column of question, answer holds numbers", faq(), scores=True)
+    fails("'question' is named twice", faq(), columns=("question", "Question"))
+    fails("'answer' is named twice", faq(), columns=("answer",), label="answer")
+    assert fails("leaves 0 to train", faq(), holdout="60").endswith("hold out fewer")
+    assert fails("leaves 3 to train", faq(FAQ[::20])).endswith("so add rows")
+
+
+def test_texts_that_are_equal_in_every_row(desk):
+    fails("hold the same text in every row", faq([(q, f" {q.upper()}") for q, _ in FAQ]))
+
+
+@pytest.mark.parametrize(
+    "rows", [FAQ[:-1], [*FAQ, ("more", "rows")], [("other", "text"), *FAQ[1:]]]
+)
+def test_a_file_that_changes_between_two_readings(desk, monkeypatch, rows):
+    reads = []
+
+    def read(path, *rest):
+        reads.append(path)
+        if len(reads) == 3:  # columns, first walk, second walk
+            faq(rows)
+        return read_rows(path, *rest)
+
+    monkeypatch.setattr("contrastive_st.new.read_rows", read)
+    fails("changed while it was read; run again", faq())
+
+
+def test_an_address_is_no_file(desk):
+    fails("is an address and no file; download it", "https://example.org/faq.csv")
+
+
+def test_a_score_with_a_comma(desk):
+    rows = [(a, b, f"{s},5") for a, b, s in GRADED]
+    name = write("graded.csv", ("left", "right", "score"), rows, ";")
+    options = {"columns": ("left", "right", "score"), "scores": True}
+    assert fails("score '0,5' is not a number", name, **options).endswith("write 0.5")
 
 
 # --- the command, and what it needs ---
@@ -375,8 +496,27 @@ def test_the_command(desk):
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 0, result.output
     assert "train mine.toml" in result.output and "1 bad rows skipped" in result.output
+    assert "index runs/mine/model faq.csv --column answer" in result.output
     result = CliRunner().invoke(app, ["new", "b.toml", "--data", name, "--score-range", "5,0"])
     assert "give the lowest and the highest score" in str(result.exception)
+
+
+def test_the_next_command_indexes_what_is_there(desk, hub):
+    "No dataset of the hub and no lists of texts, but the rows that were written; a bad row first."
+    hub["owner/faq", "train"] = datasets.Dataset.from_list(dicts())
+    _jsonl("lists.jsonl", [{"query": f"q {n}", "pos": [f"a {n}", f"b {n}"]} for n in range(40)])
+    (desk / "wide.csv").write_text(
+        "question,answer\na,b,c\n" + "".join(f"{q},{a}\n" for q, a in FAQ)
+    )
+    for n, (data, words) in enumerate(
+        {
+            "owner/faq": "r0/train.jsonl --column answer",
+            "lists.jsonl": "r1/train.jsonl --column pos",
+            "wide.csv": "wide.csv --column answer",
+        }.items()
+    ):
+        result = CliRunner().invoke(app, ["new", f"r{n}.toml", "--data", data])
+        assert result.exit_code == 0 and words in result.output, result.output
 
 
 def test_torch_is_not_needed(desk):

@@ -3,6 +3,7 @@
 import ast
 import csv
 import io
+import json
 import re
 import shlex
 import socket
@@ -398,6 +399,16 @@ def test_the_message_on_batches_and_processes_is_what_a_mixture_says():
     with pytest.raises(ValueError) as refused:
         mixture.batch(0, 0, 4)
     assert str(refused.value) in PAGES["howto_machines"].read_text(encoding="utf-8")
+
+
+def test_rules_of_thumb_quote_what_the_experiment_says():
+    text = PAGES["howto_settings"].read_text(encoding="utf-8")
+    quoted = re.findall(r"[+-]\d\.\d \[[+-]\d\.\d, [+-]\d\.\d\]", text)
+    study = json.loads((ROOT / "nbs/tutorials/three_claims.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in study["cells"] for output in cell.get("outputs", [])]
+    printed = "".join("".join(output.get("text", [])) for output in outputs)
+    printed = re.sub(r"([\[,]) +", r"\1 ", printed).replace("[ ", "[")
+    assert len(quoted) == 7 and [figure for figure in quoted if figure not in printed] == []
 
 
 def test_generated_pages_and_tables_are_fresh():

@@ -92,28 +92,30 @@ def meanings(record: type) -> dict[str, str]:
     return {name: re.sub(r"\bNone =|\(\) =", "left out:", text) for name, _, _, text in rows}
 
 
-def default_of(field: dataclasses.Field) -> str:
-    "Say the default of a field; a field without one has to be given."
-    default = field.default
-    if default is dataclasses.MISSING:
-        if field.default_factory is dataclasses.MISSING:
-            return "**must be given**"
-        return toml(field.default_factory())
-    if type(default).__name__ == "FieldInfo":  # pydantic's own Field
-        factory = default.default_factory
-        return toml(factory() if factory else default.default)
-    return toml(default)
+def defaults(record: type) -> dict[str, Any]:
+    "Field -> its default, for fields that have one."
+    values = {}
+    for field in dataclasses.fields(record):
+        default, factory = field.default, field.default_factory
+        if type(default).__name__ == "FieldInfo":  # pydantic's own Field
+            default, factory = default.default, default.default_factory or dataclasses.MISSING
+        if factory is not dataclasses.MISSING:
+            default = factory()
+        if default is not dataclasses.MISSING:
+            values[field.name] = default
+    return values
 
 
 def key_table(record: type, leave_out: tuple[str, ...] = ()) -> str:
     "Return the table of a record's keys: name, values, default, meaning."
     schema = TypeAdapter(record).json_schema()["properties"]
     rows = ["| Key | Values | If you leave it out | Meaning |", "|---|---|---|---|"]
-    said = meanings(record)
+    said, values = meanings(record), defaults(record)
     for field in dataclasses.fields(record):
-        if field.name not in leave_out:
-            cells = [f"`{field.name}`", range_of(schema[field.name]), default_of(field)]
-            cells.append(said[field.name] or "")
+        name = field.name
+        if name not in leave_out:
+            default = toml(values[name]) if name in values else "**must be given**"
+            cells = [f"`{name}`", range_of(schema[name]), default, said[name]]
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
@@ -150,13 +152,19 @@ def recipe_keys() -> str:
     from contrastive_st.run import TrainConfig
 
     tables = ("model", "data", "train", "evaluation", "test", "tiny", "path", "text")
+    more = {
+        name: type(default)
+        for name, default in defaults(Recipe).items()
+        if dataclasses.is_dataclass(default) and name not in tables
+    }
     parts = [
         INTRODUCTION,
-        f"## Before the first table\n\n{key_table(Recipe, tables)}\n",
+        f"## Before the first table\n\n{key_table(Recipe, (*tables, *more))}\n",
         f"## `[model]`\n\n{key_table(ModelPlan)}\n",
         f"## `[data]`\n\n{key_table(DataPlan)}\n",
         f"## `[[data.mix]]`\n\nOne such table for each dataset.\n\n{mix_table()}\n",
         f"## `[train]`\n\n{key_table(TrainConfig)}\n",
+        *(f"## `[{name}]`\n\n{key_table(record)}\n" for name, record in more.items()),
         "## `[evaluation]` and `[test]`\n\nBoth have the same keys. What `evaluation` measures may"
         " choose the model that is kept, and `test` is measured before and after training"
         f" only.\n\n{key_table(EvaluationPlan)}\n",

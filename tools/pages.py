@@ -28,8 +28,23 @@ TUTORIALS = (
     "mteb",
     "one_billion_pairs_tpu",
 )
-# what the sidebar shows before everything else: a tutorial, and the how-to pages it needs
-START = ("nbs/tutorials/your_own_data.ipynb", "docs/howto_data.md", "docs/howto_serve.md")
+# what the sidebar shows before everything else
+START = ("nbs/tutorials/your_own_data.ipynb",)
+# then the tasks, in the order in which most people meet them
+HOWTO = (
+    "docs/howto_data.md",
+    "docs/howto_models.md",
+    "docs/howto_settings.md",
+    "docs/howto_resume.md",
+    "docs/howto_memory.md",
+    "docs/howto_machines.md",
+    "docs/howto_trouble.md",
+    "docs/howto_deploy.md",
+    "docs/howto_serve.md",
+    "docs/howto_hub.md",
+)
+# then the parts above, and last what one looks up
+REFERENCE = ("docs/recipe_keys.md", "docs/glossary.md")
 HIDDEN = {"hide", "include: false"}  # directives of cells that no reader sees
 
 

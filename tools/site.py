@@ -25,6 +25,8 @@ from urllib.parse import quote
 import nbformat
 from pages import (
     HIDDEN,
+    HOWTO,
+    REFERENCE,
     ROOT,
     START,
     flags_of,
@@ -43,8 +45,7 @@ MATHJAX_VERSION = "3.2.2"
 MATHJAX_SHA256 = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
 # files of the repository that are pages too
 PAGES = {
-    "docs/howto_data.md": "howto_data.md",
-    "docs/howto_serve.md": "howto_serve.md",
+    **{source: Path(source).name for source in (*HOWTO, *REFERENCE)},
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "docs/LOG.md": "log.md",
@@ -296,16 +297,23 @@ def contents(cfg: dict[str, str]) -> str:
         lines = "\n".join(entries)
         return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
 
-    sources = [source for source in PAGES if (ROOT / source).exists() and source not in START]
-    about = [PAGES[source].removesuffix(".md") for source in sources]
     start = [ROOT / source for source in START if (ROOT / source).exists()]
+    tasks, lookup = ([entry(ROOT / source) for source in group] for group in (HOWTO, REFERENCE))
+    listed = {*START, *HOWTO, *REFERENCE}
+    sources = [source for source in PAGES if (ROOT / source).exists() and source not in listed]
+    about = [PAGES[source].removesuffix(".md") for source in sources]
     # a page stands in one tree, or Sphinx would not know which is its parent
     table = {caption: [p for p in pages if p not in start] for caption, pages in parts().items()}
+    learn = {
+        caption if caption == "Tutorials" else f"Learn {caption}": pages
+        for caption, pages in table.items()
+    }
     return "\n".join(
         [
             *([tree("Start", map(entry, start))] if start else []),
-            *(tree(caption, map(entry, pages)) for caption, pages in table.items() if pages),
-            tree("Reference", ["api/overview"]),
+            tree("How-to", tasks),
+            *(tree(caption, map(entry, pages)) for caption, pages in learn.items() if pages),
+            tree("Reference", [*lookup, "api/overview"]),
             tree("Project", about + [f"Repository <{cfg['git_url']}>"]),
         ]
     )

@@ -31,8 +31,8 @@ WORDS = """
 """.split()
 # The files that take longest, the longest first: begun last, one keeps a single worker busy.
 LONGEST = """
-    readme trainer faults demo run evaluation prepare packed encoding cli store model tokens
-    export serve compare index mixture loss search notebooks data
+    readme trainer demo faults run evaluation prepare howto encoding packed cli store tokens
+    model export serve compare doors index mixture loss search notebooks data
 """.split()
 
 

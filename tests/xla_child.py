@@ -296,7 +296,7 @@ def newest_program(folder):
 
 
 def step(folder):
-    "One step of each kind, against eager; what each number of devices is tried on."
+    "One step of each kind, against eager."
     mesh = begin(folder)
     found = {}
     batches = kinds(make_mixture(folder / "cache"), Tokens(make_tokenizer(), LENGTH, BUCKETS))

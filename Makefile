@@ -39,7 +39,7 @@ train: $(READY)  ## train on the embedded corpus: measures before and after, wri
 test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
-	OMP_NUM_THREADS=1 $(BIN)/python tools/test_pages.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/run_pages.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)  ## kill, fill up, damage and confuse everything that writes, at every point (15 minutes on two cores; Linux with gcc)

@@ -1,6 +1,6 @@
 """Test all pages by nbdev_test in two processes, the longest first.
 
-    python tools/test_pages.py
+    python tools/run_pages.py
 
 By name, which is nbdev_test's order, the two tutorials of minutes come last, and one of the two
 processes ends long before the other. How long a page takes is in tools/pages.json.
@@ -8,7 +8,6 @@ processes ends long before the other. How long a page takes is in tools/pages.js
 
 import json
 import os
-import sys
 
 from nbdev import test
 from notebooks import PAGES
@@ -28,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -50,7 +50,7 @@ test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (bui
 	case $$? in 0) $(MAKE) --no-print-directory $(XLA_VENV)/.ready run-xla;; \
 	3) echo "torch_xla has wheels for Linux on x86-64 and Python up to 3.13 only: nothing to test here";; *) exit 1;; esac
 
-# all at once: a page keeps one core busy, and the tests keep two
+# all at once: alone, a page would leave one of two cores idle
 run-xla:
 	@$(MAKE) --no-print-directory --jobs --output-sync=target $(XLA_NOTEBOOKS:=-xla) run-xla-tests
 

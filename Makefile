@@ -16,7 +16,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/19_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults test-xla run-xla test-colab test-mteb bench format notebooks export readme docs screenshots clean
+.PHONY: help install train test test-faults test-xla run-xla run-xla-tests test-colab test-mteb bench format notebooks export readme docs screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,8 +39,8 @@ train: $(READY)  ## train on the embedded corpus: measures before and after, wri
 test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python tools/run_pages.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)  ## kill, fill up, damage and confuse everything that writes, at every point (15 minutes on two cores; Linux with gcc)
 	$(BIN)/python tests/faults/sweep.py --scenario $(INTERRUPTED) --twice 20 --full 14 --damage -1 --checks all --fuzz 2000
@@ -50,9 +50,15 @@ test-xla:  ## the tests of the TPU loop, on virtual XLA devices of this CPU (bui
 	case $$? in 0) $(MAKE) --no-print-directory $(XLA_VENV)/.ready run-xla;; \
 	3) echo "torch_xla has wheels for Linux on x86-64 and Python up to 3.13 only: nothing to test here";; *) exit 1;; esac
 
+# all at once: alone, a page would leave one of two cores idle
 run-xla:
-	for notebook in $(XLA_NOTEBOOKS); do OMP_NUM_THREADS=1 $(XLA)/nbdev_test --flags xla --n_workers 0 --path $$notebook || exit 1; done
+	@$(MAKE) --no-print-directory --jobs --output-sync=target $(XLA_NOTEBOOKS:=-xla) run-xla-tests
+
+run-xla-tests:
 	OMP_NUM_THREADS=1 $(XLA)/python -m pytest -q tests/test_xla.py
+
+%.ipynb-xla:
+	OMP_NUM_THREADS=1 $(XLA)/nbdev_test --flags xla --n_workers 0 --path $*.ipynb
 
 # CUDA's libraries, which this torch cannot be imported without, come three at a time: pip keeps what it unpacks twice on disk until it is done
 $(XLA_VENV)/.ready: settings.ini setup.py constraints.txt

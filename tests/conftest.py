@@ -29,6 +29,17 @@ WORDS = """
     piano rice road street water music horse ball password reset account change
     computer open close start stop night day train station rain snow price money
 """.split()
+# The files that take longest, the longest first: begun last, one keeps a single worker busy.
+LONGEST = """
+    readme trainer demo faults run evaluation prepare howto encoding packed cli store tokens
+    model export serve compare doors index mixture loss search notebooks data
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    "Put the tests of the longest files first; within a file their order stays."
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def refuses(call, *parts):

@@ -6,7 +6,7 @@ from faults import killer, sweep
 pytestmark = pytest.mark.skipif(bool(killer.missing()), reason=killer.missing())
 
 POINTS = {  # points of each scenario, how many of these are killed twice, full disks
-    "train": (10, 2, 2),
+    "train": (6, 1, 1),
     "train-last": (6, 1, 1),
     "prepare": (10, 2, 2),
     "prepare-over": (10, 2, 1),

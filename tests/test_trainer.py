@@ -1404,24 +1404,25 @@ import json, sys
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-out = {out!r}
 written = []
 def note(event, args):
     if event == "open" and isinstance(args[0], str) and isinstance(args[1], str):
-        if args[0].startswith(out) and set(args[1]) & set("wax+"):
+        if args[0].startswith({out!r}) and set(args[1]) & set("wax+"):
             written.append(args[0])
     changes = ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
-    if event in changes and str(args[0]).startswith(out):
+    if event in changes and str(args[0]).startswith({out!r}):
         written.append(f"{{event}} {{args[0]}}")
 sys.addaudithook(note)
 from test_trainer import *
 rank = int(os.environ["RANK"])
-mixture = make_pairs_and_triplets(copies=2)
-settings = config(4, save_every=2, eval_every=2, metric="score", chunk_tokens={chunk_tokens})
-scores = Scores(0.1, 0.2, 0.3)
-result = train(make_encoder(), mixture, settings, out, scores, progress=False)
-with open({notes!r} + str(rank), "w") as file:
-    json.dump({{"result": result, "written": written}}, file)
+for tokens in {chunk_tokens}:
+    mixture, out = make_pairs_and_triplets(copies=2), {out!r} + str(tokens)
+    settings = config(4, save_every=2, eval_every=2, metric="score", chunk_tokens=tokens)
+    scores = Scores(0.1, 0.2, 0.3)
+    result = train(make_encoder(), mixture, settings, out, scores, progress=False)
+    with open({notes!r} + f"{{tokens}}-{{rank}}", "w") as file:
+        json.dump({{"result": result, "written": written}}, file)
+    written.clear()
 """
 
 
@@ -1451,19 +1452,23 @@ def torchrun(tmp_path, script, processes=2):
     )
 
 
-@pytest.mark.parametrize("chunk_tokens", [0, 95])
-def test_two_processes_are_one_run(tmp_path, chunk_tokens):
-    out, notes = tmp_path / "two", str(tmp_path / "notes")
-    done = torchrun(
-        tmp_path,
-        SCRIPT.format(
-            paths=[str(Path(__file__).parent), str(ROOT)],
-            out=str(out),
-            notes=notes,
-            chunk_tokens=chunk_tokens,
-        ),
-    )
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    "Folder of runs, each on two processes, named by their tokens of a chunk: one start for all."
+    folder = tmp_path_factory.mktemp("two")
+    names = {"out": str(folder / "run-"), "notes": str(folder / "notes-")}
+    paths = [str(Path(__file__).parent), str(ROOT)]
+    done = torchrun(folder, SCRIPT.format(paths=paths, chunk_tokens=(0, 95), **names))
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 95])
+def test_two_processes_are_one_run(two_processes, tmp_path, chunk_tokens):
+    out, notes = (
+        two_processes / f"run-{chunk_tokens}",
+        str(two_processes / f"notes-{chunk_tokens}-"),
+    )
     alone, start = make_encoder(), weights(make_encoder())
     mixture = make_pairs_and_triplets(copies=2)
     assert {len(mixture.batch(s).examples[0]) for s in range(4)} == {2, 3}

@@ -17,8 +17,8 @@ from .machine import import_extra
 
 # %% ../nbs/22_search.ipynb #stable-topk
 def _stable_topk(
-    scores: torch.Tensor,  # (Q, N) float, N >= k
-    k: int,  # how many to keep, >= 1
+    scores: torch.Tensor,  # (Q, N) float
+    k: int,  # how many to keep, >= 1; all N if there are fewer
 ) -> tuple[torch.Tensor, torch.Tensor]:  # scores and columns (Q, k); of equal ones the leftmost
     "The k largest of every row, best first, in an order that does not depend on the machine."
     # 1. The k largest, and the next one as a witness.
@@ -60,11 +60,13 @@ def nearest_rows(
     for documents in chunks:
         for s in range(0, len(queries), 256):  # so that a product has at most 256 x n cells
             rows = slice(s, s + 256)
-            # The best so far stand to the left, so that of equal scores the lower row wins.
-            candidates = torch.cat([scores[rows], product(queries[rows], documents)], dim=1)
-            scores[rows], columns = _stable_topk(candidates, k)  # (256, k)
-            earlier = indices[rows].gather(1, columns.clamp(max=k - 1))
-            indices[rows] = torch.where(columns < k, earlier, columns - k + start)
+            # 1. The best of this chunk: the long rows of scores are looked at once.
+            best, columns = _stable_topk(product(queries[rows], documents), k)  # (256, k)
+            # 2. The best so far stand to the left, so that of equal scores the lower row wins.
+            together = torch.cat([scores[rows], best], dim=1)
+            numbers = torch.cat([indices[rows], columns + start], dim=1)
+            scores[rows], places = _stable_topk(together, k)  # (256, k)
+            indices[rows] = numbers.gather(1, places)
         start += len(documents)
     return scores, indices
 
@@ -103,7 +105,8 @@ def _rows(
     rows = embeddings.detach().to(device, torch.float32)
     if similarity == "cos":
         rows = torch.nn.functional.normalize(rows, dim=1)
-    if not (sound := torch.isfinite(rows).all(dim=1)).all():
+    # One sum of all rows is fast, and finite only if every number is: the rest is for the error.
+    if not rows.sum().isfinite() and not (sound := torch.isfinite(rows).all(dim=1)).all():
         bad = first + (~sound).nonzero()[0].item()
         raise ValueError(
             f"{where} embedding {bad} contains NaN or inf; encode its text again with a sound"

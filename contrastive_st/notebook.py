@@ -24,6 +24,7 @@ from .machine import processor_name
 # %% ../nbs/37_notebook.ipynb #errors
 def _without_folders(text):
     "Leave out the working directory, and the name of a temporary folder."
+    # Committed outputs must be the same on every machine.
     text = text.replace(f"{os.getcwd()}{os.sep}", "")
     return re.sub(rf"{re.escape(tempfile.gettempdir())}{re.escape(os.sep)}[^/\\\s]+", "...", text)
 
@@ -38,6 +39,7 @@ def error_message(
         call(*args, **options)
     except ValueError as error:
         return _without_folders(str(error))
+    # A page that promises an error must fail when the error no longer comes.
     raise AssertionError(f"{getattr(call, '__name__', call)} raised no ValueError")
 
 
@@ -74,7 +76,7 @@ def random_encoder(
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
+        "intermediate_size": 4 * width,  # as in BERT and most of its successors
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
     }
@@ -91,6 +93,7 @@ def encode_once(
     vectors = {}  # text -> (D,)
 
     def encode(texts):
+        # dict.fromkeys drops repeats and keeps the order, so the encoder sees each text once.
         new = [text for text in dict.fromkeys(texts) if text not in vectors]
         if new:
             vectors.update(zip(new, encoder.encode(new, progress=False)))
@@ -119,6 +122,7 @@ def heatmaps(
         layout="constrained",
     )
     for axis, (title, matrix) in zip(axes[0], matrices.items()):
+        # One scale for all matrices, or their colours could not be compared.
         image = axis.imshow(matrix, vmin=-0.2, vmax=1, cmap="viridis", interpolation="none")
         # at most about eight ticks, at whole numbers
         ticks = [range(0, n, max(1, -(-n // 8))) for n in np.shape(matrix)]
@@ -152,6 +156,7 @@ class VirtualSource:
         indices: Sequence[int],  # which rows, N
     ) -> list[tuple[str, ...]]:  # N rows of C texts
         "Make up rows."
+        # The pages show with it that a million rows are never made when eight are drawn.
         self.read += len(indices)
         return [tuple(f"{self.name} {column} {i}" for column in self.columns) for i in indices]
 
@@ -173,6 +178,7 @@ def provenance(
     "Say date, processor, threads and versions, to print under what was measured."
     import torch
 
+    # Seconds are worth little without the number of threads that took them.
     threads = torch.get_num_threads()
     versions = [f"{package} {version(package)}" for package in ("torch", *packages)]
     parts = [
@@ -187,6 +193,7 @@ def provenance(
 # %% ../nbs/37_notebook.ipynb #places
 def repository_root() -> Path:
     "Return the repository's folder as seen from a notebook, or else the working directory."
+    # From the root, from nbs, from nbs/tutorials, and as Colab clones it.
     places = (Path(), Path(".."), Path("../.."), Path("repository"))
     return next((place for place in places if (place / "recipes").is_dir()), Path())
 

@@ -48,9 +48,11 @@ def masked_negatives(
     labels: np.ndarray | None = None,  # of its rows, (B,) int64; 0 = no label
 ) -> np.ndarray:  # candidates that are masked for each anchor, (B,) int
     "Count the candidates that the loss masks: copies of anchor or positive, rows of its label."
+    # As Python numbers: a Counter of NumPy scalars takes several times longer.
     keys = np.asarray(identities).tolist()
     copies, banned = Counter(text for e in keys for text in e[1:]), {}
     for anchor, positive, *_ in keys:
+        # An anchor that occurs twice has two positives, and neither is a negative of either row.
         banned.setdefault(anchor, {anchor}).add(positive)
     # less one, because an anchor's own positive stays
     masked = np.array([sum(copies[text] for text in banned[e[0]]) - 1 for e in keys])
@@ -64,6 +66,7 @@ def _of_label_alone(keys, banned, labels):
     for e, label in zip(keys, labels):
         copies.update((label, text) for text in e[1:])
     for e, label in zip(keys, labels):
+        # Copies in rows of the label were counted above, and must not count twice.
         of_label = rows[label] * (len(e) - 1) - sum(copies[label, t] for t in banned[e[0]])
         added.append(of_label if label else 0)
     return np.array(added)
@@ -77,6 +80,7 @@ def _duplicate_rate(identities):
 def _account_pool(mixture, pool, batches, sample):
     "Negatives and duplicates in `sample` batches of a pool, spread evenly over the run."
     B, masked, duplicates = mixture.batch_size, [], []
+    # Spread over the run, because the first batches of small datasets hold no repeats yet.
     for n in sorted({int(n) for n in np.linspace(0, batches - 1, min(sample, batches))}):
         batch = mixture.pool_batch(pool, n)
         identities = batch.identities  # (B, C)
@@ -110,11 +114,13 @@ def concerns(
     "Say what looks wrong with a run's data."
     sentences = []
     for d in report["datasets"]:
+        # Above one half, most negatives of any anchor come from this dataset.
         if d["realised"] > 0.5 and len(report["datasets"]) > 1:
             sentences.append(
                 f"{d['name']} dominates: {d['realised']:.0%} of all rows come from it; "
                 "lower its weight, or raise the temperature of the weights (data.temperature)"
             )
+        # A rule of thumb, which the small sets of a sane mixture stay below.
         if d["epochs"] > 100:
             sentences.append(
                 f"{d['name']} repeats: its {d['rows']:,} rows are seen {d['epochs']:,.0f} times "

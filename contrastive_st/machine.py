@@ -51,6 +51,7 @@ def processor_name(
     "Return the name of the chip that computes."
     if str(device).startswith("cuda"):
         return import_module("torch").cuda.get_device_name(device)
+    # platform.processor() is empty or says only "x86_64" on Linux.
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -76,6 +77,7 @@ def pair_arguments(
             f"not for {system} and Python {python[0]}.{python[1]}; "
             "choose such a machine, or train on CPU and GPU with contrastive_st.trainer"
         )
+    # +cpu, because a TPU machine has no use for the gigabytes of CUDA.
     pair = [f"torch=={TORCH}+cpu", f"torch_xla=={TORCH_XLA}"]
     return [*pair, *[f"libtpu=={_LIBTPU[python]}"] * (chips > 0), "--extra-index-url", _CPU_BUILDS]
 
@@ -99,6 +101,7 @@ def _plain(name):
 def _fits(requirement, installed):
     "Whether an installed version is one of those that a requirement allows."
     version = installed.get(_plain(requirement.name))
+    # Prereleases count: a nightly torch that is installed is there on purpose.
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
@@ -110,6 +113,7 @@ def _release(version):
 def _pair_fits(installed, requirements):
     "Whether torch and torch_xla are there, of the same release, and new enough for us."
     torch, torch_xla = installed.get("torch"), installed.get("torch-xla")
+    # torch_xla is built against one release of torch, and with another fails at import.
     if not torch or not torch_xla or _release(torch) != _release(torch_xla):
         return False
     return all(_fits(r, installed) for r in requirements if r.name == "torch")
@@ -145,6 +149,7 @@ def plan(
     # 2. whatever else does not fit is installed, while what fits is held by a constraint
     missing = [r for r in requirements if not _fits(r, installed)]
     names = {_plain(r.name) for r in requirements if r not in missing} | {"torch-xla", "libtpu"}
+    # Without constraints pip might replace Colab's torch to please a smaller package.
     keep = [f"{name}=={installed[name]}" for name in sorted(names & set(installed))]
     if missing:
         commands.append(["install", *map(str, missing)])
@@ -177,6 +182,7 @@ def _hub_answers():
     if getproxies():  # a proxy may reach what we cannot
         return True
     try:
+        # Five seconds now, instead of minutes of retries in each cell that downloads.
         socket.create_connection(("huggingface.co", 443), timeout=5).close()
     except OSError:
         return False
@@ -239,6 +245,7 @@ def _installed():
 def _pip(arguments):
     "Run pip of this Python -> exit code and output."
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    # Without standard input a question of pip's ends in an error and not in waiting.
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return run.returncode, run.stdout + run.stderr
 
@@ -255,6 +262,7 @@ _UNREACHABLE = ("connection", "resolve host", "name resolution", "unreachable", 
 
 def _failed(arguments, output):
     "One sentence about a pip that failed."
+    # The last line with "error" is the cause; pip prints pages before it.
     lines = [line for line in output.splitlines() if "error" in line.lower()] or [output]
     message = " ".join(lines[-1].split()).removeprefix("ERROR: ")[:80]
     if any(word in output.lower() for word in _UNREACHABLE):
@@ -284,6 +292,7 @@ _TOOLS = {"pip", "setuptools"}  # loaded when Python starts, and used by nothing
 def _loaded(names):
     "Those packages of which Python has loaded a module already."
     names = set(names) - _TOOLS
+    # A package's name need not be that of its modules: scikit-learn is sklearn.
     homes = metadata.packages_distributions() if names else {}
     modules = set(sys.modules) & set(homes)
     packages = {_plain(name) for module in modules for name in homes[module]}

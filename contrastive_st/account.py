@@ -7,6 +7,7 @@ __all__ = ['masked_negatives', 'concerns', 'account', 'report_table']
 
 # %% ../nbs/09_account.ipynb #imports-std
 import math
+import textwrap
 from collections import Counter
 
 import numpy as np
@@ -174,6 +175,11 @@ def _token_lines(t):
     ]
 
 
+def _wrapped(sentence):
+    "A sentence in lines that any terminal shows whole."
+    return textwrap.fill(sentence, 99, subsequent_indent="  ", break_long_words=False)
+
+
 def report_table(
     report: dict,  # from `Mixture.report`
 ) -> str:  # several lines
@@ -190,13 +196,15 @@ def report_table(
             f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%}"
             f" {d['realised']:8.2%} {d['epochs']:10,.2f}"
         )
-    lines += map(_mark_line, (d for d in report["datasets"] if {"labels", "graded"} & d.keys()))
-    lines += map(_pool_line, report["pools"])
+    lines += (
+        _wrapped(_mark_line(d)) for d in report["datasets"] if {"labels", "graded"} & d.keys()
+    )
+    lines += [_POOL_HEAD, *map(_pool_line, report["pools"])]
     if "tokens" in report:
-        lines += _token_lines(report["tokens"])
+        lines += map(_wrapped, _token_lines(report["tokens"]))
     rows = sum(d["rows"] for d in report["datasets"])
     lines.append(f"one pass over all {rows:,} rows would take {report['one_pass']:,} steps")
-    return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])
+    return "\n".join(lines + [_wrapped(f"warning: {w}") for w in report["warnings"]])
 
 
 def _mark_line(d):
@@ -210,16 +218,21 @@ def _mark_line(d):
     )
 
 
+_POOL_HEAD = (
+    f"{'negatives of an anchor':22} {'batches':>11} {'in-batch':>8} {'hard':>8}"
+    f" {'masked':>9} {'left':>10} {'duplicates':>10}"
+)
+
+
 def _pool_line(p):
     "The line on the negatives of the batches of one column count."
-    if p.get("graded"):
-        return f"{p['columns']} columns and scores, {p['batches']:,} batches: graded, no negatives"
-    line = (
-        f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch +"
-        f" {p['hard']:,} hard negatives per anchor"
-    )
+    graded = p.get("graded")
+    start = f"{p['columns']} columns" + " and scores" * bool(graded)
+    line = f"{start:22} {p['batches']:11,}"
+    if graded:
+        return f"{line}  graded, so there are no negatives"
+    line += f" {p['in_batch']:8,} {p['hard']:8,}"
     # nan where no batch was looked at; None is a nan after a trip through JSON
     if p["masked"] is None or p["masked"] != p["masked"]:
         return line
-    left = f"{p['masked']:.2f} masked = {p['negatives']:,.2f}"
-    return f"{line} - {left}; {p['duplicates']:.1%} of texts are duplicates"
+    return f"{line} {p['masked']:9,.2f} {p['negatives']:10,.2f} {p['duplicates']:10.1%}"

@@ -207,7 +207,7 @@ def format_p(
 _MEANINGS = {
     "male_rate": "of the occupations lean male",
     "stereotype_rate": "of the labelled ones lean as the stereotype says",
-    "separation": "a male-labelled one leans more male than a female-labelled one",
+    "separation": "of male- and female-labelled pairs lean as labelled",
 }
 
 
@@ -217,8 +217,8 @@ def bias_summary(
     "Put the figures of a report into words."
     shift = "moves the rates, not the separation" if "separation" in report else "moves every rate"
     lines = [
-        f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties"
-        f" (50% = he and she equally near; a shift common to all {shift})"
+        f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties",
+        f"(50% = he and she equally near; a shift common to all {shift})",
     ]
     for name, meaning in _MEANINGS.items():
         if name in report:

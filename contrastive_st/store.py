@@ -677,8 +677,8 @@ def summary_table(
     "Write summaries as a table to be read."
     width = max(map(len, ["dataset", *summaries]))
     head = (
-        f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14}"
-        f" {'duplicate rows':>14}  characters per text: median, 95%, longest"
+        f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'empty':>7}"
+        f" {'duplicates':>10}  characters: median/95%/longest"
     )
     lines = [_summary_line(name, s, width) for name, s in summaries.items()]
     changes = [
@@ -710,12 +710,12 @@ def mark_line(
 
 def _summary_line(name, s, width):
     "The line of one dataset."
-    lengths = [
-        f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()
-    ]
+    # One triple for each column, in their order; with names, two columns would fill the line.
+    triples = ((n["median"], n["p95"], n["longest"]) for n in s["characters"].values())
+    lengths = ["/".join(f"{n:,}" for n in triple) for triple in triples]
     return (
         f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,}"
-        f" {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  {'   '.join(lengths)}"
+        f" {s['rejected']['empty']:7,} {s['duplicate_rows']:10,}  {'  '.join(lengths)}"
     )
 
 

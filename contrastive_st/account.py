@@ -89,6 +89,7 @@ def _account_pool(mixture, pool, batches, sample):
         duplicates.append(_duplicate_rate(identities))
     # nan where no batch was looked at
     masked, duplicates = (float(np.mean(v)) if v else math.nan for v in (masked, duplicates))
+    # The hard negatives of all rows are candidates of every anchor, not only its own.
     hard = B * (pool.columns - 2)
     return {
         "columns": pool.columns,

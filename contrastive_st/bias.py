@@ -179,7 +179,7 @@ def gender_bias(
 def _over_occupations(table):
     "The figures over all occupations: each of them is one independent value."
     signs = {"male": 1, "female": -1, "": 0}
-    mean = np.array([row["lean"] for row in table.values()])
+    mean = np.array([row["lean"] for row in table.values()])  # (k,), one for each occupation
     label = np.array([signs[row["stereotype"]] for row in table.values()])
     # Sentences of one occupation are alike, so counting each as a trial would make p too small.
     report = positive_rate("male_rate", mean)
@@ -273,6 +273,7 @@ def _winogender_forms(path):
                 f" sentence, found {quote(line)}; mend the line"
             )
         forms = triples.setdefault(tuple(parts[:3]), {"line": number})
+        # The later of two sentences would replace the earlier without a word.
         if parts[3] in forms:
             raise ValueError(f"{path}:{number}: {sentid[:60]} occurs twice; remove one")
         forms[parts[3]] = sentence.strip()
@@ -323,6 +324,7 @@ def read_bias(
             f"{path}:1: no rows; the file needs a header and a row, or objects with"
             f" {', '.join(_COLUMNS)}"
         )
+    # An anchor that says "he" is nearer to the sentence with "he", in any encoder.
     if gendered := sum(bool(_GENDERED.search(item.anchor)) for item in items):
         warnings.warn(
             f"{path}: {gendered:,} of {len(items):,} anchors hold he or she, which is the answer;"

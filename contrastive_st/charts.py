@@ -122,6 +122,7 @@ def map_chart(
     "Draw texts as points, coloured by cluster, with the text on hovering."
     go, is_flat = _plotly(), points.shape[1] == 2
     figure, sample = go.Figure(), _sample(len(texts))
+    # A trace for each cluster gives each an entry in the legend, which hides it on a click.
     for c in np.unique(labels[sample]).tolist():
         rows = sample[labels[sample] == c]
         marker = {"size": 7 if is_flat else 4, "color": _COLOURS[c % len(_COLOURS)], "opacity": 0.8}
@@ -158,6 +159,7 @@ def lean_chart(
             y=names,
             mode="markers",
             name=html.escape(model),
+            # An empty <extra> removes plotly's box with the name.
             hovertemplate="%{y} %{x:+.4f}<extra></extra>",
             # Symbols tell the models apart in print, where colours may not.
             marker={"size": 9, "symbol": s % 40},
@@ -186,7 +188,7 @@ def heat_chart(
         hovertemplate="%{z:.3f}<br>%{text}<extra></extra>",
         colorscale="Viridis",
         zmin=-0.1,
-        zmax=1,
+        zmax=1,  # fixed ends: the same colour means the same cosine for every model
         colorbar_thickness=10,
     )
     figure.update_xaxes(title_text="answer", showticklabels=False)
@@ -330,7 +332,7 @@ def curves(
                     name=html.escape(run["name"]),
                     # One entry in the legend hides a run in all panels at once.
                     legendgroup=str(r),
-                    showlegend=p == 1,
+                    showlegend=p == 1,  # once a run, not once a panel
                     line_color=_COLOURS[r % len(_COLOURS)],
                     marker_size=5,
                 )
@@ -372,6 +374,7 @@ def before_after(
     for title, sides in (("", run["metrics"]), ("test ", run["metrics"]["test"])):
         before, after = sides["before"], sides["after"]
         for row in METRICS.values():
+            # The loss is no result: its value depends on the batch and says nothing alone.
             if row.task != "training" and row.key in before:
                 both = (
                     format_interval(side, row.key, absent="not yet") for side in (before, after)

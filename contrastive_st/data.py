@@ -372,6 +372,7 @@ def _check_size(texts, characters):
 def _by_position(row, columns):
     "The texts of a list, or those at the positions asked for."
     positions = columns.columns
+    # Negative positions would count from the end, which is another column in a longer row.
     if not all(isinstance(c, int) and 0 <= c < len(row) for c in positions):
         raise ValueError(
             f"columns={quote(positions, 80)} does not fit a list of {len(row)}; "
@@ -537,6 +538,7 @@ def _check_text_columns(columns, mark):
     "The names or positions of the texts beside a label (one) or a score (two)."
     if columns is None:
         return ()
+    # A label's column stands among its columns, a score's does not.
     count = len(MARKS[mark.kind]) - (mark.kind == "label")
     fits = isinstance(columns, (list, tuple)) and len(columns) == count
     if not fits or {type(c) for c in columns} != {type(mark.column)}:
@@ -612,6 +614,7 @@ def _marked_list(row, columns, count):
             f"the row is a list, which has no column {quote(at)}; give the position of the "
             f"{columns.mark.word}, such as {columns.mark.word}={count}"
         )
+    # Without names the texts are the first columns beside the label or score.
     positions = columns.texts or tuple(i for i in range(len(row)) if i != at)[:count]
     if not 0 <= at < len(row) or len(positions) < count or max(positions) >= len(row):
         raise ValueError(
@@ -661,6 +664,7 @@ class Classes:
         # beginnings are kept.
         order = np.lexsort((texts, labels))
         starts, sizes = _runs(labels[order])
+        # One class has no negatives, and classes of one row have no positives.
         if (sizes == 1).all() or len(sizes) == 1:
             raise ValueError(_no_classes(where, len(order), len(sizes)))
         keep = np.repeat(sizes > 1, sizes)  # a row alone in its class has no partner
@@ -715,7 +719,7 @@ class Classes:
         # The label is a hash, so classes begin their walks at unrelated places.
         begun = (self.labels[which].view(np.uint64) % count.astype(np.uint64)).astype(np.int64)
         walk = (begun + turns + own) % count
-        return self.order[start + (first + walk - start) % size].astype(np.int64)
+        return self.order[start + (first + walk - start) % size].astype(np.int64)  # (n,)
 
     @property
     def sizes(self) -> np.ndarray:  # (k,) int
@@ -1038,6 +1042,7 @@ def _check_contrast(constant, width, where):
     "ValueError when the columns that never change leave nothing to tell apart."
     if len(constant) == width:
         what = "the same texts"
+    # Of one anchor or one positive for all rows, no text is a negative of another.
     elif width == 2 and constant:
         what = f"the same {('anchor', 'positive')[min(constant)]}"
     else:
@@ -1134,6 +1139,7 @@ def _open_table(dataset, name, columns, check, mark, relevance):
         _check_mark(dataset, mark, name)
         _check_relevance(dataset, relevance, name)
         return Store(dataset.folder)  # one of its own, because it knows the source's prompts
+    # Not isinstance: a DatasetDict is a dict as well, whose splits are no columns.
     if type(dataset) is dict:
         dataset = _rows_of(dataset, name)
     if relevance is not None:
@@ -1372,6 +1378,7 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None, extra=()):
             f"{folder}: cannot be made ({error.strerror}); name another folder with cache_dir="
         ) from None
     origin = [str(path.resolve()), columns, on_error]
+    # What is not asked for is left out, so that stores of earlier versions keep their names.
     origin += [] if negatives is None else [negatives]
     origin += [extra] if extra else []
     # Other columns or another on_error give another store, so both may be kept side by side.
@@ -1577,6 +1584,7 @@ def load_source(
     on_error, extra = Rejects(path, on_error).on_error, _extra(mark, relevance)
     folder = _cache_path(path, columns, on_error, cache_dir, negatives, extra)
     options = {"negatives": negatives, "mark": mark, "relevance": relevance}
+    # The first run pays for the check and the copy, and all later ones open the store.
     store = _write_if_needed(path, folder, columns, split, on_error, **options)
     return Source(_open_store(store), name or path.name, **marks)
 
@@ -1682,6 +1690,7 @@ def count_rows(
 
 def _in_processes(jobs, workers, on_progress):
     "The results of `_prepare_one(*args, count_rows, **wanted)` for each (args, wanted), in order."
+    # A number in shared memory: a message for each shard would need a queue and its thread.
     counter, before = multiprocessing.get_context("spawn").Value("q", 0), 0
     with worker_pool(
         workers, share_counter, (counter,), "run again with fewer workers: finished shards are kept"
@@ -1739,7 +1748,7 @@ def prepare(
     verify: bool = False,  # read every byte of stores that are there, and write damaged ones anew
 ) -> Prepared:  # {name: summary}, with `written` and `verified`
     "Write each dataset into a store of its own; what is there and up to date is left alone."
-    Rejects("", on_error)
+    Rejects("", on_error)  # refuses an unknown on_error before any work
     _check_names(wanted, [store_folder(out, w["name"]) for w in wanted])
     args, several = (out, on_error, verify), min(workers, len(wanted))
     look = {"unit": " rows", "unit_scale": True, "desc": "reading"}
@@ -1818,6 +1827,7 @@ def read_sts(
     if is_hub_id(path_or_hub_id):
         if str(path_or_hub_id) == "sentence-transformers/stsb":  # that copy is divided already
             top = 1
+        # The hub's STS-B calls its dev split validation.
         dataset = _load_hub(str(path_or_hub_id), "validation" if split == "dev" else split)
         if "label" in dataset.column_names:
             dataset = dataset.rename_column("label", "score")
@@ -1853,11 +1863,13 @@ def _by_id(path, may_be_empty):
             )
         # qrels are tables of texts, so an id that is a number in one file is a text in the other.
         key = str(row["_id"])
+        # Of two documents with one id the second would silently replace the first.
         if key in texts:
             reject(
                 line,
                 f"id {quote(key)} was taken by line {origin[key]}; ids must be unique",
             )
+        # An empty document only loses; an empty query is asked, and lowers every metric.
         text = row_text(row).strip()
         if not text and not may_be_empty:
             reject(line, f"query {quote(key)} is empty; fill it in or leave it out")
@@ -1873,6 +1885,7 @@ def _judgements(path, queries):
     qrels, reject = {}, Rejects(path)
     for line, row in read_columns(path, _QRELS, reject=reject):
         query, document, grade = (row[name].strip() for name in _QRELS)
+        # Judgements without their query belong to another edition of the set.
         if query not in queries:
             reject(line, f"query {quote(query)} is not in queries.jsonl; add it or delete the line")
         # Some exporters write whole numbers as 1.0.

@@ -389,6 +389,7 @@ def _relevant(
         )
     grades = {q: _grades(q, qrels[q]) for q in queries if q in qrels}
     relevant = {q: [d for d, grade in judged.items() if grade > 0] for q, judged in grades.items()}
+    # Queries without a relevant document would count 0 whatever the model does.
     relevant = {q: documents for q, documents in relevant.items() if documents}
     if not relevant:
         raise ValueError(
@@ -648,6 +649,7 @@ def _check_labelled(texts, labels, whose):
 def _label_codes(labels, voters, is_same):
     "Numbers of the labels of texts and voters; a ValueError if no vote can be right."
     classes = _in_order({*labels, *voters})
+    # With one label every vote is right, and an accuracy of 1 would mean nothing.
     if len(set(voters)) < 2:
         raise ValueError(
             f"every text has the label {quote(classes[0])}; give texts of at least two labels"

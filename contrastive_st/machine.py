@@ -123,6 +123,7 @@ def _pair_commands(requirements, installed, python, chips):
     "What a TPU needs beside what is there; says in `installed` what will be."
     wanted = pair_arguments(chips, python, "Linux x86_64")  # no other machine has a TPU on PCI
     if _pair_fits(installed, requirements):
+        # The pair is there; libtpu, which knows the chips, is a package of its own.
         return [] if "libtpu" in installed else [["install", wanted[2]]]
     stale = [name for name in ("torchvision", "torchaudio") if name in installed]
     for package in wanted[:3]:
@@ -205,6 +206,7 @@ def cells_to_skip(
         )
     if not _hub_answers():
         reasons["hub"] = "it needs the Hugging Face Hub, which does not answer"
+    # Found, not imported: an import of mteb or torch_xla takes many seconds.
     if find_spec("mteb") is None:
         reasons["mteb"] = "it needs mteb; type %pip install 'mteb>=2.26,<3' in a cell, and restart"
     if find_spec("torch_xla") is None:
@@ -278,6 +280,7 @@ def _carry_out(commands, keep, pip):
         constraints = Path(folder) / "keep.txt"
         constraints.write_text("\n".join(keep) + "\n", encoding="utf-8")
         for command in commands:
+            # Before it runs: pip may take minutes without a word.
             print(_shown(command), flush=True)
             extra = ["-c", str(constraints)] if command[0] == "install" else []
             code, output = pip(["-q", *command, *extra])

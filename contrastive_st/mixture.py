@@ -153,6 +153,7 @@ class Pool(NamedTuple):
 
 def _pools(columns, weights, graded=()):
     "Group sources by their column count, and graded ones apart from the others."
+    # Rows of another width cannot be stacked, and graded rows have another loss.
     kinds = list(zip(columns, graded or [False] * len(columns)))
     members = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
     return [
@@ -565,6 +566,7 @@ def _holds_data(path):
 
 def _places(root, name):
     "Where a dataset may lie, best first."
+    # A store comes first, since it was made of the file and opens at once.
     stores = [store_folder(root, f"{n}{end}") for n in (name, _bare(name)) for end in _ENDS]
     # the store and the file of that very name, a file with an ending, a store of another spelling
     return [stores[0], *(root / f"{name}{end}" for end in _ENDS), *stores[1:]]
@@ -575,6 +577,7 @@ def _names(root):
     names = []
     for path in sorted(root.rglob("[!.]*")):
         name = path.relative_to(root)
+        # Shards inside of a store are no datasets of their own.
         in_store = any(part.endswith(".store") for part in name.parts[:-1])
         if not in_store and _holds_data(path):
             names.append(name.as_posix().removesuffix(".store"))
@@ -676,7 +679,7 @@ def _entry(item, folder, where, weighed):
         )
     if split is not None and not isinstance(split, str):
         raise ValueError(f'{where}: split is {quote(split)}; write a name such as "train"')
-    if weight == 0:
+    if weight == 0:  # left out, without deleting its line
         return None
     columns = tuple(columns) if columns else None
     marks = {key: item[key] for key in _MARKS if item.get(key) is not None}
@@ -795,6 +798,7 @@ def _is_row(item):
 
 def _sources(data, cache_dir, marks):
     "A source for each dataset; files of one name are called by their whole path."
+    # A list of rows is one dataset, a list of anything else holds several.
     several = isinstance(data, (list, tuple)) and len(data) > 0 and not _is_row(data[0])
     datasets = list(data) if several else [data]
     files = Counter(Path(d).name for d in datasets if isinstance(d, (str, Path)))

@@ -159,6 +159,7 @@ class Shards:
         # the shard of a row is the first whose running total exceeds the row's number
         numbers = np.searchsorted(self._ends, indices, "right")
         begins = np.concatenate([[0], self._ends])[numbers]
+        # Each shard is opened once for all of its rows.
         shards = {n: self._shard(n) for n in np.unique(numbers).tolist()}
         # all rows at once: a loop in Python would take longer than the reading
         return zip(map(shards.__getitem__, numbers.tolist()), (indices - begins).tolist())
@@ -460,6 +461,7 @@ def _add_summary(part, summary):
 def _text_arrays(rows, mark=None):
     "Arrow columns of texts, then of their identities, then of the scores if there are any."
     columns = list(zip(*rows))
+    # A score is no text, but comes as the last value of each row.
     scores = [pa.array(columns.pop(), pa.float64())] if mark == "score" else []
     # large_string has offsets of 64 bits: those of 32 end at 2 GiB of text.
     texts = [pa.array(c, pa.large_string()) for c in columns]
@@ -572,7 +574,7 @@ def _characters(shards, column):
     counts = np.zeros(2**16, np.int64)  # lengths of 65,535 and more share the last place
     total = longest = 0
     for shard in shards:
-        lengths = pc.utf8_length(shard.batch.column(column)).to_numpy()
+        lengths = pc.utf8_length(shard.batch.column(column)).to_numpy()  # (rows,)
         counts += np.bincount(np.minimum(lengths, len(counts) - 1), minlength=len(counts))
         total, longest = total + int(lengths.sum()), max(longest, int(lengths.max()))
     # A histogram instead of a sort: 512 KB for any number of texts.
@@ -809,6 +811,7 @@ def write_store(
     "Write a dataset to disk: whole or not at all; go on where an interrupted run stopped."
     folder, verified, is_new = expanded(folder), {}, False
     if full and is_current(folder, origin):
+        # Damage is dropped first, so that the next question finds the store not current.
         verified = _drop_damaged(folder)
     elif damage := _damage(folder, origin):
         warnings.warn(damage + _ANEW, stacklevel=2)
@@ -889,6 +892,7 @@ def _token_arrays(columns, prompts, encode, dtype, texts_at_once=8192):
     lists, flags = [], []
     for column, prompt in zip(columns, prompts):
         starts = range(0, len(column), texts_at_once)
+        # Some thousand at a time: the tokenizer's results take more memory than the texts.
         texts = (column[i : i + texts_at_once].to_pylist() for i in starts)
         parts = [encode([prompt + text for text in some] if prompt else some) for some in texts]
         ids, lengths, truncated = (np.concatenate(p) for p in zip(*parts))

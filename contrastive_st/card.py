@@ -152,20 +152,29 @@ def _text(text):
     return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", text)
 
 
+def _fence(text, least=3):
+    "Backticks that open and close code."
+    # Markdown ends code at a run of as many backticks, so one more than any inside is safe.
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
 def _code(text):
     "A text as Markdown code, whatever backticks are in it."
     text = _line(text)
-    # Markdown closes code only at a run of as many backticks, so one more than any inside is safe.
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    ticks = _fence(text, 1)
     # A text that begins with a backtick would lengthen the run; Markdown drops one space again.
     space = " " if "`" in text else ""
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
+def _number(value):
+    "A value if it is a number, else None."
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _show(value, form="{:,}", otherwise="not recorded"):
     "A number in a form."
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return form.format(value) if is_number else otherwise
+    return otherwise if _number(value) is None else form.format(value)
 
 # %% ../nbs/28_card.ipynb #hide
 # An absolute path: in quotes it may hold spaces, outside of them it ends before a sign.
@@ -289,11 +298,6 @@ def _literal(text):
     return json.dumps(text.encode("utf-8", "replace").decode(), ensure_ascii=False)
 
 
-def _fence(text):
-    "Backticks that open and close a Markdown block, more than the text has in a row."
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-
-
 def usage(
     model: dict,  # the entry "model" of `read_records`
     name: str = "model",  # folder or hub id that the code opens
@@ -401,11 +405,6 @@ def _data(run):
     }
 
 # %% ../nbs/28_card.ipynb #evaluation
-def _number(value):
-    "A value if it is a number, else None."
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _sides(record):
     "Before and after of a record of metrics; a number that is none is None."
     sides = [record.get(side) for side in ("before", "after")]

@@ -36,7 +36,6 @@ WIDE_OUTPUTS = {
     "nli_to_stsb": "bi sts-look road train recipe by-eye",
     "one_billion_pairs_tpu": "seen prepare plan feed account run counters resume left spot",
     "three_claims": "sources one-why one-run one-plot two-run two-plot three-run all wrong-seed",
-    "index": "search scale-figures speed-figures",
 }
 WIDE_OUTPUTS = {name: set(ids.split()) for name, ids in WIDE_OUTPUTS.items()}
 

@@ -266,7 +266,7 @@ def _longest(record):
     "The most tokens of a text."
     return _whole_number(record["max_seq_length"])
 
-
+# %% ../nbs/28_card.ipynb #about-folder
 def _about(folder):
     "Describe the encoder in a model directory: size, pooling, longest text, prompts and so on."
     width, pooling = _entry(folder / "1_Pooling/config.json", _pooling)

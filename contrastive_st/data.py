@@ -529,6 +529,7 @@ class MarkedColumns(Columns):
                 f"which column holds the texts is not clear among {list_names(names) or 'none'}; "
                 'name it with columns, such as columns=("text",)'
             )
+        # Other columns with text are named in a warning: one of them may be the one you meant.
         for name in [n for n in likely if known and n != known[0] and row.get(n)]:
             self._leave_out(name)
         return (known or likely)[:1]
@@ -964,6 +965,7 @@ def _from_dataset(dataset, columns, name, check):
     "The text columns of a dataset or a data frame, checked."
     if hasattr(dataset, "iloc"):  # a DataFrame of pandas, which we need not import to know it
         with reading(name, "give it columns of texts"):
+            # The index of a frame is no column, and after a filter it is not even 0, 1, 2, ...
             dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
@@ -1096,6 +1098,7 @@ def _rows_of(table, name):
 def _judged_rows(dataset, columns, name, relevance):
     "Judged pairs of a list, a data frame or a dataset, joined by anchor, in memory."
     if hasattr(dataset, "iloc"):
+        # Joining needs the rows in order, and a frame that fits in memory fits as rows, too.
         dataset = dataset.to_dict("records")
     if isinstance(dataset, datasets.Dataset):
         rows = ((n - 1, row) for n, row in dataset_rows(dataset))
@@ -1152,6 +1155,7 @@ def _open_table(dataset, name, columns, check, mark, relevance):
 
 def _check_mark(store, mark, name):
     "Refuse labels or scores that a store does not have."
+    # A store holds no labels that were not read when it was written.
     if mark is not None and mark.kind != store.mark:
         has = f"has a {store.mark} for each row" if store.mark else "has neither labels nor scores"
         raise ValueError(
@@ -1163,6 +1167,7 @@ def _check_mark(store, mark, name):
 def _check_relevance(store, relevance, name):
     "Refuse judgements that a store was not made from."
     was = store.summary["origin"].get("relevance")
+    # A store has joined its rows already, so asking for it now would change nothing.
     if relevance not in (None, was):
         made = "without relevance" if was is None else f"with relevance={quote(was)}"
         raise ValueError(
@@ -1608,6 +1613,7 @@ def _open_store(store):
     "The store, after a warning if bad rows were left out of it, or negatives changed."
     todo, rejects = "prepare the data again", store.folder / REJECTS
     with reading(store.folder / SUMMARY, todo):
+        # Said each time the store is opened: who trains is often not who prepared.
         left_out, file = sum(store.summary["rejected"].values()), store.summary["origin"]["file"]
         changes = negatives_changed(store.summary["negatives"], len(store.columns))
         _warn_of_columns(file, store.summary["remarks"], stacklevel=4)

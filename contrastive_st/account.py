@@ -7,6 +7,7 @@ __all__ = ['masked_negatives', 'concerns', 'account', 'report_table']
 
 # %% ../nbs/09_account.ipynb #imports-std
 import math
+import textwrap
 from collections import Counter
 
 import numpy as np
@@ -48,9 +49,11 @@ def masked_negatives(
     labels: np.ndarray | None = None,  # of its rows, (B,) int64; 0 = no label
 ) -> np.ndarray:  # candidates that are masked for each anchor, (B,) int
     "Count the candidates that the loss masks: copies of anchor or positive, rows of its label."
+    # As Python numbers: a Counter of NumPy scalars takes several times longer.
     keys = np.asarray(identities).tolist()
     copies, banned = Counter(text for e in keys for text in e[1:]), {}
     for anchor, positive, *_ in keys:
+        # An anchor that occurs twice has two positives, and neither is a negative of either row.
         banned.setdefault(anchor, {anchor}).add(positive)
     # less one, because an anchor's own positive stays
     masked = np.array([sum(copies[text] for text in banned[e[0]]) - 1 for e in keys])
@@ -64,6 +67,7 @@ def _of_label_alone(keys, banned, labels):
     for e, label in zip(keys, labels):
         copies.update((label, text) for text in e[1:])
     for e, label in zip(keys, labels):
+        # Copies in rows of the label were counted above, and must not count twice.
         of_label = rows[label] * (len(e) - 1) - sum(copies[label, t] for t in banned[e[0]])
         added.append(of_label if label else 0)
     return np.array(added)
@@ -77,6 +81,7 @@ def _duplicate_rate(identities):
 def _account_pool(mixture, pool, batches, sample):
     "Negatives and duplicates in `sample` batches of a pool, spread evenly over the run."
     B, masked, duplicates = mixture.batch_size, [], []
+    # Spread over the run, because the first batches of small datasets hold no repeats yet.
     for n in sorted({int(n) for n in np.linspace(0, batches - 1, min(sample, batches))}):
         batch = mixture.pool_batch(pool, n)
         identities = batch.identities  # (B, C)
@@ -84,6 +89,7 @@ def _account_pool(mixture, pool, batches, sample):
         duplicates.append(_duplicate_rate(identities))
     # nan where no batch was looked at
     masked, duplicates = (float(np.mean(v)) if v else math.nan for v in (masked, duplicates))
+    # The hard negatives of all rows are candidates of every anchor, not only its own.
     hard = B * (pool.columns - 2)
     return {
         "columns": pool.columns,
@@ -110,11 +116,13 @@ def concerns(
     "Say what looks wrong with a run's data."
     sentences = []
     for d in report["datasets"]:
+        # Above one half, most negatives of any anchor come from this dataset.
         if d["realised"] > 0.5 and len(report["datasets"]) > 1:
             sentences.append(
                 f"{d['name']} dominates: {d['realised']:.0%} of all rows come from it; "
                 "lower its weight, or raise the temperature of the weights (data.temperature)"
             )
+        # A rule of thumb, which the small sets of a sane mixture stay below.
         if d["epochs"] > 100:
             sentences.append(
                 f"{d['name']} repeats: its {d['rows']:,} rows are seen {d['epochs']:,.0f} times "
@@ -168,6 +176,11 @@ def _token_lines(t):
     ]
 
 
+def _wrapped(sentence):
+    "A sentence in lines that any terminal shows whole."
+    return textwrap.fill(sentence, 99, subsequent_indent="  ", break_long_words=False)
+
+
 def report_table(
     report: dict,  # from `Mixture.report`
 ) -> str:  # several lines
@@ -184,13 +197,15 @@ def report_table(
             f"{d['name']:{width}} {d['rows']:13,} {d['columns']:7} {d['asked']:7.2%}"
             f" {d['realised']:8.2%} {d['epochs']:10,.2f}"
         )
-    lines += map(_mark_line, (d for d in report["datasets"] if {"labels", "graded"} & d.keys()))
-    lines += map(_pool_line, report["pools"])
+    lines += (
+        _wrapped(_mark_line(d)) for d in report["datasets"] if {"labels", "graded"} & d.keys()
+    )
+    lines += [_POOL_HEAD, *map(_pool_line, report["pools"])]
     if "tokens" in report:
-        lines += _token_lines(report["tokens"])
+        lines += map(_wrapped, _token_lines(report["tokens"]))
     rows = sum(d["rows"] for d in report["datasets"])
     lines.append(f"one pass over all {rows:,} rows would take {report['one_pass']:,} steps")
-    return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])
+    return "\n".join(lines + [_wrapped(f"warning: {w}") for w in report["warnings"]])
 
 
 def _mark_line(d):
@@ -204,16 +219,21 @@ def _mark_line(d):
     )
 
 
+_POOL_HEAD = (
+    f"{'negatives of an anchor':22} {'batches':>11} {'in-batch':>8} {'hard':>8}"
+    f" {'masked':>9} {'left':>10} {'duplicates':>10}"
+)
+
+
 def _pool_line(p):
     "The line on the negatives of the batches of one column count."
-    if p.get("graded"):
-        return f"{p['columns']} columns and scores, {p['batches']:,} batches: graded, no negatives"
-    line = (
-        f"{p['columns']} columns, {p['batches']:,} batches: {p['in_batch']:,} in-batch +"
-        f" {p['hard']:,} hard negatives per anchor"
-    )
+    graded = p.get("graded")
+    start = f"{p['columns']} columns" + " and scores" * bool(graded)
+    line = f"{start:22} {p['batches']:11,}"
+    if graded:
+        return f"{line}  graded, so there are no negatives"
+    line += f" {p['in_batch']:8,} {p['hard']:8,}"
     # nan where no batch was looked at; None is a nan after a trip through JSON
     if p["masked"] is None or p["masked"] != p["masked"]:
         return line
-    left = f"{p['masked']:.2f} masked = {p['negatives']:,.2f}"
-    return f"{line} - {left}; {p['duplicates']:.1%} of texts are duplicates"
+    return f"{line} {p['masked']:9,.2f} {p['negatives']:10,.2f} {p['duplicates']:10.1%}"

@@ -49,6 +49,7 @@ def remove(
     "Delete whatever stands at `path`; nothing there is fine, too."
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
+        # Leftovers only: what cannot be deleted now is tried again at the next write.
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -102,11 +103,13 @@ def _partial(path):
     "Yield a name beside `path` for this writer alone; what has it after an error is deleted."
     for leftover in abandoned(path.parent, path.name):
         remove(leftover)
+    # In the same folder, since a renaming is atomic within one file system only. The process
+    # is in the name, so that others can tell a living writer's file from a dead one's.
     beside = path.with_name(f".{path.name}.{os.getpid()}-{next(_NUMBERS)}.partial")
     _AT_WORK.add(beside)
     try:
         yield beside
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, must leave no half file
         with suppress(OSError):
             remove(beside)
         raise
@@ -178,6 +181,7 @@ def write_json(
     value: Any,  # what JSON can hold; NaN and infinities become null
 ) -> None:
     "Write a JSON record whole or not at all, indented, in the order given."
+    # NaN is no JSON, and a record with it could not be read by other programs: it becomes null.
     plain = json.loads(json.dumps(value), parse_constant=lambda word: None)
     write_text(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
 
@@ -206,6 +210,7 @@ def quote(
 ) -> str:  # printable, one line, at most so many characters
     "Quote what came from elsewhere, so that it can stand in a message."
     short = reprlib.Repr()
+    # reprlib stops early: repr of a gigabyte that stands where a name should would take minutes.
     short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 2, 3, 3, 3
     short.maxstring = short.maxother = short.maxlong = most
     try:
@@ -225,6 +230,7 @@ def named(
 
 def _printable(words, most):
     "The first characters of a text, each of which can be shown."
+    # A terminal would obey escape sequences that come from a file.
     return "".join(c if c.isprintable() else "?" for c in words[:most])
 
 # %% ../nbs/34_atomic.ipynb #checks
@@ -233,6 +239,7 @@ def is_whole_number(
     least: int | None = None,  # the smallest that will do; None = any
 ) -> bool:  # of Python or NumPy; True and False are none
     "Tell whether a value is a whole number, and large enough."
+    # Integral, so that NumPy's whole numbers count; True is an int to Python.
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     return whole and (least is None or value >= least)
 
@@ -304,6 +311,7 @@ def _first_line(error):
 def _is_ours(error, path):
     "Whether an error is one of our own sentences about this path."
     words = str(error)
+    # A library may name the path as well, but in many lines or with bytes of the file.
     short = len(words) < 1000 + 2 * len(str(path)) and words.isprintable()
     return isinstance(error, ValueError) and str(path) in words and short
 
@@ -370,7 +378,7 @@ def _exchange(new, old):
     aside = old.with_name(f".{old.name}.old")  # where `tidy` looks for it
     old.rename(aside)
     new.rename(old)
-    aside.rename(new)
+    aside.rename(new)  # the old folder, which the caller deletes
 
 
 def _exchange_at_once(new, old):
@@ -378,7 +386,7 @@ def _exchange_at_once(new, old):
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # of the C library
-    if rename is None:
+    if rename is None:  # a C library from before 2018
         return False
     names = _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old)
     return rename(*names, _RENAME_EXCHANGE) == 0
@@ -584,6 +592,7 @@ def _carry_over(old, new, is_wanted):
 def _link(source, target):
     "Give a file a second name, or copy it where the file system cannot."
     try:
+        # A second name costs no disk, and the old folder's own name goes with it.
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
@@ -601,6 +610,7 @@ def lock(
         guard = FileLock(path.with_name(f".{path.name}.lock"))
         owner = path.with_name(f".{path.name}.owner")
         try:
+            # A lock of the system: it ends with its process, however that ends.
             guard.acquire(timeout=-1 if wait else 0)
         except Timeout:
             raise ValueError(
@@ -639,6 +649,7 @@ class Part:
         # A file may stand there, too: `encoding` joins the pieces into one.
         self.path = _target(path, stat.S_IFDIR, stat.S_IFREG)
         self.folder = self.path.with_name(f"{self.path.name}.part")
+        # As JSON gives it back, so that a tuple here equals the list in the file.
         self.origin = json.loads(json.dumps(origin))
         self.state = self._resume() or self._begin(notes)
 
@@ -651,6 +662,7 @@ class Part:
             whole = all((self.folder / name).stat().st_size == size for name, size in sizes.items())
         except (ValueError, OSError, KeyError, TypeError, AttributeError):
             return None
+        # Pieces of other data, or damaged ones, are never gone on with: the work begins anew.
         return state if same and whole else None
 
     def _begin(self, notes):
@@ -682,6 +694,7 @@ class Part:
         with writing(self.path, "run again: the pieces that were finished are kept"):
             with new_file(self.folder / name) as beside:
                 write(beside)
+            # The piece first, then the state: a piece that no state counts is simply written again.
             self.state["files"][name] = describe_file(self.folder / name)
             self.state["notes"] |= notes
             state = {key: self.state[key] for key in ("origin", "files", "notes")}  # no old seal
@@ -690,7 +703,7 @@ class Part:
     def finish(self) -> None:
         "Give the folder its manifest and its final name; a folder that stood there goes."
         with writing(self.path, "run again: the pieces that were finished are kept"):
-            _target(self.path, stat.S_IFDIR)
+            _target(self.path, stat.S_IFDIR)  # somebody may have made a file of that name meanwhile
             for leftover in filter(_is_partial, self.folder.iterdir()):
                 remove(leftover)
             write_manifest(self.folder, self.files)

@@ -53,7 +53,7 @@ def leans(
     texts = _texts(items)
     rows = embed_texts(encode, texts, dtype=np.float64)  # (3 * n, D), of length one
     anchor, male, female = rows.reshape(len(items), 3, -1).swapaxes(0, 1)  # (n, D) each
-    lean = (anchor * (male - female)).sum(axis=1)
+    lean = (anchor * (male - female)).sum(axis=1)  # (n,), the difference of two cosines
     return np.where(np.abs(lean) < 1e-6, 0, lean)  # less is the rounding of float32
 
 # %% ../nbs/24_bias.ipynb #rate
@@ -62,10 +62,12 @@ def positive_rate(
     leans: np.ndarray,  # (n,) float, independent; 0 = tie, left out
 ) -> dict:  # name, name_low, name_high (95%, Wilson), name_p (two-sided, against one half)
     "Share of positive values, with interval and sign test."
+    # The sign test leaves ties out, so n is the number of those that chose a side.
     n = np.count_nonzero(leans)
     if not n:  # nothing but ties: everything is possible
         return {name: 0.5, f"{name}_low": 0.0, f"{name}_high": 1.0, f"{name}_p": 1.0}
     test = stats.binomtest(int((leans > 0).sum()), n)
+    # Wilson's interval stays inside 0 to 1 and is sound for the few dozen occupations we have.
     interval = test.proportion_ci(method="wilson")
     return {
         name: float(test.statistic),
@@ -100,6 +102,7 @@ def by_occupation(
             "stereotype": _stereotype(name, [items[i] for i in mine]),
             **positive_rate("male_rate", own),
         }
+    # Of 60 tests three come out below 0.05 by chance alone, so we also give corrected values.
     corrected = stats.false_discovery_control([row["male_rate_p"] for row in table.values()])
     for row, q in zip(table.values(), corrected):
         row["male_rate_q"] = float(q)
@@ -108,6 +111,7 @@ def by_occupation(
 
 def _stereotype(name, items):
     "The one label of an occupation's items, '' for none; raise `ValueError` for two of them."
+    # An item without a label agrees with every label, so a file may label some rows only.
     labels = {str(item.stereotype)[:40] for item in items} - {""}
     if labels not in (set(), {"male"}, {"female"}):
         raise ValueError(
@@ -123,9 +127,11 @@ def label_separation(
     # separation (0.5 = none), separation_low, separation_high (95%, Newcombe), separation_p
 ) -> dict:  # four floats; the interval is Newcombe's, p is Mann and Whitney's
     "Share of pairs in which the occupation labelled male leans more male; equal ones count half."
+    # Its statistic counts the pairs in which the first is larger, equal ones as a half.
     test = stats.mannwhitneyu(male, female)
     pairs = len(male) * len(female)
     share = float(test.statistic) / pairs
+    # Newcombe's method 5: a bound is where the share's distance is 1.96 standard errors.
     others = (len(male) + len(female)) / 2 - 1
 
     def surprise(at):
@@ -154,6 +160,7 @@ def gender_bias(
     "Measure how consistently and how strongly an encoder leans to one gender, by occupations."
     lean = leans(encode, items)
     table = by_occupation(lean, items)
+    # Rates of ties are 0.5 with the widest interval, which could be read as "no bias".
     if not lean.any():
         warnings.warn(
             "every item is a tie: the encoder does not tell the male from the female sentences, and"
@@ -172,14 +179,18 @@ def gender_bias(
 def _over_occupations(table):
     "The figures over all occupations: each of them is one independent value."
     signs = {"male": 1, "female": -1, "": 0}
-    mean = np.array([row["lean"] for row in table.values()])
+    mean = np.array([row["lean"] for row in table.values()])  # (k,), one for each occupation
     label = np.array([signs[row["stereotype"]] for row in table.values()])
+    # Sentences of one occupation are alike, so counting each as a trial would make p too small.
     report = positive_rate("male_rate", mean)
+    # A lean times its label is positive where the encoder agrees with the stereotype.
     if label.any():
         report |= positive_rate("stereotype_rate", mean * label)
+    # Separation compares two groups, so a file that labels one gender only has none.
     if {1, -1} <= set(label):
         report |= label_separation(mean[label > 0], mean[label < 0])
     report["lean"] = float(mean.mean())
+    # Without spread the t interval would be NaN; a single occupation has no spread either.
     if np.ptp(mean) > 0:
         interval = stats.ttest_1samp(mean, 0).confidence_interval()
         report |= {"lean_low": float(interval.low), "lean_high": float(interval.high)}
@@ -196,7 +207,7 @@ def format_p(
 _MEANINGS = {
     "male_rate": "of the occupations lean male",
     "stereotype_rate": "of the labelled ones lean as the stereotype says",
-    "separation": "a male-labelled one leans more male than a female-labelled one",
+    "separation": "of male- and female-labelled pairs lean as labelled",
 }
 
 
@@ -206,8 +217,8 @@ def bias_summary(
     "Put the figures of a report into words."
     shift = "moves the rates, not the separation" if "separation" in report else "moves every rate"
     lines = [
-        f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties"
-        f" (50% = he and she equally near; a shift common to all {shift})"
+        f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties",
+        f"(50% = he and she equally near; a shift common to all {shift})",
     ]
     for name, meaning in _MEANINGS.items():
         if name in report:
@@ -230,6 +241,7 @@ def read_winogender(
     if not triples:
         raise ValueError(f"{path}:1: no sentences; the file needs lines of id, tab and sentence")
     for key, forms in triples.items():
+        # A missing form would silently leave an occupation out of the rates.
         if lacks := set(_FORMS) - forms.keys():
             raise ValueError(
                 f"{path}:{forms['line']}: {'.'.join(key)[:60]} has no"
@@ -250,6 +262,7 @@ def _winogender_forms(path):
     triples = {}
     for number, line in read_lines(path):
         sentid, _, sentence = line.partition("\t")
+        # The header of the published file, which some copies lack.
         if number == 1 and sentid == "sentid" or not line.strip():
             continue
         parts = sentid.split(".")  # nurse.patient.0.female.txt
@@ -260,6 +273,7 @@ def _winogender_forms(path):
                 f" sentence, found {quote(line)}; mend the line"
             )
         forms = triples.setdefault(tuple(parts[:3]), {"line": number})
+        # The later of two sentences would replace the earlier without a word.
         if parts[3] in forms:
             raise ValueError(f"{path}:{number}: {sentid[:60]} occurs twice; remove one")
         forms[parts[3]] = sentence.strip()
@@ -285,6 +299,7 @@ def _item(where, row):
     texts = [row.get(name) for name in _COLUMNS]
     if bad := [name for name, text in zip(_COLUMNS, texts) if not _is_text(text)]:
         raise ValueError(f"{where}: no text in {', '.join(bad)}; a row needs {', '.join(_COLUMNS)}")
+    # It would be counted as a tie, which looks like a fair answer of the encoder.
     if texts[1] == texts[2]:
         raise ValueError(
             f"{where}: male and female sentence are equal; there is nothing to compare,"
@@ -309,6 +324,7 @@ def read_bias(
             f"{path}:1: no rows; the file needs a header and a row, or objects with"
             f" {', '.join(_COLUMNS)}"
         )
+    # An anchor that says "he" is nearer to the sentence with "he", in any encoder.
     if gendered := sum(bool(_GENDERED.search(item.anchor)) for item in items):
         warnings.warn(
             f"{path}: {gendered:,} of {len(items):,} anchors hold he or she, which is the answer;"

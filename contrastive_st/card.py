@@ -42,6 +42,7 @@ def _finite(value):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list):
         return [_finite(v) for v in value]
+    # Python's json reads NaN and Infinity, which no table should show as a result.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -49,6 +50,7 @@ def _record(path, needs):
     "A record that has what the card needs."
     with reading(path, _AGAIN):
         record = _finite(read_json(path, dict, _AGAIN))
+    # A truncated or hand-edited record is refused here, not somewhere inside the template.
     for key, type_ in needs.items():  # a bool is an int to Python, but no number to us
         if not isinstance(record.get(key), type_) or isinstance(record[key], bool):
             raise ValueError(f"{path}: '{key}' is missing or no {type_.__name__}; {_AGAIN}")
@@ -59,6 +61,8 @@ def _recipe_of(run_dir):
     "The recipe of a run: its text, its tables as they were run, and the table [run]."
     path = run_dir / "recipe.toml"
     with reading(path, _AGAIN):
+        # utf-8-sig, because an editor on Windows may have put a byte order mark before the text.
+        # A run that was started from Python has no recipe, and its card leaves that part out.
         text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
         return text, *_as_run(tomllib.loads(text))
 
@@ -70,6 +74,7 @@ def read_records(
     "Collect the records of a finished run."
     run_dir = Path(run_dir)
     names = [*(f"{r}.json" for r in _RECORDS), "model/modules.json"]
+    # All at once, before one is read: a run that was stopped lacks most of them.
     lacks = [name for name in names if not (run_dir / name).is_file()]
     if lacks:
         raise ValueError(
@@ -78,6 +83,7 @@ def read_records(
         )
     run = {name: _record(run_dir / f"{name}.json", needs) for name, needs in _RECORDS.items()}
     text, tables, record = _recipe_of(run_dir)
+    # The records come from a file that people edit, so every entry is checked before it is used.
     title = _line(tables["title"]) if isinstance(tables.get("title"), str) else ""
     return run | {
         "dir": run_dir,
@@ -94,6 +100,7 @@ def noted(
     label: str,  # such as "command"
 ) -> Any:  # JSON; None if no comment notes it
     "What a comment at the end of a recipe notes under a label; None if none does."
+    # From the end: only comments below the last table are ours, those further up are the user's.
     for line in reversed(text.split("\n")):
         if line.strip() and not line.startswith("#"):
             return None
@@ -108,12 +115,14 @@ def noted(
 
 def _as_run(tables):
     "A recipe's tables with this run's changes laid over them, and the record of those changes."
+    # [run] is what this run noted about itself; the other tables are what the user wrote.
     record = tables.pop("run", {})
     record = record if isinstance(record, dict) else {}
     changes = record.get("changes", {})
     for key, value in (changes if isinstance(changes, dict) else {}).items():
         before = tables.get(key)
         both = isinstance(before, dict) and isinstance(value, dict)
+        # Tables are merged, so that `--lr 1e-5` changes one entry of [train] and keeps the others.
         tables[key] = before | value if both else value
     return tables, record
 
@@ -130,28 +139,42 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-
 
 def _line(text):
     "A text as one line, without half characters and what a reader would not see."
+    # A lone surrogate cannot be written as UTF-8, and one in a title would lose the whole card.
     text = str(text).encode("utf-8", "replace").decode()
     return " ".join(_UNSEEN.sub("", text).split())
 
 
 def _text(text):
     "A text as Markdown that means nothing else."
+    # Escaped only where Markdown would read them: an underscore inside a_name stays as it is.
     text = re.sub(r"([\\`*<&~$]|(?<!\w)_|_(?!\w)|(?<=\])\(|^[#>+-](?=\s)|#$)", r"\\\1", _line(text))
+    # "1. " at the beginning would make a numbered list.
     return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", text)
+
+
+def _fence(text, least=3):
+    "Backticks that open and close code."
+    # Markdown ends code at a run of as many backticks, so one more than any inside is safe.
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _code(text):
     "A text as Markdown code, whatever backticks are in it."
     text = _line(text)
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    ticks = _fence(text, 1)
+    # A text that begins with a backtick would lengthen the run; Markdown drops one space again.
     space = " " if "`" in text else ""
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
+def _number(value):
+    "A value if it is a number, else None."
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def _show(value, form="{:,}", otherwise="not recorded"):
     "A number in a form."
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return form.format(value) if is_number else otherwise
+    return otherwise if _number(value) is None else form.format(value)
 
 # %% ../nbs/28_card.ipynb #hide
 # An absolute path: in quotes it may hold spaces, outside of them it ends before a sign.
@@ -167,12 +190,14 @@ def _name_only(match):
     parts = [part for part in re.split(r"[\\/]+", match[0].removeprefix("file://")) if part]
     if not parts:
         return match[0]
+    # /home/ada would end in a person's name, which has no place in a published card.
     is_home = len(parts) == 2 and parts[0].lower() in ("home", "users")
     return "..." if is_home else f".../{parts[-1]}"
 
 
 def _hide(text):
     "A text without absolute paths."
+    # Quoted ones first, since the pattern for bare paths would stop at their first space.
     return _BARE.sub(_name_only, _QUOTED.sub(_name_only, str(text)))
 
 # %% ../nbs/28_card.ipynb #about
@@ -195,15 +220,18 @@ def _pooling(record):
     # Here, and not above: a card is written without torch.
     from contrastive_st.modeldir import POOLING_FLAGS
 
+    # Newer files name the mode, older ones have a flag for each; we read both.
     width = _whole_number(record["word_embedding_dimension"])
     by_flag = [name for name, flag in POOLING_FLAGS.items() if record.get(flag) is True]
     names = record.get("pooling_mode") or by_flag
     names[0]  # a module that names none is damaged
+    # Several poolings are concatenated, so each of them adds the width once more.
     return width * len(names), "+".join(names)
 
 
 def _after_pooling(modules):
     "The folders of what follows the pooling, unit length aside."
+    # The first two modules are the transformer and its pooling in every directory of ours.
     return [m["path"] for m in modules[2:] if not m["type"].endswith(".Normalize")]
 
 
@@ -225,6 +253,7 @@ def _prompts_of(record):
 def _count(path):
     "The weights of a file, without loading one."
     with reading(path, _AGAIN), safe_open(path, framework="np") as weights:
+        # A slice knows its shape from the file's header, so even a large model takes milliseconds.
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
 
 
@@ -237,10 +266,11 @@ def _longest(record):
     "The most tokens of a text."
     return _whole_number(record["max_seq_length"])
 
-
+# %% ../nbs/28_card.ipynb #about-folder
 def _about(folder):
     "Describe the encoder in a model directory: size, pooling, longest text, prompts and so on."
     width, pooling = _entry(folder / "1_Pooling/config.json", _pooling)
+    # The width that an index needs is the one behind the last dense layer, not the pooling's.
     after = _entry(folder / "modules.json", _after_pooling)
     for path in after:
         width = _width_after(folder / path, width)
@@ -268,11 +298,6 @@ def _literal(text):
     return json.dumps(text.encode("utf-8", "replace").decode(), ensure_ascii=False)
 
 
-def _fence(text):
-    "Backticks that open and close a Markdown block, more than the text has in a row."
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-
-
 def usage(
     model: dict,  # the entry "model" of `read_records`
     name: str = "model",  # folder or hub id that the code opens
@@ -283,6 +308,7 @@ def usage(
     return Template(_template("usage.md.j2"), undefined=StrictUndefined).render(
         name=_literal(name),
         note="" if name != "model" else "  # the folder of this card",
+        # Both stand in the code block, and backticks in either would end it too early.
         fence=_fence(name + model["prompt"]),
         pooling=model["pooling"],
         # modules with weights of their own cannot be written out in a few lines
@@ -320,6 +346,7 @@ def _prompt_words(model):
 
 def _score_functions(model, similarity):
     "Which functions of two vectors say how near their texts are."
+    # On vectors of length one these three rank alike, so the reader may take the fastest.
     if model["normalize"]:
         return "dot product, cosine and Euclidean distance, which agree"
     return {"cos": "cosine", "dot": "dot product"}.get(similarity, _text(similarity))
@@ -336,6 +363,7 @@ def _technical(run):
         "architecture": _text(model["architecture"]),
     }
     numbers = {key: model[key] for key in ("width", "normalize", "max_length")}
+    # These come from a file of the user's, and a bar or a line break in one would end the cell.
     values = dict(zip(values, _cells(values.values())))
     return values | numbers | {"parameters": f"{model['parameters']:,}"}
 
@@ -343,6 +371,7 @@ def _technical(run):
 def _pool(pool):
     "The negatives of the batches that have so many columns."
     masked = pool.get("masked")
+    # "0.00 masked" in every row would only hide the rows in which something was masked.
     is_worth_saying = isinstance(masked, float) and round(masked, 2)
     numbers = {key: _show(pool[key]) for key in ("columns", "batches", "in_batch", "hard")}
     return numbers | {"masked": f"{masked:.2f}" if is_worth_saying else ""}
@@ -364,6 +393,7 @@ def _dataset(dataset, weights):
 
 def _data(run):
     "What the run drew from each dataset, and the negatives that came of it."
+    # The weight is what the recipe asked for; the mixture's record holds what came of it.
     report, mix = run["mixture"], [d for d in run["config"]["mix"] if isinstance(d, dict)]
     weights = {str(d.get("name")): d.get("weight") for d in mix}
     return {
@@ -375,14 +405,10 @@ def _data(run):
     }
 
 # %% ../nbs/28_card.ipynb #evaluation
-def _number(value):
-    "A value if it is a number, else None."
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _sides(record):
     "Before and after of a record of metrics; a number that is none is None."
     sides = [record.get(side) for side in ("before", "after")]
+    # A run without [test] or without an evaluation before training has None here.
     sides = [side if isinstance(side, dict) else {} for side in sides]
     return [{name: _number(value) for name, value in side.items()} for side in sides]
 
@@ -402,6 +428,7 @@ def _rows_of(task, plan, before, after):
     path = plan.get(task)
     set_ = _line(_hide(path)) if isinstance(path, str) and path else f"{task} data"
     for metric in METRICS.values():
+        # What was not measured after training has no row, even if a value from before is there.
         if metric.task == task and metric.key in after:
             row = {"set": set_, "n": after.get(f"{task}_n"), "task": task, "metric": metric.key}
             yield row | _before_and_after(metric.key, before, after)
@@ -453,11 +480,13 @@ def similarity_figure(
     path: str | Path,  # PNG to write
 ) -> None:
     "Draw similarity matrices side by side on one colour scale."
+    # Figure itself, not pyplot: no window system is asked for, and no state is left behind.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(matrices), 3.8), layout="constrained")
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (title, matrix) in zip(axes, matrices.items()):
+        # One fixed scale, so that two cards can be compared; few cosines lie below -0.1.
         image = axis.imshow(matrix, vmin=-0.1, vmax=1, cmap="viridis")
         axis.set(title=title, xlabel="answer", ylabel="question", xticks=[], yticks=[])
     figure.colorbar(image, ax=list(axes), label="cosine similarity", shrink=0.85)
@@ -477,6 +506,7 @@ def _limits(run):
 # %% ../nbs/28_card.ipynb #command
 def _inside(path, folder):
     "A path relative to a folder that holds it, by name or through links; None if neither does."
+    # By name first, so that a link inside the folder keeps the name that the user typed.
     for place in (os.path.abspath, os.path.realpath):
         p, f = place(path), place(folder)
         if os.path.commonpath([p, f]) == f != os.path.dirname(f):  # the root holds everything
@@ -491,6 +521,7 @@ def _near(path):
     above = os.path.dirname(os.path.realpath("."))
     shared = {"/", os.path.realpath(Path.home().parent), "/home", "/Users"}
     if above not in shared:  # what lies there is the user's own
+        # ../data is how people lay out projects, and it tells others nothing about this machine.
         beside = _inside(path, above)
         if beside is not None and not beside.startswith(".."):
             return os.path.join("..", beside)
@@ -510,6 +541,7 @@ def with_command(
     argv: list[str],  # sys.argv of the run
 ) -> str:  # the recipe, with the command as a comment
     "Note in a recipe's text how the run was started."
+    # argv[0] is the whole path of the program in some environment, which nobody else has.
     command = shlex.join([Path(argv[0]).name, *map(_near_argument, argv[1:])])
     return f"{text.rstrip()}\n# command: {json.dumps(command)}\n"
 
@@ -538,6 +570,7 @@ def _training(run):
     versions, metrics = dict(run["versions"]), run["metrics"]
     compute = versions.pop("compute", None)
     versions |= compute if isinstance(compute, dict) else {}
+    # Popped, because all that is left over is listed as software.
     date, processor = (_text(versions.pop(name, "")) for name in ("date", "processor"))
     cores = _text(versions.pop("cores", "?"))
     software = [f"{_text(k)} {_text(_hide(v))}" for k, v in versions.items() if v is not None]
@@ -557,6 +590,7 @@ def _training(run):
 def _base(run):
     "The hub's name of the model that the run started from; None for random weights or a folder."
     plan = _table_of(run, "model")
+    # The hub shows the base model as a link, so only what can be a name there may stand here.
     name = plan.get("name") if isinstance(plan.get("name"), str) and "layers" not in plan else ""
     if run["model_is_folder"] or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         return None
@@ -574,12 +608,13 @@ def _result(row):
     "One metric as the hub writes it down."
     task_type, task_name, form = _TASKS[row["task"]]
     between = ""
+    # The hub has no field for an interval, so it stands in the metric's name.
     if None not in (row["after_low"], row["after_high"]):
         between = f", 95% interval {row['after_low']:.3f} to {row['after_high']:.3f}"
     return EvalResult(
         task_type=task_type,
         task_name=task_name,
-        dataset_type="unknown",
+        dataset_type="unknown",  # a required field, for the hub's name of a dataset; ours are files
         dataset_name=row["set"],
         dataset_split="validation" if row["split"] == "evaluation" else "test",
         metric_type=form.format(row["metric"]),
@@ -647,6 +682,7 @@ def model_card(
     with reading(run["dir"] / "metrics.json", _AGAIN):
         data = _metadata(run, metadata)
     values |= {"license": metadata.get("license")}
+    # As a string: a template inside of a zipped package has no path of its own.
     card = ModelCard.from_template(data, template_str=_template("card.md.j2"), **values)
     return f"{card}\n"
 
@@ -676,10 +712,12 @@ def check_name(
 # %% ../nbs/28_card.ipynb #push-card
 def _half(text, card):
     "Tell whether a text is what a killed writer left of a card."
+    # We replace a card only if we wrote it ourselves: what a user wrote must not be lost.
     ours = text.startswith("---\n") and "contrastive_st" in text
     fences = [line for line in text.split("\n") if line.startswith("```")]
     is_blank = not text.strip("\0 \n")  # a file system may leave zeros after a crash
     is_beginning = card.startswith(text) and text != card
+    # No end of the metadata, an open code block, or no last line break.
     is_cut = "\n---\n" not in text or len(fences) % 2 or not text.endswith("\n")
     return is_blank or is_beginning or ours and is_cut
 
@@ -693,8 +731,10 @@ def card_to_send(
     path, today = Path(run_dir) / "model/README.md", model_card(run_dir)
     with reading(path, "write it again with contrastive_st.card.write_card"):
         there = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # The usage code names the hub's address once the card goes there, so ours is written anew.
     if there == today or _half(there, today):
         return model_card(run_dir, repo_id, metadata)
+    # Refused and not hidden: we change nothing in a text that the user wrote, except the usage.
     if private := re.search(rf"({re.escape(str(Path.home()))}|/home/|/Users/)[^\s/]+/", there):
         raise ValueError(
             f"{path}: names a folder of this machine ({private[0][:60]}); edit it, or delete it and"
@@ -709,10 +749,12 @@ def files_to_send(
 ) -> list[str]:  # paths in the folder, without the card
     "List the files of a model directory: those of its manifest, which are checked, or else all."
     if is_whole(folder):
+        # The digests are compared, so that no damaged weights are published.
         names = [*check_folder(folder, todo="train again, or restore the file"), MANIFEST]
     else:
         names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     for name in names:
+        # A link could lead to any file of yours, which you did not mean to publish.
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"{folder / name}: is a link to a file elsewhere; only files of the model directory"
@@ -723,6 +765,7 @@ def files_to_send(
 # %% ../nbs/28_card.ipynb #push
 def _commit(api, repo_id, folder, names, card, title):
     "Send the files and the card in one commit; return its address."
+    # One commit, so that nobody can download new weights with an old tokenizer.
     operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
     operations.append(CommitOperationAdd("README.md", card.encode()))
     # Nothing has changed since the digests that the hub compares were computed.

@@ -34,6 +34,7 @@ def project(
     if method == "PCA":
         if len(rows) == 1:
             return np.zeros((1, dims))  # one text has no directions
+        # PCA has at most as many components as there are rows or columns; the rest are zeros.
         n = min(dims, *rows.shape)
         points = import_extra("sklearn.decomposition", "demo").PCA(n).fit_transform(rows)
         return np.pad(points, ((0, 0), (0, dims - n)))
@@ -42,6 +43,7 @@ def project(
             f"t-SNE takes 5 to {_TSNE_LIMIT:,} texts here, and there are {len(rows):,}; choose PCA"
         )
     perplexity = min(30, (len(rows) - 1) / 3)  # 30 is usual, and sklearn wants less than n
+    # A start from PCA would need as many dimensions as the map has; the seed fixes the random one.
     tsne = import_extra("sklearn.manifold", "demo").TSNE(
         dims, perplexity=perplexity, init="random", random_state=0
     )
@@ -85,10 +87,12 @@ def _plotly():
 
 def _styled(figure, title, height, **layout):
     "Give a chart the look of the page, on a light ground and on a dark one."
+    # Grey and transparent, because the page does not tell us which of its two grounds is shown.
     axis = {"zeroline": False, "automargin": True, "gridcolor": "rgba(128, 128, 128, .25)"}
     figure.update_xaxes(axis).update_yaxes(axis)
     figure.update_layout(
-        template="none",
+        template="none",  # plotly's own templates bring a ground that hides the page's
+        # Titles hold names of files and models, and plotly reads HTML in them.
         title={"text": html.escape(title, quote=False), "font_size": 14, "x": 0.02},
         height=height,
         margin={"l": 10, "r": 10, "t": 40, "b": 10},
@@ -105,6 +109,7 @@ def _sample(n):
     "The rows that a map of n texts shows: all, or some that lie evenly."
     if n > _POINTS:
         warnings.warn(f"the map shows {_POINTS:,} of the {n:,} texts, evenly chosen", stacklevel=3)
+    # Evenly, not at random: the same map each time, and sorted corpora show all of their parts.
     return np.unique(np.linspace(0, n - 1, min(n, _POINTS)).astype(int))
 
 
@@ -117,9 +122,11 @@ def map_chart(
     "Draw texts as points, coloured by cluster, with the text on hovering."
     go, is_flat = _plotly(), points.shape[1] == 2
     figure, sample = go.Figure(), _sample(len(texts))
+    # A trace for each cluster gives each an entry in the legend, which hides it on a click.
     for c in np.unique(labels[sample]).tolist():
         rows = sample[labels[sample] == c]
         marker = {"size": 7 if is_flat else 4, "color": _COLOURS[c % len(_COLOURS)], "opacity": 0.8}
+        # WebGL in both cases: SVG becomes slow at some thousand points.
         trace = (go.Scattergl if is_flat else go.Scatter3d)(
             dict(zip("xyz", points[rows].T.round(4))),
             mode="markers",
@@ -129,6 +136,7 @@ def map_chart(
             marker=marker,
         )
         figure.add_trace(trace)
+    # The axes of a projection have no meaning that a number could tell.
     bare = {"showticklabels": False, "title_text": ""}
     figure.update_scenes(xaxis=bare, yaxis=bare, zaxis=bare)
     figure.update_xaxes(bare).update_yaxes(bare)
@@ -140,6 +148,7 @@ def lean_chart(
 ):  # a plotly figure
     "Draw the lean of every occupation, ordered by the first model."
     go, first = _plotly(), next(iter(reports.values()))["by_occupation"]
+    # All models in the order of the first, so that a row is one occupation for all of them.
     order = sorted(first, key=lambda name: first[name]["lean"])
     labels = {"male": " (m)", "female": " (f)", "": ""}
     names = [_label(name + labels[first[name]["stereotype"]]) for name in order]
@@ -150,13 +159,16 @@ def lean_chart(
             y=names,
             mode="markers",
             name=html.escape(model),
+            # An empty <extra> removes plotly's box with the name.
             hovertemplate="%{y} %{x:+.4f}<extra></extra>",
+            # Symbols tell the models apart in print, where colours may not.
             marker={"size": 9, "symbol": s % 40},
         )
     figure.add_vline(0, line_color="#888", line_width=1)
     figure.update_yaxes(dtick=1, tickfont_size=11)
     legend = {"orientation": "h", "y": -0.05, "yanchor": "top"}
     title = "female nearer  ←  lean  →  male nearer"
+    # 17 pixels a line keep names of 11 points from touching, however many there are.
     return _styled(figure, title, 140 + 17 * len(order), legend=legend)
 
 # %% ../nbs/38_charts.ipynb #heat
@@ -171,14 +183,16 @@ def heat_chart(
     figure = _plotly().Figure()
     figure.add_heatmap(
         z=cosines.round(4),
+        # The labels are escaped already, so <br> is the only markup that plotly finds.
         text=[[f"{row}<br>—<br>{column}" for column in columns] for row in rows],
         hovertemplate="%{z:.3f}<br>%{text}<extra></extra>",
         colorscale="Viridis",
         zmin=-0.1,
-        zmax=1,
+        zmax=1,  # fixed ends: the same colour means the same cosine for every model
         colorbar_thickness=10,
     )
     figure.update_xaxes(title_text="answer", showticklabels=False)
+    # The first question at the top, as in the matrix; plotly counts upwards.
     figure.update_yaxes(title_text="question", showticklabels=False, autorange="reversed")
     return _styled(figure, title, 360)
 
@@ -187,12 +201,15 @@ def _events(folder):
     "The log of a run that is not finished, from its TensorBoard events; [] if there is none."
     if not folder.is_dir():
         return []
+    # A slow import, which only a run that is not finished needs.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events, lines = EventAccumulator(str(folder)).Reload(), {}
     for tag in events.Tags()["scalars"]:
+        # TensorBoard groups by what stands before the slash; history.json has plain names.
         name = tag.replace("eval/", "eval_").removeprefix("train/")
         for event in events.Scalars(tag):
+            # One line for each step, whichever tags were written at it.
             lines.setdefault(event.step, {"step": event.step})[name] = event.value
     return [lines[step] for step in sorted(lines)]
 
@@ -210,6 +227,7 @@ def _record(value):
 
 def _records(value, *numbers):
     "The records of a list that have these numbers."
+    # A file that is being written may hold anything, and a page that watches must not stop.
     records = map(_record, value if isinstance(value, list) else ())
     return [r for r in records if all(not isinstance(r.get(name, ""), str) for name in numbers)]
 
@@ -227,6 +245,7 @@ def _get(value, key):
 def _png(path):
     "The bytes of a PNG that is whole."
     data = path.read_bytes() if path.is_file() and path.stat().st_size < 10_000_000 else b""
+    # IEND and its checksum end every whole PNG, and half of one would be a broken picture.
     return data if data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") else b""
 
 
@@ -236,6 +255,7 @@ def _attempt(folder, remarks, name, read, otherwise=None):
         with reading(folder / name):
             return read(folder / name) if (folder / name).exists() else otherwise
     except ValueError as error:
+        # The page shows the run's name already, and the folder's path is nobody's business.
         reason = str(error).replace(f"{folder}/", "")
         remarks.append(clip(f"left out of {folder.name}: {reason}", 300))
         return otherwise
@@ -283,6 +303,7 @@ _PANELS = ("loss", "eval_ndcg@10", "eval_spearman", "mean_cosine", "learning_rat
 def _points(run, key):
     "(step, value) of what a run logged, with its value before training at step 0."
     points = [(0, run["metrics"]["before"].get(key.removeprefix("eval_")))]
+    # A loss before training does not exist, a metric does: it was measured at step 0.
     points = points if key.startswith("eval_") else []
     points += [(line["step"], line.get(key)) for line in run["history"]]
     return [(step, value) for step, value in points if isinstance(value, int | float)]
@@ -309,8 +330,9 @@ def curves(
                     col=1,
                     mode="lines+markers",
                     name=html.escape(run["name"]),
+                    # One entry in the legend hides a run in all panels at once.
                     legendgroup=str(r),
-                    showlegend=p == 1,
+                    showlegend=p == 1,  # once a run, not once a panel
                     line_color=_COLOURS[r % len(_COLOURS)],
                     marker_size=5,
                 )
@@ -324,9 +346,11 @@ def shares(
     most: int = 30,  # datasets to draw, the largest shares
 ):  # a plotly figure; None if the run has not written its accounts
     "Draw which dataset filled how much of the batches, asked and realised."
+    # Reversed, because plotly draws the first bar at the bottom.
     datasets = sorted(run["datasets"], key=lambda d: -d["asked"])[:most][::-1]
     if not datasets:
         return None
+    # The end of a path tells more than its beginning.
     names = [_label(re.sub(r"\.jsonl(\.gz)?$", "", d["name"])[-40:]) for d in datasets]
     figure = _plotly().Figure()
     for key in ("realised", "asked"):
@@ -350,6 +374,7 @@ def before_after(
     for title, sides in (("", run["metrics"]), ("test ", run["metrics"]["test"])):
         before, after = sides["before"], sides["after"]
         for row in METRICS.values():
+            # The loss is no result: its value depends on the batch and says nothing alone.
             if row.task != "training" and row.key in before:
                 both = (
                     format_interval(side, row.key, absent="not yet") for side in (before, after)

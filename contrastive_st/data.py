@@ -117,6 +117,7 @@ def _is_text(value):
 
 def _may_train(name):
     "Can a column of this name hold texts to train on? Not if it is called id, score, url, ..."
+    # userId, user_id and user-id all end in the word id; pandas calls an index Unnamed: 0.
     words = re.findall(r"[^\W\d_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", str(name)[-80:]))
     return bool(words) and words[-1].casefold() not in _NO_TEXT and words[0] != "Unnamed"
 
@@ -135,7 +136,9 @@ def _spellings(names):
 def _pair(plain):
     "The names of a known (anchor, positive), and of the third of its kind; None without a pair."
     positives = [p for p in plain if "pos" in p and _POSITIVE.fullmatch(p)]
+    # positive_1 before positive_2, wherever the file has them.
     positives.sort(key=_number_in)
+    # pos, positive_ctxs and the like stand for "positive" in the table of known pairs.
     known = {key: key for key in plain} | ({"positive": positives[0]} if positives else {})
     pair = next((pair for pair in _PAIRS if pair[0] in known and pair[1] in known), None)
     if pair is None:
@@ -148,6 +151,7 @@ def _third(anchor, plain):
     "What stands beside sentence1 and sentence2, if it is sentence3 alone."
     base, number = anchor[:-1], anchor[-1:]
     third = base + _THIRD.get(number, "")
+    # With a fourth column the set is a list of equals, such as captions of one picture.
     fourth = {base + "4", base + "d"} & plain.keys()
     return third if base in _TRIPLES and third in plain and third != base and not fourth else None
 
@@ -234,6 +238,7 @@ class Columns(Header):
         if names not in self._choices:
             self._remember(names, self._find(names, row, may_guess))
         chosen, others = self._choices[names]
+        # Most columns turn out not to hold text, so the list shrinks and later rows cost little.
         for name in [name for name in others if _is_text(row[name])]:
             others.remove(name)
             self._leave_out(name)
@@ -255,6 +260,7 @@ class Columns(Header):
         plain = _spellings(names)
         pair = _pair(plain)
         judge = _judged(plain)
+        # A pair judged 0 would teach that two unrelated texts belong together.
         if pair and judge is not None:
             raise ValueError(
                 f"column {quote(judge)} judges the pairs, so not each is a positive; "
@@ -276,6 +282,8 @@ class Columns(Header):
             return self.remarks["guessed"]  # the next row may have another order
         may = [n for n in names if n not in negatives and _may_train(n)]
         may = [n for n in may if row.get(n) is None or _is_text(row[n])]
+        # Two columns leave one question, which comes first, and the warning asks it. Of three
+        # any guess may be wrong, and a wrong one trains without an error.
         if may_guess and len(may) == len(set(may)) == 2 and "guessed" not in self.remarks:
             self.remarks["guessed"] = may
             return may
@@ -326,6 +334,7 @@ def _ring(texts):
     if len(texts) < 2:
         raise ValueError(f"a set of {len(texts)}; a group needs two texts at least")
     _check_size(2 * len(texts), 0)
+    # A ring of n texts gives n pairs; all pairs would be n * n, mostly of large groups.
     return [list(pair) for pair in zip(texts, texts[1:] + texts[:1])]
 
 
@@ -336,6 +345,7 @@ def _texts(row, columns):
     if isinstance(row, dict) and not columns.columns:
         if isinstance(row.get("set"), list):
             return _ring(row["set"])
+        # Forms of the published training files: {"set": [...]}, {"set": {"query": ..., ...}}.
         if isinstance(row.get("set"), dict):
             row = row["set"]
         row = row.get("texts", row)
@@ -362,6 +372,7 @@ def _check_size(texts, characters):
 def _by_position(row, columns):
     "The texts of a list, or those at the positions asked for."
     positions = columns.columns
+    # Negative positions would count from the end, which is another column in a longer row.
     if not all(isinstance(c, int) and 0 <= c < len(row) for c in positions):
         raise ValueError(
             f"columns={quote(positions, 80)} does not fit a list of {len(row)}; "
@@ -378,6 +389,7 @@ def _by_name(row, columns):
         raise ValueError(
             "the list of positives is empty; an anchor without a positive is no example"
         )
+    # A missing negative leaves fewer; its place is filled when the width is known.
     hard = [text for value in negatives if value is not None for text in _as_list(value)]
     positives = _as_list(positives)
     # every positive gives an example with the same anchor and negatives
@@ -517,6 +529,7 @@ class MarkedColumns(Columns):
                 f"which column holds the texts is not clear among {list_names(names) or 'none'}; "
                 'name it with columns, such as columns=("text",)'
             )
+        # Other columns with text are named in a warning: one of them may be the one you meant.
         for name in [n for n in likely if known and n != known[0] and row.get(n)]:
             self._leave_out(name)
         return (known or likely)[:1]
@@ -526,6 +539,7 @@ def _check_text_columns(columns, mark):
     "The names or positions of the texts beside a label (one) or a score (two)."
     if columns is None:
         return ()
+    # A label's column stands among its columns, a score's does not.
     count = len(MARKS[mark.kind]) - (mark.kind == "label")
     fits = isinstance(columns, (list, tuple)) and len(columns) == count
     if not fits or {type(c) for c in columns} != {type(mark.column)}:
@@ -540,6 +554,7 @@ def _check_text_columns(columns, mark):
 # %% ../nbs/07_data.ipynb #marked-rows
 def _label(value):
     "A label as text; spaces around it do not count."
+    # 1 and "1" are one label, whatever the file's reader made of the column.
     if isinstance(value, (bool, int, np.integer)):
         return str(value)
     if not isinstance(value, str):
@@ -564,6 +579,8 @@ def _score(value, limits, word="score"):
             number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"the {word} is {quote(value)}, not a number; mend or delete the row")
+    # STS files grade from 0 to 5 or from 0 to 1; all of them fit here, and the dataset's
+    # highest score decides later which scale it is.
     low, high = limits or (0, 5)
     if low <= number <= high:
         return number
@@ -598,6 +615,7 @@ def _marked_list(row, columns, count):
             f"the row is a list, which has no column {quote(at)}; give the position of the "
             f"{columns.mark.word}, such as {columns.mark.word}={count}"
         )
+    # Without names the texts are the first columns beside the label or score.
     positions = columns.texts or tuple(i for i in range(len(row)) if i != at)[:count]
     if not 0 <= at < len(row) or len(positions) < count or max(positions) >= len(row):
         raise ValueError(
@@ -613,6 +631,7 @@ def _marked_examples(rows, columns, reject, after=0):
     for line, row in rows:
         try:
             example = _marked_row(row, columns)
+        # Never skipped as a bad row: with the wrong scale, every row of the file is wrong.
         except _OutOfRange as problem:
             raise ValueError(f"{reject.path}{reject.between}{line}: {problem}") from None
         except ValueError as problem:
@@ -642,8 +661,11 @@ class Classes:
         where: str = "dataset",  # what errors call the set
     ):
         # rows of one label stand together, and among them those of one text
+        # Sorted by label, then by text: classes and equal texts are runs, of which only the
+        # beginnings are kept.
         order = np.lexsort((texts, labels))
         starts, sizes = _runs(labels[order])
+        # One class has no negatives, and classes of one row have no positives.
         if (sizes == 1).all() or len(sizes) == 1:
             raise ValueError(_no_classes(where, len(order), len(sizes)))
         keep = np.repeat(sizes > 1, sizes)  # a row alone in its class has no partner
@@ -655,7 +677,7 @@ class Classes:
             )
         self.labels = labels[order[starts]]  # (k,) int64
         self.starts = np.append(starts, len(order))  # (k + 1,) where classes begin in the order
-        same = np.stack([labels[order], texts[order]])
+        same = np.stack([labels[order], texts[order]])  # (2, n)
         ends = np.flatnonzero((same[:, 1:] != same[:, :-1]).any(0)) + 1
         self.runs = _small(np.concatenate([[0], ends, [len(order)]]))  # where equal texts begin
         # rows of the set in the order of classes, and the place of each kept row in that order
@@ -684,9 +706,9 @@ class Classes:
         turns: np.ndarray,  # of each row, 0 or more, (m,) int
     ) -> np.ndarray:  # (m,) rows of the set: never the row itself
         "Pair rows within their class: another partner each turn, of another text if there is one."
-        at, which = self.place[numbers].astype(np.int64), self.find(numbers)
-        start, size = self.starts[which], np.diff(self.starts)[which]
-        run = np.searchsorted(self.runs, at, "right") - 1
+        at, which = self.place[numbers].astype(np.int64), self.find(numbers)  # (n,), (n,)
+        start, size = self.starts[which], np.diff(self.starts)[which]  # (n,), (n,)
+        run = np.searchsorted(self.runs, at, "right") - 1  # (n,), which run of equal texts
         begin, end = self.runs[run].astype(np.int64), self.runs[run + 1].astype(np.int64)
         other = size - (end - begin)  # rows of the class whose texts differ
         copies = other == 0  # the whole class is one text
@@ -695,9 +717,10 @@ class Classes:
         count = np.where(copies, size - 1, other)
         first = np.where(copies, at + 1, end)
         own = np.where(copies, 0, at - begin)  # copies of a text get different partners
+        # The label is a hash, so classes begin their walks at unrelated places.
         begun = (self.labels[which].view(np.uint64) % count.astype(np.uint64)).astype(np.int64)
         walk = (begun + turns + own) % count
-        return self.order[start + (first + walk - start) % size].astype(np.int64)
+        return self.order[start + (first + walk - start) % size].astype(np.int64)  # (n,)
 
     @property
     def sizes(self) -> np.ndarray:  # (k,) int
@@ -740,6 +763,7 @@ def is_saved_dataset(
 ) -> bool:  # True for a folder that `save_to_disk` of datasets wrote
     "Tell a saved dataset, or a dictionary of them, from another folder."
     folder = expanded(path)
+    # The two files that `save_to_disk` of the datasets library writes last.
     one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     return one or (folder / "dataset_dict.json").is_file()
 
@@ -821,10 +845,13 @@ class _Widths:
             if self.width is None:
                 waiting.append(example)
                 size += sum(map(len, example))
+                # The width is not known yet, and a batch needs one for all rows. So the first rows
+                # wait for one with negatives, but only as many as memory holds.
                 if len(example) == 2 and len(waiting) < self.ahead and size < self.characters:
                     continue
                 self.width, example = len(example), None
                 warn_of_width(f"{self.path}:{line}", self.width)
+            # Too late: rows without negatives were given out already.
             elif self.width == 2 < len(example) and not decided:
                 raise ValueError(
                     f"{self.path}:{line}: the first row with negatives, after {n:,} without any; "
@@ -938,6 +965,7 @@ def _from_dataset(dataset, columns, name, check):
     "The text columns of a dataset or a data frame, checked."
     if hasattr(dataset, "iloc"):  # a DataFrame of pandas, which we need not import to know it
         with reading(name, "give it columns of texts"):
+            # The index of a frame is no column, and after a filter it is not even 0, 1, 2, ...
             dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
@@ -966,9 +994,11 @@ def _dataset_marks(dataset, fields, own, mark, name):
     columns, reject = MarkedColumns(mark, fields), Rejects(name, between=" row ")
     columns.columns = (*fields, own)  # as the dataset spells them
     rows = dataset_rows(dataset.select_columns(list(dict.fromkeys([*fields, own]))))
+    # Users count rows of a dataset from 0, lines of a file from 1.
     values = (e[-1] for _, e in _marked_examples(((n - 1, r) for n, r in rows), columns, reject))
     if mark.kind == "score":
         return np.fromiter(values, np.float64)
+    # Labels repeat, so the cache spares nearly all of the hashing.
     return np.fromiter(map(lru_cache(2**16)(text_identity), values), np.int64)
 
 
@@ -985,6 +1015,7 @@ def _check_types(dataset, fields, name):
 
 def _first_empty(texts):
     "Place of the first text of an Arrow column that is missing or empty; -1 if there is none."
+    # In Arrow, where a million texts take a fraction of what a loop in Python would.
     lengths = pc.utf8_length(pc.utf8_trim_whitespace(texts))
     return pc.index(pc.fill_null(pc.equal(lengths, 0), True), True).as_py()
 
@@ -1013,6 +1044,7 @@ def _check_contrast(constant, width, where):
     "ValueError when the columns that never change leave nothing to tell apart."
     if len(constant) == width:
         what = "the same texts"
+    # Of one anchor or one positive for all rows, no text is a negative of another.
     elif width == 2 and constant:
         what = f"the same {('anchor', 'positive')[min(constant)]}"
     else:
@@ -1066,6 +1098,7 @@ def _rows_of(table, name):
 def _judged_rows(dataset, columns, name, relevance):
     "Judged pairs of a list, a data frame or a dataset, joined by anchor, in memory."
     if hasattr(dataset, "iloc"):
+        # Joining needs the rows in order, and a frame that fits in memory fits as rows, too.
         dataset = dataset.to_dict("records")
     if isinstance(dataset, datasets.Dataset):
         rows = ((n - 1, row) for n, row in dataset_rows(dataset))
@@ -1109,6 +1142,7 @@ def _open_table(dataset, name, columns, check, mark, relevance):
         _check_mark(dataset, mark, name)
         _check_relevance(dataset, relevance, name)
         return Store(dataset.folder)  # one of its own, because it knows the source's prompts
+    # Not isinstance: a DatasetDict is a dict as well, whose splits are no columns.
     if type(dataset) is dict:
         dataset = _rows_of(dataset, name)
     if relevance is not None:
@@ -1121,6 +1155,7 @@ def _open_table(dataset, name, columns, check, mark, relevance):
 
 def _check_mark(store, mark, name):
     "Refuse labels or scores that a store does not have."
+    # A store holds no labels that were not read when it was written.
     if mark is not None and mark.kind != store.mark:
         has = f"has a {store.mark} for each row" if store.mark else "has neither labels nor scores"
         raise ValueError(
@@ -1132,6 +1167,7 @@ def _check_mark(store, mark, name):
 def _check_relevance(store, relevance, name):
     "Refuse judgements that a store was not made from."
     was = store.summary["origin"].get("relevance")
+    # A store has joined its rows already, so asking for it now would change nothing.
     if relevance not in (None, was):
         made = "without relevance" if was is None else f"with relevance={quote(was)}"
         raise ValueError(
@@ -1164,6 +1200,7 @@ def _find_limits(table, limits, name):
         scores = table.scores(np.arange(len(table)))
         ends = float(scores.min()), float(scores.max())
     low, high = limits or (0.0, 1.0 if ends[1] <= 1 else 5.0)
+    # The loss compares scores within a batch, and equal ones compare nothing.
     if ends[0] == ends[1]:
         raise ValueError(
             f"{name}: every row has the score {ends[0]:g}, so there is no order to learn; "
@@ -1188,6 +1225,7 @@ class _LabelPairs:
         self.table, self.name = table, name
         labels, texts = (table.column_identities(column) for column in ("label", "text"))
         self.classes = Classes(labels, texts, name)
+        # Two datasets may both have a label "1", and their rows are no mates of each other.
         self._salt = text_identity(f"labels of {name}")
         if alone := self.classes.alone:
             warnings.warn(
@@ -1207,12 +1245,13 @@ class _LabelPairs:
 
     def _pairs(self, numbers):
         "Rows of the table: (n,) anchors and (n,) positives."
-        turns, rows = np.divmod(np.asarray(numbers, np.int64).reshape(-1), len(self))
+        turns, rows = np.divmod(np.asarray(numbers, np.int64).reshape(-1), len(self))  # (n,), (n,)
         return self.classes.rows(rows), self.classes.partners(rows, turns)
 
     def _both(self, read, numbers):
         "What `read` gives for the anchors, and for the positives."
         first, second = self._pairs(numbers)
+        # One call for both sides: each call to the disk costs more than its rows.
         values = read(np.concatenate([first, second]))
         return values[: len(first)], values[len(first) :]
 
@@ -1233,6 +1272,7 @@ class _LabelPairs:
     def labels(self, indices):
         rows = np.asarray(indices, np.int64) % len(self)
         numbers = self.classes.labels[self.classes.find(rows)] ^ self._salt
+        # 0 means "no label" to the loss, so the one hash in 2**64 that is 0 moves aside.
         return np.where(numbers == 0, 1, numbers)
 
 
@@ -1311,7 +1351,7 @@ class Source:
     ) -> np.ndarray:  # (n,) float32 in [0, 1]
         "Give the scores of rows, of a dataset that `has_scores`."
         low, high = self._limits
-        scores = (self._table.scores(indices) - low) / (high - low)
+        scores = (self._table.scores(indices) - low) / (high - low)  # (n,), 0 to 1
         return np.clip(scores, 0, 1).astype(np.float32)
 
     def tokens(
@@ -1343,8 +1383,10 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None, extra=()):
             f"{folder}: cannot be made ({error.strerror}); name another folder with cache_dir="
         ) from None
     origin = [str(path.resolve()), columns, on_error]
+    # What is not asked for is left out, so that stores of earlier versions keep their names.
     origin += [] if negatives is None else [negatives]
     origin += [extra] if extra else []
+    # Other columns or another on_error give another store, so both may be kept side by side.
     digest = hashlib.blake2b(json.dumps(origin).encode(), digest_size=6).hexdigest()
     return folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', path.name)}-{digest}.store"
 
@@ -1356,6 +1398,7 @@ def _open_raw(place, columns, split):
         origin = {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}
         return origin, lambda reject, after: dataset_rows(dataset, after)
     path = _readable(place)
+    # Size and time instead of a digest: to hash 100 GB would take longer than to read 1 GB.
     state = path.stat()
     origin = {"file": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
     return origin, lambda reject, after: _rows(path, columns, reject, after)
@@ -1450,11 +1493,13 @@ def judged_groups(
     for line, row in rows:
         try:
             anchor, text, judged = _marked_row(row, columns)
+            # Grades between would need a threshold, and only the user knows it.
             if judged not in (0, 1):
                 raise ValueError(f"relevance is {judged:g}; write 1 (positive) or 0 (negative)")
         except ValueError as problem:
             reject(line, problem)
             continue
+        # Only neighbours are joined, so one group is in memory and not the whole file.
         if group is None or group["anchor"] != anchor:
             yield from _whole_group(group, last, reject)
             group = {"anchor": anchor, "positive": [], "negative": []}
@@ -1553,6 +1598,7 @@ def load_source(
     on_error, extra = Rejects(path, on_error).on_error, _extra(mark, relevance)
     folder = _cache_path(path, columns, on_error, cache_dir, negatives, extra)
     options = {"negatives": negatives, "mark": mark, "relevance": relevance}
+    # The first run pays for the check and the copy, and all later ones open the store.
     store = _write_if_needed(path, folder, columns, split, on_error, **options)
     return Source(_open_store(store), name or path.name, **marks)
 
@@ -1576,6 +1622,7 @@ def _open_store(store):
     "The store, after a warning if bad rows were left out of it, or negatives changed."
     todo, rejects = "prepare the data again", store.folder / REJECTS
     with reading(store.folder / SUMMARY, todo):
+        # Said each time the store is opened: who trains is often not who prepared.
         left_out, file = sum(store.summary["rejected"].values()), store.summary["origin"]["file"]
         changes = negatives_changed(store.summary["negatives"], len(store.columns))
         _warn_of_columns(file, store.summary["remarks"], stacklevel=4)
@@ -1614,6 +1661,7 @@ def _prepare_one(
 ):
     "Prepare one dataset; returns its summary, what was done, what is wrong, what there is to say."
     folder = store_folder(out, name)
+    # Warnings of a worker process would be lost; they are sent back with its result.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -1657,6 +1705,7 @@ def count_rows(
 
 def _in_processes(jobs, workers, on_progress):
     "The results of `_prepare_one(*args, count_rows, **wanted)` for each (args, wanted), in order."
+    # A number in shared memory: a message for each shard would need a queue and its thread.
     counter, before = multiprocessing.get_context("spawn").Value("q", 0), 0
     with worker_pool(
         workers, share_counter, (counter,), "run again with fewer workers: finished shards are kept"
@@ -1665,6 +1714,7 @@ def _in_processes(jobs, workers, on_progress):
             jobs = [pool.submit(_prepare_one, *args, count_rows, **wanted) for args, wanted in jobs]
             waiting = True
             while waiting:
+                # Five looks a second move the bar smoothly and cost nothing.
                 waiting = wait(jobs, 0.2).not_done
                 now = counter.value
                 on_progress(now - before)
@@ -1689,6 +1739,7 @@ class Prepared(dict):
 
 def _check_names(wanted, stores):
     "Refuse two datasets of one store."
+    # a/b and a--b have one folder, in which the second would replace the first.
     if shared := {store for store in stores if stores.count(store) > 1}:
         who = ", ".join(
             quote(w["name"]) for w, store in zip(wanted, stores) if store == min(shared)
@@ -1712,7 +1763,7 @@ def prepare(
     verify: bool = False,  # read every byte of stores that are there, and write damaged ones anew
 ) -> Prepared:  # {name: summary}, with `written` and `verified`
     "Write each dataset into a store of its own; what is there and up to date is left alone."
-    Rejects("", on_error)
+    Rejects("", on_error)  # refuses an unknown on_error before any work
     _check_names(wanted, [store_folder(out, w["name"]) for w in wanted])
     args, several = (out, on_error, verify), min(workers, len(wanted))
     look = {"unit": " rows", "unit_scale": True, "desc": "reading"}
@@ -1724,6 +1775,7 @@ def prepare(
     summaries, work, problems, messages = zip(*results) if results else [()] * 4
     for message in chain.from_iterable(messages):
         warnings.warn(message, stacklevel=2)
+    # Told at the end, all at once: the datasets that are in order are prepared by now.
     if any(problems):
         raise ValueError("\n".join(filter(None, problems)))
     names = [w["name"] for w in wanted]
@@ -1790,6 +1842,7 @@ def read_sts(
     if is_hub_id(path_or_hub_id):
         if str(path_or_hub_id) == "sentence-transformers/stsb":  # that copy is divided already
             top = 1
+        # The hub's STS-B calls its dev split validation.
         dataset = _load_hub(str(path_or_hub_id), "validation" if split == "dev" else split)
         if "label" in dataset.column_names:
             dataset = dataset.rename_column("label", "score")
@@ -1823,12 +1876,15 @@ def _by_id(path, may_be_empty):
                 line,
                 'expected {"_id": "...", "text": "..."} with strings, and "title" if there is one',
             )
+        # qrels are tables of texts, so an id that is a number in one file is a text in the other.
         key = str(row["_id"])
+        # Of two documents with one id the second would silently replace the first.
         if key in texts:
             reject(
                 line,
                 f"id {quote(key)} was taken by line {origin[key]}; ids must be unique",
             )
+        # An empty document only loses; an empty query is asked, and lowers every metric.
         text = row_text(row).strip()
         if not text and not may_be_empty:
             reject(line, f"query {quote(key)} is empty; fill it in or leave it out")
@@ -1844,8 +1900,10 @@ def _judgements(path, queries):
     qrels, reject = {}, Rejects(path)
     for line, row in read_columns(path, _QRELS, reject=reject):
         query, document, grade = (row[name].strip() for name in _QRELS)
+        # Judgements without their query belong to another edition of the set.
         if query not in queries:
             reject(line, f"query {quote(query)} is not in queries.jsonl; add it or delete the line")
+        # Some exporters write whole numbers as 1.0.
         if not re.fullmatch(r"-?\d{1,9}(\.0{0,9})?", grade, re.ASCII):
             reject(line, f"score {quote(grade)} is not a whole number")
         if document in qrels.setdefault(query, {}):

@@ -42,6 +42,7 @@ class _Texts:
     "Read a stream of texts by windows; keep its error until the texts before it are written."
 
     def __init__(self, texts):
+        # A text is a sequence as well, and its letters would be encoded one by one.
         if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__"):
             raise ValueError(
                 f"texts is of type {type(texts).__name__}; pass a list of strings or an iterator of"
@@ -67,15 +68,19 @@ class _Texts:
                             " string; drop it or convert it with str()"
                         )
                     part.append(text)
+                    # 8,192 texts of a megabyte each would not fit into memory.
                     if (characters := characters - len(text)) <= 0:
                         break
             except Exception as error:
+                # Kept and not raised: the texts read before it are written first, so a resumed run
+                # has less to do.
                 self.error = error
         return self._repair(part)
 
     def _repair(self, texts):
         "Replace what is no Unicode, count it, and add the texts to the digest."
         try:
+            # One encoding of all texts both checks them and gives the bytes for the digest.
             together = "".join(texts).encode()
         except UnicodeEncodeError:
             from contrastive_st.tokens import fix_surrogates  # torch is not needed before
@@ -114,8 +119,10 @@ def _function(encoder, options):
 def _embed(encode, texts):
     "The vectors of one batch, and what the encoder warned of."
     with warnings.catch_warnings(record=True) as records:
+        # By default Python shows a warning once, and of 1,000 batches we would count one.
         warnings.simplefilter("always", UserWarning)
         vectors = np.asarray(encode(texts))
+    # A row too few would shift all vectors after it to the wrong texts.
     if vectors.ndim != 2 or len(vectors) != len(texts) or vectors.dtype.kind != "f":
         raise ValueError(
             f"the encoder gave {vectors.shape} {vectors.dtype} for {len(texts)} texts; "
@@ -127,6 +134,8 @@ def _embed(encode, texts):
 
 def _batches(source, window, orders):
     "Cut a stream into batches of similar length; add (digest, order) of each window to `orders`."
+    # Batches of similar length hardly pad, and the longest come first, so that memory that
+    # does not suffice shows at once.
     while texts := source.take(window, WINDOW_CHARACTERS):
         order = np.argsort([-len(text) for text in texts], kind="stable")  # the longest first
         orders.append((source.digest(), order))
@@ -140,6 +149,7 @@ def _embed_windows(source, window, encode_batches, on_progress):
     vectors, rows, messages = None, 0, []
     for batch, more in encode_batches(_batches(source, window, orders)):
         digest, order = orders[0]
+        # The first batch of a window tells how wide its vectors are.
         if vectors is None:
             vectors = np.empty((len(order), batch.shape[1]), np.float32)
         if vectors.shape[1] != batch.shape[1]:
@@ -174,6 +184,7 @@ def write_npy(
     }
     with open(path, "wb") as file:
         header_bytes = io.BytesIO()
+        # NumPy's own writer pads the header to 64 bytes, which memory maps need.
         np.lib.format.write_array_header_1_0(header_bytes, header)
         file.write(header_bytes.getvalue())
         for block in blocks:
@@ -196,6 +207,7 @@ def _next_ids(ids, rows, last):
     if ids is None:
         return []
     part = list(islice(ids, rows))
+    # Only after the last row do we ask for one more: ids may come from an endless iterator.
     if len(part) < rows or last and next(ids, None) is not None:
         raise ValueError(
             f"there are {'fewer' if len(part) < rows else 'more'} ids than texts; give one for each"
@@ -217,6 +229,7 @@ def _pieces(part):
     "Yield the rows of each piece, after a comparison with what was written."
     for name, entry in part.files.items():
         path = part.folder / name
+        # Days may lie between a piece and this moment, so its digest is compared once more.
         if atomic.describe_file(path) != entry:
             raise atomic.Damaged(
                 f"{path}: is not as it was written; delete {part.folder} and encode the texts again"
@@ -238,10 +251,12 @@ def _even(pieces):
 
 def _write_arrow(path, pieces, rows, columns, dtype, parquet, ids=None):
     "Write an Arrow or Parquet file: the row's number, its id if there are ids, and its vector."
+    # A list of fixed size has no offsets, so the vectors lie end to end as one matrix.
     vector = pa.list_(pa.from_numpy_dtype(dtype), columns)
     names = [] if ids is None else [("id", pa.string())]
     schema = pa.schema([("row", pa.int64()), *names, ("vector", vector)])
     if parquet:
+        # A dictionary pays where values repeat, and vectors do not.
         writer = pq.ParquetWriter(path, schema, use_dictionary=False)
     else:
         writer = pa.ipc.new_file(path, schema)
@@ -270,8 +285,11 @@ def _finish(part, path, ids=None):
                 write_npy(new, (rows, columns), dtype, _pieces(part))
             card = {"rows": rows, "texts": texts, **settings, **atomic.describe_file(new)}
             card |= {} if ids is None else {"ids": True}
+            # The old card goes before the new file takes its name, so that no card ever stands
+            # beside vectors that it does not describe.
             atomic.remove(_card_of(path))
         atomic.write_json(_card_of(path), card)
+    # Last: until now a killed run could join the pieces again.
     part.discard()
     return card
 
@@ -322,9 +340,10 @@ def open_embeddings(
         if path.suffix == ".parquet":
             table = pq.read_table(path, columns=["vector"])
         else:
+            # Mapped: the rows are read from the disk when they are used.
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         vectors = table["vector"].combine_chunks()
-        return vectors.flatten().to_numpy(zero_copy_only=False).reshape(card["rows"], -1)
+        return vectors.flatten().to_numpy(zero_copy_only=False).reshape(card["rows"], -1)  # (N, D)
 
 
 def embedding_blocks(
@@ -354,6 +373,7 @@ def _weights_digest(state):
 
     digest = blake2b(digest_size=16)
     for name, tensor in state.items():
+        # The shape, too: the same bytes as (2, 3) and as (3, 2) are two models.
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -386,6 +406,7 @@ def fingerprint(
     owner, partial_arguments = _owner(encoder), getattr(encoder, "keywords", {})
     arguments = {name: value for name, value in partial_arguments.items() if name not in _NO_MATTER}
     description = {"arguments": str(arguments)}
+    # Of a plain function we can only know the name; its code may change unseen.
     if not hasattr(owner, "state_dict"):
         return description | {"function": _name(encoder)}
     core = getattr(getattr(owner, "tokenizer", None), "backend_tokenizer", None)
@@ -410,11 +431,13 @@ def _settings_of(encoder, precision, ranges, options):
     ranges = None if ranges is None else np.asarray(ranges, np.float32).tolist()
     options = {name: value for name, value in options.items() if name not in _NO_MATTER}
     settings = {"format": FORMAT, "precision": precision, "options": options, "ranges": ranges}
+    # Through JSON, since it is compared with what was read from a file.
     return json.loads(json.dumps(settings | {"encoder": fingerprint(encoder)}, default=str))
 
 
 def _comparable(settings, with_ranges):
     "What must be equal, by name."
+    # Ranges that were not given are found from the first window, so they may differ.
     names = ("format", "precision", "options", "ranges")[: 4 if with_ranges else 3]
     encoder = settings["encoder"] if isinstance(settings["encoder"], dict) else {"encoder": None}
     return encoder | {name: settings.get(name) for name in names}
@@ -432,6 +455,7 @@ def _check_same(path, earlier, settings):
 
 def _skip(path, source, rows, digest):
     "Read past the texts whose rows are there; raise a ValueError if they are other texts."
+    # Reading is cheap beside encoding, and the digest shows whether these are the same texts.
     while source.row < rows and source.take(min(WINDOW, rows - source.row)):
         pass
     if source.error:
@@ -476,7 +500,7 @@ def same_texts(
     card, source = _read_card(Path(path)), _Texts(texts)
     while part := source.take(WINDOW, WINDOW_CHARACTERS):
         yield from part
-        if source.row > card["rows"]:
+        if source.row > card["rows"]:  # one text too many proves it, the rest need not be read
             break
     if source.error:
         raise source.error
@@ -492,6 +516,7 @@ def same_texts(
 def _remove_remains(folder):
     "Delete what is left of a part whose file is finished; raise a ValueError for other files."
     ours = ("rows-", ".rows-", ".state.json")
+    # The name NAME.part could be a user's folder: nothing is deleted that we do not know.
     strangers = [entry.name for entry in folder.glob("*") if not entry.name.startswith(ours)]
     if strangers:
         raise ValueError(
@@ -542,6 +567,7 @@ def _start_worker(encoder, options):
     global _encode
     _encode = _function(load_encoder(encoder), options)
     if "torch" in sys.modules:
+        # As many processes as cores with as many threads each would wait for one another.
         sys.modules["torch"].set_num_threads(1)
 
 
@@ -555,6 +581,7 @@ def _in_order(pool, ahead, batches):
     queue = deque()
     for texts in batches:
         queue.append(pool.submit(_work, texts))
+        # Bounded, or the reader would run ahead and hold all texts in memory.
         if len(queue) >= ahead:
             yield queue.popleft().result()
     while queue:
@@ -570,17 +597,20 @@ def _batch_encoder(encoder, options, workers):
     with worker_pool(
         workers, _start_worker, (encoder, options), f"{_AGAIN}, perhaps with fewer workers"
     ) as pool:
+        # Three batches a worker: one computed, one waiting, one whose result is fetched.
         yield partial(_in_order, pool, 3 * workers)
 
 
 def _check_sendable(encoder, options):
     "Raise a ValueError for an encoder that cannot go to another process."
+    # Sending a model to each worker would hold its weights once more while it is pickled.
     if hasattr(_owner(encoder), "state_dict"):
         raise ValueError(
             "workers load the encoder themselves; save it with save_pretrained and pass the"
             " directory"
         )
     try:
+        # Tried now: the pool itself would fail with an error that names none of them.
         ForkingPickler.dumps((encoder, options))
     except Exception as error:
         raise ValueError(
@@ -618,7 +648,7 @@ def _check_ids(path, ids):
 
 def _check_vectors(vectors, first, width, folder):
     "Raise a ValueError for a vector that is not finite, or that is not as wide as those before it."
-    bad = ~np.isfinite(vectors).all(axis=1)
+    bad = ~np.isfinite(vectors).all(axis=1)  # (n,)
     if bad.any():
         raise ValueError(
             f"text {first + int(bad.argmax())}: its vector holds NaN or inf; encode with a sound"
@@ -635,6 +665,7 @@ def _ranges_of(vectors, precision):
     "Ranges from the first window, where the precision needs them."
     if not precision.endswith("int8"):
         return None
+    # Extremes of few texts are too narrow, and all later values are clipped to them.
     if len(vectors) < 100:
         warnings.warn(
             f"the ranges of {precision} come from {len(vectors)} texts only; pass ranges of a"
@@ -663,13 +694,14 @@ def _fill(part, source, windows, settings):
     pending.set_result(None)
     with ThreadPoolExecutor(1) as disk:  # it waits for the disk while we encode the next window
         for digest, vectors, messages in windows:
+            # Wait for the window before: its error is raised here, and memory holds two at most.
             pending.result()
             width = settings.get("width", vectors.shape[1])
             _check_vectors(vectors, part.notes["rows"], width, part.folder)
             if "width" not in settings:  # the first window settles what was left open
                 ranges = settings["ranges"] or _ranges_of(vectors, settings["precision"])
                 settings = settings | {"width": vectors.shape[1], "ranges": ranges}
-            rows = quantize(vectors, settings["precision"], settings["ranges"])
+            rows = quantize(vectors, settings["precision"], settings["ranges"])  # (n, columns)
             settings["columns"] = rows.shape[1]
             pending = disk.submit(_add_window, part, rows, digest, settings)
             count, first = count + len(messages), first or (messages or [None])[0]

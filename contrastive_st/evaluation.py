@@ -31,7 +31,8 @@ def _pearson(
 ) -> np.ndarray:  # (...), 0 where x or y is constant
     "Linear correlation along the last axis."
     x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))  # (...,)
+    # Constant values correlate with nothing: 0 instead of NaN, which would spoil an interval.
     return np.divide((x * y).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
@@ -143,6 +144,7 @@ def similarity_of(
     if similarity is None:
         while isinstance(encode, partial):
             encode = encode.func
+        # A model that was trained with dot products says so in its own configuration.
         settings = getattr(getattr(encode, "__self__", encode), "settings", None)
         name = settings.get("similarity_fn_name") if isinstance(settings, dict) else None
         similarity = {None: "cos", "cosine": "cos"}.get(name, name)
@@ -290,6 +292,7 @@ def _judge(
         n: {number(d): -float(place) for place, d in enumerate(rankings[q])}
         for n, q in by_number.items()
     }
+    # Zeros first, for a query of which ir_measures reports nothing.
     figures = {q: dict.fromkeys(names.values(), 0.0) for q in relevant}
     for m in ir_measures.iter_calc(list(names), qrels, run):
         q, k = by_number[m.query_id], m.measure["cutoff"]
@@ -377,6 +380,7 @@ def _relevant(
             f"the qrels are a {type(qrels).__name__};"
             " give a dict from query id to {document id: grade}"
         )
+    # Left out silently, they would raise the mean over the others.
     if strangers := [q for q in qrels if q not in queries]:
         raise ValueError(
             f"{len(strangers)} judged queries are not among the {len(queries)} queries,"
@@ -385,6 +389,7 @@ def _relevant(
         )
     grades = {q: _grades(q, qrels[q]) for q in queries if q in qrels}
     relevant = {q: [d for d, grade in judged.items() if grade > 0] for q, judged in grades.items()}
+    # Queries without a relevant document would count 0 whatever the model does.
     relevant = {q: documents for q, documents in relevant.items() if documents}
     if not relevant:
         raise ValueError(
@@ -444,6 +449,7 @@ def _own_documents(
     def holds_query(q):
         return _squeezed(queries[q]) in _squeezed(corpus[q])
 
+    # Equal ids alone prove nothing: many sets number queries and documents from 0.
     return {q for q in same if q not in relevant[q] and holds_query(q)}
 
 
@@ -485,6 +491,7 @@ def _retrieve(
     counts["identical_ids"] = len(own)
     # 2. encode and rank, one place more where a document will be left out
     ks = tuple(int(k) for k in (ks if isinstance(ks, tuple | list | range) else [ks]))
+    # In a fixed order, so that equal scores do not rank by how the file is sorted.
     ids, longest = _in_order(corpus), max(ks)
     similarity = similarity_of(encode, similarity)
     vectors = embed_texts(encode, [queries[q] for q in relevant], similarity)  # (Q, D)
@@ -642,6 +649,7 @@ def _check_labelled(texts, labels, whose):
 def _label_codes(labels, voters, is_same):
     "Numbers of the labels of texts and voters; a ValueError if no vote can be right."
     classes = _in_order({*labels, *voters})
+    # With one label every vote is right, and an accuracy of 1 would mean nothing.
     if len(set(voters)) < 2:
         raise ValueError(
             f"every text has the label {quote(classes[0])}; give texts of at least two labels"
@@ -682,7 +690,7 @@ def _nearest(queries, voters, depth, is_same):
 def _average_precision(hits, relevant):
     "Average precision within the first R places of each row, (Q,)."
     R = np.minimum(relevant, _MOST_RELEVANT)[:, None]  # (Q, 1)
-    places = np.arange(1, hits.shape[1] + 1)
+    places = np.arange(1, hits.shape[1] + 1)  # (depth,)
     hits = hits & (places <= R)  # (Q, depth)
     total = (hits.cumsum(axis=1) / places * hits).sum(axis=1)  # (Q,)
     return total / np.maximum(R[:, 0], 1)
@@ -711,6 +719,7 @@ def labels_by_text(
     voters = vectors if is_same else embed_texts(encode, list(others[0]), similarity)  # (N, D)
     relevant = np.bincount(codes, minlength=own.max() + 1)[own] - is_same  # (n,)
     k = min(int(k), len(codes) - is_same)
+    # As deep as the largest class for MAP@R and k for the vote, but bounded.
     depth = min(max(k, relevant.max()), max(k, _MOST_RELEVANT), len(codes) - is_same)
     rows = codes[_nearest(vectors, voters, int(depth), is_same)]  # (n, depth)
     right = mode(rows[:, :k], axis=1).mode == own

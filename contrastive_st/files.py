@@ -52,6 +52,7 @@ def regular_file(
         raise ValueError(f"{path} is a folder; name a file in it")
     if not path.exists():
         raise ValueError(f"{path}: no such file; check the name and the folder you run in")
+    # A pipe would hang or come back empty: files are read once to check and again to train.
     if not path.is_file():
         raise ValueError(
             f"{path}: is a pipe, a socket or a device, which can be read only once; "
@@ -79,6 +80,7 @@ class _Unzipped(io.RawIOBase):
         return True
 
     def readinto(self, block):
+        # At most one read of the file below, so that a first line is there without the whole file.
         return self._file.readinto1(block)
 
     def close(self):
@@ -104,6 +106,7 @@ def _open(path):
                 f"{path}: the content is gzip but the name does not say so; "
                 f"rename it to {path.name}.gz"
             )
+        # A mebibyte at a time: unzipping is called from Python, and small calls would cost most.
         yield io.BufferedReader(_Unzipped(file), 2**20) if zipped else file
 
 
@@ -134,6 +137,7 @@ def _line_reader(file):
     "A function that reads the next line of a file as UTF-8, of at most so many characters."
     if file.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return file.readline
+    # Excel saves "Unicode text" as UTF-16; the mark at the beginning says so without a guess.
     text = io.TextIOWrapper(file, "utf-16", newline="\n")
     return lambda most: text.readline(most).encode()
 
@@ -159,6 +163,7 @@ def _raw_lines(path):
     try:
         with _open_stdin() if str(path) == STDIN else _open(path) as file:
             read_line = _line_reader(file)
+            # A bounded read: a file of another kind may have no line feed in gigabytes.
             for n, raw in enumerate(iter(partial(read_line, LINE_BYTES), b""), 1):
                 if len(raw) >= LINE_BYTES and not raw.endswith(b"\n"):
                     raise ValueError(
@@ -211,10 +216,12 @@ class Rejects:
         "Raise with file and line, or take note."
         if self.on_error != "skip":
             way_out = ""
+            # Only callers who can pass on_error are told of it.
             if self.on_error:
                 way_out = ", or leave bad rows out and count them with on_error='skip'"
             raise ValueError(f"{self.path}{self.between}{line}: {problem}{way_out}")
         self.skipped += 1
+        # Three faults show the pattern; a million of them would only fill memory and screen.
         if len(self.first) < 3:
             self.first.append((line, problem))
         if self.note:
@@ -260,7 +267,7 @@ def read_text(
     "Read a text file as a whole."
     lines, size = [], 0
     for n, text in read_lines(path):
-        size += len(text) + 1
+        size += len(text) + 1  # the line end, too
         if size > most:
             raise ValueError(
                 f"{path}:{n}: the file is read as a whole, so it may have {most:,} bytes; {todo}"
@@ -283,6 +290,7 @@ def find_spellings(
 ) -> list[str]:  # those that mean it; more than one where a file has several spellings
     "Find a column: its very name, else the other spellings of it."
     plain = plain_name(name)
+    # A file may have both Text and text, of which the very name is meant.
     return [n for n in names if n == name] or [n for n in names if plain_name(n) == plain]
 
 
@@ -357,6 +365,7 @@ class Header:
         "Choose what to read of a file that can give some columns without the others."
         if not self.columns:
             return None
+        # Parquet reads column by column, so what is not named here is never read from the disk.
         others = chain.from_iterable(find_spellings(name, names) for name in self.optional)
         return list(dict.fromkeys([*choose_columns(names, self.columns), *others]))
 
@@ -374,6 +383,7 @@ def _json_fault(error):
 def _jsonl(path, header, reject, after=0):
     "Yield (line, value) for each line that is not blank."
     for n, raw in _raw_lines(path):
+        # Lines that an earlier run has read are counted but not parsed.
         if n <= after or raw.isspace():
             continue
         try:
@@ -425,6 +435,7 @@ def _json(path, header, reject, after=0):
 # %% ../nbs/05_files.ipynb #table
 def _tsv(path, header, reject, after=0):
     "Yield (line, {column: cell}); tabs separate, nothing is quoted."
+    # No csv reader: a quote at the beginning of a sentence would swallow all lines to the next.
     records = ((n, text.split("\t")) for n, text in _text_lines(path, reject) if text)
     yield from _table(records, header, reject)
 
@@ -434,6 +445,7 @@ _SEPARATORS = (",", ";", "\t", "|")
 
 def _cells(line, separator):
     "The cells of one line of a table."
+    # An open quote in the header; the reading itself says so, with the line.
     with suppress(csv.Error):
         return tuple(next(csv.reader([line], delimiter=separator), ()))
     return ()
@@ -442,6 +454,7 @@ def _cells(line, separator):
 def _separator(line, header):
     "What separates the cells of a .csv file, by its first line: a comma, if another does not fit."
     cells = {separator: _cells(line, separator) for separator in _SEPARATORS}
+    # Sentences hold commas, so the names of the columns tell more than the number of cells.
     fitting = [separator for separator in cells if header.fits(cells[separator])]
     if not fitting:  # unknown names: the one that separates anything
         fitting = [separator for separator in cells if len(cells[separator]) > 1]
@@ -455,7 +468,7 @@ class _Numbered:
         self.lines, self.line = lines, 0
 
     def __iter__(self):
-        for self.line, text in self.lines:
+        for self.line, text in self.lines:  # the csv reader counts records, and we need lines
             yield text
 
 
@@ -502,6 +515,7 @@ def _records(path, header, reject):
     head, first, separator = _beginning(lines, header)
     spaced = any(cell.startswith(" ") for cell in _cells(first, separator))  # `anchor, positive`
     feed, start = _Numbered(chain(head, lines)), head[0][0] if head else 1
+    # Strict, because a lenient reader makes one text of everything behind an open quote.
     reader = csv.reader(feed, strict=True, delimiter=separator, skipinitialspace=spaced)
     try:
         for cells in reader:
@@ -539,6 +553,7 @@ def _table(records, header, reject):
     first = list(islice(records, 1))  # its cells tell which columns hold texts
     _check_header(f"{reject.path}:{line}", names, first, header)
     for n, cells in chain(first, records):
+        # Cells too many or too few mean that a text was split, and shifted cells train nonsense.
         if len(cells) == len(names):
             yield n, dict(zip(names, cells))
         else:
@@ -579,6 +594,7 @@ def _next_rows(n, size):
     "How many rows to read after n rows that take `size` bytes."
     if size > BATCH_BYTES:
         return max(1, n * BATCH_BYTES // size)
+    # Eightfold steps reach the usual size in two or three batches; long texts shrink it again.
     return min(8 * n, BATCH_ROWS) if 8 * size <= BATCH_BYTES else n
 
 
@@ -589,6 +605,7 @@ def dataset_tables(
     "Read a dataset in Arrow tables, of few rows where they are large."
     arrow, n = dataset.with_format("arrow"), 16
     while start < len(dataset):
+        # Rows of a dataset may hold whole books, so we begin with few and look at their size.
         table = arrow[start : start + n]
         yield start, table
         start, n = start + len(table), _next_rows(n, table.nbytes)
@@ -646,6 +663,7 @@ def sample_value(
     if pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type):
         return "text"
     lists = pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type)
+    # Any number will do: it only has to be told from a text.
     return [sample_value(arrow_type.value_type)] if lists else 0
 
 
@@ -664,6 +682,7 @@ def _parquet(path, header, reject, after=0):
     while True:
         with reading(f"{path}:{row}", damage):
             batch = next(batches, None)
+            # A batch that an earlier run has read is passed over without making Python texts of it.
             rows = [] if batch is None or row + len(batch) <= after else batch.to_pylist()
         yield from enumerate(rows, row)
         if batch is None:
@@ -745,6 +764,7 @@ def _text_columns(names, column):
     "The columns of a title that belongs before the text, or None, and of the text."
     if column:
         return None, choose_columns(names, (column,))[0]
+    # The order of TEXT_COLUMNS decides, not that of the file.
     known = [name for wanted in TEXT_COLUMNS for name in find_spellings(wanted, names)]
     if not known and len(names) != 1:
         raise ValueError(
@@ -752,6 +772,7 @@ def _text_columns(names, column):
             f"the columns are {list_names(names) or 'none'}, name one"
         )
     name = (known or names)[0]
+    # BEIR's corpora have a title and a text, which its own code joins by a space, too.
     titles = find_spellings("title", names) if plain_name(name) == "text" else []
     return (titles or [None])[0], name
 

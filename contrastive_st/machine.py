@@ -53,6 +53,7 @@ def processor_name(
     "Return the name of the chip that computes."
     if str(device).startswith("cuda"):
         return import_module("torch").cuda.get_device_name(device)
+    # platform.processor() is empty or says only "x86_64" on Linux.
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -91,6 +92,7 @@ def pair_arguments(
             f"not for {system} and Python {python[0]}.{python[1]}; "
             "choose such a machine, or train on CPU and GPU with contrastive_st.trainer"
         )
+    # +cpu, because a TPU machine has no use for the gigabytes of CUDA.
     pair = [f"torch=={TORCH}+cpu", f"torch_xla=={TORCH_XLA}"]
     return [*pair, *[f"libtpu=={_LIBTPU[python]}"] * (chips > 0), "--extra-index-url", _CPU_BUILDS]
 
@@ -147,6 +149,7 @@ def _plain(name):
 def _fits(requirement, installed):
     "Whether an installed version is one of those that a requirement allows."
     version = installed.get(_plain(requirement.name))
+    # Prereleases count: a nightly torch that is installed is there on purpose.
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
@@ -158,6 +161,7 @@ def _release(version):
 def _pair_fits(installed, requirements):
     "Whether torch and torch_xla are there, of the same release, and new enough for us."
     torch, torch_xla = installed.get("torch"), installed.get("torch-xla")
+    # torch_xla is built against one release of torch, and with another fails at import.
     if not torch or not torch_xla or _release(torch) != _release(torch_xla):
         return False
     return all(_fits(r, installed) for r in requirements if r.name == "torch")
@@ -167,6 +171,7 @@ def _pair_commands(requirements, installed, python, chips):
     "What a TPU needs beside what is there; says in `installed` what will be."
     wanted = pair_arguments(chips, python, "Linux x86_64")  # no other machine has a TPU on PCI
     if _pair_fits(installed, requirements):
+        # The pair is there; libtpu, which knows the chips, is a package of its own.
         return [] if "libtpu" in installed else [["install", wanted[2]]]
     stale = [name for name in ("torchvision", "torchaudio") if name in installed]
     for package in wanted[:3]:
@@ -193,6 +198,7 @@ def plan(
     # 2. whatever else does not fit is installed, while what fits is held by a constraint
     missing = [r for r in requirements if not _fits(r, installed)]
     names = {_plain(r.name) for r in requirements if r not in missing} | {"torch-xla", "libtpu"}
+    # Without constraints pip might replace Colab's torch to please a smaller package.
     keep = [f"{name}=={installed[name]}" for name in sorted(names & set(installed))]
     if missing:
         commands.append(["install", *map(str, missing)])
@@ -224,6 +230,7 @@ def _hub_answers():
     if getproxies():  # a proxy may reach what we cannot
         return True
     try:
+        # Five seconds now, instead of minutes of retries in each cell that downloads.
         socket.create_connection(("huggingface.co", 443), timeout=5).close()
     except OSError:
         return False
@@ -246,6 +253,7 @@ def cells_to_skip(
         )
     if not _hub_answers():
         reasons["hub"] = "it needs the Hugging Face Hub, which does not answer"
+    # Found, not imported: an import of mteb or torch_xla takes many seconds.
     if find_spec("mteb") is None:
         reasons["mteb"] = "it needs mteb; type %pip install 'mteb>=2.26,<3' in a cell, and restart"
     if find_spec("torch_xla") is None:
@@ -286,6 +294,7 @@ def _installed():
 def _pip(arguments):
     "Run pip of this Python -> exit code and output."
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    # Without standard input a question of pip's ends in an error and not in waiting.
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return run.returncode, run.stdout + run.stderr
 
@@ -302,6 +311,7 @@ _UNREACHABLE = ("connection", "resolve host", "name resolution", "unreachable", 
 
 def _failed(arguments, output):
     "One sentence about a pip that failed."
+    # The last line with "error" is the cause; pip prints pages before it.
     lines = [line for line in output.splitlines() if "error" in line.lower()] or [output]
     message = " ".join(lines[-1].split()).removeprefix("ERROR: ")[:80]
     if any(word in output.lower() for word in _UNREACHABLE):
@@ -317,6 +327,7 @@ def _carry_out(commands, keep, pip):
         constraints = Path(folder) / "keep.txt"
         constraints.write_text("\n".join(keep) + "\n", encoding="utf-8")
         for command in commands:
+            # Before it runs: pip may take minutes without a word.
             print(_shown(command), flush=True)
             extra = ["-c", str(constraints)] if command[0] == "install" else []
             code, output = pip(["-q", *command, *extra])
@@ -331,6 +342,7 @@ _TOOLS = {"pip", "setuptools"}  # loaded when Python starts, and used by nothing
 def _loaded(names):
     "Those packages of which Python has loaded a module already."
     names = set(names) - _TOOLS
+    # A package's name need not be that of its modules: scikit-learn is sklearn.
     homes = metadata.packages_distributions() if names else {}
     modules = set(sys.modules) & set(homes)
     packages = {_plain(name) for module in modules for name in homes[module]}

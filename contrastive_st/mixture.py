@@ -43,6 +43,7 @@ def _feistel(x, a, b, rounds):
     "Scramble numbers below a * b one to one: shift two digits by hashes of each other, in turns."
     left, right = x // b, x % b  # below a, below b
     for even, odd in zip(rounds[::2], rounds[1::2]):
+        # Adding what depends on the other digit only can be undone, so no two numbers meet.
         left = (left + _hash(right + even) % a) % a
         right = (right + _hash(left + odd) % b) % b
     return left * b + right
@@ -76,8 +77,10 @@ def epoch_order(
 ) -> np.ndarray:  # row numbers, (P,) int64
     "Say which rows stand at places of a source's endless order; every epoch holds each row once."
     positions = np.asarray(positions, np.int64)
-    epochs, numbers = positions // rows, np.empty(len(positions), np.int64)
+    epochs, numbers = positions // rows, np.empty(len(positions), np.int64)  # (n,), (n,)
     for epoch in np.unique(epochs).tolist():
+        # A key of its own for each epoch; the name, so that a source keeps its order when others
+        # join the mixture.
         here, key = epochs == epoch, make_key("rows", seed, name, epoch, bits=512)
         numbers[here] = permute(positions[here] - epoch * rows, rows, key)
     return numbers
@@ -150,6 +153,7 @@ class Pool(NamedTuple):
 
 def _pools(columns, weights, graded=()):
     "Group sources by their column count, and graded ones apart from the others."
+    # Rows of another width cannot be stacked, and graded rows have another loss.
     kinds = list(zip(columns, graded or [False] * len(columns)))
     members = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
     return [
@@ -193,6 +197,7 @@ def _rows(mixture, draws, first, last):
     numbers, rows = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
     for d, (i, turn) in enumerate(draws):
         mine, source = places % k == d, mixture.sources[i]  # the sub-batches alternate
+        # Its turn says how many sub-batches the source has filled before, so where it goes on.
         positions = turn * (mixture.batch_size // k) + places[mine] // k
         numbers[mine] = i
         rows[mine] = epoch_order(positions, len(source), source.name, mixture.seed)
@@ -273,6 +278,7 @@ def _check_pools(pools, sources, k):
     "Refuse a column count with fewer datasets than go into a global batch."
     for pool in pools:
         n, names = len(pool.members), ", ".join(sources[i].name for i in pool.members)
+        # A dataset would be drawn twice for one batch, against what was asked for.
         if n < k:
             kind = (
                 f"scores and {pool.columns} columns" if pool.graded else f"{pool.columns} columns"
@@ -433,12 +439,15 @@ class Mixture:
         seed: int = 0,  # another seed, another order
     ):
         sources = _make_sources(sources, weights)
+        # Two are mixed unless asked otherwise. With one, all negatives would come from the
+        # same dataset, and with many few would come from a text's own.
         k = 2 if datasets_per_batch is None else datasets_per_batch
         self.batch_size = _whole("batch_size", batch_size, 1)
         self.datasets_per_batch = k = _whole("datasets_per_batch", k, 1)
         _divides(self.batch_size, k, f"datasets_per_batch={k}")
         self.seed = _whole("seed", seed, 0)
         self.sources = [s for s, w in zip(sources, weights) if w]
+        # Whole numbers stay whole: beyond 2**53 a float would round them.
         self.weights = [w if isinstance(w, int) else float(w) for w in weights if w]
         _check_sources(self.sources)
         _warn_of_small(self.sources, self.batch_size, k)
@@ -466,6 +475,7 @@ class Mixture:
         if rank >= ranks:
             raise ValueError(f"rank {rank} does not exist among {ranks} ranks; they count from 0")
         _divides(B, ranks, f"{ranks} ranks")
+        # The global batch does not depend on the number of ranks, each takes its slice of it.
         return _rows(self, self.draws(step), rank * B // ranks, (rank + 1) * B // ranks)
 
     def batch(
@@ -556,6 +566,7 @@ def _holds_data(path):
 
 def _places(root, name):
     "Where a dataset may lie, best first."
+    # A store comes first, since it was made of the file and opens at once.
     stores = [store_folder(root, f"{n}{end}") for n in (name, _bare(name)) for end in _ENDS]
     # the store and the file of that very name, a file with an ending, a store of another spelling
     return [stores[0], *(root / f"{name}{end}" for end in _ENDS), *stores[1:]]
@@ -566,6 +577,7 @@ def _names(root):
     names = []
     for path in sorted(root.rglob("[!.]*")):
         name = path.relative_to(root)
+        # Shards inside of a store are no datasets of their own.
         in_store = any(part.endswith(".store") for part in name.parts[:-1])
         if not in_store and _holds_data(path):
             names.append(name.as_posix().removesuffix(".store"))
@@ -576,6 +588,7 @@ def _find(folder, name, where):
     "The store, file or hub dataset of that name."
     root = expanded(folder).resolve()
     for system in (PurePosixPath, PureWindowsPath):
+        # Both systems' rules, since a config may come from either: C:\x is a name on Linux.
         if system(name).anchor or ".." in system(name).parts:
             raise ValueError(
                 f"{where}: the name leaves the data folder; "
@@ -592,6 +605,7 @@ def _find(folder, name, where):
             f"{where}: no such file in {folder} "
             f"(nor with .jsonl.gz or .jsonl, nor a store of it); {todo}"
         )
+    # A config from elsewhere must not read files beside the data.
     if not path.resolve().is_relative_to(root):
         raise ValueError(
             f"{where}: the name is a link that leaves the data folder; "
@@ -665,7 +679,7 @@ def _entry(item, folder, where, weighed):
         )
     if split is not None and not isinstance(split, str):
         raise ValueError(f'{where}: split is {quote(split)}; write a name such as "train"')
-    if weight == 0:
+    if weight == 0:  # left out, without deleting its line
         return None
     columns = tuple(columns) if columns else None
     marks = {key: item[key] for key in _MARKS if item.get(key) is not None}
@@ -704,6 +718,7 @@ def read_config(
         if entry is None:
             continue
         file = _file(entry, folder)
+        # Twice the same file would be two sources, whose equal rows meet as false negatives.
         if file in first:
             raise ValueError(
                 f"{label}: dataset {n} ({entry.name}) is the file of dataset {first[file]} again, "
@@ -723,6 +738,7 @@ def _check_origin(entry, relevance):
     asked = {k: v for k, v in entry.marks.items() if k in ("label", "score")}
     asked |= {} if relevance is None else {"relevance": relevance}
     was = {k: origin[k] for k in ("label", "score", "relevance") if k in origin}
+    # A store keeps what it was made with, and a config that says otherwise has no effect.
     if asked != was:
         wanted, made = (", ".join(f"{k} = {quote(v)}" for k, v in m.items()) for m in (asked, was))
         raise ValueError(
@@ -782,6 +798,7 @@ def _is_row(item):
 
 def _sources(data, cache_dir, marks):
     "A source for each dataset; files of one name are called by their whole path."
+    # A list of rows is one dataset, a list of anything else holds several.
     several = isinstance(data, (list, tuple)) and len(data) > 0 and not _is_row(data[0])
     datasets = list(data) if several else [data]
     files = Counter(Path(d).name for d in datasets if isinstance(d, (str, Path)))
@@ -814,4 +831,5 @@ def as_mixture(
     sources = list(_sources(data, cache_dir, marks))
     if datasets_per_batch is None and len(sources) == 1:
         datasets_per_batch = 1
+    # Weights by size: every dataset then ends its first epoch at about the same step.
     return Mixture(sources, list(map(len, sources)), batch_size, datasets_per_batch, seed)

@@ -15,6 +15,7 @@ def unit_rows(
     vectors: np.ndarray,  # (N, D) float
 ) -> np.ndarray:  # (N, D) float; a row of zeros stays zero
     "Scale every row to length one."
+    # A row of zeros has no direction; the floor leaves it zero instead of NaN.
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 # %% ../nbs/20_precision.ipynb #calibrate
@@ -49,13 +50,15 @@ def calibrate(
             " hundreds"
         )
     _check_floats(vectors)
-    return np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
+    return np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)  # (2, D)
 
 
 def _check_floats(vectors):
     "Raise a ValueError for what is no table of finite floats; it names the row."
+    # Codes that are quantised again would give codes of codes, and no later check could tell.
     if vectors.dtype.kind != "f":
         raise ValueError(f"vectors are {vectors.dtype}; quantise floats, and those only once")
+    # NaN would become a code like any other, and its text would be found for odd queries.
     sound = np.isfinite(vectors)
     if not sound.all():
         row = int(np.argwhere(~sound)[0, 0])
@@ -72,7 +75,9 @@ def _steps(ranges, width):
             f"ranges {ranges.shape} do not fit; pass (2, {width}) finite numbers, least values"
             " first, as calibrate gives them"
         )
+    # 255 steps between 256 codes, as sentence-transformers divides them.
     steps = (ranges[1] - ranges[0]) / 255
+    # A dimension that never varied has a step of zero, by which we could not divide.
     return ranges[0], np.where(steps == 0, np.float32(1), steps)
 
 # %% ../nbs/20_precision.ipynb #quantize
@@ -80,6 +85,7 @@ def _as_float(vectors, dtype):
     "Floats of another width; a value that does not fit is an error."
     with np.errstate(over="ignore"):  # a value that overflows is named below
         floats = vectors.astype(dtype, copy=False)
+    # Nothing was converted, so nothing can have overflowed.
     if floats is vectors:
         return floats
     if not np.isfinite(floats).all():
@@ -92,6 +98,7 @@ def _as_float(vectors, dtype):
 
 def _signed(codes, precision):
     "Bytes 0..255, or the same bytes as -128..127 where the precision is a signed one."
+    # Flipping the highest bit subtracts 128 in two's complement, without a copy to int16.
     return codes if precision.startswith("u") else (codes ^ 128).view(np.int8)
 
 
@@ -107,9 +114,11 @@ def quantize(
     if precision.startswith("float"):
         return _as_float(vectors, PRECISIONS[precision])
     if precision.endswith("binary"):
-        return _signed(np.packbits(vectors > 0, axis=-1), precision)
+        return _signed(np.packbits(vectors > 0, axis=-1), precision)  # (N, ceil(D / 8))
+    # No rows have no ranges, but an empty corpus is no error.
     if ranges is None and not len(vectors):
         return np.zeros(vectors.shape, PRECISIONS[precision])
+    # Clipped, because later vectors may lie outside of the ranges of the sample.
     low, step = _steps(calibrate(vectors) if ranges is None else ranges, vectors.shape[-1])
     return _signed(np.clip(np.floor((vectors - low) / step), 0, 255).astype(np.uint8), precision)
 
@@ -141,8 +150,10 @@ def dequantize(
     _check_codes(codes, precision, width)
     if precision.startswith("float"):
         return codes.astype(np.float32)
+    # Undo `_signed`: both signs have the same bytes but for the highest bit.
     raw = codes if precision.startswith("u") else codes.view(np.uint8) ^ 128
     if precision.endswith("binary"):
+        # A bit says only the sign, so the vectors come back as -1 and 1; `count` drops the padding.
         return np.unpackbits(raw, axis=-1, count=width).astype(np.float32) * 2 - 1
     if ranges is None:
         raise ValueError(
@@ -152,4 +163,5 @@ def dequantize(
     low, step = _steps(ranges, codes.shape[-1])
     # A dimension that never varied has one value, and no step to be in the middle of.
     step = np.where(np.asarray(ranges[1]) == np.asarray(ranges[0]), np.float32(0), step)
+    # The middle of a step halves the largest error that its lower end would have.
     return low + (raw + np.float32(0.5)) * step

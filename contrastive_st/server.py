@@ -42,10 +42,12 @@ class _Listener:
         "Begin to listen, unless somebody does already."
         with self.lock:
             self.users += 1
+            # catch_warnings is not safe across threads, so one hook serves all that listen.
             if self.users == 1:
                 self.before = warnings.catch_warnings()
                 self.before.__enter__()
                 self.show_as_before, warnings.showwarning = warnings.showwarning, self._show
+                # Users need not hear of deprecations, but of ours each time, hence "always".
                 warnings.simplefilter("ignore")
                 for category in (UserWarning, RuntimeWarning):
                     warnings.filterwarnings("always", category=category)
@@ -60,6 +62,7 @@ class _Listener:
     @contextmanager
     def __call__(self) -> Iterator[list[str]]:  # grows with each warning of the block
         self.open()
+        # A stack, because a function that listens may call another that does.
         self.mine.lists = [*getattr(self.mine, "lists", []), []]
         try:
             yield self.mine.lists[-1]
@@ -90,8 +93,9 @@ this_work = contextvars.ContextVar("this_work", default=None)  # what the thread
 
 def go_on() -> None:
     "Raise `ValueError` if nobody waits for the result of this thread any longer."
+    # A thread cannot be stopped from outside, so long loops call this between their steps.
     work = this_work.get()
-    if work is None:
+    if work is None:  # called from a script, where Ctrl-C does it
         return
     if time.monotonic() > work.end:
         work.reason = (
@@ -105,6 +109,7 @@ def abandon(
     session=None,  # that has left; None stops the work of all
 ) -> None:
     "Stop the work of a session."
+    # A copy, since threads that end take themselves out of the set meanwhile.
     for work in list(working):
         if session in (None, work.session):
             cause = "page was closed" if session else "server ends"
@@ -124,13 +129,15 @@ def in_thread(
         this_work.set(work)
         try:
             future.set_result(function(*inputs))
-        except BaseException as error:
+        except BaseException as error:  # SystemExit too, or the page would wait for ever
             future.set_exception(error)
         finally:
             working.discard(work)
 
+    # From here on `cancel` has no effect, so set_result cannot meet a cancelled future.
     future.set_running_or_notify_cancel()
     working.add(work)
+    # A daemon, so that a long computation does not keep the server from ending.
     threading.Thread(target=context.run, args=(compute,), daemon=True).start()
     return asyncio.wrap_future(future)
 
@@ -149,8 +156,10 @@ def check_origin(
     opens: bool = False,  # the request opens the page, or asks for something without any effect
 ) -> None:
     "Raise `Refusal` for a request that another web page makes."
+    # A browser sends these two and no page can forge them; curl and scripts send neither.
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     is_ours = origin is None or origin.partition("://")[2] == (headers.get("host") or None)
+    # A link on another page may open ours in a tab, but may not call its functions.
     is_link = opens and headers.get("sec-fetch-mode") == "navigate"
     if not is_ours or (site not in ("same-origin", "none") and not is_link):
         raise Refusal(403, "this page answers to itself only; open it in a tab of its own")
@@ -172,15 +181,18 @@ def check_route(
 ) -> None:
     "Raise `Refusal` for what the page does not need."
     routes = {"GET": _READS, "HEAD": _READS, "POST": _WRITES}.get(method, [])
+    # 404 for all else, without saying whether Gradio would have had something there.
     if ".." in path or not any(re.fullmatch(route, path, re.ASCII) for route in routes):
         raise Refusal(404, "there is nothing here")
 
 
 def _check_length(headers, most):
     "Raise `Refusal` for a body that is too large, or does not say how large it is."
+    # Without a length we would have to read a body to learn that it is too large.
     size = headers.get("content-length", "")
     if "transfer-encoding" in headers or not size.isdecimal():
         raise Refusal(411, "say how long the request is, in Content-Length")
+    # Twelve digits first: int() fails in its own words at some thousands of them.
     if len(size) > 12 or int(size) > most:
         raise Refusal(
             413,
@@ -194,6 +206,7 @@ def brief(
     most: int = 60,  # characters
 ) -> str:  # printable
     "Shorten a foreign text for a message: `brief('a\\nb')` -> `'a?b'`."
+    # Terminals obey escape sequences, and a message may end in one.
     text = "".join(c if c.isprintable() else "?" for c in str(text)[: most + 1])
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -203,11 +216,13 @@ def _uploaded_file(value, uploads):
     path = value.get("path") if isinstance(value, dict) else None
     if not isinstance(path, str) or len(path) > 1_000 or "\0" in path:
         raise ValueError("is not an uploaded file")
+    # Links are followed before the comparison, or one inside the folder could lead out of it.
     real = os.path.realpath(path)
     if not Path(real).is_relative_to(os.path.realpath(uploads)) or not os.path.isfile(real):
         raise ValueError(
             "names a file that was not uploaded here; upload the file, an address is not fetched"
         )
+    # Only the path is passed on: Gradio would fetch a `url` that the client added.
     return {"path": real, "meta": {"_type": "gradio.FileData"}}
 
 
@@ -224,6 +239,7 @@ def field_value(
     uploads: str,  # folder of the uploaded files
 ):  # the value as we pass it on
     "Understand the value of a field; raise `ValueError` for what the field cannot hold."
+    # A list of Gradio's choices holds pairs of what is shown and what is sent.
     kind, choices = field.get_block_name(), [choice for _, choice in getattr(field, "choices", ())]
     if kind == "file":
         return None if value is None else _uploaded_file(value, uploads)
@@ -265,6 +281,7 @@ def plain_call(
 ) -> dict:  # nothing but what was understood
     "Read what a function is called with; raise `ValueError` for what its fields cannot hold."
     try:
+        # Strict: "1" is no number, so that no function meets a type that it does not expect.
         call = _Call.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
@@ -282,6 +299,7 @@ def plain_call(
             values.append(field_value(value, field, uploads))
         except (ValueError, OSError) as error:
             raise ValueError(f"the field {field.label!r} {error}") from None
+    # What the client may say beside the values; an address with a name leaves the number out.
     rest = {"session_hash"} if name else {"session_hash", "fn_index", "trigger_id"}
     return {"data": values} | call.model_dump(include=rest)
 
@@ -289,11 +307,13 @@ def plain_call(
 async def _read(receive, most):
     "The body of a request; what is beyond `most` bytes is read and thrown away."
     body, more, size = bytearray(), True, 0
+    # A client that never stops sending is cut off at twenty times what we take.
     while more and size < 20 * most:
         message = await receive()
         more = message.get("more_body", False)
         part = message.get("body", b"")
         size += len(part)
+        # Read and dropped, because a client that is cut off while it sends sees no answer.
         if size <= most:
             body += part
     if size > most:
@@ -306,6 +326,7 @@ async def discard(
 ) -> None:
     "Read what is still being sent, for a while, and keep nothing."
     try:
+        # Ten seconds for those who send slowly on purpose.
         await asyncio.wait_for(_read(receive, FILE_BYTES), 10)
     except (Refusal, asyncio.TimeoutError):
         pass
@@ -316,6 +337,7 @@ def _again(body, receive):
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again():
+        # After the body the server waits here for the client to hang up.
         return messages.pop() if messages else await receive()
 
     return receive_again
@@ -348,6 +370,7 @@ class _Gate:
             scope, receive = await self._admit(scope, receive)
         except Refusal as refusal:
             code, sentence = refusal.args
+            # Refusals that may come while the body is still being sent.
             if code in (403, 404, 413, 415) and scope["type"] == "http":
                 await discard(receive)
             return await JSONResponse({"detail": sentence}, code)(scope, receive, send)
@@ -375,6 +398,7 @@ class _Gate:
     def _admit_read(self, scope, receive, path):
         "A request without a body; the page itself takes no parameters."
         if path == "/":
+            # Gradio reads a theme and more from the address, so a link could restyle the page.
             return scope | {"query_string": b""}, receive
         session = re.fullmatch(rb"session_hash=([\w-]+)", scope["query_string"])
         if path.endswith("/queue/data") and session:  # it stays open as long as the page
@@ -389,6 +413,7 @@ class _Gate:
         except ValueError as error:
             raise Refusal(422, brief(error, 300)) from None
         body = json.dumps(call).encode()
+        # The new body is shorter or longer, and a wrong length would hang the request.
         headers = [item for item in scope["headers"] if item[0].lower() != b"content-length"]
         headers.append((b"content-length", b"%d" % len(body)))
         return scope | {"headers": headers}, _again(body, receive)
@@ -423,6 +448,8 @@ def _only_hosts(app, names):
     "Answer requests to these host names only."
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    # A Host header writes IPv6 in brackets. Checking it stops DNS rebinding, by which
+    # another site's name comes to mean this machine.
     hosts = [f"[{name}]" if ":" in name else name for name in names] or ["*"]
     return TrustedHostMiddleware(app, hosts, www_redirect=False)
 
@@ -465,6 +492,7 @@ class _Shield:
         try:
             check_origin(headers, opens=scope["method"] in ("GET", "HEAD"))
         except Refusal:
+            # check_origin speaks of "this page", and a service has none.
             raise Refusal(403, "what another web page asks for is not answered") from None
         if scope["method"] != "POST":
             return receive
@@ -493,8 +521,10 @@ def bind(
     try:
         if not 0 <= port < 65_536:
             raise OSError(None, "a port is a number from 0 to 65535")  # getaddrinfo would wrap it
+        # IPv4 or IPv6, whichever the name means first.
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         door = socket.socket(family)
+        # A server that was stopped a moment ago would hold the port for a minute otherwise.
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         door.bind(address)
         door.listen(128)
@@ -517,6 +547,7 @@ def serve(
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
+            # uvicorn waits for open requests, and ours may compute for minutes.
             abandon()
             super().handle_exit(sig, frame)
 
@@ -545,6 +576,7 @@ def in_background(
 
     door = bind("127.0.0.1", port, "service")
     server = uvicorn.Server(_config(app, 5))
+    # The socket is open before the thread starts, so a port in use is told here, as ValueError.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     try:

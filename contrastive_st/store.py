@@ -37,10 +37,13 @@ def text_identity(
 ) -> int:  # 64 bits, signed, so that it fits an int64 tensor
     "Number a text: spellings of the same text share the number, on every machine, in every run."
     if not text.isascii():
+        # Full-width letters, ligatures and accents written in two ways become one spelling.
         text = unicodedata.normalize("NFKC", text)
     text = " ".join(text.casefold().split())
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)  # casefold can leave characters to compose
+    # 8 bytes fit an int64 tensor. Among a billion texts two share a number with a chance of
+    # about 3%, and then one negative is masked that need not be.
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -62,6 +65,7 @@ def _ragged(array):
     size = array.type.value_type.bit_width // 8 if wide else 1
     # Arrow's layout: which values are missing, where each begins, the values themselves
     _, offsets, *rest = array.buffers()
+    # Raw memory, because Arrow's scalars are slow to make one by one.
     return memoryview(offsets).cast("q"), memoryview(rest[-1] or b"").cast("B"), size
 
 
@@ -83,6 +87,7 @@ class _Shard:
             if self.batch.num_rows != rows:
                 raise ValueError(f"{self.batch.num_rows:,} rows where {rows:,} were written")
             columns = self.batch.columns
+            # The types tell the columns apart: texts and lists, int64 identities, float64 scores.
             grades = [c for c in columns if pa.types.is_float64(c.type)]
             self.fixed = [_fixed(c) for c in columns if pa.types.is_int64(c.type)]
             self.scores = _fixed(grades[0], "d") if grades else None
@@ -154,6 +159,7 @@ class Shards:
         # the shard of a row is the first whose running total exceeds the row's number
         numbers = np.searchsorted(self._ends, indices, "right")
         begins = np.concatenate([[0], self._ends])[numbers]
+        # Each shard is opened once for all of its rows.
         shards = {n: self._shard(n) for n in np.unique(numbers).tolist()}
         # all rows at once: a loop in Python would take longer than the reading
         return zip(map(shards.__getitem__, numbers.tolist()), (indices - begins).tolist())
@@ -177,12 +183,14 @@ def _read_summary(folder):
             f"{folder}: no {SUMMARY}, so this is no prepared dataset; prepare it (again)"
         )
     summary = read_json(path, todo=_ADVICE)
+    # Refused by number, because an older layout would be read as other numbers without an error.
     if (version := summary.get("format")) not in (FORMAT, MARKED_FORMAT):
         raise ValueError(
             f"{path}: format {quote(version, 20)}, this version reads {FORMAT};"
             " prepare the data again"
         )
     with reading(folder, _ADVICE):
+        # Sizes find what was copied halfway; comparing bytes would read terabytes at each start.
         check_folder(folder, full=False, todo=_ADVICE)
     return summary
 
@@ -291,6 +299,7 @@ def fit_negatives(
         return tuple(texts), ""
     if len(texts) > width:
         return tuple(texts[:width]), "cut"
+    # Repeating weighs a negative more but invents nothing; a positive is masked by the loss.
     own = islice(cycle(negatives or [positive]), width - 2)
     return (anchor, positive, *own), "repeated" if negatives else "none"
 
@@ -398,6 +407,7 @@ def _clear(folder):
     part = _part(folder)
     owner = part.with_name(f".{part.stem}.owner")  # of a lock; letting it go deletes it
     if part.exists() or owner.exists() or _leftovers(folder):
+        # Only tidying up: if another process holds the lock, it will do so itself.
         with suppress(ValueError), lock(folder), writing(folder):
             for path in (part, *_leftovers(folder)):
                 remove(path)
@@ -421,6 +431,7 @@ def write_batch(
 ) -> None:
     "Write one Arrow file."
     batch = pa.record_batch(arrays, names=names)
+    # One batch a file, uncompressed, so that a row is found in the map by its offsets alone.
     with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
         writer.write_batch(batch)
 
@@ -450,7 +461,9 @@ def _add_summary(part, summary):
 def _text_arrays(rows, mark=None):
     "Arrow columns of texts, then of their identities, then of the scores if there are any."
     columns = list(zip(*rows))
+    # A score is no text, but comes as the last value of each row.
     scores = [pa.array(columns.pop(), pa.float64())] if mark == "score" else []
+    # large_string has offsets of 64 bits: those of 32 end at 2 GiB of text.
     texts = [pa.array(c, pa.large_string()) for c in columns]
     ids = [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
     return texts + ids + scores
@@ -541,10 +554,12 @@ def _write_texts(part, read, on_progress, remarks, mark=None):
         texts = _Texts(part, rejects, remarks, mark)
         on_progress(sum(part.notes["rows"]))
         for line, example in read(texts.after, texts.reject):
+            # A shard ends between two lines, since a resumed run goes on with a whole line.
             if line > texts.line and texts.is_full:
                 on_progress(texts.flush())
             if texts.width is None and len(example) > 2:  # the first with negatives
                 warn_of_width(f"{part.path}: line {line}", len(example))
+                # Shards of two columns are written already: begin anew, with room for negatives.
                 if part.notes["rows"] or len(texts.rows) * len(example) > SHARD_TEXTS:
                     return len(example)
                 texts.widen(len(example))
@@ -559,9 +574,10 @@ def _characters(shards, column):
     counts = np.zeros(2**16, np.int64)  # lengths of 65,535 and more share the last place
     total = longest = 0
     for shard in shards:
-        lengths = pc.utf8_length(shard.batch.column(column)).to_numpy()
+        lengths = pc.utf8_length(shard.batch.column(column)).to_numpy()  # (rows,)
         counts += np.bincount(np.minimum(lengths, len(counts) - 1), minlength=len(counts))
         total, longest = total + int(lengths.sum()), max(longest, int(lengths.max()))
+    # A histogram instead of a sort: 512 KB for any number of texts.
     below = np.cumsum(counts)
     middle, high = (int(np.searchsorted(below, share * below[-1])) for share in (0.5, 0.95))
     mean = round(total / int(below[-1]), 1)
@@ -574,6 +590,7 @@ def count_distinct(
     at_once: int = 2**23,  # about so many are held in memory
 ) -> int:
     "Count the different numbers in arrays, a share of them at a time."
+    # Equal numbers have equal remainders, so each pass counts its share of them alone.
     passes = rows // at_once + 1
 
     def different(share):
@@ -606,7 +623,7 @@ def _rejected(part):
 def _classes(shards):
     "How many labels there are, how many of them have one row, the smallest and the largest."
     labels = np.concatenate([np.asarray(shard.fixed[1]) for shard in shards])
-    _, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    _, first, counts = np.unique(labels, return_index=True, return_counts=True)  # (k,), (k,), (k,)
     ends = {"smallest": int(counts.argmin()), "largest": int(counts.argmax())}
     named = {}
     for key, c in ends.items():
@@ -662,8 +679,8 @@ def summary_table(
     "Write summaries as a table to be read."
     width = max(map(len, ["dataset", *summaries]))
     head = (
-        f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'of which empty':>14}"
-        f" {'duplicate rows':>14}  characters per text: median, 95%, longest"
+        f"{'dataset':{width}} {'rows':>13} {'columns':>7} {'bad lines':>9} {'empty':>7}"
+        f" {'duplicates':>10}  characters: median/95%/longest"
     )
     lines = [_summary_line(name, s, width) for name, s in summaries.items()]
     changes = [
@@ -695,12 +712,12 @@ def mark_line(
 
 def _summary_line(name, s, width):
     "The line of one dataset."
-    lengths = [
-        f"{c} {n['median']:,}, {n['p95']:,}, {n['longest']:,}" for c, n in s["characters"].items()
-    ]
+    # One triple for each column, in their order; with names, two columns would fill the line.
+    triples = ((n["median"], n["p95"], n["longest"]) for n in s["characters"].values())
+    lengths = ["/".join(f"{n:,}" for n in triple) for triple in triples]
     return (
         f"{name:{width}} {s['rows']:13,} {len(s['columns']):7} {sum(s['rejected'].values()):9,}"
-        f" {s['rejected']['empty']:14,} {s['duplicate_rows']:14,}  {'   '.join(lengths)}"
+        f" {s['rejected']['empty']:7,} {s['duplicate_rows']:10,}  {'  '.join(lengths)}"
     )
 
 
@@ -731,6 +748,7 @@ _ANEW = "; the store was damaged and is written anew"
 
 def _damage(folder, origin):
     "What is wrong with a finished store or its tokens, if it is of this origin; empty if nothing."
+    # No manifest means unfinished, which is no damage: the part is gone on with.
     if not is_whole(folder):
         return ""
     if not (folder / SUMMARY).is_file():
@@ -759,6 +777,7 @@ def _fill(folder, origin, read, check, on_progress, negatives, remarks, mark):
             width = _write_texts(part, read, on_progress, remarks, mark)
             if width is None:
                 summary = _summary(part, remarks, mark)
+                # Refused before it is finished, so that no store of useless data is ever opened.
                 check(summary)
                 break
         except ValueError as error:
@@ -792,6 +811,7 @@ def write_store(
     "Write a dataset to disk: whole or not at all; go on where an interrupted run stopped."
     folder, verified, is_new = expanded(folder), {}, False
     if full and is_current(folder, origin):
+        # Damage is dropped first, so that the next question finds the store not current.
         verified = _drop_damaged(folder)
     elif damage := _damage(folder, origin):
         warnings.warn(damage + _ANEW, stacklevel=2)
@@ -814,6 +834,7 @@ def _check_all(folder):
         files = check_folder(folder, full=True, todo=_ADVICE)
     patterns = ("shard-*.arrow", SUMMARY, REJECTS)
     ours = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    # A shard that the manifest does not name could be left from another dataset.
     if not ours <= files.keys():
         raise Damaged(f"{folder / MANIFEST}: does not name all files of the store; {_ADVICE}")
     return files
@@ -850,6 +871,7 @@ def _drop_damaged(folder):
         except ValueError as error:
             warnings.warn(str(error).removesuffix(f"; {_ADVICE}") + again, stacklevel=4)
             with lock(folder, wait=True), writing(folder):
+                # Without its manifest the store counts as unfinished, and the next step writes it.
                 remove(place / MANIFEST)
                 if place != folder:
                     remove(place)
@@ -861,7 +883,7 @@ def _drop_damaged(folder):
 # %% ../nbs/06_store.ipynb #write-tokens
 def _list_array(ids, lengths, dtype):
     "An Arrow column of number lists."
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # (n + 1,)
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids.astype(dtype)))
 
 
@@ -870,10 +892,12 @@ def _token_arrays(columns, prompts, encode, dtype, texts_at_once=8192):
     lists, flags = [], []
     for column, prompt in zip(columns, prompts):
         starts = range(0, len(column), texts_at_once)
+        # Some thousand at a time: the tokenizer's results take more memory than the texts.
         texts = (column[i : i + texts_at_once].to_pylist() for i in starts)
         parts = [encode([prompt + text for text in some] if prompt else some) for some in texts]
         ids, lengths, truncated = (np.concatenate(p) for p in zip(*parts))
         lists.append(_list_array(ids, lengths, dtype))
+        # As int64, which a shard reads at any row like the identities.
         flags.append(pa.array(truncated.astype(np.int64)))
     return lists + flags
 
@@ -881,6 +905,7 @@ def _token_arrays(columns, prompts, encode, dtype, texts_at_once=8192):
 def _shard_tokens(shard, columns, prompts, encode, dtype):
     "The token columns of a shard, after every offset and every text of it was checked."
     with reading(shard.path, _ADVICE):
+        # Read from end to end here once, so it costs little to look at every text.
         shard.batch.validate(full=True)
     return _token_arrays(map(shard.batch.column, columns), prompts, encode, dtype)
 
@@ -911,12 +936,13 @@ def _fill_tokens(store, engine, encode, on_progress):
     "Write the tokens of a store, from the beginning or from where an interrupted run stopped."
     tidy(store.folder / TOKENS)
     part = _resume(store.folder / TOKENS, engine, {"rows": []})
+    # Two bytes hold the ids of most vocabularies, half the disk and half the reading.
     dtype = np.uint16 if engine["vocabulary"] <= 2**16 else np.uint32
     columns, of_texts, prompts = _token_columns(store, engine)
     names = [*columns, *(f"{c}_cut" for c in columns)]
     # 1. the shards, one for each shard of texts
     for n, shard in enumerate(store.text_shards):
-        if n >= len(part.notes["rows"]):
+        if n >= len(part.notes["rows"]):  # the shards before it are there from an interrupted run
             try:
                 arrays = _shard_tokens(shard, of_texts, prompts, encode, dtype)
             except ValueError:

@@ -116,6 +116,7 @@ def _engine(tokenizer, max_length):
             f"max_length is {quote(max_length)}; it must be a whole number, {least} or more: "
             "the special tokens and one of the text"
         )
+    # Truncation is a setting of the engine, and the tokenizer belongs to the caller.
     engine = copy.deepcopy(shared)
     engine.no_padding()
     engine.enable_truncation(int(max_length), direction=tokenizer.truncation_side)
@@ -126,6 +127,7 @@ def _state(tokenizer):
     "All of a tokenizer that you may change: the normaliser, added words, the side to truncate."
     engine = tokenizer.backend_tokenizer
     parts = (engine.normalizer, engine.pre_tokenizer, engine.post_processor)
+    # The engine has no equality; the states of its parts are bytes that have.
     states = [part and part.__getstate__() for part in parts]
     return engine, states, engine.get_vocab_size(), tokenizer.truncation_side
 
@@ -173,6 +175,7 @@ class HeadTokenizer:
 
     def _encode(self, texts):
         "The encodings of texts."
+        # To truncate on the left, the end must be known, and so the whole text.
         if not self._from_left:
             return self._engine.encode_batch_fast(texts)
         most = 8 * self._limit  # characters: twice what most texts need
@@ -303,6 +306,7 @@ class WordTokenizer:
         new = list(words.difference(known))
         if self._size + sum(map(len, new)) > self._most:
             known, new, self._size = {}, list(words), 0
+        # All new words in one call, as if they were one text.
         ids, word_ids = self._tokens(new)
         # where the tokens of each word end, in bytes: four for each token
         ends = (np.searchsorted(word_ids, range(len(new)), "right") * 4).tolist()
@@ -319,6 +323,7 @@ class WordTokenizer:
     def _bytes(self, words):
         "The tokens of each list of words, as bytes."
         known = self._learn(set().union(*words))
+        # Joining bytes is one call in C; lists of numbers would be a loop over tokens.
         return [b"".join(map(known.__getitem__, w)) for w in words]
 
     def _split(self, text, most, split=str.split):
@@ -540,14 +545,17 @@ class Tokens:
             )
         self.tokenizer, self.max_length = tokenizer, max_length
         self._fitting = set()  # prompts that were found short enough
+        # A tokenizer without padding gets 0: the mask hides these places from the model.
         self.pad_id = tokenizer.pad_token_id or 0
         if not isinstance(buckets, Iterable) or not all(is_whole_number(b, 1) for b in buckets):
             raise ValueError(f"buckets are {quote(buckets)}; they must be whole numbers above 0")
+        # The last bucket is the full length, so that every batch fits one.
         self.buckets = (*sorted({int(b) for b in buckets if b < max_length}), max_length)
 
     def _arrays(self, texts):
         "Token ids end to end (int64), lengths (int64), truncated or not (bool)."
         ids, lengths, truncated = self.ragged(texts)
+        # Without a token there is nothing to pool, and the vector would be NaN.
         if not lengths.all():
             raise ValueError(
                 f"text {int(lengths.argmin())} has no token at all, and this tokenizer adds none; "
@@ -588,6 +596,7 @@ class Tokens:
         self.check(stores)
         for prompts in getattr(batch, "prompts", {}).values():
             self.check_prompts(prompts)
+        # One dataset without tokens has its texts read, so all are tokenised alike.
         all_stored = all(map(_origin, stores))
         ids, lengths, truncated = _stored(batch) if all_stored else self._arrays(_texts(batch))
         identities = _identities(batch)  # (B, C)

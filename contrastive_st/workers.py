@@ -82,6 +82,7 @@ def worker_pool(
     if not is_whole_number(workers, 1):
         raise ValueError(f"workers is {quote(workers)}; it must be a whole number, 1 or more")
     context = _Context()
+    # Spawned, not forked: a fork would copy torch's locks in whatever state they are.
     pool = ProcessPoolExecutor(int(workers), context, _begin, (start, args))
     try:
         yield pool

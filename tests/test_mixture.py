@@ -452,7 +452,8 @@ def test_report_counts_what_happens(make, steps):
     assert report["warnings"] == concerns(report)
     table = report_table(report)
     assert all(s.name in table for s in mixture.sources)
-    assert all(w in table for w in report["warnings"])
+    sentences = " ".join(table.split())  # long ones take several lines
+    assert all(w in sentences for w in report["warnings"])
     json.dumps(report)
 
 

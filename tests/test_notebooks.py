@@ -28,32 +28,14 @@ STATEMENTS = "E701,E702,E731"
 # Cells whose committed output still has lines of more than 100 columns: change what they print,
 # execute the notebook, and take the cell off this list. Nothing is added to it.
 WIDE_OUTPUTS = {
-    "07_data": """
-        fitted-demo read-pain filter load-demo prepare-demo quickstart-demo wrong-loud
-    """,
-    "06_store": "demo verify-demo constant verify-cost tokens-demo tokens-verified",
-    "08_mixture": """
-        pain epoch-check window-show virtual temperature-show tiny-files as-mixture-demo slices
-        wrong-loud
-    """,
-    "09_account": "report-show cross-negatives cross-blind",
-    "14_packed": "same-check wrong-silent",
-    "01_loss": "hard-figure",
-    "16_gradcache": "example chunks-try",
-    "03_evaluation": "own-show wrong-loud",
     "19_xla": "run",
     "22_search": "cluster-check map-names",
-    "24_bias": """
-        own-items gender-bias-show controls read-bias-show winogender-run
-        wrong-silent exercise-three
-    """,
     "26_recipes": "tiny-runs",
     "mteb": "choose models run hours",
     "multi_qa_search": "data exams train by-set wins failures ask wrong-loud",
     "nli_to_stsb": "bi sts-look road train recipe by-eye",
     "one_billion_pairs_tpu": "seen prepare plan feed account run counters resume left spot",
     "three_claims": "sources one-why one-run one-plot two-run two-plot three-run all wrong-seed",
-    "index": "search scale-figures speed-figures",
 }
 WIDE_OUTPUTS = {name: set(ids.split()) for name, ids in WIDE_OUTPUTS.items()}
 

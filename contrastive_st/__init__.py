@@ -7,7 +7,7 @@ from importlib import import_module as _import_module
 _MODULE_OF = {
     "SentenceEncoder": "model",
     "train": "trainer",
-    "TrainConfig": "run",
+    "TrainConfig": "config",
     "Mixture": "mixture",
     "read_examples": "data",
     "load_source": "data",

@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from . import atomic
 from .atomic import first_problem, named, quote
+from .config import TrainConfig, nearest_setting
 
 # %% ../nbs/26_recipes.ipynb #imports-types
 # The functions that open data or a model import what they need: a mistyped key is answered before
@@ -137,7 +138,7 @@ class Recipe:
     title: str  # one line
     model: ModelPlan  # where to start
     data: DataPlan  # what to train on
-    train: dict[str, Any] = Field(default_factory=dict)  # fields of trainer.TrainConfig
+    train: dict[str, Any] = Field(default_factory=dict)  # fields of config.TrainConfig
     evaluation: EvaluationPlan = EvaluationPlan()  # measured during training, may select the model
     test: EvaluationPlan = EvaluationPlan()  # measured before and after, selects nothing
     # tables laid over the others to try the run in minutes
@@ -235,8 +236,11 @@ def _sentence(record, problem):
     if problem.kind == "unknown":
         *tables, key = problem.path
         names = _names(record, tables)
-        near = difflib.get_close_matches(key[:100], names, 1)
-        advice = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
+        if record is TrainConfig:  # which also knows what other libraries call a setting
+            near = nearest_setting(key)
+        else:
+            near = next(iter(difflib.get_close_matches(key[:100], names, 1)), "")
+        advice = f"did you mean '{near}'?" if near else f"the keys are {', '.join(names)}"
         return f"unknown key '{problem.key}'; {advice}"
     if problem.kind == "missing":
         return f"key '{problem.key}' is missing; add it"
@@ -322,7 +326,9 @@ def _recipe(table, path, text, where):
         raise ValueError(
             f"{where}: unknown key '{key}'; the keys are {', '.join(_names(Recipe, []))}"
         )
-    return build(Recipe, table | {"path": str(path), "text": text}, where)
+    recipe = build(Recipe, table | {"path": str(path), "text": text}, where)
+    build(TrainConfig, recipe.train, f"{where}: train")  # a wrong setting is told now, too
+    return recipe
 
 
 def _tiny(table, path, is_used):

@@ -165,8 +165,8 @@ def test_a_length_replaces_the_other_length(folder):
     assert load(folder / "recorded.toml").train == longer.train
     again = load(folder / "recorded.toml", {"train": {"steps": 5}})
     assert again.train["steps"] == 5 and "epochs" not in again.train
-    both = load(folder / "good.toml", {"train": {"steps": 5, "epochs": 2}})
-    assert (both.train["steps"], both.train["epochs"]) == (5, 2)  # TrainConfig refuses that
+    with pytest.raises(ValueError, match="steps is 5 and epochs is 2; give one of the two"):
+        load(folder / "good.toml", {"train": {"steps": 5, "epochs": 2}})
     (folder / "small.toml").write_text(f"{GOOD}\n[tiny.train]\nepochs = 1\n")
     small = load(folder / "small.toml", tiny=True)
     assert small.train["epochs"] == 1 and "steps" not in small.train
@@ -428,8 +428,8 @@ def test_a_data_config_may_lie_beside_the_recipe_but_the_data_folders_wins(folde
         (changed("batch_size", "batchsize"), ["data.batchsize", "batch_size"]),
         (changed("steps = 6", "step = 6"), ["train", "step", "steps"]),
         (
-            changed("lr = 1e-3", "learning_rate_of_adam = 1e-3"),
-            ["train", "learning_rate_of_adam", "warmup"],
+            changed("lr = 1e-3", "colour_of_adam = 1e-3"),
+            ["train", "colour_of_adam", "the keys are", "warmup"],
         ),
         (changed('sts = "sts.tsv"', 'stsb = "sts.tsv"'), ["evaluation.stsb", "sts"]),
         (GOOD + "\n[test]\nretreival = 'x'\n", ["test.retreival", "retrieval"]),
@@ -1105,9 +1105,18 @@ def test_the_plan_of_many_datasets_is_drawn(tmp_path):
         assert (tmp_path / "plan.jpg").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_recipe_is_read_and_refused_before_torch(tmp_path):
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("mix =", "mixx =", "bad.toml: unknown key 'data.mixx'; did you mean 'mix'?"),
+        ("lr =", "leraning_rate =", "train: unknown key 'leraning_rate'; did you mean 'lr'?"),
+        ("lr = 1e-3", "lr = '1e-3'", "bad.toml: train: lr: should be a valid number, not '1e-3'"),
+        ("warmup = 1", "warmup = 9", "bad.toml: train: warmup is 9 steps but the run has 6"),
+    ],
+)
+def test_a_recipe_is_read_and_refused_before_torch(tmp_path, old, new, said):
     "A mistyped key must not wait for the libraries that only a training needs."
-    (tmp_path / "bad.toml").write_text(GOOD.replace("mix =", "mixx ="), encoding="utf-8")
+    (tmp_path / "bad.toml").write_text(GOOD.replace(old, new), encoding="utf-8")
     program = """
 import sys
 from contrastive_st import recipes
@@ -1120,7 +1129,13 @@ print(sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
     options = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     output = subprocess.run([sys.executable, "-c", program], env=environment, **options).stdout
-    assert "did you mean 'mix'" in output and output.endswith("[]\n")
+    assert said in output and output.endswith("[]\n")
+
+
+def test_the_settings_of_the_tiny_table_and_of_changes_are_checked(bad, folder):
+    assert "tiny: train: unknown key 'warm_up'" in bad(GOOD + "[tiny]\ntrain.warm_up = 1\n")
+    message = bad(GOOD, {"train": {"batch": 8}})
+    assert "bad.toml, changed for this run: train: unknown key 'batch'" in message
 
 
 def test_keys_of_labels_scores_and_prompts_are_passed_on(folder):

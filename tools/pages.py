@@ -17,7 +17,7 @@ PARTS = {  # caption -> numbers of the pages in nbs/
     "IV Larger, faster": range(14, 20),
     "V In use": range(20, 26),
     "VI From end to end": range(26, 33),
-    "VII What it stands on": range(33, 41),
+    "VII What it stands on": range(33, 42),
 }
 # in the order of reading, which is none of the alphabet
 TUTORIALS = (

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['POOLING_FLAGS', 'PACKAGED', 'ACTIVATIONS', 'read_pooling', 'transformer_file', 'ModelSettings', 'read_settings',
-           'packaged_folder', 'find_folder', 'check_manifest', 'take_off_pooler', 'token_limit', 'has_adapters',
-           'linear_names', 'put_adapters', 'merged_state', 'take_off_adapters', 'write_adapters', 'read_adapters',
-           'is_base', 'StaticConfig', 'StaticBackbone', 'Dense', 'UnitLength', 'head_layout', 'head_width', 'read_head',
-           'without_special_tokens', 'try_tokenizer', 'ModelParts', 'read_model', 'read_weights', 'write_model']
+           'packaged_folder', 'find_folder', 'check_manifest', 'take_off_pooler', 'token_limit', 'holds_adapters',
+           'has_adapters', 'linear_names', 'put_adapters', 'merged_state', 'take_off_adapters', 'write_adapters',
+           'read_adapters', 'is_base', 'StaticConfig', 'StaticBackbone', 'Dense', 'UnitLength', 'head_layout',
+           'head_width', 'read_head', 'without_special_tokens', 'try_tokenizer', 'ModelParts', 'read_model',
+           'read_weights', 'write_model']
 
 # %% ../nbs/33_modeldir.ipynb #imports
 import base64
@@ -750,8 +751,10 @@ def _peft():
     return peft
 
 
-def _has_adapters(folder):
-    "Whether a folder holds adapters in the place of weights."
+def holds_adapters(
+    folder: Path,  # of the Transformer module
+) -> bool:
+    "Say whether a folder holds adapters in the place of weights."
     return (folder / _ADAPTERS[0]).exists()
 
 
@@ -913,7 +916,7 @@ def _load_adapted(folder):
         raise ValueError(f"{file}: the base model is not there: {error}") from error
     check_manifest(place)
     name, first = _chain(place)[0]
-    if name != "Transformer" or _has_adapters(first):
+    if name != "Transformer" or holds_adapters(first):
         raise ValueError(f"{file}: the base model {quote(base)} is no plain transformer; merge it")
     backbone = _load_backbone(first)
     pooler = getattr(backbone, "pooler", None)
@@ -1386,8 +1389,9 @@ def read_model(
         tokenizer, limit = _static_tokenizer(place, rows)
         settings = settings._replace(max_length=limit)
     else:
-        if _has_adapters(place) and not any((place / name).exists() for name in _VOCABULARIES):
+        if holds_adapters(place) and not any((place / name).exists() for name in _VOCABULARIES):
             place = Path(backbone.config.name_or_path)  # adapters alone leave it to their base
+            settings = settings._replace(transformer=place)
         tokenizer = _load_tokenizer(place, rows, settings.lower, settings.tokenizer_args)
     length = _default_length(settings, tokenizer, backbone)
     settings = settings._replace(max_length=length)
@@ -1399,7 +1403,7 @@ def _load_first(folder):
     name, place = _chain(folder)[0]
     if name == "StaticEmbedding":
         return _load_static(place)
-    return _load_adapted(place) if _has_adapters(place) else _load_backbone(place)
+    return _load_adapted(place) if holds_adapters(place) else _load_backbone(place)
 
 
 def read_weights(
@@ -1458,7 +1462,7 @@ def _write_backbone(folder, parts, pooler_weights, merge):
     with _quiet():
         tokenizer.save_pretrained(folder)
         if has_adapters(backbone) and not merge:
-            write_adapters(folder, backbone)
+            write_adapters(folder, backbone)  # no config.json, beside which others expect weights
         else:
             state = merged_state(backbone)
             backbone.save_pretrained(folder, state_dict={**state, **pooler_weights})

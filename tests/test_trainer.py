@@ -24,7 +24,7 @@ from contrastive_st import cpu, trainer
 from contrastive_st.data import Source, prepare
 from contrastive_st.gradcache import split_batch
 from contrastive_st.mixture import Mixture, as_mixture
-from contrastive_st.model import SentenceEncoder
+from contrastive_st.model import SentenceEncoder, add_adapters
 from contrastive_st.run import Stopped, TrainConfig, check_health, last_checkpoint, lr_factor
 from contrastive_st.tokens import Tokens
 from contrastive_st.trainer import train
@@ -1420,6 +1420,9 @@ mixture = make_pairs_and_triplets(copies=2)
 settings = config(4, save_every=2, eval_every=2, metric="score", chunk_tokens={chunk_tokens})
 scores = Scores(0.1, 0.2, 0.3)
 result = train(make_encoder(), mixture, settings, out, scores, progress=False)
+if {adapters}:
+    adapted = add_adapters(make_encoder(), r=2)
+    train(adapted, mixture, settings, out + "_adapters", Scores(0.1, 0.2, 0.3), progress=False)
 with open({notes!r} + str(rank), "w") as file:
     json.dump({{"result": result, "written": written}}, file)
 """
@@ -1451,8 +1454,10 @@ def torchrun(tmp_path, script, processes=2):
     )
 
 
-@pytest.mark.parametrize("chunk_tokens", [0, 95])
-def test_two_processes_are_one_run(tmp_path, chunk_tokens):
+@pytest.mark.parametrize("chunk_tokens, adapters", [(0, False), (95, True)])
+def test_two_processes_are_one_run(tmp_path, chunk_tokens, adapters):
+    if adapters:
+        pytest.importorskip("peft", reason="the extra lora is not installed")
     out, notes = tmp_path / "two", str(tmp_path / "notes")
     done = torchrun(
         tmp_path,
@@ -1461,6 +1466,7 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
             out=str(out),
             notes=notes,
             chunk_tokens=chunk_tokens,
+            adapters=adapters,
         ),
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -1516,6 +1522,11 @@ def test_two_processes_are_one_run(tmp_path, chunk_tokens):
         for o in (out, tmp_path / "one")
     )
     assert own == same and len(list(out.rglob("events.out*"))) == 1
+    if adapters:  # the same with adapters, of which alone the ranks exchange gradients
+        settings = config(4, save_every=2, eval_every=2, metric="score", chunk_tokens=chunk_tokens)
+        adapted, place = add_adapters(make_encoder(), r=2), tmp_path / "one_adapters"
+        train(adapted, mixture, settings, place, Scores(0.1, 0.2, 0.3), progress=False)
+        assert losses(tmp_path / "two_adapters") == pytest.approx(losses(place), rel=1e-5)
 
 
 # ---- in one call ----

@@ -762,53 +762,6 @@ def _try_out(encoder, folder, transformer):
             " its weights or its config.json are damaged, or its training failed"
         )
 
-# %% ../nbs/02_model.ipynb #similarity
-def _cosines(a, b):
-    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
-
-
-_SIMILARITIES = {  # each: (N, D), (M, D) -> (N, M); more is more similar
-    "cosine": _cosines,
-    "dot": lambda a, b: a @ b.T,
-    "euclidean": lambda a, b: -torch.cdist(a, b),
-    "manhattan": lambda a, b: -torch.cdist(a, b, p=1),
-}
-
-
-def _vectors(encoder, given):
-    "Vectors (N, D) float32 of texts, or of what holds vectors already."
-    if isinstance(given, str):
-        return encoder.encode([given])
-    if not isinstance(given, np.ndarray | Tensor):
-        given = list(given)
-        if all(isinstance(text, str) for text in given):
-            return encoder.encode(given)
-    given = given.detach().cpu().float() if isinstance(given, Tensor) else given
-    try:
-        vectors = np.atleast_2d(np.asarray(given, np.float32))
-    except (ValueError, TypeError):  # rows of several widths, or neither texts nor vectors
-        raise ValueError("what is compared must be texts, or vectors of one width") from None
-    if vectors.ndim != 2:
-        raise ValueError(
-            f"vectors have the shape {vectors.shape}; give a table (N, D), a row for each text"
-        )
-    return vectors
-
-
-def _compare(a, b, name):
-    "Similarities (N, M) of vectors (N, D) and (M, D)."
-    if name not in _SIMILARITIES:
-        raise ValueError(
-            f"the model compares by {quote(name)}, which is not known; set similarity_fn_name in"
-            f" encoder.settings to one of {', '.join(_SIMILARITIES)}"
-        )
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"vectors of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared; encode"
-            " both with one model"
-        )
-    return _SIMILARITIES[name](torch.from_numpy(a), torch.from_numpy(b)).numpy()
-
 # %% ../nbs/02_model.ipynb #adapters
 def _source(name_or_dir, transformer):
     "The hub id of a model, or the folder of its backbone."
@@ -885,3 +838,50 @@ def merge_adapters(
     take_off_adapters(encoder.backbone)
     encoder.source = None  # these weights lie nowhere yet
     return encoder
+
+# %% ../nbs/02_model.ipynb #similarity
+def _cosines(a, b):
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+_SIMILARITIES = {  # each: (N, D), (M, D) -> (N, M); more is more similar
+    "cosine": _cosines,
+    "dot": lambda a, b: a @ b.T,
+    "euclidean": lambda a, b: -torch.cdist(a, b),
+    "manhattan": lambda a, b: -torch.cdist(a, b, p=1),
+}
+
+
+def _vectors(encoder, given):
+    "Vectors (N, D) float32 of texts, or of what holds vectors already."
+    if isinstance(given, str):
+        return encoder.encode([given])
+    if not isinstance(given, np.ndarray | Tensor):
+        given = list(given)
+        if all(isinstance(text, str) for text in given):
+            return encoder.encode(given)
+    given = given.detach().cpu().float() if isinstance(given, Tensor) else given
+    try:
+        vectors = np.atleast_2d(np.asarray(given, np.float32))
+    except (ValueError, TypeError):  # rows of several widths, or neither texts nor vectors
+        raise ValueError("what is compared must be texts, or vectors of one width") from None
+    if vectors.ndim != 2:
+        raise ValueError(
+            f"vectors have the shape {vectors.shape}; give a table (N, D), a row for each text"
+        )
+    return vectors
+
+
+def _compare(a, b, name):
+    "Similarities (N, M) of vectors (N, D) and (M, D)."
+    if name not in _SIMILARITIES:
+        raise ValueError(
+            f"the model compares by {quote(name)}, which is not known; set similarity_fn_name in"
+            f" encoder.settings to one of {', '.join(_SIMILARITIES)}"
+        )
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"vectors of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared; encode"
+            " both with one model"
+        )
+    return _SIMILARITIES[name](torch.from_numpy(a), torch.from_numpy(b)).numpy()

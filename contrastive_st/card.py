@@ -238,16 +238,6 @@ def _longest(record):
     return _whole_number(record["max_seq_length"])
 
 
-def _architecture(folder):
-    "The class of a backbone; adapters name their base model instead."
-    adapters = folder / "adapter_config.json"
-    if adapters.exists():
-        return _entry(
-            adapters, lambda c: f"LoRA adapters of {_line(_hide(c['base_model_name_or_path']))}"
-        )
-    return _entry(folder / "config.json", lambda c: _line(c["architectures"][0]))
-
-
 def _about(folder):
     "Describe the encoder in a model directory: size, pooling, longest text, prompts and so on."
     width, pooling = _entry(folder / "1_Pooling/config.json", _pooling)
@@ -266,6 +256,16 @@ def _about(folder):
         "prompt": prompt,
         "prompts": prompts,
     }
+
+# %% ../nbs/28_card.ipynb #architecture
+def _architecture(folder):
+    "The class of a backbone; adapters name their base model instead."
+    adapters = folder / "adapter_config.json"
+    if adapters.exists():
+        return _entry(
+            adapters, lambda c: f"LoRA adapters of {_line(_hide(c['base_model_name_or_path']))}"
+        )
+    return _entry(folder / "config.json", lambda c: _line(c["architectures"][0]))
 
 # %% ../nbs/28_card.ipynb #usage
 def _template(name):

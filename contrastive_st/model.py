@@ -182,8 +182,7 @@ class SentenceEncoder(torch.nn.Module):
         self.layout = "packed" if packable(backbone) else "padded"
         # Tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere.
         self.token_budget = None
-        # Hub id or folder of the backbone's weights, to which adapters belong; None = nowhere.
-        self.source = None
+        self.source = None  # hub id or folder of the backbone's weights; None = nowhere
         self.train(backbone.training)
         keep_memory()
 
@@ -217,12 +216,9 @@ class SentenceEncoder(torch.nn.Module):
         self,
         # a model that is there is replaced once the new one is whole; other files stay
         dir: str | Path,  # made if absent; ~ is the home folder
-        # None = the adapters, or the merged model where their base model can be found nowhere
-        merge: bool | None = None,  # whether adapters, if there are any, are added to the weights
+        merge: bool | None = None,  # add adapters to the weights; None = if their base has no name
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
-        if merge is None:
-            merge = not adapters_of(self).get("base_model_name_or_path")
         settings = ModelSettings(
             Path(dir),
             pooling=self.pooling,
@@ -232,7 +228,7 @@ class SentenceEncoder(torch.nn.Module):
             rest={**self.settings, "prompts": self.prompts},
         )
         parts = ModelParts(self.backbone, self.tokenizer, settings, self.head)
-        write_model(Path(dir), parts, self.pooler_weights, merge)
+        write_model(Path(dir), parts, self.pooler_weights, _merges(self, merge))
 
     @property
     def width(self) -> int:  # D
@@ -781,6 +777,11 @@ def adapters_of(
     config = encoder.backbone.peft_config["default"]
     settings = {name: getattr(config, name) for name in names}
     return settings | {"target_modules": sorted(settings["target_modules"])}
+
+
+def _merges(encoder, merge):
+    "Whether to write a merged model; unasked only if nothing could be said of the base model."
+    return not adapters_of(encoder).get("base_model_name_or_path") if merge is None else merge
 
 
 def add_adapters(

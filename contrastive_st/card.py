@@ -276,7 +276,7 @@ def _about(folder):
         width = _width_after(folder / path, width)
     prompt, prompts = _entry(folder / "config_sentence_transformers.json", _prompts_of)
     return {
-        "architecture": _entry(folder / "config.json", lambda c: _line(c["architectures"][0])),
+        "architecture": _architecture(folder),
         "width": width,
         "parameters": sum(map(_count, sorted(folder.glob("*.safetensors")))),
         "pooling": pooling,
@@ -286,6 +286,16 @@ def _about(folder):
         "prompt": prompt,
         "prompts": prompts,
     }
+
+# %% ../nbs/28_card.ipynb #architecture
+def _architecture(folder):
+    "The class of a backbone; adapters name their base model instead."
+    adapters = folder / "adapter_config.json"
+    if adapters.exists():
+        return _entry(
+            adapters, lambda c: f"LoRA adapters of {_line(_hide(c['base_model_name_or_path']))}"
+        )
+    return _entry(folder / "config.json", lambda c: _line(c["architectures"][0]))
 
 # %% ../nbs/28_card.ipynb #usage
 def _template(name):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'PART_TEXTS', 'mean_pool', 'cls_pool', 'max_pool', 'mean_sqrt_len_pool', 'weighted_mean_pool',
-           'last_token_pool', 'SentenceEncoder']
+           'last_token_pool', 'SentenceEncoder', 'adapters_of', 'add_adapters', 'merge_adapters']
 
 # %% ../nbs/02_model.ipynb #imports
+import os
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Set
@@ -26,7 +27,9 @@ from tqdm import tqdm
 from .atomic import is_whole_number, named, quote, reading
 from .cpu import has_bf16, keep_memory
 from .modeldir import ModelParts, ModelSettings, find_folder, head_width, read_model
-from .modeldir import take_off_pooler, token_limit, try_tokenizer, write_model
+from .modeldir import has_adapters, is_base, linear_names, put_adapters
+from .modeldir import take_off_adapters, take_off_pooler, token_limit, try_tokenizer
+from .modeldir import write_model
 from .packed import packable, packed_states
 from .precision import check_precision, quantize, unit_rows
 from .tokens import RaggedTokenizer, check_ragged, fix_surrogates, pad
@@ -179,6 +182,7 @@ class SentenceEncoder(torch.nn.Module):
         self.layout = "packed" if packable(backbone) else "padded"
         # Tokens at a time, padding included; None = 3,072 on a CPU, 65,536 elsewhere.
         self.token_budget = None
+        self.source = None  # hub id or folder of the backbone's weights; None = nowhere
         self.train(backbone.training)
         keep_memory()
 
@@ -204,7 +208,7 @@ class SentenceEncoder(torch.nn.Module):
             encoder = cls(backbone, tokenizer, settings.pooling, *parts)
         except ValueError as error:  # parts that do not fit
             raise ValueError(f"{folder}: {error}") from error
-        encoder.settings = rest
+        encoder.settings, encoder.source = rest, _source(name_or_dir, settings.transformer)
         _try_out(encoder.eval(), folder, settings.transformer)
         return encoder
 
@@ -212,6 +216,7 @@ class SentenceEncoder(torch.nn.Module):
         self,
         # a model that is there is replaced once the new one is whole; other files stay
         dir: str | Path,  # made if absent; ~ is the home folder
+        merge: bool | None = None,  # add adapters to the weights; None = if their base has no name
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
         settings = ModelSettings(
@@ -223,7 +228,7 @@ class SentenceEncoder(torch.nn.Module):
             rest={**self.settings, "prompts": self.prompts},
         )
         parts = ModelParts(self.backbone, self.tokenizer, settings, self.head)
-        write_model(Path(dir), parts, self.pooler_weights)
+        write_model(Path(dir), parts, self.pooler_weights, _merges(self, merge))
 
     @property
     def width(self) -> int:  # D
@@ -752,6 +757,88 @@ def _try_out(encoder, folder, transformer):
             f"{folder}: the model gives vectors that are no numbers;"
             " its weights or its config.json are damaged, or its training failed"
         )
+
+# %% ../nbs/02_model.ipynb #adapters
+def _source(name_or_dir, transformer):
+    "The hub id of a model, or the folder of its backbone."
+    # A hub id can only name the weights in the middle of its repository.
+    is_folder = os.path.isdir(os.path.expanduser(str(name_or_dir)))
+    apart = (transformer / "../modules.json").exists()
+    return str(transformer.resolve()) if is_folder or apart else str(name_or_dir)
+
+
+def adapters_of(
+    encoder: SentenceEncoder,  # with adapters or without
+) -> dict:  # r, lora_alpha, lora_dropout, target_modules, base_model_name_or_path; {} = none
+    "Say which adapters an encoder has."
+    if not has_adapters(encoder.backbone):
+        return {}
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path")
+    config = encoder.backbone.peft_config["default"]
+    settings = {name: getattr(config, name) for name in names}
+    return settings | {"target_modules": sorted(settings["target_modules"])}
+
+
+def _merges(encoder, merge):
+    "Whether to write a merged model; unasked only if nothing could be said of the base model."
+    return not adapters_of(encoder).get("base_model_name_or_path") if merge is None else merge
+
+
+def add_adapters(
+    encoder: SentenceEncoder,  # changed in place; from now on only adapters and head are trained
+    r: int = 8,  # rank of the difference
+    lora_alpha: float = 16,  # the difference is multiplied by lora_alpha / r
+    lora_dropout: float = 0.0,  # probability that an input of an adapter is dropped
+    # such as ["query", "value"]; None = all
+    target_modules: Iterable[str] | None = None,  # names, or ends of names, of linear layers
+    seed: int = 0,  # of the random A; B begins with zeros
+) -> SentenceEncoder:  # the same one
+    "Freeze the weights of a backbone and put LoRA adapters beside its linear layers."
+    _check_lora(r, lora_alpha, lora_dropout, target_modules)
+    backbone, base = encoder.backbone, encoder.source
+    exist = linear_names(backbone)
+    if not exist:
+        raise ValueError(
+            "this backbone has no linear layers to put adapters beside; train it whole"
+        )
+    if base is not None and not is_base(backbone, find_folder(base)):
+        base = None  # it was trained since it was loaded
+    options = {"r": int(r), "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    options["target_modules"] = exist if target_modules is None else list(target_modules)
+    # Other libraries keep the pooler, which gets no adapter there either.
+    options["exclude_modules"] = ["pooler.dense"] if hasattr(backbone, "pooler") else None
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(seed)
+        put_adapters(backbone, base, options)
+    return encoder
+
+
+def _check_lora(r, lora_alpha, lora_dropout, target_modules):
+    "Raise a ValueError for options of LoRA that make no sense."
+    if not is_whole_number(r, 1):
+        raise ValueError(f"r is {quote(r)}; the rank must be a whole number, at least 1")
+    for name, value, most in (("lora_alpha", lora_alpha, None), ("lora_dropout", lora_dropout, 1)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number and (0 < value < float("inf") if most is None else 0 <= value < most)
+        if not fits:
+            what = "above 0" if most is None else "from 0 to below 1"
+            raise ValueError(f"{name} is {quote(value)}; it must be a number {what}")
+    names = target_modules
+    if isinstance(names, str) or names and not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"target_modules is {quote(names)}; give a list of names such as ['query', 'value']"
+        )
+
+
+def merge_adapters(
+    encoder: SentenceEncoder,  # changed in place; its vectors stay
+) -> SentenceEncoder:  # the same one, without adapters
+    "Add the adapters of an encoder to its weights."
+    if not has_adapters(encoder.backbone):
+        raise ValueError("the encoder has no adapters to merge; add_adapters makes them")
+    take_off_adapters(encoder.backbone)
+    encoder.source = None  # these weights lie nowhere yet
+    return encoder
 
 # %% ../nbs/02_model.ipynb #similarity
 def _cosines(a, b):

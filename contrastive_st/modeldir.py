@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['POOLING_FLAGS', 'PACKAGED', 'ACTIVATIONS', 'read_pooling', 'transformer_file', 'ModelSettings', 'read_settings',
-           'packaged_folder', 'find_folder', 'check_manifest', 'take_off_pooler', 'token_limit', 'Dense', 'UnitLength',
-           'head_layout', 'head_width', 'read_head', 'try_tokenizer', 'ModelParts', 'read_model', 'read_weights',
-           'write_model']
+           'packaged_folder', 'find_folder', 'check_manifest', 'take_off_pooler', 'token_limit', 'holds_adapters',
+           'has_adapters', 'linear_names', 'put_adapters', 'merged_state', 'take_off_adapters', 'write_adapters',
+           'read_adapters', 'is_base', 'StaticConfig', 'StaticBackbone', 'Dense', 'UnitLength', 'head_layout',
+           'head_width', 'read_head', 'without_special_tokens', 'try_tokenizer', 'ModelParts', 'read_model',
+           'read_weights', 'write_model']
 
 # %% ../nbs/33_modeldir.ipynb #imports
 import base64
@@ -187,7 +189,8 @@ def _validate(record, content, path):
 
 # %% ../nbs/33_modeldir.ipynb #read-modules
 _AFTER = ("Dense", "LayerNorm", "Dropout", "Normalize")  # what may follow the pooling
-_MODULE = re.compile(rf"sentence_transformers\.(\w+\.)*(Transformer|Pooling|{'|'.join(_AFTER)})")
+_FIRST = ("Transformer", "Pooling", "StaticEmbedding")
+_MODULE = re.compile(rf"sentence_transformers\.(\w+\.)*({'|'.join((*_FIRST, *_AFTER))})")
 
 
 def _check_module(entry, folder, file):
@@ -195,7 +198,7 @@ def _check_module(entry, folder, file):
     if not _MODULE.fullmatch(entry.type):
         raise ValueError(
             f"{file}: module {entry.idx} is {named(entry.type, 80)};"
-            f" only Transformer, Pooling, {', '.join(_AFTER[:-1])} and {_AFTER[-1]} are supported"
+            f" only {', '.join((*_FIRST, *_AFTER[:-1]))} and {_AFTER[-1]} are supported"
         )
     if not entry.path.isprintable() or len(entry.path) > 200:
         raise ValueError(
@@ -218,10 +221,13 @@ def _chain(folder):
     for entry in entries:
         _check_module(entry, folder, file)
     names = [entry.type.rpartition(".")[2] for entry in entries]
-    if names[:2] != ["Transformer", "Pooling"] or not set(names[2:]) <= set(_AFTER):
+    begin = 1 if names[:1] == ["StaticEmbedding"] else 2  # the former pools itself
+    known = begin == 1 or names[:2] == ["Transformer", "Pooling"]
+    if not known or not set(names[begin:]) <= set(_AFTER):
         raise ValueError(
             f"{file}: the chain is {named(', '.join(names), 80) or 'empty'};"
-            f" it must be Transformer, Pooling and then any of {', '.join(_AFTER)}"
+            f" it must be Transformer, Pooling, or StaticEmbedding alone, and then any of"
+            f" {', '.join(_AFTER)}"
         )
     return [(name, folder / entry.path) for name, entry in zip(names, entries)]
 
@@ -395,13 +401,17 @@ def read_settings(
     pooling: str | None = None,  # what is used instead of the folder's
 ) -> ModelSettings:
     "Read all that a model directory says; a plain transformers directory says little."
-    (_, transformer), *chain = _chain(Path(folder))
-    if not chain:
+    (first, transformer), *chain = _chain(Path(folder))
+    if not chain and first == "Transformer":
         return ModelSettings(transformer, pooling or "mean")
-    pool, (name, last) = chain[0][1], chain[-1]
+    name, last = chain[-1] if chain else (first, transformer)
     if name == "Normalize":
         _read_link(_Link, last)
     rest = _read_rest(Path(folder))
+    if first == "StaticEmbedding":  # all that it says is which vectors its tokens have
+        ends = name == "Normalize"
+        return ModelSettings(transformer, pooling or "mean", True, ends, plain=False, rest=rest)
+    pool = chain[0][1]
     return ModelSettings(
         transformer,
         pooling=read_pooling(pool, pooling),
@@ -691,18 +701,326 @@ def _load_backbone(folder):
         )
     if len(missing) < len(info["missing_keys"]):
         backbone.pooler = None  # it was never trained
-    _check_finite(backbone, folder)
+    _check_finite(backbone.named_parameters(), _weight_files(folder)[0])
     return backbone
 
 
-def _check_finite(backbone, folder):
+def _check_finite(weights, file):
     "Raise a ValueError if a weight is no number; not every text would show it."
-    for name, weight in backbone.named_parameters():
+    for name, weight in weights:
         if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
             raise ValueError(
-                f"{_weight_files(folder)[0]}: the tensor {named(name, 80)} holds NaN or infinity;"
+                f"{file}: the tensor {named(name, 80)} holds NaN or infinity;"
                 " the file is damaged, or the training that made it failed"
             )
+
+# %% ../nbs/33_modeldir.ipynb #adapters
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class _Lora(_Strict):
+    "The keys of adapter_config.json that decide what a plain LoRA computes."
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    r: Annotated[int, Field(gt=0, le=2**16)]
+    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | str
+    exclude_modules: list[str] | str | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=2**16)]] = {}
+    alpha_pattern: dict[str, float] = {}
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+
+# They say how training began, or describe the file.
+_OF_TRAINING = ("init_lora_weights", "inference_mode", "task_type", "revision", "auto_mapping")
+_OF_TRAINING += ("peft_version", "peft_type")
+
+
+def _peft():
+    "The library of adapters, which takes seconds to import."
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"adapters need {error.name}, which is not installed;"
+            " pip install 'contrastive_st[lora]'"
+        ) from error
+    return peft
+
+
+def holds_adapters(
+    folder: Path,  # of the Transformer module
+) -> bool:
+    "Say whether a folder holds adapters in the place of weights."
+    return (folder / _ADAPTERS[0]).exists()
+
+
+def has_adapters(
+    backbone: torch.nn.Module,  # of transformers
+) -> bool:
+    "Say whether a backbone learns by adapters."
+    return bool(getattr(backbone, "peft_config", None))
+
+
+def linear_names(
+    backbone: torch.nn.Module,  # of transformers
+) -> list[str]:  # in alphabetical order; the last part of a name where that is enough
+    "List what the linear layers of a backbone are called."
+    layers = dict(backbone.named_modules())
+    linear = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
+    others = {name.rpartition(".")[2] for name in layers.keys() - linear}
+    last = {name: name.rpartition(".")[2] for name in linear}
+    return sorted({name if last[name] in others else last[name] for name in linear})
+
+# %% ../nbs/33_modeldir.ipynb #put-adapters
+def put_adapters(
+    backbone: torch.nn.Module,  # of transformers, changed in place; its own weights are frozen
+    base: str | None,  # hub id or folder of these weights; None = they have none
+    options: dict,  # r, lora_alpha, target_modules and more, as peft's LoraConfig has them
+    empty: bool = False,  # without memory for A and B, which are going to be read
+) -> None:
+    "Put an adapter beside each of the linear layers that the options name."
+    targets, exist = options["target_modules"], linear_names(backbone)
+    if has_adapters(backbone):
+        raise ValueError("the encoder has adapters already; merge these first (merge_adapters)")
+    if isinstance(targets, list):
+        layers = [f".{n}" for n, x in backbone.named_modules() if isinstance(x, torch.nn.Linear)]
+        unknown = [t for t in targets if not any(layer.endswith(f".{t}") for layer in layers)]
+        if unknown or not targets:
+            raise ValueError(
+                f"target_modules {quote(unknown[0]) if unknown else 'is empty; it'} names no linear"
+                f" layer of this {backbone.config.model_type}; it has {', '.join(exist)[:200]}"
+            )
+    peft = _peft()
+    config = peft.LoraConfig(
+        task_type="FEATURE_EXTRACTION", base_model_name_or_path=base, **options
+    )
+    with warnings.catch_warnings():  # of targets that a pattern excludes
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(config, backbone, low_cpu_mem_usage=empty)
+
+
+def _adapted_layers(backbone):
+    "The layers with an adapter, by their names."
+    return {n: layer for n, layer in backbone.named_modules() if hasattr(layer, "lora_A")}
+
+
+def _adapter_weights(backbone):
+    "The parameters of the adapters: name in the file -> name in the backbone and parameter."
+    # In memory an adapter has a name, "default", of which the file knows nothing.
+    return {
+        "base_model.model." + re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name): (name, value)
+        for name, value in backbone.named_parameters()
+        if ".lora_" in name
+    }
+
+# %% ../nbs/33_modeldir.ipynb #merge-adapters
+def merged_state(
+    backbone: torch.nn.Module,  # stays as it is; with adapters or without
+) -> dict[str, Tensor]:  # by the names that the backbone has without adapters, on the CPU
+    "Give the weights of a backbone with its adapters added."
+    state = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
+    if not has_adapters(backbone):
+        return state
+    state = {n.replace(".base_layer.", "."): v for n, v in state.items() if ".lora_" not in n}
+    for name, layer in _adapted_layers(backbone).items():
+        if not layer.merged:
+            difference = layer.get_delta_weight("default").detach().cpu()  # (D_out, D_in)
+            state[f"{name}.weight"] = state[f"{name}.weight"] + difference
+    return state
+
+
+def take_off_adapters(
+    backbone: torch.nn.Module,  # changed in place; all its weights can be trained again
+) -> None:
+    "Add the adapters to the weights, and put the plain layers back."
+    for name, layer in _adapted_layers(backbone).items():
+        layer.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), last, layer.get_base_layer())
+    del backbone.peft_config
+    backbone.requires_grad_()
+
+
+def write_adapters(
+    folder: Path,  # of the Transformer module, which is there
+    backbone: torch.nn.Module,  # with adapters
+) -> None:
+    "Write the two files of peft."
+    weights = _adapter_weights(backbone).items()
+    state = {name: value.detach().cpu().contiguous() for name, (_, value) in weights}
+    save_file(state, folder / _ADAPTERS[1], {"format": "pt"})
+    backbone.peft_config["default"].save_pretrained(str(folder))
+
+# %% ../nbs/33_modeldir.ipynb #read-adapters
+def read_adapters(
+    folder: Path,  # with the two files of peft
+    backbone: torch.nn.Module,  # with adapters, whose numbers are replaced
+) -> None:
+    "Read the numbers of the adapters of a backbone; a tensor that does not fit is an error."
+    file, own = folder / _ADAPTERS[1], _adapter_weights(backbone)
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {file.name}; restore it from its source")
+    with reading(file), safe_open(file, "pt") as opened:
+        stored = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    stored = {
+        n: shape for n, shape in stored.items() if not n.startswith("base_model.model.pooler")
+    }
+    shapes = {name: list(value.shape) for name, (_, value) in own.items()}
+    if differ := sorted(n for n in shapes | stored if shapes.get(n) != stored.get(n)):
+        raise ValueError(
+            f"{file}: the tensor {named(differ[0], 120)} has the shape {stored.get(differ[0])},"
+            f" and the base model with this adapter_config.json needs {shapes.get(differ[0])};"
+            " these adapters belong to another base model or other settings"
+        )
+    with reading(file):
+        values = {
+            own[name][0]: value.float() for name, value in load_file(file).items() if name in own
+        }
+    _check_finite(values.items(), file)
+    # Parameters without memory are replaced; an optimiser may hold the others.
+    assign = any(value.is_meta for _, value in own.values())
+    backbone.load_state_dict(values, strict=False, assign=assign)
+
+
+def _read_lora(file):
+    "The options of LoRA in an adapter_config.json, and the name of the base model."
+    content = _read_json(file)
+    record = _validate(_Lora, content, file)
+    usual = _peft().LoraConfig().to_dict()
+    known = (*_Lora.model_fields, *_OF_TRAINING)
+    for key, value in content.items():
+        if value and key not in known and value != usual.get(key):
+            raise ValueError(
+                f"{file}: the key {named(key)} is {quote(value)}, and only plain LoRA is supported;"
+                " merge the adapters where they were trained (merge_and_unload)"
+            )
+    if not record.base_model_name_or_path:
+        raise ValueError(
+            f"{file}: names no base model; write its folder or hub id as base_model_name_or_path"
+        )
+    options = {name: getattr(record, name) for name in _Lora.model_fields if name != "peft_type"}
+    return options, options.pop("base_model_name_or_path")
+
+
+def _load_adapted(folder):
+    "Load the base model of a folder of adapters, and put these into it."
+    file = folder / _ADAPTERS[0]
+    options, base = _read_lora(file)
+    try:
+        place = find_folder(base)
+    except ValueError as error:
+        raise ValueError(f"{file}: the base model is not there: {error}") from error
+    check_manifest(place)
+    name, first = _chain(place)[0]
+    if name != "Transformer" or holds_adapters(first):
+        raise ValueError(f"{file}: the base model {quote(base)} is no plain transformer; merge it")
+    backbone = _load_backbone(first)
+    pooler = getattr(backbone, "pooler", None)
+    if pooler is not None:  # which gets no adapter, whatever its layers are called
+        backbone.pooler = None
+    with reading(file, "the adapters do not belong to this base model"):
+        put_adapters(backbone, base, options, empty=True)
+    read_adapters(folder, backbone)
+    if pooler is not None:
+        backbone.pooler = pooler
+    return backbone
+
+# %% ../nbs/33_modeldir.ipynb #is-base
+def is_base(
+    backbone: torch.nn.Module,  # without adapters
+    folder: Path,  # of a model
+) -> bool:
+    "Say whether the weights of a backbone are those that a folder holds."
+    own, count = backbone.state_dict(), 0
+    prefix = getattr(backbone, "base_model_prefix", "")  # before the names, in files with a head
+    for path in _weight_files(_chain(folder)[0][1]):
+        with reading(path), safe_open(path, "pt") as file:
+            for name in file.keys():
+                weight = own.get(name, own.get(name.removeprefix(f"{prefix}.")))
+                if weight is None:
+                    continue  # of a head, or the pooler
+                if not torch.equal(weight.cpu(), file.get_tensor(name).to(weight.dtype)):
+                    return False
+                count += 1
+    return count > 0
+
+# %% ../nbs/33_modeldir.ipynb #static
+class StaticConfig(transformers.PretrainedConfig):
+    "The shape of a table of token vectors, in the words of a transformer."
+
+    model_type = "static_embedding"
+
+
+class StaticBackbone(torch.nn.Module):
+    "A table of token vectors in the place of a transformer: no layers, no attention."
+
+    # Packed texts are their rows one after another, so padding is never needed.
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        table: Tensor,  # a row for each token, (V, D) float
+    ):
+        super().__init__()
+        rows, width = table.shape
+        self.config = StaticConfig(
+            vocab_size=rows,
+            hidden_size=width,
+            num_hidden_layers=0,
+            num_attention_heads=1,
+            pad_token_id=None,
+        )
+        self.embedding = torch.nn.Embedding.from_pretrained(table.float(), freeze=False)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        "Give the table."
+        return self.embedding
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (N, T) int64
+        inputs_embeds: Tensor | None = None,  # rows that were looked up already, (N, T, D)
+        **others,  # mask, positions and segments, which change nothing here
+    ) -> transformers.modeling_outputs.BaseModelOutput:  # last_hidden_state (N, T, D)
+        "Look the rows of the tokens up."
+        states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=states)
+
+    def save(
+        self,
+        folder: Path,  # which is there
+    ) -> None:
+        "Write the table as sentence-transformers does."
+        table = self.embedding.weight.detach().cpu().contiguous()
+        save_file({"embedding.weight": table}, folder / "model.safetensors", {"format": "pt"})
+
+
+def _load_static(folder):
+    "Load a table in float32; model2vec's own tables may share rows and weigh them."
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no model.safetensors; restore it from its source")
+    with reading(file):
+        tensors = load_file(file)
+    table = tensors.get("embedding.weight", tensors.get("embeddings"))
+    if table is None or table.ndim != 2:
+        raise ValueError(
+            f"{file}: holds no table of token vectors, embedding.weight; restore it from its source"
+        )
+    if "embedding.weight" not in tensors:
+        with reading(file, "mapping, weights and embeddings do not belong together"):
+            if "mapping" in tensors:  # token -> row
+                table = table[tensors["mapping"].long()]
+            if "weights" in tensors:
+                table = table.float() * tensors["weights"].float()[:, None]
+    backbone = StaticBackbone(table)
+    _check_finite(backbone.named_parameters(), file)
+    return backbone
 
 # %% ../nbs/33_modeldir.ipynb #head
 ACTIVATIONS = (
@@ -847,7 +1165,7 @@ def _load_link(name, folder):
         weights = {key.removeprefix(stem): value for key, value in load_file(file).items()}
     weights = {key: value.float() for key, value in weights.items()}
     module.load_state_dict(weights, assign=True)
-    _check_finite(module.requires_grad_(), folder)
+    _check_finite(module.requires_grad_().named_parameters(), file)
     return module
 
 
@@ -855,7 +1173,8 @@ def read_head(
     name_or_dir: str | Path,  # a model directory, packaged weights or a hub id
 ) -> torch.nn.Sequential:  # vectors (N, D) to vectors (N, D'), in float32; mostly empty
     "Read the modules after the pooling, without the unit length at the end."
-    chain = _chain(find_folder(name_or_dir))[2:]
+    chain = _chain(find_folder(name_or_dir))
+    chain = chain[1 if chain[0][0] == "StaticEmbedding" else 2 :]
     if chain and chain[-1][0] == "Normalize":
         chain.pop()
     head = torch.nn.Sequential(*(_load_link(name, path) for name, path in chain))
@@ -975,11 +1294,38 @@ def _load_tokenizer(folder, rows, lower, args):
     return tokenizer
 
 
+_NO_LIMIT = 10**6  # tokens of the longest text, where nothing says otherwise
+
+
+def _static_tokenizer(folder, rows):
+    "Load the tokenizer of a StaticEmbedding, which adds no special token."
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; restore it from its source")
+    _check_tokenizer(folder, rows)
+    with reading(file):
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+        cut = tokenizer.backend_tokenizer.truncation
+    return without_special_tokens(tokenizer), cut and cut["max_length"]
+
+
+def without_special_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase,  # a fast one, which stays as it is
+) -> transformers.PreTrainedTokenizerBase:  # for a `StaticBackbone`
+    "Copy a tokenizer so that it adds no [CLS] and no [SEP], and has a token to pad with."
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.model_max_length = 10**30  # a table has no positions
+    if tokenizer.pad_token is None:  # the mask hides it, whichever it is
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
 def _default_length(settings, tokenizer, backbone):
     "The length limit when the caller sets none: the directory's, else the tokenizer's, else 128."
-    limit = token_limit(backbone) or 10**6  # never above the backbone's own
+    limit = token_limit(backbone) or _NO_LIMIT  # never above the backbone's own
     own = tokenizer.model_max_length  # transformers writes 10**30 for "not known"
-    own = int(own) if own < 10**6 else None
+    own = int(own) if own < _NO_LIMIT else None
     return min(settings.max_length or own or (128 if settings.plain else limit), limit)
 
 # %% ../nbs/33_modeldir.ipynb #try-out
@@ -1038,12 +1384,27 @@ def read_model(
     folder = Path(folder)
     check_manifest(folder)
     settings = read_settings(folder, pooling)
-    backbone = _load_backbone(settings.transformer)
+    backbone, place = _load_first(folder), settings.transformer
     rows = backbone.config.vocab_size
-    tokenizer = _load_tokenizer(settings.transformer, rows, settings.lower, settings.tokenizer_args)
+    if isinstance(backbone, StaticBackbone):
+        tokenizer, limit = _static_tokenizer(place, rows)
+        settings = settings._replace(max_length=limit)
+    else:
+        if holds_adapters(place) and not any((place / name).exists() for name in _VOCABULARIES):
+            place = Path(backbone.config.name_or_path)  # adapters alone leave it to their base
+            settings = settings._replace(transformer=place)
+        tokenizer = _load_tokenizer(place, rows, settings.lower, settings.tokenizer_args)
     length = _default_length(settings, tokenizer, backbone)
     settings = settings._replace(max_length=length)
     return ModelParts(backbone, tokenizer, settings, read_head(folder))
+
+
+def _load_first(folder):
+    "Load the first module of a directory: a table of vectors, adapters on their base, or all."
+    name, place = _chain(folder)[0]
+    if name == "StaticEmbedding":
+        return _load_static(place)
+    return _load_adapted(place) if holds_adapters(place) else _load_backbone(place)
 
 
 def read_weights(
@@ -1052,9 +1413,9 @@ def read_weights(
     "Read the weights of a model directory, and nothing else of it."
     folder = find_folder(name_or_dir)
     check_manifest(folder)
-    backbone = _load_backbone(_chain(folder)[0][1])
+    backbone = _load_first(folder)
     take_off_pooler(backbone)
-    return backbone.state_dict()
+    return merged_state(backbone)
 
 # %% ../nbs/33_modeldir.ipynb #write
 _OF_A_MODEL = (
@@ -1088,15 +1449,24 @@ def _is_the_users(name):
     return not any(fnmatch(name.partition("/")[0], pattern) for pattern in _OF_A_MODEL)
 
 # %% ../nbs/33_modeldir.ipynb #write-files
-def _write_backbone(folder, backbone, tokenizer, pooler_weights):
+def _write_backbone(folder, parts, pooler_weights, merge):
     "Write a transformers directory: config.json, model.safetensors and the tokenizer."
-    state = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
-    tokenizer = copy.deepcopy(tokenizer)  # yours stays as it is
+    backbone, tokenizer = parts.backbone, copy.deepcopy(parts.tokenizer)  # yours stays as it is
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    if isinstance(backbone, StaticBackbone):
+        backbone.save(folder)
+        if parts.settings.max_length < _NO_LIMIT:  # its layout has no other place for it
+            tokenizer.backend_tokenizer.enable_truncation(parts.settings.max_length)
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        return
     with _quiet():
-        backbone.save_pretrained(folder, state_dict={**state, **pooler_weights})
         tokenizer.save_pretrained(folder)
+        if has_adapters(backbone) and not merge:
+            write_adapters(folder, backbone)  # no config.json, beside which others expect weights
+        else:
+            state = merged_state(backbone)
+            backbone.save_pretrained(folder, state_dict={**state, **pooler_weights})
 
 
 def _modules(names):
@@ -1127,27 +1497,26 @@ def _pooling_config(settings, width):
     return content
 
 # %% ../nbs/33_modeldir.ipynb #write-layout
-def _write_layout(folder, settings, head, width, rest):
+def _write_layout(folder, settings, head, width, rest, is_static):
     "Write the files of the sentence-transformers layout around the backbone and the tokenizer."
     links = head_layout(head)
     if settings.normalize:
         names = ("module_input_name", "module_output_name")
         links.append(("Normalize", dict.fromkeys(names, "sentence_embedding")))
-    files = {
-        "modules.json": _modules(["Transformer", "Pooling", *(name for name, _ in links)]),
-        "config_sentence_transformers.json": rest,
-        "1_Pooling/config.json": _pooling_config(settings, width),
-        "sentence_bert_config.json": {
-            "max_seq_length": settings.max_length,
-            "do_lower_case": False,
-        },
-    }
-    for i, (name, content) in enumerate(links, 2):
+    files = {"config_sentence_transformers.json": rest}
+    first = ["StaticEmbedding"]
+    if not is_static:
+        first = ["Transformer", "Pooling"]
+        files["1_Pooling/config.json"] = _pooling_config(settings, width)
+        limit = {"max_seq_length": settings.max_length, "do_lower_case": False}
+        files["sentence_bert_config.json"] = limit
+    files["modules.json"] = _modules([*first, *(name for name, _ in links)])
+    for i, (name, content) in enumerate(links, len(first)):
         files[f"{i}_{name}/config.json"] = content
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
-    for i, (module, (name, _)) in enumerate(zip(head, links), 2):
+    for i, (module, (name, _)) in enumerate(zip(head, links), len(first)):
         state = {_prefix(name) + key: value for key, value in module.state_dict().items()}
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         if state:
@@ -1158,9 +1527,10 @@ def write_model(
     folder: str | Path,  # a model that is there is replaced once the new one is whole
     parts: ModelParts,  # of its settings all but `transformer`, `lower` and `plain` is written
     pooler_weights: dict[str, Tensor],  # what `take_off_pooler` gave
+    merge: bool = True,  # False = of a backbone with adapters, write these alone
 ) -> None:
     "Write a sentence-transformers directory, whole or not at all."
-    backbone, tokenizer, settings, head = parts
+    backbone, _, settings, head = parts
     rest = {
         "model_type": "SentenceTransformer",
         "default_prompt_name": None,
@@ -1168,5 +1538,6 @@ def write_model(
         **settings.rest,
     }
     with new_folder(folder, carry=_is_the_users) as new:
-        _write_backbone(new, backbone, tokenizer, pooler_weights)
-        _write_layout(new, settings, head, backbone.config.hidden_size, rest)
+        _write_backbone(new, parts, pooler_weights, merge)
+        width, is_static = backbone.config.hidden_size, isinstance(backbone, StaticBackbone)
+        _write_layout(new, settings, head, width, rest, is_static)

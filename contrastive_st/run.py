@@ -43,8 +43,9 @@ from .gradcache import cached_step
 from .guard import guide_mask, guide_tiles, open_guide
 from .losses import LearnedScale, cosent, distill_kl, gte, margin_mse, siglip
 from .machine import processor_name
-from .model import SentenceEncoder
-from .modeldir import read_head, read_weights
+from .model import SentenceEncoder, adapters_of
+from .modeldir import has_adapters, holds_adapters, read_adapters, read_head
+from .modeldir import read_weights, take_off_adapters
 from .tiled import CountedTiles, SameTiles, own_rows_info_nce
 from .tokens import TokenBatch, Tokens, token_report
 
@@ -660,8 +661,10 @@ def load_weights(
     folder: str | Path,  # a model directory or checkpoint of the same backbone
 ) -> None:
     "Copy the weights of a model directory into `encoder`; a missing or foreign tensor is an error."
-    weights, head = read_weights(folder), read_head(folder).state_dict()
-    own, shapes = (encoder.backbone.state_dict(), encoder.head.state_dict()), []
+    # adapters lie beside weights that nothing has changed, which are not read again
+    alone = has_adapters(encoder.backbone) and holds_adapters(Path(folder))
+    weights, head = {} if alone else read_weights(folder), read_head(folder).state_dict()
+    own, shapes = ({} if alone else encoder.backbone.state_dict(), encoder.head.state_dict()), []
     for state, after in ((weights, head), own):  # after: of the modules after the pooling
         state = state | {f"head.{name}": value for name, value in after.items()}
         shapes.append({name: value.shape for name, value in state.items()})
@@ -671,7 +674,10 @@ def load_weights(
             f"{folder} holds the weights of another model (such as {differ[0]}); "
             "resume with the encoder that the run began with, or start in a new directory"
         )
-    encoder.backbone.load_state_dict(weights)
+    if alone:
+        read_adapters(Path(folder), encoder.backbone)
+    else:
+        encoder.backbone.load_state_dict(weights)
     encoder.head.load_state_dict(head)
 
 
@@ -926,7 +932,20 @@ def run_report(
 def _after_backbone(encoder):
     "What few encoders have; named only where it is there, so that older runs can go on."
     head = {"head": str(encoder.head)} if len(encoder.head) else {}
+    if lora := adapters_of(encoder):
+        # the base may lie in another place, and must not be another
+        head["lora"] = lora | {"base_model_name_or_path": _frozen_digest(encoder.backbone)}
     return head if encoder.include_prompt else head | {"include_prompt": False}
+
+
+def _frozen_digest(backbone, most=1024):
+    "A digest of numbers spread over each tensor of a base model."
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in backbone.state_dict().items():
+        if ".lora_" not in name:
+            step = max(1, weight.numel() // most)
+            digest.update(weight.flatten()[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 # %% ../nbs/04_run.ipynb #same-run
 def _texts_digest(source, most=1024):
@@ -1104,7 +1123,7 @@ def _check_run(out, now, finished):
     config, record = read_json(out / "config.json", todo=_TODO), read_record(out / "run.json")
     if finished:  # nothing is going to be measured
         now = {name: now[name] for name in now if name not in ("evaluation", "test")}
-    earlier = _ADDED | {"guided_by": None}
+    earlier = _ADDED | {"guided_by": None, "lora": None}
     _check_same(out, earlier | config | record, earlier | now)
     return record["id"]
 
@@ -1302,6 +1321,8 @@ class Run:
         "Return the metrics of a finished run and give the encoder its weights."
         model, metrics = self.out / "model", read_record(self.out / "metrics.json")
         _check_model(model, read_record(self.out / "run.json").get("model"))
+        if has_adapters(self.encoder.backbone) and not holds_adapters(model):
+            take_off_adapters(self.encoder.backbone)  # they were merged, as their base has no name
         load_weights(self.encoder, model)
         return metrics
 

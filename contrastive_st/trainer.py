@@ -219,7 +219,7 @@ class _ContrastiveTrainer(Trainer):
             self.run.save(self._write_checkpoint)
 
     def _write_checkpoint(self, folder):
-        self.run.encoder.save_pretrained(folder)
+        self.run.encoder.save_pretrained(folder, merge=False)  # adapters go on as they are
         # A path, which would be wrong once the folder is moved.
         self.state.best_model_checkpoint = None
         self.state.save_to_json(folder / "trainer_state.json")
@@ -328,7 +328,7 @@ def _fitting_tokens(encoder, bf16, device):
         number = torch.cuda.current_device()
         memory = torch.cuda.get_device_properties(number).total_memory // 4
     # A layer keeps about 25 numbers for each token and dimension; whole thousands of tokens.
-    layers = getattr(shape, "num_hidden_layers", 12)
+    layers = getattr(shape, "num_hidden_layers", 12) or 1  # a table of token vectors has none
     return max(1, memory // (25 * size * layers * shape.hidden_size * 1024)) * 1024
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from contrastive_st import cpu, trainer
 from contrastive_st.data import Source, prepare
 from contrastive_st.gradcache import split_batch
 from contrastive_st.mixture import Mixture, as_mixture
-from contrastive_st.model import SentenceEncoder
+from contrastive_st.model import SentenceEncoder, add_adapters
 from contrastive_st.run import Stopped, TrainConfig, check_health, last_checkpoint, lr_factor
 from contrastive_st.tokens import Tokens
 from contrastive_st.trainer import train
@@ -1423,6 +1424,10 @@ for tokens in {chunk_tokens}:
     with open({notes!r} + f"{{tokens}}-{{rank}}", "w") as file:
         json.dump({{"result": result, "written": written}}, file)
     written.clear()
+if find_spec("peft"):
+    adapted = add_adapters(make_encoder(), r=2)
+    settings = config(4, save_every=2, eval_every=2, metric="score", chunk_tokens=95)
+    train(adapted, mixture, settings, {out!r} + "adapters", Scores(0.1, 0.2, 0.3), progress=False)
 """
 
 
@@ -1521,6 +1526,17 @@ def test_two_processes_are_one_run(two_processes, tmp_path, chunk_tokens):
         for o in (out, tmp_path / "one")
     )
     assert own == same and len(list(out.rglob("events.out*"))) == 1
+
+
+def test_adapters_on_two_processes_are_one_run(two_processes, tmp_path):
+    "The ranks exchange the gradients of the adapters alone."
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+    settings = config(4, save_every=2, eval_every=2, metric="score", chunk_tokens=95)
+    adapted, mixture = add_adapters(make_encoder(), r=2), make_pairs_and_triplets(copies=2)
+    train(adapted, mixture, settings, tmp_path / "one", Scores(0.1, 0.2, 0.3), progress=False)
+    assert losses(two_processes / "run-adapters") == pytest.approx(
+        losses(tmp_path / "one"), rel=1e-5
+    )
 
 
 # ---- in one call ----

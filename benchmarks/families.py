@@ -2,6 +2,7 @@
 
     python benchmarks/families.py            # a quarter of an hour
     python benchmarks/families.py --quick    # fewer rounds, three minutes; writes no file
+    python benchmarks/families.py --table    # writes the table of docs/families.md anew, a second
 
 Every model has 6 layers, is 384 wide and has random weights, which cost as much as trained ones.
 Both sides compute in bfloat16, in turns, on one thread; the ratio is the median over the rounds.
@@ -81,11 +82,38 @@ def measure(case: Case, sides: Sides, texts, model: Path) -> dict:
     return {"cpu_s": seconds, "ratio": over(said, "peer bf16", "ours bf16", "cpu")}
 
 
+PAGE = HERE.parent / "docs" / "families.md"
+HEADS = {"train_64": "train, batch 64", "encode_short": "encode, short"}
+HEADS |= {"encode_passages": "encode, passages"}
+
+
+def table(results: dict) -> str:
+    "The ratios as a table, and where they were measured."
+    lines = ["| family | " + " | ".join(HEADS.values()) + " |", "|---|" + "---|" * len(HEADS)]
+    for family, cases in results["families"].items():
+        cells = [f"{cases[name]['ratio']['median']:.2f}" for name in HEADS]
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    place = f"{results['date']}, {results['hardware']}, `{results['command']}`."
+    return "\n".join([*lines, "", place])
+
+
+def write_table(page: Path, results: dict) -> None:
+    "Put the table into its place in the page of families."
+    begin, end = "<!-- speed -->\n", "\n<!-- end of speed -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end.strip())[1]
+    page.write_text(before + begin + table(results) + end + after, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rounds; writes no file")
+    parser.add_argument("--table", action="store_true", help="only write the table of the page")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     settings = parser.parse_args()
+    if settings.table:
+        write_table(PAGE, json.loads((settings.out / "families.json").read_text()))
+        return
     settings.threads, settings.openvino = 1, None
     torch.set_num_threads(1)
     results = {"families": {}}
@@ -109,6 +137,7 @@ def main() -> None:
     results |= record("torch", "transformers", "sentence-transformers")
     if not settings.quick:
         save(results, {}, "families", settings.out)
+        write_table(PAGE, results)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,17 @@ class ModelPlan:
     ) = None
     normalize: bool | None = None  # unit-length embeddings; None = what the model says, else yes
     max_length: Annotated[int, Field(gt=2)] | None = None  # word pieces; None = what the model says
-    # random weights instead: a BERT of so many layers, with the tokenizer of `name`
+    # random weights instead: so many layers, with the tokenizer of `name`
     layers: Annotated[int, Field(gt=0)] | None = None
     width: Annotated[int, Field(gt=0, multiple_of=32)] | None = None  # its D; a head for every 32
+    family: Literal["bert", "modernbert", "qwen3"] | None = None  # of random weights; None = bert
 
     def __post_init__(self):
+        if self.family and self.layers is None and self.width is None:
+            raise ValueError(
+                "family says what random weights are made of, so it needs layers and width;"
+                " leave it out for the weights of 'name', which know their own"
+            )
         if (self.layers is None) != (self.width is None):
             raise ValueError(
                 "layers and width make an encoder of random weights together; give both, or neither"
@@ -119,30 +125,46 @@ class EvaluationPlan:
     document_prompt: str | None = None  # before each document, the same way
 
 # %% ../nbs/26_recipes.ipynb #random
+def _random_backbone(
+    plan: ModelPlan,  # with layers and width
+    common: dict[str, int],  # what every family's config takes
+) -> "torch.nn.Module":  # of transformers
+    "Make a backbone of random weights, in the shape of its family."
+    import transformers as tf
+
+    D, heads = plan.width, plan.width // 32
+    common |= {"hidden_size": D, "num_hidden_layers": plan.layers, "num_attention_heads": heads}
+    if plan.family == "modernbert":  # its two gates share the wide matrix
+        return tf.ModernBertModel(tf.ModernBertConfig(**common, intermediate_size=2 * D))
+    if plan.family == "qwen3":  # as in the published ones, two query heads share a key
+        shared = heads // 2 if heads % 2 == 0 else heads
+        own = {"num_key_value_heads": shared, "head_dim": 32, "intermediate_size": 3 * D}
+        return tf.Qwen3Model(tf.Qwen3Config(**common, **own))
+    return tf.BertModel(tf.BertConfig(**common, intermediate_size=4 * D), add_pooling_layer=False)
+
+
 def _random_encoder(
     plan: ModelPlan,  # with layers and width
     seed: int,  # of the weights
 ) -> "SentenceEncoder":  # in evaluation mode
-    "Make a BERT of random weights around the tokenizer of `plan.name`."
+    "Make an encoder of random weights around the tokenizer of `plan.name`."
     import torch
-    from transformers import BertConfig, BertModel
 
     from contrastive_st.model import SentenceEncoder
 
     tokenizer = SentenceEncoder.from_pretrained(plan.name).tokenizer
     longest = plan.max_length or 128
-    shape = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=plan.width,
-        num_hidden_layers=plan.layers,
-        num_attention_heads=plan.width // 32,
-        intermediate_size=4 * plan.width,
-        max_position_embeddings=longest,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    common = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": longest,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if plan.family:  # whose configs name tokens of their own, perhaps beyond this vocabulary
+        names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+        common |= {name: getattr(tokenizer, name) for name in names}
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
-        backbone = BertModel(shape, add_pooling_layer=False)
+        backbone = _random_backbone(plan, common)
     pooling, normalize = plan.pooling or "mean", plan.normalize is not False
     return SentenceEncoder(backbone, tokenizer, pooling, normalize, longest).eval()
 
@@ -707,4 +729,6 @@ BACKBONES = {  # hub id -> layers, width D, parameters without the unused pooler
     "distilroberta-base": (6, 768, 81_527_808),
     "microsoft/mpnet-base": (12, 768, 108_895_872),
     "distilbert-base-uncased": (6, 768, 66_362_880),
+    "answerdotai/ModernBERT-base": (22, 768, 149_014_272),
+    "Qwen/Qwen3-0.6B-Base": (28, 1024, 596_049_920),
 }

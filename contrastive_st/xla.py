@@ -243,6 +243,27 @@ def _columns_first(x, columns, devices):
     return x.view(devices, columns, -1, x.shape[-1]).transpose(0, 1).reshape(-1, x.shape[-1])
 
 # %% ../nbs/19_xla.ipynb #embed
+def _masks(config, mask):
+    "What is added to the scores, 0 or the lowest number: one mask, or one for each kind of layer."
+    real, T = mask[:, None, None, :], mask.shape[1]  # (N, 1, 1, T), no token sees padding
+    if config.model_type not in _MASK_PER_LAYER:
+        return _added(real)
+    place = torch.arange(T, device=mask.device)
+    ahead = place[None] - place[:, None]  # (T, T), how far the key lies behind the query
+    if config.model_type == "modernbert":  # half of its window on either side
+        near = ahead.abs() <= config.sliding_window
+        kinds = {"full_attention": real, "sliding_attention": real & near}
+    else:
+        kinds = {"full_attention": real & (ahead <= 0)}
+    return {kind: _added(seen) for kind, seen in kinds.items()}  # (N, 1, 1 or T, T) each
+
+
+def _added(seen):
+    "The numbers to add for what is seen. transformers takes a mask of four dimensions as it is."
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, lowest)
+
+
 def embed(
     encoder: SentenceEncoder,  # its backbone shardable
     input_ids: Tensor,  # (N, T) int64
@@ -250,11 +271,11 @@ def embed(
 ) -> Tensor:  # (N, D) float32
     "Turn a rectangle of tokens into vectors without asking the device anything."
     mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]  # (N, T)
-    # What is added to the scores: 0, or the lowest number for padding, (N, 1, 1, T). transformers
-    # takes a mask with four dimensions as it is; one with two makes it ask the device.
-    added = torch.zeros_like(mask, dtype=torch.float32)
-    added = added.masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None, :]
-    hidden = encoder.backbone(input_ids=input_ids, attention_mask=added).last_hidden_state.float()
+    config = encoder.backbone.config
+    options = {"attention_mask": _masks(config, mask)}
+    if getattr(config, "use_cache", None):  # a decoder's, for words to come
+        options["use_cache"] = False
+    hidden = encoder.backbone(input_ids=input_ids, **options).last_hidden_state.float()
     return encoder.pool(hidden, mask.long())  # (N, T, D) -> (N, D)
 
 # %% ../nbs/19_xla.ipynb #norm
@@ -270,7 +291,8 @@ class ShardableLayerNorm(torch.nn.LayerNorm):
         "Normalise the last dimension."
         centred = x.float() - x.float().mean(-1, keepdim=True)  # (..., D)
         scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return (scaled * self.weight + self.bias).to(x.dtype)
+        scaled = scaled * self.weight
+        return (scaled if self.bias is None else scaled + self.bias).to(x.dtype)
 
 
 def replicated_matmuls(
@@ -360,13 +382,17 @@ class HashDropout(torch.nn.Dropout):
 
 # %% ../nbs/19_xla.ipynb #shardable
 # The families that were checked; others may read the mask on the host or reshape across rows.
-_SHARDABLE = ("bert", "roberta", "distilbert", "mpnet")
+_SHARDABLE = (
+    *("bert", "roberta", "xlm-roberta", "distilbert", "mpnet"),
+    *("modernbert", "qwen3"),
+)
+_MASK_PER_LAYER = ("modernbert", "qwen3")  # they take a mask for each kind of layer
 _QUERIES = ("query", "q_lin", "q")  # what an attention layer calls its query projection
 
 
 def shardable(
     # changed in place; its state dict stays as it is
-    backbone: torch.nn.Module,  # BERT, RoBERTa, DistilBERT or MPNet of transformers
+    backbone: torch.nn.Module,  # of transformers, of one of the families above
     noise: Noise,  # shared by all dropout layers
 ) -> torch.nn.Module:  # the same backbone
     "Give a backbone layers that SPMD can shard; attention dropout becomes 0."
@@ -376,12 +402,21 @@ def shardable(
             module.__class__ = ShardableLayerNorm
         if type(module) is torch.nn.Dropout:
             module.__class__, module.noise, module.layer = HashDropout, noise, layer
-        if any(hasattr(module, query) for query in _QUERIES):
+        if isinstance(vars(module).get("attention_dropout"), float):  # a number, no layer
+            module.own_p = vars(module).get("own_p", module.attention_dropout)
+            module.attention_dropout = 0.0
+        elif any(hasattr(module, query) for query in _QUERIES):
             _no_dropout(module)  # of attention weights: the largest mask of all
     return backbone
 
 
 def _check_family(backbone):
+    kinds = set(getattr(backbone.config, "layer_types", None) or ())
+    if backbone.config.model_type == "qwen3" and kinds - {"full_attention"}:
+        raise ValueError(
+            "the windows of this qwen3 were not checked under SPMD; train it with"
+            " contrastive_st.trainer"
+        )
     if backbone.config.model_type not in _SHARDABLE:
         raise ValueError(
             f"backbones of type {backbone.config.model_type} were not checked under SPMD;"
@@ -405,6 +440,8 @@ def plain(
         if type(module) is HashDropout:
             module.__class__, module.p = torch.nn.Dropout, vars(module).pop("own_p", module.p)
             del module.noise, module.layer
+        if isinstance(vars(module).get("attention_dropout"), float):
+            module.attention_dropout = vars(module).pop("own_p", module.attention_dropout)
     return backbone
 
 # %% ../nbs/19_xla.ipynb #optimizer

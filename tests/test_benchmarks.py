@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import data_input  # noqa: E402
 import data_order  # noqa: E402
+import families  # noqa: E402
 import measure  # noqa: E402
 import new  # noqa: E402
 import xla  # noqa: E402
@@ -146,3 +148,17 @@ def test_new(tmp_path):
     texts = (tmp_path / "500.csv").read_text().splitlines()
     answers = [line.split(",")[1] for line in texts[1:]]
     assert len(set(answers)) == 450 and answers[8] == answers[9]
+
+
+def test_the_table_of_the_families_is_fresh(tmp_path):
+    page, copy = ROOT / "docs" / "families.md", tmp_path / "families.md"
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks/results/families.json").read_text())
+    families.write_table(copy, results)
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
+        "run python benchmarks/families.py --table"
+    )
+
+
+def test_the_script_for_a_gpu_is_shell():
+    assert subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"]).returncode == 0

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import transformers as tf
 from conftest import ROOT, make_tokenizer
 from torch.nn.utils import parametrize, prune
 
-from contrastive_st import cpu, packed
+from contrastive_st import cpu, packed, xla
 from contrastive_st.cpu import has_fused_bf16
 from contrastive_st.model import SentenceEncoder
 from contrastive_st.packed import Segments, packable, packed_copy, packed_states
@@ -774,6 +775,50 @@ def test_only_checked_backbones_are_packable():
         backbone = make()
         backbone.get_submodule(place).forward = backbone.get_submodule(place).forward
         assert not packable(backbone), place
+
+
+PADDED = {  # families that stay padded
+    "gemma2": (tf.Gemma2Config, tf.Gemma2Model, SHARED | {"head_dim": 8}),
+    "deberta-v2": (tf.DebertaV2Config, tf.DebertaV2Model, {}),
+    "t5": (tf.T5Config, tf.T5EncoderModel, {}),
+}
+
+
+def family_rows():
+    "The rows of docs/families.md: model type -> its other cells."
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    cells = [line.strip("| ").split("|") for line in text.splitlines() if "| `" in line]
+    return {row[1].strip(" `"): [cell.strip() for cell in row] for row in cells}
+
+
+def test_the_page_of_families_is_what_the_code_does():
+    "Each family that is tested has a row, and each row says what packing and XLA answer."
+    backbones = [make(kind) for kind in FAMILIES] + [other(kind) for kind in OTHERS]
+    for config, model, own in PADDED.values():
+        backbones.append(model(config(**SHAPE | own)).eval())
+    rows, seen = family_rows(), set()
+    for backbone in backbones:
+        kind = backbone.config.model_type
+        _, _, packs, sharded, _, tested = rows[kind]
+        seen.add(kind)
+        assert packs.startswith("yes" if packable(backbone) else "no"), kind
+        assert ("GPU" in packs) == (kind in FAMILIES), kind
+        assert (sharded == "yes") == accepts(backbone), kind
+        for name in re.findall(r"\(\.\./(tests/\w+\.py)\)", tested):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert kind.partition("_")[0] in text.lower(), (kind, name)
+        assert ("test_xla" in tested) == (sharded == "yes"), kind
+    assert seen == set(rows)
+
+
+def accepts(backbone):
+    "Whether XLA's training takes a backbone."
+    try:
+        xla.shardable(copy.deepcopy(backbone), xla.Noise())
+    except ValueError as error:
+        assert "were not checked under SPMD" in str(error)
+        return False
+    return True
 
 
 def test_a_layer_that_ignores_the_registered_function_is_an_error():

@@ -237,8 +237,15 @@ FAMILIES = ["bge-like", "e5-like"]  # how known models are trained, on small pub
 TOTALS = [1_170_060_424, 1_099_060_508, 214_988_242, 214_988_242, 214_988_242, 314_315]
 
 
+# newer models: family of the tiny variant, pooling, total of the mix
+LIKE = {
+    "modernbert-embed-like": ("modernbert", "mean", 234_553_344),  # the paper's total
+    "qwen3-embedding-like": ("qwen3", "lasttoken", 21_295_205),
+}
+
+
 def test_the_published_recipes_go_by_name():
-    assert set(known()) == {*PUBLISHED, *FAMILIES, "nli", "quickstart"}
+    assert set(known()) == {*PUBLISHED, *FAMILIES, *LIKE, "nli", "quickstart"}
     assert load("nli").path == str(ROOT / "recipes" / "nli.toml")
 
 
@@ -253,7 +260,56 @@ def test_a_published_run_is_planned_from_its_sizes(name, total):
     assert {d["name"] for d in report["datasets"] if d["columns"] == 3} == set(recipe.data.triplets)
 
 
-@pytest.mark.parametrize("name", PUBLISHED + FAMILIES)
+@pytest.mark.parametrize("name", LIKE)
+def test_a_newer_model_is_planned_and_begins_small(name, shared_data):
+    family, pooling, total = LIKE[name]
+    full, tiny = load(name), load(name, tiny=True)
+    config, planned = build(TrainConfig, full.train, "x"), plan(full)
+    assert sum(map(len, planned.sources)) == total and full.model.name in recipes.BACKBONES
+    assert account(planned, config.steps, 0)["examples"] == config.steps * full.data.batch_size
+    assert all(source.prompts for source in planned.sources)  # an instruction or a prefix
+    encoder = tiny.encoder()
+    assert encoder.backbone.config.model_type == family and encoder.layout == "packed"
+    assert encoder.pooling == pooling == full.model.pooling and encoder.max_length == 64
+    assert encoder.tokenizer("a dog").input_ids[-1] == encoder.tokenizer.sep_token_id
+    assert build(TrainConfig, tiny.train, "x").steps <= 150 and full.data.folder == ""
+    for entry in tiny.data.mix:
+        assert inside(shared_data, entry["name"], name).exists() and entry["prompts"]
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_a_newer_model_trains_small_from_random_weights(name, shared_data, tmp_path, monkeypatch):
+    from contrastive_st.model import SentenceEncoder
+    from contrastive_st.trainer import train
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = {
+        "model": {"width": 32, "max_length": 32},
+        "train": {"steps": 6, "warmup": 1},
+        "data": {
+            "mix": [entry | {"weight": 1} for entry in load(name, tiny=True).data.mix[1:2]],
+            "batch_size": 16,
+        },
+    }
+    recipe = load(name, changes, tiny=True)
+    config, out = build(TrainConfig, recipe.train, "x"), tmp_path / "run"
+    encoder = recipe.encoder()
+    before = next(encoder.backbone.parameters()).detach().clone()
+    train(encoder, recipe.mixture(shared_data), config, out, progress=False)
+    again = SentenceEncoder.from_pretrained(out / "model")
+    assert not (next(again.backbone.parameters()) == before).all()
+    assert again.pooling == LIKE[name][1] and again.layout == "packed"
+    # one dataset has one pair of prompts, which the model keeps
+    assert again.prompts["query"] == recipe.data.mix[0]["prompts"][0]
+
+
+def test_a_family_is_of_random_weights_only(bad):
+    message = bad(GOOD, {"model": {"family": "qwen3"}})
+    assert "model: family says what random weights are made of" in message
+    assert "model.family" in bad(GOOD, {"model": {"family": "t5", "layers": 1, "width": 32}})
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *FAMILIES, *LIKE])
 def test_each_key_of_a_published_recipe_says_where_it_is_from(name):
     text = known()[name].read_text().split("\n[tiny]\n")[0]
     silent = [
@@ -262,7 +318,9 @@ def test_each_key_of_a_published_recipe_says_where_it_is_from(name):
         if re.match(r"\w+ = ", line)
         and not line.startswith("title")
         and not re.search(
-            r"# .*(card|script|readme|data_config|call|notebook|by their names|our choice)", line
+            r"# .*(card|script|paper|forum|readme|data_config|call|notebook|by their names"
+            r"|our choice)",
+            line,
         )
     ]
     assert not silent

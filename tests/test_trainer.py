@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -1414,6 +1413,7 @@ def note(event, args):
     if event in changes and str(args[0]).startswith({out!r}):
         written.append(f"{{event}} {{args[0]}}")
 sys.addaudithook(note)
+from importlib.util import find_spec
 from test_trainer import *
 rank = int(os.environ["RANK"])
 for tokens in {chunk_tokens}:

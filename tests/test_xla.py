@@ -33,7 +33,8 @@ from contrastive_st.run import TrainConfig, batch_loss
 from contrastive_st.tokens import Tokens
 
 XLA = importlib.util.find_spec("torch_xla") is not None
-FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
+NEWEST = ("xlm-roberta", "modernbert", "qwen3")
+FAMILIES = ("bert", "roberta", "distilbert", "mpnet", *NEWEST)
 WIDTH, HIDDEN, LAYERS = 32, 64, 2  # of the encoders that xla_child makes
 PATHS = [str(Path(xla.__file__).parents[1]), str(ROOT)]  # the package under test, and its metadata
 
@@ -132,10 +133,13 @@ def each(job, *devices):
 CASES = ("bert pairs", "bert full", "bert triplets", "dropout pairs")
 MARKS_AND_FAMILIES = ("bert labels", "bert graded")
 MARKS_AND_FAMILIES += ("roberta pairs", "distilbert pairs", "mpnet pairs")
+# on 1, 2 and 4 devices, as compiling takes the time
+NEWER = tuple(f"{family} pairs" for family in NEWEST)
 MORE = ("one way pairs", "widths pairs", "copies count pairs")
 MORE += ("siglip triplets", "gte triplets", "bert guided")
 EXPECTED = dict.fromkeys((1, 2, 8), {*CASES}) | {0: {*CASES, *MARKS_AND_FAMILIES}}
-EXPECTED[4] = {*CASES, *MARKS_AND_FAMILIES, *MORE}
+EXPECTED[1] = EXPECTED[2] = {*CASES, *NEWER}
+EXPECTED[4] = {*CASES, *MARKS_AND_FAMILIES, *NEWER, *MORE}
 
 
 @each("step", 0, 1, 2, 4, 8)
@@ -324,6 +328,19 @@ def test_each_device_multiplies_its_share(jobs, devices, kind, C):
         == []
         == whole_batch(text, C * BATCH, LENGTH)
     )
+
+
+@pytest.mark.parametrize("kind", NEWER)
+@each("step", 2, 4)
+def test_newer_families_are_sharded_as_bert_is(jobs, devices, kind):
+    "Rotary positions, windows, a causal order and the last token ask no device for other rows."
+    text, plain = program(jobs, devices, kind), program(jobs, devices, "bert pairs")
+    assert xla.replicated_matmuls(text, 2 * BATCH * LENGTH) == []
+    assert whole_batch(text, 2 * BATCH, LENGTH) == []
+    gathers = [floats(exchanged(program)["all-gather"]) for program in (text, plain)]
+    # of a last token, the gradient of all embeddings travels once more, and no other state
+    assert gathers[0] - gathers[1] == (2 * BATCH * WIDTH if "qwen3" in kind else 0)
+    assert floats(exchanged(text)["all-to-all"]) == 0
 
 
 @pytest.mark.parametrize("kind, C", [("bert pairs", 2), ("bert triplets", 3)])
@@ -665,8 +682,10 @@ def batches(tmp_path):
     return xla_child.kinds(make_mixture(tmp_path), Tokens(make_tokenizer(), LENGTH, (16, 32, 64)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["pairs", "triplets", "full"])
+@pytest.mark.parametrize(
+    "family, kind",
+    [(f, k) for f in FAMILIES for k in ("pairs", "triplets", "full")[: 1 if f in NEWEST else 3]],
+)
 def test_embed_is_the_encoders_forward(batches, family, kind):
     batch, encoder = batches[kind], make_encoder(family).eval()
     encoder.layout = "padded"  # as XLA does; packed, MPNet rounds its scores in another order
@@ -685,21 +704,32 @@ def test_shardable_and_back_leave_the_weights_alone(family):
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1  # attention's too
-    before, kinds = encoder.state_dict(), [(type(m), vars(m).get("p")) for m in encoder.modules()]
+        if family in ("modernbert", "qwen3") and hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+
+    def rates():
+        names = ("p", "attention_dropout")
+        return [(type(m), *map(vars(m).get, names)) for m in encoder.modules()]
+
+    before, kinds = encoder.state_dict(), rates()
     noise = xla.Noise()
     xla.shardable(xla.shardable(encoder.backbone, noise), noise)  # twice is once
     assert not any(type(m) in (torch.nn.LayerNorm, torch.nn.Dropout) for m in encoder.modules())
     dropped = [
         name for name, m in encoder.named_modules() if isinstance(m, torch.nn.Dropout) and not m.p
     ]
-    assert len(dropped) == LAYERS and all("attention" in name for name in dropped)
+    numbers = [m for m in encoder.modules() if hasattr(m, "attention_dropout")]
+    if family in ("modernbert", "qwen3"):  # a number of the attention, no layer
+        assert not dropped and [m.attention_dropout for m in numbers] == [0.0] * LAYERS
+    else:
+        assert len(dropped) == LAYERS and all("attention" in name for name in dropped)
     assert encoder.state_dict().keys() == before.keys()
     assert all(
         v is encoder.state_dict()[k] or torch.equal(v, encoder.state_dict()[k])
         for k, v in before.items()
     )
     xla.plain(encoder.backbone)
-    assert [(type(m), vars(m).get("p")) for m in encoder.modules()] == kinds
+    assert rates() == kinds
 
 
 @pytest.mark.parametrize(
@@ -765,7 +795,7 @@ def test_dropout_gives_the_same_loss_for_any_layout(batches):
 def test_an_unknown_backbone_is_refused():
     message = (
         "backbones of type electra were not checked under SPMD; use one of bert, roberta,"
-        " distilbert, mpnet"
+        " xlm-roberta, distilbert, mpnet, modernbert, qwen3"
     )
     with pytest.raises(ValueError, match=message):
         xla.shardable(make_encoder("electra").backbone, xla.Noise())

@@ -50,8 +50,11 @@ def make_encoder(family="bert", dropout=0.0, **changes):
         BertConfig,
         DistilBertConfig,
         ElectraConfig,
+        ModernBertConfig,
         MPNetConfig,
+        Qwen3Config,
         RobertaConfig,
+        XLMRobertaConfig,
     )
 
     tokenizer = make_tokenizer()
@@ -76,6 +79,13 @@ def make_encoder(family="bert", dropout=0.0, **changes):
         "roberta": RobertaConfig,
         "mpnet": MPNetConfig,
         "electra": ElectraConfig,
+        "xlm-roberta": XLMRobertaConfig,
+        "modernbert": ModernBertConfig,
+        "qwen3": Qwen3Config,
+    }
+    own = {  # what a family names otherwise, or has alone
+        "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
+        "qwen3": {"num_key_value_heads": HEADS // 2, "head_dim": 2},
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -85,12 +95,13 @@ def make_encoder(family="bert", dropout=0.0, **changes):
             dim=32, n_layers=2, n_heads=HEADS, hidden_dim=64, attention_dropout=0.0, **common
         )
         backbone = AutoModel.from_config(
-            small if family == "distilbert" else configs[family](**sizes)
+            small if family == "distilbert" else configs[family](**sizes | own.get(family, {}))
         ).eval()
     for name, layer in backbone.named_modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0 if re.search(r"attention\.(self\.)?(attn\.)?dropout$", name) else dropout
-    return SentenceEncoder(backbone, tokenizer, max_length=LENGTH)
+    pooling = "lasttoken" if family == "qwen3" else "mean"
+    return SentenceEncoder(backbone, tokenizer, pooling, max_length=LENGTH)
 
 
 def make_mixture(cache, batch_size=BATCH):
@@ -320,6 +331,8 @@ def step(folder):
         compare("bert", make_encoder(), ("graded",))
         for family in ("roberta", "distilbert", "mpnet"):
             compare(family, make_encoder(family), ("pairs",))
+    for family in ("xlm-roberta", "modernbert", "qwen3") if DEVICES in (1, 2, 4) else ():
+        compare(family, make_encoder(family), ("pairs",))
     compare("dropout", make_encoder(dropout=0.1), ("pairs",), xla.Noise(0))
     found["dropout pairs"]["another seed"] = eager(
         make_encoder(dropout=0.1), batches["pairs"], make_config(), xla.Noise(1)

@@ -51,6 +51,7 @@ PAGES = {
     "docs/LOG.md": "log.md",
     "docs/seeds.md": "seeds.md",
     "docs/data.md": "data.md",
+    "docs/families.md": "families.md",
     "docs/reliability.md": "reliability.md",
 }
 # directive -> cell tag

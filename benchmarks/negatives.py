@@ -1,14 +1,14 @@
 """Which hard negatives make a better encoder, and how many of them are false?
 
-    python benchmarks/negatives.py             # an hour of CPU time on one thread; it can be resumed
-    python benchmarks/negatives.py --quick     # a few steps of one seed, three minutes
-    python benchmarks/negatives.py --summary   # the record of the seeds that are finished, no run
+python benchmarks/negatives.py             # 40 CPU minutes on one thread; a second call goes on
+python benchmarks/negatives.py --quick     # a few steps of one seed, three minutes
+python benchmarks/negatives.py --summary   # the record of the seeds that are finished; no run
 
 A small encoder learns from pairs of eight sets. Two of them come from corpora full of
 near-duplicates: five captions of each photograph, ten simplifications of each sentence. One
 caption is marked as the positive, the other three are not, so a miner that finds one of them has
 found a false negative, and here we know it. Every arm sees the same pairs and adds another
-negative to each. Every finished run leaves a file in `runs/negatives`; a second call goes on.
+negative to each. Every finished run leaves a file in `runs/negatives`.
 """
 
 import argparse
@@ -26,13 +26,16 @@ from typing import NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
-import torch
 from measure import HERE, one_thread, real_data, record, write
 from scipy.stats import t as student
 
 from contrastive_st.data import Retrieval, Source, read_examples, read_retrieval, read_sts
-from contrastive_st.evaluation import evaluate_sts, paired_difference, retrieval_by_query
-from contrastive_st.evaluation import sts_cosines
+from contrastive_st.evaluation import (
+    evaluate_sts,
+    paired_difference,
+    retrieval_by_query,
+    sts_cosines,
+)
 from contrastive_st.index import Index, build_index, is_index
 from contrastive_st.mining import mine_hard_negatives
 from contrastive_st.mixture import Mixture
@@ -41,10 +44,11 @@ from contrastive_st.notebook import encode_once
 from contrastive_st.run import TrainConfig
 from contrastive_st.trainer import train
 
+GUIDE = "guide.index"  # folder of the vectors of all texts to train on
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # mines and guides
 LAYERS = 3  # of it that the encoder begins with, which learns
 LENGTH, CUT = 32, 160  # tokens and characters of a text that are read
-BATCH, RATE, STEPS = 64, 1e-4, 80
+BATCH, RATE, STEPS = 64, 2e-4, 80
 SEEDS = (1, 2, 3)
 NEAR = ("flickr30k_captions", "asset_simplification")  # corpora of near-duplicates
 PLAIN = (
@@ -79,10 +83,18 @@ ARMS = {
     "truth": Arm("mined, truth known", {}, knows=True),
 }
 MAIN = tuple(ARMS)[:5]  # what was asked; the other two say how far a rule could go
+# Miners whose false negatives are counted: nothing is trained on most of them.
+RULES = {
+    "random": ARMS["random"].mining,
+    "naive": {},
+    "from rank 10": {"range_min": 10},
+    "score at most 0.5": {"max_score": 0.5, "range_max": 100},
+    "5% margin": MARGIN,
+    "10% margin": MARGIN | {"relative_margin": 0.1},
+    "20% margin": MARGIN | {"relative_margin": 0.2},
+}
 COMPARED = (
-    ("none", "random"),
-    ("none", "naive"),
-    ("none", "margin"),
+    *(("none", arm) for arm in ARMS if arm != "none"),
     ("random", "naive"),
     ("random", "margin"),
     ("naive", "margin"),
@@ -221,7 +233,7 @@ def pairs_of(data: Data) -> dict[str, Pairs]:
     return table
 
 
-def mined(pairs: Pairs, arm: Arm, vectors) -> tuple[dict, dict]:
+def mined(pairs: Pairs, arm: Arm, vectors, fill: bool = True) -> tuple[dict, dict]:
     "Mine for an arm -> (query, positive) -> negative, and what the report counts."
     ids = {}
     if arm.knows and pairs.group:
@@ -235,7 +247,8 @@ def mined(pairs: Pairs, arm: Arm, vectors) -> tuple[dict, dict]:
         query_embeddings=vectors(pairs.queries),
         corpus_embeddings=vectors(pairs.corpus),
         num_negatives=1,
-        too_few="fill",  # so that all arms train on the same pairs
+        # Filled up at random, so that all arms train on the same pairs.
+        too_few="fill" if fill else "drop",
         progress=False,
         **ids,
         **arm.mining,
@@ -248,6 +261,7 @@ def counted(rows: list, report, group: dict) -> dict:
     counts = report.counts
     result = {
         "negatives": counts["negatives"],
+        "short": counts["short"],  # queries for which the rules left too few
         "suspected": counts["suspected"],  # score within 5% of the positive, or above
         "filled": counts["filled"],
         "mean_score": float(report.negative_scores.mean()),
@@ -255,8 +269,23 @@ def counted(rows: list, report, group: dict) -> dict:
         "above_positive": float((report.margins < 0).mean()),
     }
     if group:
-        result["false"] = sum(group[query] == group[negative] for query, _, negative in rows)
+        false = np.array([group[query] == group[negative] for query, _, negative in rows])
+        left = report.margins >= 0  # by the guide
+        result |= {"false": int(false.sum()), "share": float(false.mean())}
+        result |= {"left_by_guide": int(left.sum()), "share_left": float(false[left].mean())}
     return result
+
+
+def false_by_rule(data: Data, guide: Path) -> dict:
+    "What each rule finds in the corpora of near-duplicates, and what the guide leaves of it."
+    vectors, pairs = table_of_vectors(Index.open(guide)), pairs_of(data)
+    return {
+        name: {
+            rule: mined(pairs[name], Arm(rule, options), vectors, fill=False)[1]
+            for rule, options in RULES.items()
+        }
+        for name in NEAR
+    }
 
 
 def table_of_vectors(index: Index):
@@ -274,11 +303,12 @@ def mine_all(data: Data, guide: Path) -> tuple[dict, dict]:
         build_index(guide, miner, list(texts), progress=False)
     vectors = table_of_vectors(Index.open(guide))
     for name, some in pairs.items():
-        negatives = {}
+        done, negatives = {}, {}  # arms that mine in the same way share what is found
         for arm, how in ARMS.items():
             if how.mining is not None:
-                negatives[arm], count = mined(some, how, vectors)
-                counts.setdefault(arm, {})[name] = count
+                key = repr((how.mining, how.knows))
+                done[key] = done.get(key) or mined(some, how, vectors)
+                negatives[arm], counts.setdefault(arm, {})[name] = done[key]
         known = list(zip(some.queries, some.positives))
         shared = [row for row in known if all(row in found for found in negatives.values())]
         rows["none"][name] = shared
@@ -415,85 +445,101 @@ def difference(first: list[dict], second: list[dict], gold) -> dict:
     return result
 
 
-def summary(work: Path, data: Data, counts: dict) -> dict:
-    "Everything that is finished: seeds of which all five arms are there, and arms with all seeds."
+def finished(work: Path) -> dict[str, list[dict]]:
+    "The runs of each arm, of the seeds of which all five main arms are there."
     files = {(arm, seed): work / f"{arm}-{seed}.json" for arm in ARMS for seed in SEEDS}
     runs = {key: json.loads(file.read_text()) for key, file in files.items() if file.exists()}
     seeds = [seed for seed in SEEDS if all((arm, seed) in runs for arm in MAIN)]
     if not seeds:
         sys.exit("no seed is finished in all five arms; call this again without --summary")
     arms = [arm for arm in ARMS if all((arm, seed) in runs for seed in seeds)]
-    of = {arm: [runs[arm, seed] for seed in seeds] for arm in arms}
-    table = {arm: list(map(means, several)) for arm, several in of.items()}
-    figures = {
-        arm: {name: over_seeds([values[name] for values in several]) for name in several[0]}
-        for arm, several in table.items()
+    return {arm: [runs[arm, seed] | {"seed": seed} for seed in seeds] for arm in arms}
+
+
+def figures_of(runs: list[dict]) -> dict:
+    "All figures of an arm over its seeds, and search set by set."
+    table = list(map(means, runs))
+    figures = {name: over_seeds([values[name] for values in table]) for name in table[0]}
+    by_set = {
+        name: statistics.mean(x for run in runs for x in run["search"][name])
+        for name in runs[0]["search"]
     }
-    sets = {
-        arm: {
-            name: over_seeds([statistics.mean(run["search"][name]) for run in several])["mean"]
-            for name in several[0]["search"]
-        }
-        for arm, several in of.items()
+    return figures | {"by_set": by_set}
+
+
+def summary(work: Path, data: Data) -> dict:
+    "All figures of what is finished."
+    runs, gold = finished(work), list(data.sts[2])
+    every = [run for several in runs.values() for run in several]
+    before = {name: means(json.loads((work / f"{name}.json").read_text())) for name in BEFORE}
+    compared = {
+        f"{b} - {a}": difference(runs[a], runs[b], gold)
+        for a, b in COMPARED
+        if {a, b} <= runs.keys()
     }
-    gold = list(data.sts[2])
     return {
-        "seeds": seeds,
-        "labels": {arm: ARMS[arm].label for arm in arms},
-        "before": {name: means(json.loads((work / f"{name}.json").read_text())) for name in BEFORE},
-        "figures": figures,
-        "search_by_set": sets,
-        "differences": {
-            f"{b} - {a}": difference(of[a], of[b], gold)
-            for a, b in COMPARED
-            if a in arms and b in arms
-        },
-        "mined": {arm: counts[arm] for arm in counts if not ARMS[arm].guarded},
-        "false_share": false_shares(counts),
+        "seeds": [run["seed"] for run in runs["none"]],
+        "labels": {arm: ARMS[arm].label for arm in runs},
+        "before": before,
+        "arms": {arm: figures_of(several) for arm, several in runs.items()},
+        "differences": compared,
         "exams": {name: len(some.queries) for name, some in (data.exams | data.near_exams).items()},
-        "cpu_minutes": sum(sum(run["cpu_seconds"].values()) for run in runs.values()) / 60,
-        "dates": sorted({run["date"] for run in runs.values()}),
+        "cpu_minutes": sum(sum(run["cpu_seconds"].values()) for run in every) / 60,
+        "run_on": sorted({run["date"] for run in every}),
     }
 
 
-def false_shares(counts: dict) -> dict:
-    "The share of false negatives by arm and corpus of near-duplicates."
-    return {
-        arm: {name: counts[arm][name]["false"] / counts[arm][name]["negatives"] for name in NEAR}
-        for arm in counts
-        if not ARMS[arm].guarded
-    }
+# ---- the program
+
+BEFORE = {"start": LAYERS, "whole": 6}  # layers of encoders that are measured as they come
 
 
-BEFORE = {"start": LAYERS, "whole": 6}  # layers of encoders that are measured untrained
+def run_all(work: Path, seeds: tuple, steps: int, rows: dict, data: Data) -> None:
+    "Run what is not finished, the five main arms of each seed first."
+    for name, layers in BEFORE.items():
+        saved(work / f"{name}.json", partial(before_training, layers, data))
+    order = [(arm, seed) for seed in seeds for arm in MAIN]
+    order += [(arm, seed) for seed in seeds for arm in ARMS if arm not in MAIN]
+    for arm, seed in order:
+        make = partial(one_run, arm, seed, rows, data, work / GUIDE, steps)
+        saved(work / f"{arm}-{seed}.json", make)
+
+
+def before_training(layers: int, data: Data) -> dict:
+    "The figures of the lower layers as they come."
+    return exam(start(layers), data)
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    "The command line."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few steps of one seed")
+    add("--summary", action="store_true", help="write what is finished, run nothing")
+    add("--out", type=Path, default=HERE / "results", help="folder for the JSON")
+    add("--work", type=Path, default=HERE.parent / "runs", help="folder of the runs")
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
     "Mine, run what is not finished, and write the record."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps of one seed")
-    parser.add_argument("--summary", action="store_true", help="write what is finished, run nothing")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the JSON")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "runs", help="of the runs")
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     one_thread()
     name = "negatives_quick" if args.quick else "negatives"
-    work, seeds, steps = args.work / name, SEEDS[: 1 if args.quick else 3], 3 if args.quick else STEPS
+    work, seeds, steps = args.work / name, SEEDS, STEPS
+    if args.quick:
+        seeds, steps = SEEDS[:1], 3
     data = load(args.quick)
-    guide = work / "guide.index"
-    rows, counts = mine_all(data, guide)
+    rows, counts = mine_all(data, work / GUIDE)
     if not args.summary:
-        for name_before, layers in BEFORE.items():
-            saved(work / f"{name_before}.json", lambda: exam(start(layers), data))
-        order = [(arm, seed) for seed in seeds for arm in MAIN]
-        order += [(arm, seed) for seed in seeds for arm in ARMS if arm not in MAIN]
-        for arm, seed in order:
-            make = partial(one_run, arm, seed, rows, data, guide, steps)
-            saved(work / f"{arm}-{seed}.json", make)
+        run_all(work, seeds, steps, rows, data)
     settings = {"steps": steps, "batch": BATCH, "lr": RATE, "layers": LAYERS, "model": MODEL}
     settings["rows"] = {name: len(some) for name, some in rows["none"].items()}
     results = record("torch", "transformers") | {"quick": args.quick, "settings": settings}
-    write(results | summary(work, data, counts), name, args.out)
+    results |= summary(work, data)
+    results["mined"] = {arm: some for arm, some in counts.items() if not ARMS[arm].guarded}
+    results["false_by_rule"] = false_by_rule(data, work / GUIDE)
+    write(results, name, args.out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,10 +16,12 @@ import data_input  # noqa: E402
 import data_order  # noqa: E402
 import families  # noqa: E402
 import measure  # noqa: E402
+import negatives  # noqa: E402
 import new  # noqa: E402
 import xla  # noqa: E402
 
 from contrastive_st.data import quickstart_folder  # noqa: E402
+from contrastive_st.mining import MiningReport  # noqa: E402
 from contrastive_st.tokens import Tokens  # noqa: E402
 
 PAIRS = (("train/question_answer.jsonl", None), ("train/question_question.jsonl", None))
@@ -131,6 +134,43 @@ def test_the_peers_on_xla_get_the_rows_of_our_batches():
     assert xla.shapes(file, steps) == {"buckets": 1, "longest": 2}
     with pytest.raises(AssertionError, match="same work"):
         xla.check_same({"ours": {"first_loss": 4.0}, "transformers": {"first_loss": 4.1}})
+
+
+def test_near_duplicates_are_one_group():
+    pairs = [("a", "b"), ("x", "y"), ("c", "b"), ("c", "a")]
+    assert [set(group) for group in negatives.grouped(pairs)] == [{"a", "b", "c"}, {"x", "y"}]
+    exam = negatives.as_near_exam([["a", "b", "c"], ["x", "y"]])
+    assert exam.queries == {"query-0": "a", "query-1": "x"}
+    assert {q: {exam.corpus[d] for d in docs} for q, docs in exam.qrels.items()} == {
+        "query-0": {"b", "c"},
+        "query-1": {"y"},
+    }
+
+
+def test_false_negatives_are_counted():
+    rows = [("a", "b", "c"), ("x", "y", "a"), ("x", "y", "z")]
+    group = {"a": 0, "b": 0, "c": 0, "x": 1, "y": 1, "z": 1}
+    counts = {"negatives": 3, "short": 0, "suspected": 1, "filled": 0}
+    scores = np.array([0.5, 0.5, 0.5]), np.array([0.6, 0.1, 0.4])  # positives, negatives
+    report = MiningReport({}, counts, *scores, [])
+    counted = negatives.counted(rows, report, group)
+    assert (counted["false"], counted["left_by_guide"]) == (2, 2)
+    assert counted["share"] == pytest.approx(2 / 3) and counted["share_left"] == 0.5
+
+
+def test_an_interval_over_seeds():
+    figure = negatives.over_seeds([1.0, 2.0, 3.0, 4.0])
+    assert figure["mean"] == 2.5
+    assert figure["high"] - figure["mean"] == pytest.approx(3.182 * 1.291 / 2, abs=1e-3)
+    assert negatives.over_seeds([1.0]) == {"mean": 1.0}
+
+
+def test_a_record_that_is_not_there_has_no_rows(tmp_path):
+    (tmp_path / "tiled.json").write_text(
+        (ROOT / "benchmarks/results/tiled.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    table = measure.table(tmp_path)
+    assert "tiled loss" in table and "mining" not in table
 
 
 def test_the_table_of_the_readme_is_fresh(tmp_path):

@@ -565,7 +565,7 @@ class _Job(NamedTuple):
     "A training with everything opened."
 
     recipe: Any  # recipes.Recipe
-    config: Any  # run.TrainConfig
+    config: Any  # config.TrainConfig
     mixture: Any  # mixture.Mixture
     exams: tuple[Exam, Exam]  # of the recipe's tables evaluation and test
     encoder: Any  # model.SentenceEncoder, not yet trained
@@ -614,7 +614,7 @@ def _share(exams, options):
 def _open(recipe, data_folder, store):
     "Open all that a training needs; whatever is wrong with it is an error now."
     from contrastive_st import recipes
-    from contrastive_st.run import TrainConfig
+    from contrastive_st.config import TrainConfig
 
     config = recipes.build(TrainConfig, recipe.train, f"{recipe.path}: train")
     options = _look_up(recipe, data_folder)
@@ -986,7 +986,7 @@ def inspect(
 ):
     "Print what a run would see: shares, epochs, negatives, padding; without data, its plan."
     from contrastive_st import recipes
-    from contrastive_st.run import TrainConfig
+    from contrastive_st.config import TrainConfig
 
     if plot:
         check_output(plot, "--plot")
@@ -1092,7 +1092,6 @@ def _check_sweep(recipe, out, changes, variants, options):
                 f"{loaded.path}: measures nothing, and a sweep compares what its runs measured;"
                 " name data in [evaluation] or [test]"
             )
-        recipes.build(run.TrainConfig, loaded.train, f"{loaded.path}, {variant.name}: train")
         _check_train(out / variant.name, not options["overwrite"], options["overwrite"], None)
         # Of a model or of data it shows only when they are opened.
         if not all(change.startswith("train.") for change in variant.changes):

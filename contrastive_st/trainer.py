@@ -270,7 +270,9 @@ class _Checkpoints(TrainerCallback):
         late = time.monotonic() - self.last_save > SAVE_SECONDS
         late, stop = _agree(late and args.process_index == 0, bool(self.run.signals.number))
         every = config.save_every or config.eval_every
-        due = bool(every and state.global_step % every == 0)
+        # The last step is measured in any case, and if it is the best its weights are asked for.
+        last = bool(config.metric) and state.global_step == args.max_steps
+        due = bool(every) and (last or state.global_step % every == 0)
         control.should_save = control.should_save or due or late or stop
         if stop:
             # Where this rank got no signal, it reached another one.

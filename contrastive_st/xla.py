@@ -34,6 +34,7 @@ from torch import Tensor
 from .atomic import expanded
 from .machine import pair_arguments, refusal, tpu_chips
 from .model import SentenceEncoder
+from .modeldir import has_adapters
 from .tokens import TokenBatch, Tokens, feed, pad
 from .run import SAVE_SECONDS, Abandoned, Lines, Run, TrainConfig, check_health
 from contrastive_st.run import (
@@ -635,6 +636,11 @@ def _check(encoder, mixture, config, buckets, devices):
         raise ValueError(
             "the encoder has modules after its pooling, which were not checked under SPMD;"
             " train it with contrastive_st.trainer"
+        )
+    if has_adapters(encoder.backbone):
+        raise ValueError(
+            "the encoder has adapters, which were not checked under SPMD; train it with"
+            " contrastive_st.trainer"
         )
     _divisible(mixture.batch_size, devices)
     longest, limit = max((encoder.max_length, *buckets)), encoder.token_limit

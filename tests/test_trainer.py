@@ -1073,6 +1073,16 @@ def test_early_stopping_and_the_best_model(tmp_path, curve, best, steps):
     assert checkpoints(tmp_path) == sorted({best, steps - 2, steps})  # the best and the last two
 
 
+def test_a_last_step_between_evaluations_may_be_the_best(tmp_path):
+    "Step 5 is measured because the run ends there, so its weights are there to be taken."
+    scores = Scores(0.1, 0.2, 0.3, 0.4)
+    settings = config(5, eval_every=2, metric="score")
+    metrics = train(make_encoder(), make_mixture(), settings, tmp_path, scores, progress=False)
+    assert metrics["best_step"] == 5 and 5 in checkpoints(tmp_path)
+    saved = weights(SentenceEncoder.from_pretrained(tmp_path / "model"))
+    assert all(torch.equal(value, saved[name]) for name, value in scores.seen[3].items())
+
+
 def test_without_a_metric_the_last_model_is_kept(tmp_path):
     scores, encoder = Scores(0.1, 0.9, 0.2), make_encoder()
     metrics = train(

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import tomllib
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -229,10 +230,20 @@ def _pooling(record):
     return width * len(names), "+".join(names)
 
 
-def _after_pooling(modules):
+def _is_static(modules):
+    "Tell whether the first module is a table of token vectors."
+    return modules[0]["type"].endswith(".StaticEmbedding")
+
+
+def _after_pooling(modules, first=2):
     "The folders of what follows the pooling, unit length aside."
     # The first two modules are the transformer and its pooling in every directory of ours.
-    return [m["path"] for m in modules[2:] if not m["type"].endswith(".Normalize")]
+    return [m["path"] for m in modules[first:] if not m["type"].endswith(".Normalize")]
+
+
+def _truncation(record):
+    "The most tokens of a text that a tokenizer leaves, or nothing where it cuts none."
+    return record["truncation"] and _whole_number(record["truncation"]["max_length"])
 
 
 def _width_after(folder, width):
@@ -269,22 +280,47 @@ def _longest(record):
 # %% ../nbs/28_card.ipynb #about-folder
 def _about(folder):
     "Describe the encoder in a model directory: size, pooling, longest text, prompts and so on."
+    is_static = _entry(folder / "modules.json", _is_static)
+    parts = _table_parts(folder) if is_static else _transformer_parts(folder)
+    prompt, prompts = _entry(folder / "config_sentence_transformers.json", _prompts_of)
+    return {
+        **parts,
+        "parameters": sum(map(_count, sorted(folder.glob("*.safetensors")))),
+        "normalize": _entry(folder / "modules.json", _normalizes),
+        "prompt": prompt,
+        "prompts": prompts,
+    }
+
+
+def _transformer_parts(folder):
+    "What is particular to a transformer with a pooling behind it."
     width, pooling = _entry(folder / "1_Pooling/config.json", _pooling)
     # The width that an index needs is the one behind the last dense layer, not the pooling's.
     after = _entry(folder / "modules.json", _after_pooling)
     for path in after:
         width = _width_after(folder / path, width)
-    prompt, prompts = _entry(folder / "config_sentence_transformers.json", _prompts_of)
     return {
         "architecture": _architecture(folder),
         "width": width,
-        "parameters": sum(map(_count, sorted(folder.glob("*.safetensors")))),
         "pooling": pooling,
         "written_out": "+" not in pooling and not after,
-        "normalize": _entry(folder / "modules.json", _normalizes),
         "max_length": _entry(folder / "sentence_bert_config.json", _longest),
-        "prompt": prompt,
-        "prompts": prompts,
+    }
+
+
+def _table_parts(folder):
+    "What is particular to a table of token vectors, which is its own pooling."
+    path = folder / "model.safetensors"
+    with reading(path, _AGAIN), safe_open(path, framework="np") as weights:
+        width = weights.get_slice("embedding.weight").get_shape()[1]
+    for after in _entry(folder / "modules.json", partial(_after_pooling, first=1)):
+        width = _width_after(folder / after, width)
+    return {
+        "architecture": "StaticEmbedding",
+        "width": width,
+        "pooling": "mean",
+        "written_out": False,  # transformers knows no such model
+        "max_length": _entry(folder / "tokenizer.json", _truncation),
     }
 
 # %% ../nbs/28_card.ipynb #architecture

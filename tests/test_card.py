@@ -32,7 +32,8 @@ from contrastive_st.card import (
     with_command,
     write_card,
 )
-from contrastive_st.model import POOLINGS, SentenceEncoder
+from contrastive_st.model import POOLINGS, SentenceEncoder, add_adapters
+from contrastive_st.modeldir import StaticBackbone
 
 THINGS = (
     "dog cat man woman child horse guitar piano rice road street water music ball train rain snow"
@@ -192,6 +193,32 @@ def test_the_three_ways_give_the_same_vectors(copy, monkeypatch, pooling, option
     # and a wrong pooling is seen
     other = code[1].replace("pool(model", "(lambda s, m: s[:, -1])(model")
     assert np.abs(computed(other) - theirs).max() > 1e-4
+
+
+def test_a_table_of_token_vectors_has_a_card(copy, monkeypatch):
+    table = torch.randn(len(make_tokenizer()), 16, generator=torch.Generator().manual_seed(0))
+    shutil.rmtree(copy / "model")
+    SentenceEncoder(StaticBackbone(table), make_tokenizer()).save_pretrained(copy / "model")
+    write_card(copy)
+    monkeypatch.chdir(copy)
+    card = (copy / "model/README.md").read_text()
+    assert "| Backbone | StaticEmbedding, " in card and "| Dimensions | 16 |" in card
+    theirs, ours = map(computed, blocks(card))  # transformers alone knows no such model
+    assert theirs.shape == (2, 16) and theirs == pytest.approx(ours, abs=1e-6)
+
+
+def test_adapters_have_a_card_that_names_their_base(copy, tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="the extra lora is not installed")
+    shutil.rmtree(copy / "model")
+    encoder().save_pretrained(tmp_path / "base")
+    adapted = add_adapters(SentenceEncoder.from_pretrained(tmp_path / "base"), r=2)
+    adapted.save_pretrained(copy / "model")
+    write_card(copy)
+    monkeypatch.chdir(copy)
+    card = (copy / "model/README.md").read_text()
+    assert "| Backbone | LoRA adapters of .../base, " in card
+    theirs, plain, ours = map(computed, blocks(card))
+    assert theirs == pytest.approx(ours, abs=3e-6) and theirs == pytest.approx(plain, abs=3e-6)
 
 
 @pytest.mark.parametrize("name", POOLINGS)

@@ -110,8 +110,10 @@ export: $(READY)  ## write contrastive_st/ from the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-readme: $(READY)  ## write README.md from nbs/index.ipynb
+readme: $(READY)  ## write README.md from nbs/index.ipynb, and the pages that are made from records and recipes
 	$(BIN)/python tools/readme.py
+	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/scale.py
 
 docs: $(READY)  ## build the site into _site/ (needs npm once, for the math renderer)
 	$(BIN)/python tools/site.py

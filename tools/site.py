@@ -52,6 +52,7 @@ PAGES = {
     "docs/seeds.md": "seeds.md",
     "docs/data.md": "data.md",
     "docs/families.md": "families.md",
+    "docs/scale.md": "scale.md",
     "docs/reliability.md": "reliability.md",
 }
 # directive -> cell tag

@@ -28,6 +28,7 @@ import numpy as np
 import typer
 
 from . import atomic
+from .machine import share_cores
 
 # %% ../nbs/30_cli.ipynb #app
 app = typer.Typer(
@@ -152,6 +153,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for terminals that know few characters
     warnings.showwarning = _note_once()
+    share_cores()  # no command has imported torch yet
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app()

@@ -68,6 +68,28 @@ def test_no_bus_is_no_tpu(tmp_path):
     assert machine.tpu_chips(tmp_path) == 0
 
 
+@pytest.mark.parametrize("mine", [None, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_threads_sleep_while_they_wait_unless_one_chose(monkeypatch, mine):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    if mine:
+        monkeypatch.setenv(mine, "7")
+    assert machine.share_cores() is (mine is None)
+    assert os.environ.get("GOMP_SPINCOUNT") == {
+        None: str(machine.SPIN_COUNT),
+        "GOMP_SPINCOUNT": "7",
+    }.get(mine)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+
+
+def test_threads_of_a_loaded_torch_stay_as_they_are(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    assert not machine.share_cores() and "GOMP_SPINCOUNT" not in os.environ
+
+
 def test_the_module_needs_nothing_but_python():
     "It is imported where nothing else is installed yet."
     code = (

@@ -385,7 +385,8 @@ def is_said(quote: str, templates: list[list[str]]) -> bool:
 
 def test_messages_on_the_page_are_those_of_the_library():
     text = PAGES["howto_trouble"].read_text(encoding="utf-8")
-    quotes, templates = re.findall(r"^> (.+)$", text, re.M), messages()
+    # the fixed words are in bold
+    quotes, templates = re.findall(r"^> (.+)$", text.replace("**", ""), re.M), messages()
     assert len(quotes) > 12
     assert [quote for quote in quotes if not is_said(quote, templates)] == []
     assert not is_said("the loss is unhappy about its life", templates)

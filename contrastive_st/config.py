@@ -37,9 +37,9 @@ OTHER_NAMES = {
 
 
 def nearest_setting(
-    key: str,  # that is none of ours, such as leraning_rate
+    key: str,  # that we do not know, such as leraning_rate
 ) -> str:  # such as lr; "" = nothing is similar
-    "Say which setting somebody probably meant."
+    "Say which setting you probably meant."
     ours = [*TrainConfig.__dataclass_fields__]
     # Of a very long key the beginning is enough, as comparing all of it would take seconds.
     near = get_close_matches(key[:100], [*ours, *OTHER_NAMES], 1)
@@ -128,7 +128,7 @@ class TrainConfig:
     warmup: Annotated[int, Field(ge=0), _Fewer] | None = None
     weight_decay: Annotated[float, Field(ge=0), _Finite] = 0.0  # AdamW's, on weight matrices only
     clip: Annotated[float, Field(gt=0), _Finite] = 1.0  # largest global norm of the gradient
-    # multiplies cosine; = 1/temperature
+    # multiplies cosine; one over the temperature of the loss
     scale: Annotated[float, Field(gt=0, lt=1e6), _Finite] = 20.0
     symmetric: bool = True  # pairs: mean of both directions; triplets always use one
     similarity: Literal["cos", "dot"] = "cos"  # of embeddings
@@ -161,8 +161,8 @@ class TrainConfig:
     # "self" keeps out candidates that the model itself scores above the positive, "guide" those
     # that another encoder does; "" = no guard
     guard: Literal["", "self", "guide"] = ""
-    # how far below the positive, in cosine, the guard already masks; below 0 it asks for more than
-    # the positive; None = -0.1, with a guide 0
+    # how far below the positive, in cosine, the guard already masks; -0.1 masks only candidates at
+    # least 0.1 above the positive; None = -0.1, with a guide 0
     guard_margin: Annotated[float, Field(ge=-1, le=1), _Finite] | None = None
     # the same as a share of the positive's cosine, such as 0.05; beside guard_margin the one counts
     # that masks more; None = only guard_margin
@@ -218,7 +218,7 @@ def of_length(
     if config.epochs is None:
         return config
     rows = sum(map(len, mixture.sources))
-    # rounded first, as 0.1 * 640 rows are a little more than 64
+    # rounded first, as 1.1 * 800 rows in batches of 16 come to 55.00000000000001 steps
     steps = math.ceil(round(config.epochs * rows / mixture.batch_size, 6))
     return replace(config, steps=max(steps, 1), epochs=None)
 

@@ -49,10 +49,12 @@ class ModelPlan:
         Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None
     ) = None
     normalize: bool | None = None  # unit-length embeddings; None = what the model says, else yes
-    max_length: Annotated[int, Field(gt=2)] | None = None  # word pieces; None = what the model says
-    # random weights instead: so many layers, with the tokenizer of `name`
+    # tokens of a text; None = what the model says
+    max_length: Annotated[int, Field(gt=2)] | None = None
+    # number of layers of an encoder with random weights, which takes the tokenizer of `name`
     layers: Annotated[int, Field(gt=0)] | None = None
-    width: Annotated[int, Field(gt=0, multiple_of=32)] | None = None  # its D; a head for every 32
+    # its width, a multiple of 32; one attention head for each 32
+    width: Annotated[int, Field(gt=0, multiple_of=32)] | None = None
     family: Literal["bert", "modernbert", "qwen3"] | None = None  # of random weights; None = bert
 
     def __post_init__(self):
@@ -104,7 +106,8 @@ class DataPlan:
     # sub-batches in each global batch; None = 2, or 1 where no other dataset has as many columns
     datasets_per_batch: Annotated[int, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0  # of the order
-    # weights from sizes, share ~ rows ** (1 / T); None = the weights of `mix`
+    # weights from sizes, share ~ rows ** (1 / T), and no temperature of the loss, which is
+    # 1 / train.scale; None = the weights of `mix`
     temperature: Annotated[float, Field(ge=1)] | None = None
     # names in `mix` that have a hard negative; only to plan without the files
     triplets: list[str] = Field(default_factory=list)

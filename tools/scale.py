@@ -113,7 +113,7 @@ def run_table(name: str, rates: dict) -> tuple[str, str]:
     heading = (
         f"## {name}\n\n{report['steps']:,} steps of {report['batch_size']:,} rows,"
         f" {recipe.model.max_length} tokens each; {sum(d['rows'] for d in report['datasets']):,}"
-        f" rows on the shelf.\n"
+        f" rows in the corpus.\n"
     )
     return heading, pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 

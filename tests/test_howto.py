@@ -30,6 +30,7 @@ from contrastive_st.data import quickstart_folder
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in sorted((ROOT / "docs").glob("howto_*.md"))}
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MPNET = "sentence-transformers/all-mpnet-base-v2"
 # Minutes of training, an export of a minute and an installation have tests of their own.
 NOT_TYPED = ("train", "compare", "inspect", "export")
 TYPED = ("contrastive-st", "python", "echo", "curl")
@@ -292,11 +293,12 @@ def test_commands_of_a_page_work_on_a_small_run(name, desk):
         if block.language == "python":
             assert type_python(block.text, desk) == block.output
         for line in commands(block.text) if block.language == "bash" else ():
+            line = line.removeprefix("time ")
             if not is_for_desk(line) or line == "contrastive-st train faq.toml --out runs/faq":
                 continue
             words = shlex.split(line)
             if words[1] != "new":  # which only writes the name down
-                words = [word.replace(MINILM, "tiny") for word in words]
+                words = [word.replace(MINILM, "tiny").replace(MPNET, "tiny") for word in words]
             if "--resume" not in words:  # a longer run, and yet a short one
                 words = [word.replace("epochs=20", "epochs=2") for word in words]
             shown, typed = type_words(words, desk), typed + 1

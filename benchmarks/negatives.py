@@ -1,6 +1,6 @@
 """Which hard negatives make a better encoder, and how many of them are false?
 
-python benchmarks/negatives.py             # 25 CPU minutes on one thread; a second call goes on
+python benchmarks/negatives.py             # half an hour of one thread; a second call goes on
 python benchmarks/negatives.py --quick     # a few steps of one seed, three minutes
 python benchmarks/negatives.py --summary   # the record of the seeds that are finished; no run
 
@@ -28,12 +28,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 from measure import HERE, one_thread, real_data, record, write
+from scipy.stats import rankdata
 from scipy.stats import t as student
 
 from contrastive_st.data import Retrieval, Source, read_examples, read_retrieval, read_sts
 from contrastive_st.evaluation import (
     evaluate_sts,
-    paired_difference,
     retrieval_by_query,
     sts_cosines,
 )
@@ -427,22 +427,41 @@ def over_seeds(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": values}
 
 
-def per_query(runs: list[dict], part: str) -> np.ndarray:
-    "nDCG@10 of each query, the mean over seeds; all sets one after another."
-    rows = [[x for values in run[part].values() for x in values] for run in runs]
-    return np.mean(rows, axis=0)
+def draws_of(runs: list[dict], gold, resamples: int = 1000, seed: int = 0) -> dict:
+    "The measures of `means` on all queries or pairs, then on resamples of them: (1 + R,) each."
+    rng, tables = np.random.default_rng(seed), {"search": {}, "near": {}}
+
+    def drawn(n: int) -> np.ndarray:
+        "All row numbers, then resamples of them: (1 + R, n). They are the same for every arm."
+        return np.vstack([np.arange(n), rng.integers(n, size=(resamples, n))])
+
+    # Queries are drawn within their set, so that each resample weighs the sets as the mean does.
+    for part, table in tables.items():
+        for name in runs[0][part]:
+            values = np.mean([run[part][name] for run in runs], axis=0)  # over seeds
+            table[name] = values[drawn(len(values))].mean(axis=1)
+    rows = drawn(len(gold))
+    wanted = standard_ranks(np.asarray(gold)[rows])
+    cosines = (standard_ranks(np.asarray(run["cosines"])[rows]) for run in runs)
+    sts = np.mean([(some * wanted).mean(axis=1) for some in cosines], axis=0)
+    parts = {part: np.mean(list(table.values()), axis=0) for part, table in tables.items()}
+    return {"sts": sts} | parts | tables["near"]
 
 
-def difference(first: list[dict], second: list[dict], gold) -> dict:
+def standard_ranks(values: np.ndarray) -> np.ndarray:
+    "Ranks of each row with mean 0 and deviation 1: Spearman is the mean of their products."
+    ranks = rankdata(values, axis=1)
+    return (ranks - ranks.mean(axis=1, keepdims=True)) / ranks.std(axis=1, keepdims=True)
+
+
+def difference(first: list[dict], second: list[dict], draws: tuple[dict, dict]) -> dict:
     "Second minus first: over seeds, and paired over queries or sentence pairs."
     a, b = (list(map(means, runs)) for runs in (first, second))
     result = {k: {"seeds": over_seeds([y[k] - x[k] for x, y in zip(a, b)])} for k in a[0]}
-    for part in ("search", "near"):
-        x, y = (per_query(runs, part) for runs in (first, second))
-        result[part]["queries"] = paired_difference(x, y)
-    # A correlation is no mean over pairs, so the pairs are drawn for each seed alone.
-    cosines = ((x["cosines"], y["cosines"]) for x, y in zip(first, second))
-    result["sts"]["pairs"] = [paired_difference(x, y, gold) for x, y in cosines]
+    for name, figures in result.items():
+        gains = draws[1][name] - draws[0][name]
+        low, high = map(float, np.percentile(gains[1:], [2.5, 97.5]))
+        figures["drawn"] = {"mean": float(gains[0]), "low": low, "high": high}
     return result
 
 
@@ -470,11 +489,12 @@ def figures_of(runs: list[dict]) -> dict:
 
 def summary(work: Path, data: Data) -> dict:
     "All figures of what is finished."
-    runs, gold = finished(work), list(data.sts[2])
+    runs = finished(work)
+    draws = {arm: draws_of(several, data.sts[2]) for arm, several in runs.items()}
     every = [run for several in runs.values() for run in several]
     before = {name: means(json.loads((work / f"{name}.json").read_text())) for name in BEFORE}
     compared = {
-        f"{b} - {a}": difference(runs[a], runs[b], gold)
+        f"{b} - {a}": difference(runs[a], runs[b], (draws[a], draws[b]))
         for a, b in COMPARED
         if {a, b} <= runs.keys()
     }

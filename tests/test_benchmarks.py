@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -163,6 +164,43 @@ def test_an_interval_over_seeds():
     assert figure["mean"] == 2.5
     assert figure["high"] - figure["mean"] == pytest.approx(3.182 * 1.291 / 2, abs=1e-3)
     assert negatives.over_seeds([1.0]) == {"mean": 1.0}
+
+
+def test_an_interval_over_queries_belongs_to_the_mean_over_sets():
+    rng, gold = np.random.default_rng(0), np.arange(50)
+
+    def run(gain):
+        "Two sets of different size, the larger one worse by the gain."
+        sizes = {"large": 400, "small": 40}
+        near = {name: rng.random(n) - gain * (name == "large") for name, n in sizes.items()}
+        near = {name: values.tolist() for name, values in near.items()}
+        cosines = gold + 30 * rng.random(50)
+        spearman = spearmanr(cosines, gold).statistic
+        return {"spearman": spearman, "search": near, "near": near, "cosines": cosines}
+
+    first, second = [run(0), run(0)], [run(0.3), run(0.3)]
+    draws = negatives.draws_of(first, gold), negatives.draws_of(second, gold)
+    found = negatives.difference(first, second, draws)
+    again = negatives.draws_of(first, gold), negatives.draws_of(second, gold)
+    assert found == negatives.difference(first, second, again)
+    for name in ("sts", "search", "near", "large", "small"):
+        drawn, mean = found[name]["drawn"], found[name]["seeds"]["mean"]
+        assert drawn["mean"] == pytest.approx(mean)
+        assert drawn["low"] < mean < drawn["high"]
+    # A mean over all queries would be near -0.27.
+    assert found["near"]["drawn"]["mean"] == pytest.approx(-0.15, abs=0.06)
+
+
+def test_the_record_of_the_negatives_has_each_mean_within_its_intervals():
+    record = json.loads((ROOT / "benchmarks/results/negatives.json").read_text())
+    for name, exams in record["differences"].items():
+        for exam, figures in exams.items():
+            mean = figures["seeds"]["mean"]
+            # Cosines are kept with four digits, so a correlation may differ in the fifth.
+            close = pytest.approx(mean, rel=1e-3, abs=2e-5)
+            assert figures["drawn"]["mean"] == close, f"{name}, {exam}"
+            for ends in figures.values():
+                assert ends["low"] - 1e-9 <= ends["mean"] <= ends["high"] + 1e-9, f"{name}, {exam}"
 
 
 def test_a_record_that_is_not_there_has_no_rows(tmp_path):

@@ -34,7 +34,6 @@ OTHER_NAMES = {
     "similarity_fn_name": "similarity",
     "matryoshka_dims": "widths",
     "fp16": "bf16",
-    "use_amp": "bf16",
     "mini_batch_size": "chunk_tokens",
     "eval_steps": "eval_every",
     "evaluation_steps": "eval_every",

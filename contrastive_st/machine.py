@@ -60,7 +60,7 @@ def processor_name(
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/36_machine.ipynb #share
-# tries before a waiting thread sleeps: about 10 microseconds, where OpenMP's default is milliseconds
+# tries before a waiting thread sleeps: about 10 microseconds, by OpenMP's default milliseconds
 SPIN_COUNT = 1000
 
 

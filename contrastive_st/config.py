@@ -26,13 +26,33 @@ OTHER_NAMES = {
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
     "warmup_steps": "warmup",
+    "warmup_ratio": "warmup = warmup_ratio * steps",
     "max_grad_norm": "clip",
+    "gradient_clip_val": "clip",
     "temperature": "scale = 1 / temperature",
+    "similarity_fct": "similarity",
+    "similarity_fn_name": "similarity",
     "matryoshka_dims": "widths",
+    "fp16": "bf16",
+    "mini_batch_size": "chunk_tokens",
     "eval_steps": "eval_every",
+    "evaluation_steps": "eval_every",
     "save_steps": "save_every",
+    "checkpoint_save_steps": "save_every",
     "logging_steps": "log_every",
+    "metric_for_best_model": "metric",
+    "load_best_model_at_end": "metric",
     "early_stopping_patience": "patience",
+    "dataloader_num_workers": "workers",
+    # what stands in another table of a recipe
+    "batch_size": "[data] batch_size",
+    "train_batch_size": "[data] batch_size",
+    "per_device_train_batch_size": "[data] batch_size",
+    "gradient_accumulation_steps": "[data] batch_size",
+    "data_seed": "[data] seed",
+    "max_seq_length": "[model] max_length",
+    "max_length": "[model] max_length",
+    "model_name_or_path": "[model] name",
 }
 
 
@@ -126,7 +146,8 @@ class TrainConfig:
     lr: Annotated[float, Field(gt=0, lt=10), _Finite] = 2e-5  # peak learning rate of AdamW
     # steps of linear warm-up, then linear decay; None = 10% of the steps
     warmup: Annotated[int, Field(ge=0), _Fewer] | None = None
-    weight_decay: Annotated[float, Field(ge=0), _Finite] = 0.0  # AdamW's, on weight matrices only
+    # AdamW's, on weight matrices only; times lr it is the share that a step takes off, below 1
+    weight_decay: Annotated[float, Field(ge=0, lt=1e6), _Finite] = 0.0
     clip: Annotated[float, Field(gt=0), _Finite] = 1.0  # largest global norm of the gradient
     # multiplies cosine; one over the temperature of the loss
     scale: Annotated[float, Field(gt=0, lt=1e6), _Finite] = 20.0
@@ -172,7 +193,9 @@ class TrainConfig:
     # in a recipe its path is relative to the recipe
     guide: str = ""  # index folder with all texts of the run, made with the guide
     # of pairs and triplets; graded pairs take CoSENT. `symmetric` is of info_nce alone; the last
-    # two copy how the guide scores the texts of a row, which needs hard negatives
+    # two copy how the guide scores the texts of a row, which needs hard negatives: margin_mse is
+    # the squared error of the similarities' differences, times the scale, and distill_kl the
+    # divergence of the softmax of the scaled similarities
     loss: Literal["info_nce", "siglip", "gte", "margin_mse", "distill_kl"] = "info_nce"
     # begin at `scale` and train it, with SigLIP's bias; it stays from 1 to 100
     learn_scale: bool = False
@@ -188,6 +211,11 @@ class TrainConfig:
         _complete(self)
         _check_guide(self)
         _check_loss(self)
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay:g} and lr is {self.lr:g}, so that a step takes"
+                " off all of a weight; use a weight_decay such as 0.01"
+            )
         if self.steps and self.warmup >= self.steps:
             raise ValueError(
                 f"warmup is {self.warmup} steps but the run has {self.steps}; "

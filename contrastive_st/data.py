@@ -239,7 +239,7 @@ class Columns(Header):
             self._remember(names, self._find(names, row, may_guess))
         chosen, others = self._choices[names]
         # Most columns turn out not to hold text, so the list shrinks and later rows cost little.
-        for name in [name for name in others if _is_text(row[name])]:
+        for name in [name for name in others if _is_text(row.get(name))]:
             others.remove(name)
             self._leave_out(name)
         return chosen

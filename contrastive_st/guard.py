@@ -7,7 +7,7 @@ __all__ = ['limits', 'score_mask', 'guide_mask', 'self_mask', 'guide_tiles', 'Gu
 
 # %% ../nbs/12_guard.ipynb #imports
 import hashlib
-import math
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -21,10 +21,19 @@ from .atomic import quote
 from .store import text_identity
 
 # %% ../nbs/12_guard.ipynb #limits
-def _check_margin(name, value):
-    "Raise a ValueError unless a margin is a finite number; a tensor is not read."
-    if not isinstance(value, Tensor) and not (isinstance(value, Real) and math.isfinite(value)):
+def _checked_margin(name, value, anchors):
+    "A finite number, or a tensor, which is not read: one value, or one for each anchor."
+    if isinstance(value, Tensor):
+        if tuple(value.shape) not in ((), (1,), (anchors,)):
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)}; it must have one value, or one"
+                f" for each of {anchors} anchors"
+            )
+        return value
+    # Not so for NaN, nor for a whole number that is too large for a float.
+    if not (isinstance(value, Real) and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} is {quote(value)}; it must be a finite number, or None")
+    return float(value)
 
 
 def limits(
@@ -35,12 +44,11 @@ def limits(
     "Return how high a candidate of each anchor may score."
     limit = positive
     if absolute_margin is not None:
-        _check_margin("absolute_margin", absolute_margin)
-        limit = positive - absolute_margin
+        limit = positive - _checked_margin("absolute_margin", absolute_margin, len(positive))
     if relative_margin is not None:
-        _check_margin("relative_margin", relative_margin)
+        part = _checked_margin("relative_margin", relative_margin, len(positive))
         # A share of the size, so that the limit of a negative score lies below it, too.
-        share = positive - positive.abs() * relative_margin
+        share = positive - positive.abs() * part
         limit = share if absolute_margin is None else torch.minimum(limit, share)
     return limit
 
@@ -113,7 +121,7 @@ def self_mask(
     first: int = 0,  # row of the first anchor's positive
 ) -> Tensor:  # True = no negative of this anchor, (b, N) bool with N = B * (1 + K)
     "Mark the candidates that the model itself scores above the positive, at -0.1 clearly above."
-    _check_margin("margin", margin)
+    margin = _checked_margin("margin", margin, len(anchors))
     return guide_mask(anchors, positives, negatives, margin, None, first)
 
 

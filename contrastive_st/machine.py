@@ -60,12 +60,12 @@ def processor_name(
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/36_machine.ipynb #share
-# tries before a waiting thread sleeps: some 10 microseconds, where OpenMP's default is milliseconds
+# tries before a waiting thread sleeps: 10 microseconds, OpenMP's default is milliseconds
 SPIN_COUNT = 1000
 
 
-def share_cores() -> bool:  # whether it has an effect: not if you chose, or if torch is loaded
-    "Let the threads of this process sleep while they wait, so that other programs get their share."
+def share_cores() -> bool:  # whether the setting was made: not if you chose, or torch is loaded
+    "Set GNU's OpenMP, which torch has on Linux and not on macOS, to let waiting threads sleep."
     chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ)
     if chosen or "torch" in sys.modules:
         return False

@@ -12,9 +12,10 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import islice
+from os import PathLike, fspath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -289,10 +290,17 @@ def _checked(name, text):
     return text
 
 
-def _mend_score(score):
+def _is_score(value, bounds):
+    "Whether a cell is a number within the bounds, if there are any."
+    return _is_number(value) and (not bounds or bounds[0] <= float(value) <= bounds[1])
+
+
+def _mend_score(score, bounds):
     "What to do about a score that is none; some countries write 0,5."
-    other = score.replace(",", ".") if isinstance(score, str) else ""
-    return f"write {other.strip()}" if "," in str(score) and _is_number(other) else "mend the row"
+    other = score.replace(",", ".").strip() if isinstance(score, str) and "," in score else ""
+    # Three digits may be thousands, which only the bounds can tell.
+    is_clear = bounds or not re.fullmatch(r"[+-]?[1-9]\d{0,2}\.\d{3}", other)
+    return f"write {other}" if is_clear and _is_score(other, bounds) else "mend the row"
 
 
 def _records(row, layout, bounds):
@@ -306,9 +314,9 @@ def _records(row, layout, bounds):
         label = _checked(layout.label, str(label) if isinstance(label, int) else label).strip()
     if layout.score:
         score = row[layout.score]
-        if not _is_number(score) or bounds and not bounds[0] <= float(score) <= bounds[1]:
+        if not _is_score(score, bounds):
             limits = f"a number from {bounds[0]:g} to {bounds[1]:g}" if bounds else "a number"
-            raise ValueError(f"score {quote(score)} is not {limits}; {_mend_score(score)}")
+            raise ValueError(f"score {quote(score)} is not {limits}; {_mend_score(score, bounds)}")
     anchor, *others = [row[name] for name in layout.texts]
     lists = others[:1] and isinstance(others[0], list)
     for positive in others[0] if lists else others[:1] or [None]:
@@ -345,6 +353,11 @@ class _Table:
         path = expanded(self.place)
         if path.is_file() or path.name.lower().endswith((".gz", *ROW_FORMATS)):
             self.place = str(regular_file(path, ROW_FORMATS))
+            if split != "train":
+                raise ValueError(
+                    f"{self.place}: a file has no splits, but --split is {quote(split)}; leave it"
+                    " out, or give the file of that split"
+                )
             return None
         # It brings the datasets library, for which a file with a usual name need not wait.
         from contrastive_st.data import open_dataset
@@ -396,6 +409,7 @@ class _Table:
 
 # %% ../nbs/27_new.ipynb #scan
 _RANGES = ((0, 1), (0, 5), (-1, 1), (0, 10), (0, 100))  # of grades, as people give them
+_LARGEST_SCORE = 1e9  # no scale of grades comes near, and the recipe's numbers stay short
 
 
 class _Scan(NamedTuple):
@@ -404,6 +418,15 @@ class _Scan(NamedTuple):
     identities: np.ndarray  # (N, C) int64
     labels: np.ndarray | None  # (N,) int32, numbers of the labels
     scores: np.ndarray | None  # (N,) float64
+    numbers: dict[str, int]  # label -> its number
+
+    def holds(self, n, record):
+        "Whether a record is what row `n` was when the file was read first."
+        return (
+            list(map(text_identity, record.texts)) == self.identities[n].tolist()
+            and (self.labels is None or self.numbers.get(record.label) == self.labels[n])
+            and (self.scores is None or record.score == self.scores[n])
+        )
 
 
 def _scan(table):
@@ -421,6 +444,7 @@ def _scan(table):
         np.frombuffer(identities, np.int64).reshape(shape) if identities else np.empty((0, 1)),
         np.frombuffer(labels, np.int32) if labels else None,
         np.frombuffer(scores, np.float64) if scores else None,
+        number,
     )
 
 
@@ -465,9 +489,11 @@ def _range_of(place, scores, given):
         raise ValueError(f"{place}: every score is {low:g}, so there is nothing to rank")
     bounds = given or next((r for r in _RANGES if r[0] <= low and high <= r[1]), None)
     if bounds is None:
+        todo = "divide them by the largest that can be given"
+        if -_LARGEST_SCORE < math.floor(low) and math.ceil(high) < _LARGEST_SCORE:
+            todo = f"say which it is, for example --score-range {math.floor(low)},{math.ceil(high)}"
         raise ValueError(
-            f"{place}: the scores go from {low:g} to {high:g}, which is no usual range; say which"
-            f" it is, for example --score-range {math.floor(low)},{math.ceil(high)}"
+            f"{place}: the scores go from {low:g} to {high:g}, which is no usual range; {todo}"
         )
     return bounds
 
@@ -632,7 +658,7 @@ def _names(parts):
     return {DEV: "dev", TEST: "test"} if (parts == TEST).any() else {DEV: "heldout"}
 
 
-def _write_data(folder, table, identities, parts, leaks, voters):
+def _write_data(folder, table, scan, parts, leaks, voters):
     "Walk through the rows a second time and write each where it belongs; returns the test sets."
     layout, counts = table.layout, Counter()
     with ExitStack() as stack:
@@ -642,7 +668,7 @@ def _write_data(folder, table, identities, parts, leaks, voters):
 
         train = _Rows(folder / "train.jsonl", stack, layout.names)
         test_sets = {
-            part: _test_set(folder, name, stack, table, identities[parts == part])
+            part: _test_set(folder, name, stack, table, scan.identities[parts == part])
             for part, name in _names(parts).items()
         }
         writers = {TRAIN: train} | {part: write for part, (write, _) in test_sets.items()}
@@ -656,8 +682,8 @@ def _write_data(folder, table, identities, parts, leaks, voters):
 
         n = 0
         for n, record in enumerate(table.records(note), 1):
-            # Nothing may be called what another row was when the file was read first.
-            if n > len(parts) or text_identity(record.texts[0]) != identities[n - 1, 0]:
+            # An answer that came later would be in training although it is held out elsewhere.
+            if n > len(parts) or not scan.holds(n - 1, record):
                 n = -1
                 break
             part, is_leak = int(parts[n - 1]), leaks[n - 1]
@@ -814,6 +840,38 @@ def _places(out):
     return recipe, folder
 
 
+def _check_texts(**options):
+    "Raise a ValueError unless each option is a text or a path."
+    for option, value in options.items():
+        if not isinstance(value, str | PathLike):
+            raise ValueError(f"{option} is {quote(value)}; give a text")
+
+
+def _listed(columns):
+    "The names of columns; a ValueError unless they are texts in a list."
+    is_list = isinstance(columns, Iterable) and not isinstance(columns, str)
+    names = tuple(columns) if is_list else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"columns is {quote(columns)}; give a list of names, such as ['question', 'answer']"
+        )
+    return names
+
+
+def _limits(score_range):
+    "Two numbers in their order."
+    try:
+        low, high = map(float, score_range)
+    except (TypeError, ValueError, OverflowError):
+        low = high = math.nan
+    if not -_LARGEST_SCORE < low < high < _LARGEST_SCORE:  # not so for NaN
+        raise ValueError(
+            f"--score-range {quote(score_range)}: give the lowest and the highest score, such as"
+            " 0 and 5"
+        )
+    return low, high
+
+
 def _with_partner(labels):
     "How many rows of training share their label; it leaves out the others."
     counts = np.bincount(labels)
@@ -862,28 +920,31 @@ def new_recipe(
 ) -> NewRecipe:  # written whole, or not at all
     "Turn a file into data, a held-out test set and a recipe; bad rows are left out and listed."
     # 1. What can be wrong before the file is read.
+    _check_texts(out=out, data=data, label=label or "", model=model, split=split)
+    columns, model = _listed(columns), fspath(model)
     recipe, folder = _places(out)
     parse_holdout(holdout, 100)
     if label and scores:
         raise ValueError("--label and --scores exclude each other; pairs have scores, texts labels")
-    if score_range and not scores:
+    if score_range is not None and not scores:
         raise ValueError("--score-range is for pairs with scores; add --scores, or leave it out")
+    limits = None if score_range is None else _limits(score_range)
     if not model.strip():
         raise ValueError("--model is empty; name a folder or a hub id, or leave it out")
     # 2. The first walk: columns, identities, and who goes where.
     table = _Table(data, split)
-    table.find(tuple(columns), label, scores)
-    table.bounds = score_range
+    table.find(columns, label, scores)
+    table.bounds = limits
     scan = _scan(table)
     _check_scan(table, scan)
     if scan.scores is not None:
-        table.bounds = _range_of(table.place, scan.scores, score_range)
+        table.bounds = _range_of(table.place, scan.scores, limits)
     parts = _parts(table.place, scan, holdout, seed)
     leaks = _drop_leaks(scan, parts)
     voters = None if scan.labels is None else _voters(scan, parts, seed)
     # 3. The second walk writes.
     with atomic.new_folder(folder) as beside:
-        test_sets, counts = _write_data(beside, table, scan.identities, parts, leaks, voters)
+        test_sets, counts = _write_data(beside, table, scan, parts, leaks, voters)
     rows = {"train": counts[TRAIN]} | {name: counts[part] for part, name in _names(parts).items()}
     title = f"{Path(table.place).name}: {', '.join(table.layout.names)}"
     used = counts[TRAIN] if scan.labels is None else _with_partner(scan.labels[parts == TRAIN])

@@ -139,12 +139,14 @@ def _distilled_loss(rows, guide, config):
             " the positive with"
         )
     scores, options = _teacher_scores(guide), {"similarity": config.similarity}
-    if config.loss == "margin_mse":  # both sides grow with the scale, and so does the gradient
-        function, scores = margin_mse, config.scale * scores
-        options["scale"] = config.scale
-    else:
-        function, options["temperature"] = distill_kl, 1 / config.scale
-    return sum(
+    # The gradient of InfoNCE and CoSENT grows with the scale. So shall these, lest one dataset of a
+    # mixture counts for nothing beside another.
+    if config.loss == "margin_mse":
+        function, weight = margin_mse, config.scale
+    else:  # the function multiplies by the temperature's square, here as small as 1 / scale**2
+        function, weight = distill_kl, config.scale**2
+        options["temperature"] = 1 / config.scale
+    return weight * sum(
         function(rows[:, 0, :w], rows[:, 1, :w], rows[:, 2:, :w], scores, **options)
         for w in config.widths or (rows.shape[-1],)
     )

@@ -10,6 +10,7 @@ from conftest import ROOT
 import contrastive_st
 from contrastive_st import run
 from contrastive_st.config import OTHER_NAMES, TrainConfig, nearest_setting, of_length
+from contrastive_st.recipes import DataPlan, ModelPlan
 
 
 def test_settings_are_checked_without_torch(tmp_path):
@@ -46,6 +47,11 @@ def test_its_names_of_old_still_work():
         ("warm_up", "warmup"),
         ("num_train_epochs", "epochs"),
         ("temperature", "scale = 1 / temperature"),
+        ("batch_size", "[data] batch_size"),
+        ("per_device_train_batch_size", "[data] batch_size"),
+        ("warmup_ratio", "warmup = warmup_ratio * steps"),
+        ("metric_for_best_model", "metric"),
+        ("fp16", "bf16"),
         ("colour", ""),
         ("", ""),
         ("x" * 10**6, ""),
@@ -63,5 +69,19 @@ def test_a_wrong_key_leads_to_the_right_one(key, name):
 def test_each_name_of_others_leads_to_a_setting():
     "The table of other names cannot outlive a setting that goes away."
     ours = TrainConfig.__dataclass_fields__.keys()
-    assert {name.split()[0] for name in OTHER_NAMES.values()} <= ours
+    tables = {"[data]": DataPlan, "[model]": ModelPlan}
+    for name in OTHER_NAMES.values():
+        first, *rest = name.split()
+        assert rest[0] in tables[first].__dataclass_fields__ if first in tables else first in ours
     assert not OTHER_NAMES.keys() & ours
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weight_decay": 1e308}, {"weight_decay": 1e6}, {"lr": 2e-5, "weight_decay": 5e4}],
+)
+def test_a_weight_decay_that_takes_off_whole_weights(options):
+    with pytest.raises(ValueError, match="weight_decay") as caught:
+        TrainConfig(**options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+    assert TrainConfig(lr=1e-3, weight_decay=900.0).weight_decay == 900

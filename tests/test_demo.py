@@ -162,7 +162,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(folders, tmp_path):
         ("empty", "not a model directory"),
         ("going", "has no model yet"),
         ("remote", "code that comes with a model is never run"),
-        ("module", "only Transformer, Pooling, Dense"),
+        ("module", "only Transformer, Pooling, StaticEmbedding, Dense"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             demo.open_models([folders / "small", tmp_path / place])

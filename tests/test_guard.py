@@ -412,6 +412,17 @@ def test_a_guide_with_another_tokenizer(tiny_backbone, tiny_tokenizer):
         (lambda a, p, n: guide_mask(a, p, p), r"and \(12, 8\); they must be"),
         (lambda a, p, n: guide_mask(a, p, absolute_margin=float("nan")), "absolute_margin is nan"),
         (lambda a, p, n: guide_mask(a, p, relative_margin="5%"), "relative_margin is '5%'"),
+        (lambda a, p, n: score_mask(a @ p.T, relative_margin=10**400), "relative_margin is 1000"),
+        (lambda a, p, n: guide_mask(a, p, absolute_margin=-(10**400)), "absolute_margin is -1000"),
+        (
+            lambda a, p, n: score_mask(a @ p.T, torch.zeros(5)),
+            r"absolute_margin is a tensor of shape \(5,\); it must have one value, or one for each",
+        ),
+        (
+            lambda a, p, n: guide_mask(a, p, relative_margin=torch.zeros(12, 1)),
+            r"relative_margin is a tensor of shape \(12, 1\)",
+        ),
+        (lambda a, p, n: self_mask(a, p, margin=torch.zeros(3)), r"margin is a tensor of .*\(3,\)"),
         (
             lambda a, p, n: self_mask(a, p, margin=float("-inf")),
             "margin is -inf; it must be a finite",

@@ -35,7 +35,7 @@ ALLOWED = {
         "tokens",
     },
     "trainer": {"cpu", "evaluation", "mixture", "model", "run", "tokens"},
-    "xla": {"model", "run", "tokens"},
+    "xla": {"model", "modeldir", "run", "tokens"},
     "encoding": {"model", "precision", "tokens"},
     "index": {"encoding", "evaluation", "precision", "search"},
     "mining": {"search", "store"},

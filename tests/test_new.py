@@ -460,20 +460,54 @@ def test_texts_that_are_equal_in_every_row(desk):
     fails("hold the same text in every row", faq([(q, f" {q.upper()}") for q, _ in FAQ]))
 
 
-@pytest.mark.parametrize(
-    "rows", [FAQ[:-1], [*FAQ, ("more", "rows")], [("other", "text"), *FAQ[1:]]]
-)
-def test_a_file_that_changes_between_two_readings(desk, monkeypatch, rows):
+def _change_before_writing(monkeypatch, change):
+    "Let a function change the file before it is read the last time."
     reads = []
 
     def read(path, *rest):
         reads.append(path)
         if len(reads) == 3:  # columns, first walk, second walk
-            faq(rows)
+            change()
         return read_rows(path, *rest)
 
     monkeypatch.setattr("contrastive_st.new.read_rows", read)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        FAQ[:-1],
+        [*FAQ, ("more", "rows")],
+        [("other", "text"), *FAQ[1:]],
+        [(FAQ[0][0], "other answer"), *FAQ[1:]],
+        [(question, "answer x to 0") for question, _ in FAQ],
+    ],
+)
+def test_a_file_that_changes_between_two_readings(desk, monkeypatch, rows):
+    _change_before_writing(monkeypatch, lambda: faq(rows))
     fails("changed while it was read; run again", faq())
+
+
+@pytest.mark.parametrize("changed", ["intent 1", "a new intent"])
+def test_labels_that_change_between_two_readings(desk, monkeypatch, changed):
+    header = ("text", "intent")
+    rows = [("message 0", changed), *TICKETS[1:]]
+    _change_before_writing(monkeypatch, lambda: write("tickets.csv", header, rows))
+    fails("changed while it was read", write("tickets.csv", header, TICKETS), label="intent")
+
+
+def test_scores_and_negatives_that_change_between_two_readings(desk, monkeypatch):
+    header = ("left", "right", "rating")
+    rows = [(*GRADED[0][:2], 5), *GRADED[1:]]
+    with monkeypatch.context() as patch:
+        _change_before_writing(patch, lambda: write("graded.csv", header, rows))
+        name = write("graded.csv", header, GRADED)
+        fails("changed while it was read", name, columns=header, scores=True)
+    header = ("anchor", "positive", "negative")
+    hard = [(f"q {n}", f"a {n}", f"no {n}") for n in range(40)]
+    others = [(*hard[0][:2], "a 9"), *hard[1:]]  # perhaps a text that is held out
+    _change_before_writing(monkeypatch, lambda: write("hard.csv", header, others))
+    fails("changed while it was read", write("hard.csv", header, hard))
 
 
 def test_an_address_is_no_file(desk):
@@ -485,6 +519,72 @@ def test_a_score_with_a_comma(desk):
     name = write("graded.csv", ("left", "right", "score"), rows, ";")
     options = {"columns": ("left", "right", "score"), "scores": True}
     assert fails("score '0,5' is not a number", name, **options).endswith("write 0.5")
+
+
+@pytest.mark.parametrize(
+    "score, score_range, advice",
+    [
+        ("1,000", None, "mend the row"),  # one, or a thousand?
+        ("1,000", (0, 5), "write 1.000"),
+        ("1,500", (0, 1), "mend the row"),
+        ("0,500", None, "write 0.500"),
+        ("1,5 ", None, "write 1.5"),
+    ],
+)
+def test_a_comma_is_mended_within_the_bounds(desk, score, score_range, advice):
+    columns = ("left", "right", "score")
+    name = write("graded.csv", columns, [(a, b, score) for a, b, _ in GRADED], ";")
+    options = {"columns": columns, "scores": True, "score_range": score_range}
+    assert fails("is not a number", name, **options).endswith(advice)
+
+
+@pytest.mark.parametrize(
+    "score_range", [(0, float("inf")), (5, 0), (0,), 5, (0, 10**400), (0, float("nan")), ()]
+)
+def test_a_range_that_no_recipe_can_have(desk, score_range):
+    name = write("graded.csv", ("left", "right", "score"), GRADED)
+    options = {"columns": ("left", "right"), "scores": True, "score_range": score_range}
+    fails("give the lowest and the highest score", name, **options)
+
+
+def test_huge_scores_make_a_short_sentence(desk):
+    columns = ("left", "right", "score")
+    rows = [(a, b, 1e308 * (-1) ** n) for n, (a, b, _) in enumerate(GRADED)]
+    sentence = fails(
+        "-1e\\+308 to 1e\\+308", write("a.csv", columns, rows), columns=columns, scores=True
+    )
+    assert "divide them" in sentence and len(sentence) < 200
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"model": 5}, "model is 5; give a text"),
+        ({"label": 5}, "label is 5; give a text"),
+        ({"split": 5}, "split is 5; give a text"),
+        ({"columns": 5}, "columns is 5; give a list of names"),
+        ({"columns": "question"}, "columns is 'question'; give a list of names"),
+        ({"columns": (1, 2)}, r"columns is \(1, 2\); give a list of names"),
+        ({"split": "dev"}, "faq.csv: a file has no splits, but --split is 'dev'; leave it out"),
+    ],
+)
+def test_options_of_a_wrong_type(desk, options, words):
+    fails(words, faq(), **options)
+
+
+def test_a_model_may_be_a_path(desk):
+    new_recipe("mine.toml", faq(), model=desk / "model")
+    assert recipes.load("mine.toml").model.name == str(desk / "model")
+
+
+def test_rows_of_two_kinds_of_names(desk):
+    "The rows without the columns of the first one are left out and counted."
+    rows = [dict(zip(("anchor", "positive"), row)) for row in FAQ]
+    rows[1::2] = [dict(zip(("question", "answer"), row)) for row in FAQ[1::2]]
+    _jsonl("two.jsonl", rows)
+    made = new_recipe("mine.toml", "two.jsonl", holdout="20%")
+    assert sum(made.rows.values()) == 30
+    assert any("30 bad rows skipped" in remark for remark in made.remarks)
 
 
 # --- the command, and what it needs ---

@@ -29,7 +29,6 @@ STATEMENTS = "E701,E702,E731"
 # execute the notebook, and take the cell off this list. Nothing is added to it.
 WIDE_OUTPUTS = {
     "19_xla": "run",
-    "22_search": "cluster-check map-names",
     "26_recipes": "tiny-runs",
     "mteb": "choose models run hours",
     "multi_qa_search": "data exams train by-set wins failures ask wrong-loud",

@@ -7,6 +7,7 @@ from collections import Counter
 import nbformat
 import pages
 import pytest
+import run_pages
 from pages import ROOT
 
 FIRST_LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+\.ipynb)(?:#[^)]*)?\)")
@@ -66,3 +67,21 @@ def test_the_first_link_to_a_page_counts(tmp_path, text, target):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="next")])
     nbformat.write(nb, tmp_path / "a.ipynb")
     assert next_of(tmp_path / "a.ipynb") == (tmp_path / target if target else None)
+
+
+def test_the_longest_page_runs_first(monkeypatch):
+    "And an nbdev that orders its pages in another way is told."
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(run_pages.test, "sorted", sorted, raising=False)
+    seconds, ran = json.loads((ROOT / "tools/pages.json").read_text(encoding="utf-8")), []
+
+    def run(n_workers):
+        ran.extend(run_pages.test.sorted(pages.modules()))
+
+    monkeypatch.setattr(run_pages.test, "nbdev_test", run)
+    run_pages.main()
+    times = [seconds[page.stem]["seconds"] for page in ran]
+    assert len(ran) == len(pages.modules()) and times == sorted(times, reverse=True)
+    monkeypatch.setattr(run_pages.test, "nbdev_test", lambda n_workers: None)
+    with pytest.raises(RuntimeError, match="did not sort its pages"):
+        run_pages.main()

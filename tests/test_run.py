@@ -1304,9 +1304,9 @@ def test_rows_are_scored_as_the_guide_scores_them(loss, similarity, widths):
     for w in widths or (32,):
         columns = rows[:, 0, :w], rows[:, 1, :w], rows[:, 2:, :w]
         if loss == "margin_mse":
-            expected += margin_mse(*columns, 10 * teacher, 10.0, similarity)
+            expected += 10 * margin_mse(*columns, teacher, similarity=similarity)
         else:
-            expected += distill_kl(*columns, teacher, 0.1, similarity=similarity)
+            expected += 100 * distill_kl(*columns, teacher, 0.1, similarity=similarity)
     value, masked = batch_loss(embeddings, identities, c, guide=guide)
     torch.testing.assert_close(value, expected)
     assert masked == 0
@@ -1314,6 +1314,23 @@ def test_rows_are_scored_as_the_guide_scores_them(loss, similarity, widths):
         batch_loss(embeddings, identities, c)
     with pytest.raises(ValueError, match="have no hard negatives to compare"):
         batch_loss(embeddings, identities.view(12, 2), c, guide=torch.randn(12, 2, 5))
+
+
+@pytest.mark.parametrize("loss", ["margin_mse", "distill_kl"])
+@pytest.mark.parametrize("scale", [5.0, 20.0, 50.0])
+def test_a_distilled_gradient_is_as_long_as_that_of_info_nce(loss, scale):
+    "Else one dataset of a mixture counts for nothing beside another."
+    torch.manual_seed(0)
+    rows, guide, identities = torch.randn(6, 32, 64), torch.randn(32, 6, 8), torch.arange(192)
+
+    def length(name):
+        x = F.normalize(rows.flatten(0, 1) + 1.5, dim=-1).requires_grad_()  # (6 * 32, 64)
+        options = {} if name == "info_nce" else {"guide": "not opened"}
+        c = config(loss=name, scale=scale, **options)
+        batch_loss(x, identities.view(32, 6), c, guide=guide)[0].backward()
+        return x.grad.norm().item()
+
+    assert 0.1 < length(loss) / length("info_nce") < 10
 
 
 def test_a_run_that_copies_a_guide(tmp_path):

@@ -22,8 +22,19 @@ def longest_first(files: list) -> list:
 
 def main() -> None:
     os.chdir(ROOT)
-    test.sorted = longest_first  # the only use of sorted before the pages run
+    orders = []
+
+    def order(files, **options):
+        orders.append(files)
+        return sorted(files, **options) if options else longest_first(files)
+
+    test.sorted = order  # its first use is before the pages run
     test.nbdev_test(n_workers=2)
+    if not orders:
+        raise RuntimeError(
+            "nbdev_test did not sort its pages by nbdev.test.sorted, so they ran in the order of"
+            " their names; look how this nbdev orders them"
+        )
 
 
 if __name__ == "__main__":

@@ -90,7 +90,6 @@ STILL = {
     "nli_to_stsb.ipynb": 1,
     "one_billion_pairs_tpu.ipynb": 2,
     "reliability.md": 2,
-    "three_claims.ipynb": 4,
     "your_own_data.ipynb": 1,
 }
 

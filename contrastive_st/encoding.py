@@ -379,6 +379,14 @@ def _weights_digest(state):
     return digest.hexdigest()
 
 
+def _scalings(owner):
+    "A fingerprint of how much each adapter counts, which no tensor says; None = no adapters."
+    modules = owner.named_modules() if hasattr(owner, "named_modules") else ()
+    scalings = {name: module.scaling for name, module in modules if hasattr(module, "lora_A")}
+    text = json.dumps(scalings, sort_keys=True, default=str)
+    return blake2b(text.encode(), digest_size=16).hexdigest() if scalings else None
+
+
 # These change no vector: a batch may be smaller when memory was short.
 _NO_MATTER = ("batch_size", "progress", "show_progress_bar")
 _SETTINGS = ("pooling", "normalize", "max_length", "prompts", "settings")
@@ -419,6 +427,8 @@ def fingerprint(
         settings["head"] = str(head)
     if not getattr(owner, "include_prompt", True):
         settings["include_prompt"] = False
+    if adapters := _scalings(owner):
+        settings["adapters"] = adapters
     return description | {
         "weights": _weights_digest(owner.state_dict()),
         "settings": json.dumps(settings, sort_keys=True, default=str),

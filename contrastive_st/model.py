@@ -27,7 +27,8 @@ from tqdm import tqdm
 from .atomic import is_whole_number, named, quote, reading
 from .cpu import has_bf16, keep_memory
 from .modeldir import ModelParts, ModelSettings, find_folder, head_width, read_model
-from .modeldir import has_adapters, is_base, linear_names, put_adapters
+from .modeldir import adapter_config, has_adapters, is_base, lies_in, linear_names
+from .modeldir import put_adapters
 from .modeldir import take_off_adapters, take_off_pooler, token_limit, try_tokenizer
 from .modeldir import write_model
 from .packed import packable, packed_states
@@ -216,7 +217,8 @@ class SentenceEncoder(torch.nn.Module):
         self,
         # a model that is there is replaced once the new one is whole; other files stay
         dir: str | Path,  # made if absent; ~ is the home folder
-        merge: bool | None = None,  # add adapters to the weights; None = if their base has no name
+        # None = if their base has no name, or would be overwritten
+        merge: bool | None = None,  # add adapters to the weights
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
         settings = ModelSettings(
@@ -228,7 +230,11 @@ class SentenceEncoder(torch.nn.Module):
             rest={**self.settings, "prompts": self.prompts},
         )
         parts = ModelParts(self.backbone, self.tokenizer, settings, self.head)
-        write_model(Path(dir), parts, self.pooler_weights, _merges(self, merge))
+        base = adapters_of(self).get("base_model_name_or_path")
+        replaces = lies_in(base, dir)
+        write_model(Path(dir), parts, self.pooler_weights, _merges(base, replaces, dir, merge))
+        if replaces:  # the weights that are frozen here lie nowhere any more
+            adapter_config(self.backbone)[1].base_model_name_or_path = self.source = None
 
     @property
     def width(self) -> int:  # D
@@ -769,19 +775,29 @@ def _source(name_or_dir, transformer):
 
 def adapters_of(
     encoder: SentenceEncoder,  # with adapters or without
-) -> dict:  # r, lora_alpha, lora_dropout, target_modules, base_model_name_or_path; {} = none
+) -> dict:  # r, lora_alpha, target_modules and so on, as peft names them; {} = none
     "Say which adapters an encoder has."
     if not has_adapters(encoder.backbone):
         return {}
     names = ("r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path")
-    config = encoder.backbone.peft_config["default"]
+    rare = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern")
+    _, config = adapter_config(encoder.backbone)
+    usual = type(config)()
+    # What few adapters have is named only where it is there, so that older runs can go on.
+    names += tuple(name for name in rare if getattr(config, name) != getattr(usual, name))
     settings = {name: getattr(config, name) for name in names}
-    return settings | {"target_modules": sorted(settings["target_modules"])}
+    # Of a pattern, which is one string, the order matters.
+    return {n: sorted(x) if isinstance(x, Set | list) else x for n, x in settings.items()}
 
 
-def _merges(encoder, merge):
-    "Whether to write a merged model; unasked only if nothing could be said of the base model."
-    return not adapters_of(encoder).get("base_model_name_or_path") if merge is None else merge
+def _merges(base, replaces, dir, merge):
+    "Whether to write a merged model; unasked if the base has no name, or is going to be replaced."
+    if replaces and merge is False:
+        raise ValueError(
+            f"{dir}: holds the base model of these adapters, {quote(base)}, which would be lost;"
+            " choose another directory, or pass merge=True"
+        )
+    return replaces or not base if merge is None else merge
 
 
 def add_adapters(
@@ -794,23 +810,35 @@ def add_adapters(
     seed: int = 0,  # of the random A; B begins with zeros
 ) -> SentenceEncoder:  # the same one
     "Freeze the weights of a backbone and put LoRA adapters beside its linear layers."
-    _check_lora(r, lora_alpha, lora_dropout, target_modules)
     backbone, base = encoder.backbone, encoder.source
+    if has_adapters(backbone):
+        raise ValueError("the encoder has adapters already; merge these first (merge_adapters)")
+    if isinstance(target_modules, Iterable) and not isinstance(target_modules, str):
+        target_modules = list(target_modules)  # an iterator gives its names only once
+    _check_lora(r, lora_alpha, lora_dropout, target_modules)
     exist = linear_names(backbone)
     if not exist:
         raise ValueError(
             "this backbone has no linear layers to put adapters beside; train it whole"
         )
-    if base is not None and not is_base(backbone, find_folder(base)):
-        base = None  # it was trained since it was loaded
+    if base is not None and not _is_still_there(backbone, base):
+        base = None
     options = {"r": int(r), "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-    options["target_modules"] = exist if target_modules is None else list(target_modules)
+    options["target_modules"] = exist if target_modules is None else target_modules
     # Other libraries keep the pooler, which gets no adapter there either.
     options["exclude_modules"] = ["pooler.dense"] if hasattr(backbone, "pooler") else None
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         put_adapters(backbone, base, options)
-    return encoder
+    return encoder.train(encoder.training)  # new modules begin in training mode
+
+
+def _is_still_there(backbone, base):
+    "Whether a base can be read, and has the weights of a backbone, which may have been trained."
+    try:
+        return is_base(backbone, find_folder(base))
+    except ValueError:  # it was moved or damaged since it was loaded
+        return False
 
 
 def _check_lora(r, lora_alpha, lora_dropout, target_modules):
@@ -824,7 +852,9 @@ def _check_lora(r, lora_alpha, lora_dropout, target_modules):
             what = "above 0" if most is None else "from 0 to below 1"
             raise ValueError(f"{name} is {quote(value)}; it must be a number {what}")
     names = target_modules
-    if isinstance(names, str) or names and not all(isinstance(name, str) for name in names):
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"target_modules is {quote(names)}; give a list of names such as ['query', 'value']"
         )

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POOLING_FLAGS', 'PACKAGED', 'ACTIVATIONS', 'read_pooling', 'transformer_file', 'ModelSettings', 'read_settings',
            'packaged_folder', 'find_folder', 'check_manifest', 'take_off_pooler', 'token_limit', 'holds_adapters',
-           'has_adapters', 'linear_names', 'put_adapters', 'merged_state', 'take_off_adapters', 'write_adapters',
-           'read_adapters', 'is_base', 'StaticConfig', 'StaticBackbone', 'Dense', 'UnitLength', 'head_layout',
-           'head_width', 'read_head', 'without_special_tokens', 'try_tokenizer', 'ModelParts', 'read_model',
-           'read_weights', 'write_model']
+           'has_adapters', 'adapter_config', 'frozen_digest', 'linear_names', 'put_adapters', 'merged_state',
+           'take_off_adapters', 'write_adapters', 'lies_in', 'read_adapters', 'is_base', 'StaticConfig',
+           'StaticBackbone', 'Dense', 'UnitLength', 'head_layout', 'head_width', 'read_head', 'without_special_tokens',
+           'try_tokenizer', 'ModelParts', 'read_model', 'read_weights', 'write_model']
 
 # %% ../nbs/33_modeldir.ipynb #imports
 import base64
@@ -40,7 +40,7 @@ from transformers.utils import logging as hf_logging
 
 from .atomic import MANIFEST, check_folder, first_problem, is_whole, named
 from .atomic import new_folder, quote, read_json, reading, write_json
-from .machine import install_line
+from .machine import import_extra, install_line
 
 # %% ../nbs/33_modeldir.ipynb #read-chain
 class _Strict(BaseModel):
@@ -716,6 +716,7 @@ def _check_finite(weights, file):
 
 # %% ../nbs/33_modeldir.ipynb #adapters
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+_BASE = "adapter_base.json"  # our own, beside the two files of peft: what is known of the base
 
 
 class _Lora(_Strict):
@@ -733,23 +734,20 @@ class _Lora(_Strict):
     alpha_pattern: dict[str, float] = {}
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    init_lora_weights: bool | str | None = True
 
 
 # They say how training began, or describe the file.
-_OF_TRAINING = ("init_lora_weights", "inference_mode", "task_type", "revision", "auto_mapping")
-_OF_TRAINING += ("peft_version", "peft_type")
+_OF_TRAINING = ("inference_mode", "task_type", "revision", "auto_mapping", "peft_version")
+# Beginnings that leave the base as it is; others, such as pissa, take something away from it.
+_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+# What decides how much a difference counts; the numbers of A and B say nothing of it.
+_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def _peft():
     "The library of adapters, which takes seconds to import."
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(
-            f"adapters need {error.name}, which is not installed;"
-            " pip install 'contrastive_st[lora]'"
-        ) from error
-    return peft
+    return import_extra("peft", "lora")
 
 
 def holds_adapters(
@@ -764,6 +762,31 @@ def has_adapters(
 ) -> bool:
     "Say whether a backbone learns by adapters."
     return bool(getattr(backbone, "peft_config", None))
+
+
+def adapter_config(
+    backbone: torch.nn.Module,  # with adapters
+) -> tuple[str, Any]:  # the adapter's name in memory, and its settings, a LoraConfig of peft
+    "Give the one adapter of a backbone; of several it is not clear which one is meant."
+    if len(names := sorted(backbone.peft_config)) > 1:
+        raise ValueError(
+            f"the backbone has {len(names)} adapters ({named(', '.join(names), 80)}), and only one"
+            " is supported; delete the others (delete_adapter)"
+        )
+    return names[0], backbone.peft_config[names[0]]
+
+
+def frozen_digest(
+    backbone: torch.nn.Module,  # with adapters
+    most: int = 1024,  # about how many numbers of each tensor are looked at
+) -> str:  # 16 hexadecimal digits
+    "Digest numbers spread over each tensor of a base model; its adapters do not count."
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in backbone.state_dict().items():
+        if ".lora_" not in name:
+            step = max(1, weight.numel() // most)
+            digest.update(weight.flatten()[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def linear_names(
@@ -811,9 +834,10 @@ def _adapted_layers(backbone):
 
 def _adapter_weights(backbone):
     "The parameters of the adapters: name in the file -> name in the backbone and parameter."
-    # In memory an adapter has a name, "default", of which the file knows nothing.
+    # In memory an adapter has a name, mostly "default", of which the file knows nothing.
+    own = re.compile(rf"(\.lora_[AB])\.{re.escape(adapter_config(backbone)[0])}\.")
     return {
-        "base_model.model." + re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name): (name, value)
+        "base_model.model." + own.sub(r"\1.", name): (name, value)
         for name, value in backbone.named_parameters()
         if ".lora_" in name
     }
@@ -826,10 +850,11 @@ def merged_state(
     state = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
     if not has_adapters(backbone):
         return state
+    own, _ = adapter_config(backbone)
     state = {n.replace(".base_layer.", "."): v for n, v in state.items() if ".lora_" not in n}
     for name, layer in _adapted_layers(backbone).items():
         if not layer.merged:
-            difference = layer.get_delta_weight("default").detach().cpu()  # (D_out, D_in)
+            difference = layer.get_delta_weight(own).detach().cpu()  # (D_out, D_in)
             state[f"{name}.weight"] = state[f"{name}.weight"] + difference
     return state
 
@@ -838,8 +863,9 @@ def take_off_adapters(
     backbone: torch.nn.Module,  # changed in place; all its weights can be trained again
 ) -> None:
     "Add the adapters to the weights, and put the plain layers back."
+    own, _ = adapter_config(backbone)
     for name, layer in _adapted_layers(backbone).items():
-        layer.merge()
+        layer.merge(adapter_names=[own])
         parent, _, last = name.rpartition(".")
         setattr(backbone.get_submodule(parent), last, layer.get_base_layer())
     del backbone.peft_config
@@ -850,11 +876,36 @@ def write_adapters(
     folder: Path,  # of the Transformer module, which is there
     backbone: torch.nn.Module,  # with adapters
 ) -> None:
-    "Write the two files of peft."
+    "Write the two files of peft, and a third one that tells their base from others."
     weights = _adapter_weights(backbone).items()
     state = {name: value.detach().cpu().contiguous() for name, (_, value) in weights}
     save_file(state, folder / _ADAPTERS[1], {"format": "pt"})
-    backbone.peft_config["default"].save_pretrained(str(folder))
+    config = copy.copy(adapter_config(backbone)[1])
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # the order of which changes from process to process
+            setattr(config, name, sorted(value))
+    config.save_pretrained(str(folder))
+    if _is_exact(backbone):
+        write_json(folder / _BASE, {"digest": frozen_digest(backbone)})
+
+
+def _is_exact(backbone):
+    "Whether a base is held in float32, as it is read; rounded numbers have another digest."
+    state = backbone.state_dict().items()
+    types = {v.dtype for n, v in state if ".lora_" not in n and v.is_floating_point()}
+    return types == {torch.float32}
+
+
+def lies_in(
+    name: str | None,  # of a model, perhaps a hub id; None = it has no name
+    folder: str | Path,  # which need not be there
+) -> bool:
+    "Say whether a model on this disk is a folder, or lies somewhere in it."
+    place, folder = Path(os.path.expanduser(name or "")), Path(folder).expanduser()
+    if not name or not place.is_dir() or not folder.is_dir():
+        return False
+    place = place.resolve()
+    return any(above.samefile(folder) for above in (place, *place.parents))
 
 # %% ../nbs/33_modeldir.ipynb #read-adapters
 def read_adapters(
@@ -862,6 +913,7 @@ def read_adapters(
     backbone: torch.nn.Module,  # with adapters, whose numbers are replaced
 ) -> None:
     "Read the numbers of the adapters of a backbone; a tensor that does not fit is an error."
+    _check_scaling(folder / _ADAPTERS[0], backbone)
     file, own = folder / _ADAPTERS[1], _adapter_weights(backbone)
     if not file.is_file():
         raise ValueError(f"{folder} has no {file.name}; restore it from its source")
@@ -877,6 +929,7 @@ def read_adapters(
             f" and the base model with this adapter_config.json needs {shapes.get(differ[0])};"
             " these adapters belong to another base model or other settings"
         )
+    _check_base(folder / _BASE, backbone)
     with reading(file):
         values = {
             own[name][0]: value.float() for name, value in load_file(file).items() if name in own
@@ -887,23 +940,64 @@ def read_adapters(
     backbone.load_state_dict(values, strict=False, assign=assign)
 
 
+def _check_scaling(file, backbone):
+    "Raise a ValueError if stored adapters would count more, or less, than those in memory."
+    config = adapter_config(backbone)[1]
+    for name, value in _read_lora(file)[0].items():
+        if name in _SCALING and value != getattr(config, name):
+            raise ValueError(
+                f"{file}: {name} is {quote(value)}, and the encoder's adapters have"
+                f" {quote(getattr(config, name))}; use adapters with the same settings"
+            )
+
+
+def _check_base(file, backbone):
+    "Raise a ValueError if adapters were trained beside other weights; older folders do not say."
+    digest = _read_json(file).get("digest")
+    if digest and _is_exact(backbone) and digest != frozen_digest(backbone):
+        raise ValueError(
+            f"{file}: these adapters were trained on other weights than their base model has now;"
+            " restore that base model from a copy, or train the adapters again"
+        )
+
+
+_PATTERN = re.compile(r"(?:[\w.|^$-]|\\\.){1,10000}")
+
+
+def _check_patterns(record, file):
+    "Raise a ValueError for patterns that could take for ever: peft runs them on each layer's name."
+    patterns = [("rank_pattern", key) for key in record.rank_pattern]
+    patterns += [("alpha_pattern", key) for key in record.alpha_pattern]
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = getattr(record, name)
+        # The names in a list are compared as they are, except these.
+        several = value if isinstance(value, list) and name == "layers_pattern" else []
+        patterns += [(name, one) for one in ([value] if isinstance(value, str) else several)]
+    for name, pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(
+                f"{file}: {name} holds the pattern {quote(pattern)}, and only names, dots and |"
+                " are supported in it; write a list of the layers' names, or merge the adapters"
+                " where they were trained (merge_and_unload)"
+            )
+
+
 def _read_lora(file):
-    "The options of LoRA in an adapter_config.json, and the name of the base model."
+    "The options of LoRA in an adapter_config.json, and the name of the base model, if it has one."
     content = _read_json(file)
     record = _validate(_Lora, content, file)
     usual = _peft().LoraConfig().to_dict()
     known = (*_Lora.model_fields, *_OF_TRAINING)
     for key, value in content.items():
-        if value and key not in known and value != usual.get(key):
+        plain = key in known or value == usual.get(key)
+        if value and not (value in _BEGINNINGS if key == "init_lora_weights" else plain):
             raise ValueError(
                 f"{file}: the key {named(key)} is {quote(value)}, and only plain LoRA is supported;"
                 " merge the adapters where they were trained (merge_and_unload)"
             )
-    if not record.base_model_name_or_path:
-        raise ValueError(
-            f"{file}: names no base model; write its folder or hub id as base_model_name_or_path"
-        )
-    options = {name: getattr(record, name) for name in _Lora.model_fields if name != "peft_type"}
+    _check_patterns(record, file)
+    options = record.model_dump(include=set(_Lora.model_fields))
+    del options["peft_type"], options["init_lora_weights"]  # the numbers are read, not drawn
     return options, options.pop("base_model_name_or_path")
 
 
@@ -911,6 +1005,10 @@ def _load_adapted(folder):
     "Load the base model of a folder of adapters, and put these into it."
     file = folder / _ADAPTERS[0]
     options, base = _read_lora(file)
+    if not base:
+        raise ValueError(
+            f"{file}: names no base model; write its folder or hub id as base_model_name_or_path"
+        )
     try:
         place = find_folder(base)
     except ValueError as error:
@@ -1000,6 +1098,35 @@ class StaticBackbone(torch.nn.Module):
         save_file({"embedding.weight": table}, folder / "model.safetensors", {"format": "pt"})
 
 
+def _share_rows(table, mapping, weights, file):
+    "A row for each token (V, D), of rows (R, D), a row's number (V,) and a weight (V,) or (1,)."
+    rows = len(table) if mapping is None else len(mapping) if mapping.ndim else 0
+    # Checked before anything is allocated, and before -1 takes the last row.
+    if mapping is not None:
+        whole = not (mapping.is_floating_point() or mapping.is_complex())
+        whole = whole and mapping.dtype != torch.bool
+        if mapping.ndim != 1 or not whole or not rows or not _is_below(mapping, len(table)):
+            raise ValueError(
+                f"{file}: mapping must be a list of row numbers, each from 0 to {len(table) - 1};"
+                " restore it from its source"
+            )
+    if weights is not None:
+        fits = weights.shape in ((rows,), (1,)) and not weights.is_complex()
+        if not fits:
+            raise ValueError(
+                f"{file}: weights has the shape {list(weights.shape)}, and must be a real number"
+                f" for each of {rows} tokens, or one for all; restore it from its source"
+            )
+    table = table if mapping is None else table[mapping.long()]  # (V, D)
+    return table if weights is None else table.float() * weights.float()[:, None]
+
+
+def _is_below(numbers, most):
+    "Whether whole numbers are at least 0 and below `most`."
+    numbers = numbers.long()  # (V,); an unsigned number that does not fit becomes negative
+    return int(numbers.min()) >= 0 and int(numbers.max()) < most
+
+
 def _load_static(folder):
     "Load a table in float32; model2vec's own tables may share rows and weigh them."
     file = folder / "model.safetensors"
@@ -1008,16 +1135,13 @@ def _load_static(folder):
     with reading(file):
         tensors = load_file(file)
     table = tensors.get("embedding.weight", tensors.get("embeddings"))
-    if table is None or table.ndim != 2:
+    if table is None or table.ndim != 2 or not table.is_floating_point() or not table.numel():
         raise ValueError(
-            f"{file}: holds no table of token vectors, embedding.weight; restore it from its source"
+            f"{file}: holds no table of token vectors, embedding.weight, a row of real numbers for"
+            " each token; restore it from its source"
         )
     if "embedding.weight" not in tensors:
-        with reading(file, "mapping, weights and embeddings do not belong together"):
-            if "mapping" in tensors:  # token -> row
-                table = table[tensors["mapping"].long()]
-            if "weights" in tensors:
-                table = table.float() * tensors["weights"].float()[:, None]
+        table = _share_rows(table, tensors.get("mapping"), tensors.get("weights"), file)
     backbone = StaticBackbone(table)
     _check_finite(backbone.named_parameters(), file)
     return backbone

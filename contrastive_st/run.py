@@ -43,9 +43,9 @@ from .gradcache import cached_step
 from .guard import guide_mask, guide_tiles, open_guide
 from .losses import LearnedScale, cosent, distill_kl, gte, margin_mse, siglip
 from .machine import processor_name
-from .model import SentenceEncoder, adapters_of
-from .modeldir import has_adapters, holds_adapters, read_adapters, read_head
-from .modeldir import read_weights, take_off_adapters
+from .model import SentenceEncoder, adapters_of, merge_adapters
+from .modeldir import frozen_digest, has_adapters, holds_adapters, lies_in
+from .modeldir import read_adapters, read_head, read_weights
 from .tiled import CountedTiles, SameTiles, own_rows_info_nce
 from .tokens import TokenBatch, Tokens, token_report
 
@@ -742,6 +742,16 @@ def _check_free(out, state):
         )
 
 
+def _check_overwrite(out, encoder):
+    "Refuse to delete a run that holds the base model of an encoder's adapters."
+    base = adapters_of(encoder).get("base_model_name_or_path")
+    if any(lies_in(base, out / name) for name in _FOLDERS):
+        raise ValueError(
+            f"{out}: overwrite would delete {base}, the base model of the encoder's adapters;"
+            " choose another directory for the run"
+        )
+
+
 def _check_places(out):
     "Refuse a directory in which a name that the run will write to is taken by something else."
     places = {out / name: name in _FOLDERS for name in _RUN_ENTRIES}
@@ -936,18 +946,8 @@ def _after_backbone(encoder):
     head = {"head": str(encoder.head)} if len(encoder.head) else {}
     if lora := adapters_of(encoder):
         # the base may lie in another place, and must not be another
-        head["lora"] = lora | {"base_model_name_or_path": _frozen_digest(encoder.backbone)}
+        head["lora"] = lora | {"base_model_name_or_path": frozen_digest(encoder.backbone)}
     return head if encoder.include_prompt else head | {"include_prompt": False}
-
-
-def _frozen_digest(backbone, most=1024):
-    "A digest of numbers spread over each tensor of a base model."
-    digest = hashlib.blake2b(digest_size=8)
-    for name, weight in backbone.state_dict().items():
-        if ".lora_" not in name:
-            step = max(1, weight.numel() // most)
-            digest.update(weight.flatten()[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 # %% ../nbs/04_run.ipynb #same-run
 def _texts_digest(source, most=1024):
@@ -1278,6 +1278,8 @@ class Run:
     ) -> Iterator[Path | None]:  # the checkpoint to resume from; None = from the beginning
         "Hold the run directory for this process alone, and say from where the run goes on."
         claim(self.out, resume, overwrite, make=False)
+        if overwrite:
+            _check_overwrite(self.out, self.encoder)
         with lock(self.out), self.signals:
             claim(self.out, resume, overwrite)
             _add_prompts(self.encoder, self.mixture)  # evaluations and the saved model use them
@@ -1324,7 +1326,7 @@ class Run:
         model, metrics = self.out / "model", read_record(self.out / "metrics.json")
         _check_model(model, read_record(self.out / "run.json").get("model"))
         if has_adapters(self.encoder.backbone) and not holds_adapters(model):
-            take_off_adapters(self.encoder.backbone)  # they were merged, as their base has no name
+            merge_adapters(self.encoder)  # they were merged, as their base has no name
         load_weights(self.encoder, model)
         return metrics
 

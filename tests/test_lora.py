@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -11,10 +12,11 @@ from conftest import refuses
 from encoders import TEXTS, backbone_and_tokenizer, theirs
 from test_trainer import At, Crash, config, crash, losses, make_pairs_and_triplets
 
+from contrastive_st.encoding import fingerprint
 from contrastive_st.model import SentenceEncoder, adapters_of, add_adapters, merge_adapters
 from contrastive_st.modeldir import Dense, has_adapters
 from contrastive_st.recipes import load
-from contrastive_st.run import checkpoint_folder
+from contrastive_st.run import checkpoint_folder, load_weights
 from contrastive_st.trainer import train
 
 pytest.importorskip("peft", reason="the extra lora is not installed")
@@ -184,7 +186,7 @@ def test_adapters_twice_or_none_to_merge(adapted, bases):
 def test_without_peft_the_extra_is_named(bases, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     encoder = SentenceEncoder.from_pretrained(bases / "bert")
-    refuses(lambda: add_adapters(encoder), "contrastive_st[lora]", "not installed")
+    refuses(lambda: add_adapters(encoder), "peft is not installed", "[lora]")
 
 
 def wider(bases, config):
@@ -209,8 +211,16 @@ def another(bases, config):
         (lambda b, c: c.update(peft_type="IA3"), ["peft_type should be"]),
         (lambda b, c: c.update(use_dora=True), ["use_dora is True", "only plain LoRA"]),
         (lambda b, c: c.update(modules_to_save=["pooler"]), ["modules_to_save", "only plain LoRA"]),
+        (lambda b, c: c.update(init_lora_weights="pissa"), ["init_lora_weights is 'pissa'",
+                                                            "where they were trained"]),
+        (lambda b, c: c.update(init_lora_weights="pissa_niter_4"), ["where they were trained"]),
+        (lambda b, c: c.update(target_modules=r"(\w+\.?)+!"), ["target_modules", "only names"]),
+        (lambda b, c: c.update(rank_pattern={r"(\w+\.?)+!": 2}), ["rank_pattern", "only names"]),
+        (lambda b, c: c.update(alpha_pattern={"a|" * 9999: 2}), ["alpha_pattern", "only names"]),
+        (lambda b, c: c.update(layers_pattern=["(a*)*b"]), ["layers_pattern", "only names"]),
+        (lambda b, c: c.update(exclude_modules="(a*)*b"), ["exclude_modules", "only names"]),
     ],
-)
+)  # fmt: skip
 def test_adapters_that_do_not_fit_are_refused(bases, adapted, tmp_path, change, said):
     if change is wider and not (bases / "wide").exists():
         backbone, tokenizer = backbone_and_tokenizer("bert")
@@ -226,6 +236,140 @@ def test_adapters_that_do_not_fit_are_refused(bases, adapted, tmp_path, change, 
     change(bases, content)
     file.write_text(json.dumps(content))
     refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), str(tmp_path), *said)
+
+
+@pytest.mark.parametrize("beginning", [True, False, "gaussian", "orthogonal", "eva"])
+def test_beginnings_that_leave_the_base_alone_open(adapted, tmp_path, beginning):
+    changed(adapted, tmp_path, init_lora_weights=beginning)
+    opened = SentenceEncoder.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(opened.encode(TEXTS), adapted.encode(TEXTS))
+
+
+def test_patterns_of_names_open(adapted, tmp_path):
+    changed(adapted, tmp_path, alpha_pattern={r"^encoder\.layer.0.attention|none": 4})
+    opened = SentenceEncoder.from_pretrained(tmp_path)
+    assert adapters_of(opened)["alpha_pattern"] and "alpha_pattern" not in adapters_of(adapted)
+
+
+def test_a_pattern_of_targets_stays_as_it_is(bases, tmp_path):
+    pattern = "encoder.layer.0.attention.self.query|encoder.layer.0.attention.self.value"
+    encoder = add_adapters(
+        SentenceEncoder.from_pretrained(bases / "bert"),
+        target_modules=[f"layer.0.attention.self.{name}" for name in ("query", "value")],
+    )
+    changed(encoder, tmp_path, target_modules=pattern)
+    assert adapters_of(SentenceEncoder.from_pretrained(tmp_path))["target_modules"] == pattern
+
+
+def changed(encoder, folder, **settings):
+    "Save adapters, and change their settings in the file."
+    encoder.save_pretrained(folder)
+    (folder / "manifest.json").unlink()
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 32}, {"use_rslora": True}])
+def test_what_counts_otherwise_is_another_encoder(adapted, tmp_path, settings):
+    changed(adapted, tmp_path, **settings)
+    other = SentenceEncoder.from_pretrained(tmp_path)
+    assert np.abs(other.encode(TEXTS) - adapted.encode(TEXTS)).max() > 0.001
+    first, second = fingerprint(adapted), fingerprint(other)
+    assert first["weights"] == second["weights"] and first["settings"] != second["settings"]
+    assert adapters_of(other) != adapters_of(adapted)
+    refuses(lambda: load_weights(adapted, tmp_path), str(tmp_path), next(iter(settings)))
+
+
+def test_adapters_know_their_base(adapted, bases, tmp_path):
+    shutil.copytree(bases / "bert", tmp_path / "base")
+    base = SentenceEncoder.from_pretrained(tmp_path / "base")
+    move(add_adapters(base, r=4)).save_pretrained(tmp_path / "adapters")
+    other = SentenceEncoder.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        other.backbone.encoder.layer[1].output.dense.weight.mul_(2)
+    other.save_pretrained(tmp_path / "base")
+    said = ("adapters", "on other weights than their base model has now")
+    refuses(lambda: SentenceEncoder.from_pretrained(tmp_path / "adapters"), *said)
+    (tmp_path / "adapters" / "adapter_base.json").unlink()  # as older folders are
+    (tmp_path / "adapters" / "manifest.json").unlink()
+    SentenceEncoder.from_pretrained(tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("where", ["base", "."])
+def test_the_base_is_not_lost(bases, tmp_path, where):
+    shutil.copytree(bases / "bert", tmp_path / "base")
+    encoder = move(add_adapters(SentenceEncoder.from_pretrained(tmp_path / "base"), r=4))
+    vectors, target = encoder.encode(TEXTS), tmp_path / where
+    refuses(lambda: encoder.save_pretrained(target, merge=False), target, "would be lost")
+    SentenceEncoder.from_pretrained(tmp_path / "base")
+    encoder.save_pretrained(target)
+    encoder.save_pretrained(tmp_path / "later")  # its base lies nowhere any more
+    for folder in (target, tmp_path / "later"):
+        opened = SentenceEncoder.from_pretrained(folder)
+        np.testing.assert_allclose(opened.encode(TEXTS), vectors, atol=1e-6)
+        assert not has_adapters(opened.backbone)
+
+
+def test_a_run_does_not_overwrite_the_base_of_its_adapters(bases, tmp_path):
+    shutil.copytree(bases / "bert", tmp_path / "model")
+    encoder = add_adapters(SentenceEncoder.from_pretrained(tmp_path / "model"), r=2)
+    mixture, settings = make_pairs_and_triplets(), config(1)
+    refuses(
+        lambda: train(encoder, mixture, settings, tmp_path, overwrite=True, progress=False),
+        "overwrite would delete",
+        tmp_path / "model",
+    )
+    SentenceEncoder.from_pretrained(tmp_path / "model")
+
+
+def test_adapters_are_in_the_mode_of_their_encoder(adapted):
+    assert not any(module.training for module in adapted.modules())
+
+
+def test_names_from_an_iterator(bases):
+    encoder = SentenceEncoder.from_pretrained(bases / "bert")
+    add_adapters(encoder, target_modules=(name for name in ("value", "query")))
+    assert adapters_of(encoder)["target_modules"] == ["query", "value"]
+
+
+def test_a_base_that_is_gone_has_no_name(bases, tmp_path):
+    shutil.copytree(bases / "bert", tmp_path / "base")
+    encoder = SentenceEncoder.from_pretrained(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    add_adapters(encoder, r=2)
+    assert adapters_of(encoder)["base_model_name_or_path"] is None
+    refuses(lambda: add_adapters(encoder), "has adapters already")
+
+
+@pytest.mark.parametrize("use", [adapters_of, merge_adapters])
+def test_several_adapters_are_refused(adapted, use):
+    import peft
+
+    other = peft.LoraConfig(r=2, target_modules=["query"])
+    peft.inject_adapter_in_model(other, adapted.backbone, adapter_name="other")
+    before = adapted.backbone.state_dict().keys()
+    refuses(lambda: use(adapted), "has 2 adapters (default, other)", "delete_adapter")
+    assert adapted.backbone.state_dict().keys() == before
+
+
+def test_one_adapter_may_have_any_name(bases, tmp_path):
+    import peft
+
+    encoder = SentenceEncoder.from_pretrained(bases / "bert")
+    settings = peft.LoraConfig(
+        r=2, target_modules=["query"], base_model_name_or_path=str(bases / "bert")
+    )
+    peft.inject_adapter_in_model(settings, encoder.backbone, adapter_name="mine")
+    vectors = move(encoder.eval()).encode(TEXTS)
+    encoder.save_pretrained(tmp_path)
+    for same in (SentenceEncoder.from_pretrained(tmp_path), merge_adapters(encoder)):
+        np.testing.assert_allclose(same.encode(TEXTS), vectors, atol=1e-6)
+
+
+def test_bytes_do_not_depend_on_the_hash_seed(adapted, tmp_path):
+    changed(adapted, tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 3
 
 
 def test_adapters_whose_numbers_are_gone(adapted, tmp_path):
@@ -307,6 +451,10 @@ def test_a_base_without_a_name_is_merged_in_the_end(tmp_path):
     again = fresh()
     train(again, make_pairs_and_triplets(), settings, tmp_path, resume=True, progress=False)
     np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+    third = fresh()
+    third.source = "a/b"
+    train(third, make_pairs_and_triplets(), settings, tmp_path, resume=True, progress=False)
+    assert third.source is None  # what was merged is not the base
 
 
 # ---- recipes ----

@@ -96,6 +96,30 @@ def test_tables_of_model2vec_may_share_rows_and_weigh_them(saved):
     torch.testing.assert_close(ours, expected.float(), atol=2e-3, rtol=2e-3)  # theirs stays float16
 
 
+@pytest.mark.parametrize(
+    "tensors, said",
+    [
+        ({"mapping": torch.arange(3) - 1}, "mapping must be"),
+        ({"mapping": torch.tensor([0, 4])}, "mapping must be"),
+        ({"mapping": torch.zeros(2, 2, dtype=torch.int64)}, "mapping must be"),
+        ({"mapping": torch.tensor(1)}, "mapping must be"),
+        ({"mapping": torch.zeros(0, dtype=torch.int64)}, "mapping must be"),
+        ({"mapping": torch.tensor([0.5, 1])}, "mapping must be"),
+        ({"mapping": torch.tensor([True, False])}, "mapping must be"),
+        ({"weights": torch.ones(3)}, "weights has the shape [3]"),
+        ({"weights": torch.ones(4, 1)}, "weights has the shape [4, 1]"),
+        ({"weights": torch.ones(4, dtype=torch.complex64)}, "weights"),
+        ({"embeddings": torch.ones(4, 2, dtype=torch.int64)}, "no table"),
+        ({"embeddings": torch.ones(4, 0)}, "no table"),
+        ({"embeddings": torch.ones(4, 2, dtype=torch.complex64)}, "no table"),
+    ],
+)
+def test_tables_of_model2vec_that_do_not_fit(saved, tensors, said):
+    file = saved / "model.safetensors"
+    safetensors.torch.save_file({"embeddings": torch.ones(4, 2)} | tensors, file)
+    refuses(lambda: SentenceEncoder.from_pretrained(saved), f"{file}: ", said, "from its source")
+
+
 def test_it_trains_with_a_head_and_opens_elsewhere(encoder, tmp_path):
     encoder = SentenceEncoder(encoder.backbone, encoder.tokenizer, head=[Dense(16, 8)])
     before = encoder.backbone.embedding.weight.detach().clone()

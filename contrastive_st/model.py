@@ -843,13 +843,13 @@ def _is_still_there(backbone, base):
 
 def _check_lora(r, lora_alpha, lora_dropout, target_modules):
     "Raise a ValueError for options of LoRA that make no sense."
-    if not is_whole_number(r, 1):
-        raise ValueError(f"r is {quote(r)}; the rank must be a whole number, at least 1")
-    for name, value, most in (("lora_alpha", lora_alpha, None), ("lora_dropout", lora_dropout, 1)):
+    if not is_whole_number(r, 1) or r > 2**16:
+        raise ValueError(f"r is {quote(r)}; the rank must be a whole number from 1 to 65,536")
+    for name, value, most in (("lora_alpha", lora_alpha, 1e6), ("lora_dropout", lora_dropout, 1)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and (0 < value < float("inf") if most is None else 0 <= value < most)
+        fits = number and (0 < value <= most if most > 1 else 0 <= value < most)
         if not fits:
-            what = "above 0" if most is None else "from 0 to below 1"
+            what = "above 0, at most a million" if most > 1 else "from 0 to below 1"
             raise ValueError(f"{name} is {quote(value)}; it must be a number {what}")
     names = target_modules
     if names is None:

@@ -29,6 +29,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import transformers
+import xxhash
 from huggingface_hub import snapshot_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
@@ -724,6 +725,7 @@ class _Lora(_Strict):
 
     peft_type: Literal["LORA"]
     base_model_name_or_path: str | None = None
+    revision: None = None  # a base of another commit than its newest would be another base
     r: Annotated[int, Field(gt=0, le=2**16)]
     lora_alpha: Annotated[float, Field(gt=0)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -738,7 +740,7 @@ class _Lora(_Strict):
 
 
 # They say how training began, or describe the file.
-_OF_TRAINING = ("inference_mode", "task_type", "revision", "auto_mapping", "peft_version")
+_OF_TRAINING = ("inference_mode", "task_type", "auto_mapping", "peft_version")
 # Beginnings that leave the base as it is; others, such as pissa, take something away from it.
 _BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 # What decides how much a difference counts; the numbers of A and B say nothing of it.
@@ -778,14 +780,14 @@ def adapter_config(
 
 def frozen_digest(
     backbone: torch.nn.Module,  # with adapters
-    most: int = 1024,  # about how many numbers of each tensor are looked at
 ) -> str:  # 16 hexadecimal digits
-    "Digest numbers spread over each tensor of a base model; its adapters do not count."
-    digest = hashlib.blake2b(digest_size=8)
+    "Digest the weights of a base model, every byte of them; its adapters do not count."
+    digest = xxhash.xxh3_64()
     for name, weight in backbone.state_dict().items():
         if ".lora_" not in name:
-            step = max(1, weight.numel() // most)
-            digest.update(weight.flatten()[::step].float().cpu().numpy().tobytes())
+            # Viewed as bytes, since NumPy knows no bfloat16.
+            rows = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(rows.numpy())
     return digest.hexdigest()
 
 

@@ -162,8 +162,10 @@ def test_a_base_that_was_trained_since_is_not_named(bases, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"r": 0}, ["r is 0", "at least 1"]),
+        ({"r": 0}, ["r is 0", "from 1 to 65,536"]),
+        ({"r": 10**9}, ["r is 1000000000", "from 1 to 65,536"]),
         ({"lora_alpha": 0}, ["lora_alpha is 0"]),
+        ({"lora_alpha": 10**400}, ["lora_alpha is 1000", "at most a million"]),
         ({"lora_dropout": 1.0}, ["lora_dropout is 1.0", "below 1"]),
         ({"target_modules": "query"}, ["a list of names"]),
         ({"target_modules": []}, ["is empty"]),

@@ -69,25 +69,34 @@ def test_no_bus_is_no_tpu(tmp_path):
 
 
 @pytest.mark.parametrize("mine", [None, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_threads_sleep_while_they_wait_unless_one_chose(monkeypatch, mine):
+@pytest.mark.parametrize("others", [0, 1, 4])
+def test_threads_sleep_while_they_wait_beside_others(monkeypatch, mine, others):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     if mine:
-        monkeypatch.setenv(mine, "7")
-    assert machine.share_cores() is (mine is None)
-    assert os.environ.get("GOMP_SPINCOUNT") == {
-        None: str(machine.SPIN_COUNT),
-        "GOMP_SPINCOUNT": "7",
-    }.get(mine)
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        monkeypatch.setenv(mine, "ACTIVE")
+    made = machine.share_cores(lambda: others)
+    assert made is (mine is None and others > 0)
+    policy = "PASSIVE" if made else "ACTIVE" if mine == "OMP_WAIT_POLICY" else None
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
 
 
 def test_threads_of_a_loaded_torch_stay_as_they_are(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
-    assert not machine.share_cores() and "GOMP_SPINCOUNT" not in os.environ
+    assert not machine.share_cores(lambda: 4) and "OMP_WAIT_POLICY" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "text, others", [("0.20 0.18 0.12 1/64 9\n", 0), ("9 9 9 5/64 9\n", 4), ("", 0), ("1 2", 0)]
+)
+def test_others_are_counted_where_linux_says_so(tmp_path, text, others):
+    (tmp_path / "loadavg").write_text(text)
+    assert machine.others_running(tmp_path / "loadavg") == others
+    assert machine.others_running(tmp_path / "none") == 0
 
 
 def test_the_module_needs_nothing_but_python():

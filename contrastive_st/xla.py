@@ -244,6 +244,9 @@ def _columns_first(x, columns, devices):
     return x.view(devices, columns, -1, x.shape[-1]).transpose(0, 1).reshape(-1, x.shape[-1])
 
 # %% ../nbs/19_xla.ipynb #embed
+_MASK_PER_LAYER = ("modernbert", "qwen3")  # they take a mask for each kind of layer
+
+
 def _masks(config, mask):
     "What is added to the scores, 0 or the lowest number: one mask, or one for each kind of layer."
     real, T = mask[:, None, None, :], mask.shape[1]  # (N, 1, 1, T), no token sees padding
@@ -387,7 +390,6 @@ _SHARDABLE = (
     *("bert", "roberta", "xlm-roberta", "distilbert", "mpnet"),
     *("modernbert", "qwen3"),
 )
-_MASK_PER_LAYER = ("modernbert", "qwen3")  # they take a mask for each kind of layer
 _QUERIES = ("query", "q_lin", "q")  # what an attention layer calls its query projection
 
 

@@ -221,15 +221,7 @@ class SentenceEncoder(torch.nn.Module):
         merge: bool | None = None,  # add adapters to the weights
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
-        settings = ModelSettings(
-            Path(dir),
-            pooling=self.pooling,
-            include_prompt=self.include_prompt,
-            normalize=self.normalize,
-            max_length=self.max_length,
-            rest={**self.settings, "prompts": self.prompts},
-        )
-        parts = ModelParts(self.backbone, self.tokenizer, settings, self.head)
+        parts = ModelParts(self.backbone, self.tokenizer, _settings_of(self, dir), self.head)
         base = adapters_of(self).get("base_model_name_or_path")
         replaces = lies_in(base, dir)
         write_model(Path(dir), parts, self.pooler_weights, _merges(base, replaces, dir, merge))
@@ -790,6 +782,18 @@ def adapters_of(
     return {n: sorted(x) if isinstance(x, Set | list) else x for n, x in settings.items()}
 
 
+def _settings_of(encoder, dir):
+    "What a directory says of an encoder beside its weights and its tokenizer."
+    return ModelSettings(
+        Path(dir),
+        pooling=encoder.pooling,
+        include_prompt=encoder.include_prompt,
+        normalize=encoder.normalize,
+        max_length=encoder.max_length,
+        rest={**encoder.settings, "prompts": encoder.prompts},
+    )
+
+
 def _merges(base, replaces, dir, merge):
     "Whether to write a merged model; unasked if the base has no name, or is going to be replaced."
     if replaces and merge is False:
@@ -799,7 +803,7 @@ def _merges(base, replaces, dir, merge):
         )
     return replaces or not base if merge is None else merge
 
-
+# %% ../nbs/02_model.ipynb #add-adapters
 def add_adapters(
     encoder: SentenceEncoder,  # changed in place; from now on only adapters and head are trained
     r: int = 8,  # rank of the difference

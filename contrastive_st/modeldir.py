@@ -962,7 +962,7 @@ def _check_base(file, backbone):
             " restore that base model from a copy, or train the adapters again"
         )
 
-
+# %% ../nbs/33_modeldir.ipynb #read-lora
 _PATTERN = re.compile(r"(?:[\w.|^$-]|\\\.){1,10000}")
 
 

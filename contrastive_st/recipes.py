@@ -85,9 +85,7 @@ class LoraPlan:
 
     # rank; None = no adapters; --xla refuses them
     r: Annotated[int, Field(gt=0, le=2**16)] | None = None
-    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = (
-        16  # the adapters count lora_alpha / r times
-    )
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16  # adapters count lora_alpha / r times
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of an adapter's input, 0 to 1
     # names, or ends of names, of linear layers, such as ["query", "value"]; None = all
     target_modules: list[str] | None = None

@@ -1392,17 +1392,15 @@ class Run:
         where: str = "",  # when, for a warning
     ) -> dict[str, float | int]:
         "Measure the encoder by the evaluation that may select a model."
-        metrics = self._measure(self._evaluate, where, self._first)
-        self._by_step[self.tracker.step] = metrics
-        return metrics
+        self._by_step[self.tracker.step] = self._measure(self._evaluate, where, self._first)
+        return self._by_step[self.tracker.step]
 
     def _after(self):
         "The evaluation of the finished model; one that was made of the same weights is taken."
         step = self.config.metric and self.tracker.best_step or self.tracker.step
         # after a signal the evaluation is due, so that it ends the run as it would anywhere else
-        if self.signals.number or step not in self._by_step:
-            return self.evaluate(" after training")
-        return self._by_step[step]
+        due = self.signals.number or step not in self._by_step
+        return self.evaluate(" after training") if due else self._by_step[step]
 
     def test(self) -> dict[str, float | int]:
         "Measure the encoder by the test, which selects nothing."

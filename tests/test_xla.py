@@ -150,9 +150,10 @@ def test_a_step_equals_eager(jobs, devices):
         # the loss is about 3, a step of float32 there 2.4e-7
         assert off["loss"] <= 1e-6 * off["value"] and off["masked"] <= 1e-6, (name, off)
         assert off["gradients"] < 2e-5 and off["worst"] < 3e-4 and off["norm"] < 1e-5, (name, off)
-        # padding or none: one program
+        # padding or none: one program; XLM-R is RoBERTa with other weights
+        again = {"bert full", *(["xlm-roberta pairs"] if "roberta pairs" in found else [])}
         assert off["counts"] == {
-            "compilations": name != "bert full",
+            "compilations": name not in again,
             "executions": 1,
             "fallbacks": 0,
         }, (name, off)

@@ -78,6 +78,7 @@ def type_words(words: list[str], folder: Path, text: str = "") -> str:
         warnings.simplefilter("default")
         patch.chdir(folder)
         patch.setenv("COLUMNS", "120")
+        patch.setenv("PATH", environment()["PATH"])  # the command is there, as for a reader
         patch.setattr(sys, "argv", words)
         patch.setattr(sys, "stdin", io.StringIO(text))
         with redirect_stdout(shown), redirect_stderr(shown):

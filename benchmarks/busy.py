@@ -36,23 +36,30 @@ WAYS = {
 # ---- one way, in its own process
 
 
-def train_ours(steps: list, folder: str) -> None:
-    "Train as the command line does, and note the time after each step."
-    from contrastive_st.machine import share_cores
-
-    share_cores()  # before torch is imported, as contrastive_st.cli.main does
+def clock(steps: list):
+    "A callback of either Trainer that notes the time after each step."
     from transformers import TrainerCallback
-
-    from contrastive_st import recipes
-    from contrastive_st.trainer import TrainConfig, train
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             steps.append(time.perf_counter())
 
+    return Clock()
+
+
+def train_ours(steps: list, folder: str) -> None:
+    "Train as the command line does, and note the time after each step."
+    from contrastive_st.machine import share_cores
+
+    share_cores()  # before torch is imported, as contrastive_st.cli.main does
+    from contrastive_st import recipes
+    from contrastive_st.trainer import TrainConfig, train
+
     recipe = recipes.load("quickstart")
     config = TrainConfig(steps=WARM_UP + STEPS, lr=2e-5)
-    train(recipe.encoder(), recipe.mixture(), config, folder, callbacks=[Clock()], progress=False)
+    train(
+        recipe.encoder(), recipe.mixture(), config, folder, callbacks=[clock(steps)], progress=False
+    )
 
 
 def train_peer(steps: list, folder: str) -> None:
@@ -65,13 +72,8 @@ def train_peer(steps: list, folder: str) -> None:
         SentenceTransformerTrainingArguments,
         losses,
     )
-    from transformers import TrainerCallback
 
     from contrastive_st import recipes
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            steps.append(time.perf_counter())
 
     mixture = recipes.load("quickstart").mixture()
     rows = [e for s in range(WARM_UP + STEPS) for e in mixture.batch(s).examples]
@@ -90,7 +92,7 @@ def train_peer(steps: list, folder: str) -> None:
     )
     loss = losses.MultipleNegativesRankingLoss(model)
     SentenceTransformerTrainer(
-        model, args, train_dataset=pairs, loss=loss, callbacks=[Clock()]
+        model, args, train_dataset=pairs, loss=loss, callbacks=[clock(steps)]
     ).train()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measure import HERE, record, save
+from measure import HERE, record, save, write_between
 from speed import MODEL, Case, Sides, blocks_of, data_folder, job_of, over, prepare, take_turns
 from transformers import (
     AutoTokenizer,
@@ -99,10 +99,7 @@ def table(results: dict) -> str:
 
 def write_table(page: Path, results: dict) -> None:
     "Put the table into its place in the page of families."
-    begin, end = "<!-- speed -->\n", "\n<!-- end of speed -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    after = rest.split(end.strip())[1]
-    page.write_text(before + begin + table(results) + end + after, encoding="utf-8")
+    write_between(page, "<!-- speed -->", table(results), "<!-- end of speed -->")
 
 
 def main() -> None:

@@ -157,6 +157,12 @@ def save(results: dict, figures: dict[str, Figure], name: str, out: Path) -> Non
 
 # ---- the table of README.md
 
+
+def ratio_rows(name: str, subject: str, *rows: tuple[str, str, str, str]) -> list[tuple]:
+    "Rows of one file's ratios: of each its key, what it is of the subject, target and form."
+    return [(name, ("ratios", key), f"{subject}, {what}", *rest) for key, what, *rest in rows]
+
+
 # file, keys, what, target, how to write it
 ROWS = (
     (
@@ -363,25 +369,23 @@ ROWS = (
             ("sentence_transformers", "sentence-transformers' trainer"),
         )
     ),
-    *(
-        ("serve", ("ratios", name), f"a service under 50 clients, {what}", target, how)
-        for name, what, target, how in (
-            ("texts_per_s_of_50_clients", "requests of one text", "", "{:,.0f} a second"),
-            ("together_over_alone", "against a forward for each request", "", "{:.2f} times"),
-            ("together_over_loop", "against a Python loop, text by text", "", "{:.2f} times"),
-            ("cpu_of_loop_over_together", "CPU time of a loop's text by ours", "", "{:.2f} times"),
-            ("p50_ms", "median time of an answer", "", "{:.0f} ms"),
-            ("p95_ms", "95th percentile", "", "{:.0f} ms"),
-        )
+    *ratio_rows(
+        "serve",
+        "a service under 50 clients",
+        ("texts_per_s_of_50_clients", "requests of one text", "", "{:,.0f} a second"),
+        ("together_over_alone", "against a forward for each request", "", "{:.2f} times"),
+        ("together_over_loop", "against a Python loop, text by text", "", "{:.2f} times"),
+        ("cpu_of_loop_over_together", "CPU time of a loop's text by ours", "", "{:.2f} times"),
+        ("p50_ms", "median time of an answer", "", "{:.0f} ms"),
+        ("p95_ms", "95th percentile", "", "{:.0f} ms"),
     ),
-    *(
-        ("tiled", ("ratios", name), f"the tiled loss, {what}", target, how)
-        for name, what, target, how in (
-            ("tiled_over_plain_peak_mb_at_8192", "memory of the plain one at 8,192", "", "{:.2f}"),
-            ("tiled_over_plain_seconds_at_8192", "time of the plain one at 8,192", "", "{:.2f}"),
-            ("tiled_peak_mb_at_65536", "memory at 65,536", "≤ 1,000 MB", "{:,.0f} MB"),
-            ("one_matrix_mb_at_65536", "one matrix of scores there (computed)", "", "{:,.0f} MB"),
-        )
+    *ratio_rows(
+        "tiled",
+        "the tiled loss",
+        ("tiled_over_plain_peak_mb_at_8192", "memory of the plain one at 8,192", "", "{:.2f}"),
+        ("tiled_over_plain_seconds_at_8192", "time of the plain one at 8,192", "", "{:.2f}"),
+        ("tiled_peak_mb_at_65536", "memory at 65,536", "≤ 1,000 MB", "{:,.0f} MB"),
+        ("one_matrix_mb_at_65536", "one matrix of scores there (computed)", "", "{:,.0f} MB"),
     ),
     *(
         ("index", keys, what, target, how)
@@ -408,16 +412,15 @@ ROWS = (
             (("ratios", "search_peak_mb"), "memory beside the mapped vectors", "", "{:,.0f} MB"),
         )
     ),
-    *(
-        ("mining", ("ratios", name), f"mining hard negatives, {what}", target, how)
-        for name, what, target, how in (
-            ("rows_a_second", "20,000 queries in 100,000 passages", "", "{:,.0f} queries/s"),
-            ("peer_seconds_over_ours", "CPU time of the peer by ours", "≥ 1", "{:.2f} times"),
-            ("peer_peak_mb_over_ours", "memory of the peer by ours", "≥ 10", "{:.1f} times"),
-            ("peak_mb", "memory beside the mapped vectors", "", "{:,.0f} MB"),
-            ("large_peak_mb", "300,000 queries in 1,000,000", "≤ 2,000 MB", "{:,.0f} MB"),
-            ("same_as_peer", "queries with the negatives of the peer", "100%", "{:.1%}"),
-        )
+    *ratio_rows(
+        "mining",
+        "mining hard negatives",
+        ("rows_a_second", "20,000 queries in 100,000 passages", "", "{:,.0f} queries/s"),
+        ("peer_seconds_over_ours", "CPU time of the peer by ours", "≥ 1", "{:.2f} times"),
+        ("peer_peak_mb_over_ours", "memory of the peer by ours", "≥ 10", "{:.1f} times"),
+        ("peak_mb", "memory beside the mapped vectors", "", "{:,.0f} MB"),
+        ("large_peak_mb", "300,000 queries in 1,000,000", "≤ 2,000 MB", "{:,.0f} MB"),
+        ("same_as_peer", "queries with the negatives of the peer", "100%", "{:.1%}"),
     ),
     *(
         (
@@ -482,13 +485,16 @@ def table(folder: Path) -> str:
     return "\n".join([*lines, "", *where])
 
 
+def write_between(page: Path, begin: str, text: str, end: str) -> None:
+    "Put a text between two lines of a page, in the place of what stood there."
+    before, rest = page.read_text(encoding="utf-8").split(f"{begin}\n")
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def write_table(readme: Path, folder: Path) -> None:
     "Put the table into its place in README.md."
-    begin, end = "<!-- table -->\n", "\n<!-- end of table -->"
-    before, rest = readme.read_text(encoding="utf-8").split(begin)
-    readme.write_text(
-        before + begin + table(folder) + end + rest.split(end.strip())[1], encoding="utf-8"
-    )
+    write_between(readme, "<!-- table -->", table(folder), "<!-- end of table -->")
 
 
 if __name__ == "__main__":

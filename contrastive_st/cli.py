@@ -847,14 +847,10 @@ def tpu_time(
     longest: int,  # T, tokens that every text is padded to
     report: dict,  # of mixture.Mixture.report or mixture.account
 ) -> str:  # a line, and one that says how far to trust it
-    "Say how long a run would take on a TPU v3-8 by the scaling model of `xla.step_time`."
-    from contrastive_st.xla import CHIPS, step_time
+    "Say how long a run would take on a TPU v3-8 by the scaling model of `xla.run_time`."
+    from contrastive_st.xla import CHIPS, run_time
 
-    setting = {"T": longest, "devices": 8, "chip": CHIPS["v3"]}
-    seconds = 0
-    for pool in report["pools"]:
-        parts = step_time(*size, texts=pool["columns"] * report["batch_size"], **setting)
-        seconds += pool["batches"] * sum(parts.values())
+    seconds = sum(run_time(size, report, T=longest, devices=8, chip=CHIPS["v3"]).values())
     length = f"{seconds / 3600:,.1f} hours" if seconds > 3600 else f"{seconds:,.0f} s"
     return (
         f"on a TPU v3-8 it would take {length}, {1000 * seconds / report['steps']:,.0f} ms a step\n"

@@ -67,20 +67,19 @@ def others_running(
 ) -> int:  # threads of other programs; 0 where no file says it
     "Count the threads of other programs that compute at this moment."
     numbers = []
-    for _ in range(looks):
+    while len(numbers) < looks:
         fields = _number(Path(path)).split()  # such as 0.20 0.18 0.12 3/64 4711
-        if len(fields) < 4:
-            return 0
-        numbers.append(int(fields[3].partition("/")[0]) - 1)  # we are one of them
+        others = int(fields[3].partition("/")[0]) - 1 if len(fields) > 3 else 0  # less ourselves
+        if others <= 0:
+            return 0  # nothing is smaller, so a free machine costs a single look
+        numbers.append(others)
         time.sleep(0.005)
-    return max(0, min(numbers))
+    return min(numbers)
 
 
 def share_cores(
     busy: Callable = others_running,  # () -> threads of other programs that compute now
-) -> (
-    bool
-):  # whether the setting was made: not if you chose, if torch is loaded, or on a free machine
+) -> bool:  # whether the setting was made: not if you chose, if torch is loaded, or if none compute
     "Set OpenMP, which torch on Linux takes from GNU, to let waiting threads sleep beside others."
     chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ)
     if chosen or "torch" in sys.modules or not busy():
@@ -113,6 +112,7 @@ def pair_arguments(
     return [*pair, *[f"libtpu=={_LIBTPU[python]}"] * (chips > 0), "--extra-index-url", _CPU_BUILDS]
 
 # %% ../nbs/36_machine.ipynb #extras
+# not read from the metadata, which a half-built folder beside the package can hide
 SOURCE = "git+https://github.com/contrastive-st/contrastive_st"
 _IN_CLONE = "in the root of the clone, type: pip install -e '.[{}]'"
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .atomic import Damaged, Part, describe_file, expanded
 from .atomic import is_whole_number, lock, named, new_file, quote, writing
-from .search import faiss_search, semantic_search
+from .search import faiss_search, semantic_search, unsound_row
 from .store import text_identity
 
 # %% ../nbs/11_mining.ipynb #options
@@ -335,10 +335,8 @@ def _check_vectors(
     digest = xxhash.xxh3_128(repr(shape).encode())
     for start in range(0, n, 16_384):
         rows = _floats(table[start : start + 16_384])
-        # One sum is fast, and finite only if every number is: the rest is for the error.
-        if not rows.sum().isfinite() and not (sound := torch.isfinite(rows).all(dim=1)).all():
-            bad = start + (~sound).nonzero()[0].item()
-            raise ValueError(f"{name}[{bad}] contains NaN or inf; encode that text again")
+        if (bad := unsound_row(rows)) is not None:
+            raise ValueError(f"{name}[{start + bad}] contains NaN or inf; encode that text again")
         digest.update(rows.numpy())
     return digest.hexdigest()
 

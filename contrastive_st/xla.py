@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHIPS', 'warn_if_on_cpu', 'start', 'counters', 'programs', 'lay_out', 'embed', 'ShardableLayerNorm',
            'replicated_matmuls', 'Noise', 'HashDropout', 'shardable', 'plain', 'make_step', 'check_program', 'train',
-           'Chip', 'step_time']
+           'Chip', 'step_time', 'run_time']
 
 # %% ../nbs/19_xla.ipynb #imports
 import atexit
@@ -952,3 +952,17 @@ def step_time(
         # weight, gradient and two moments are read, all but the gradient are written: 7 float32
         "optimizer": 7 * 4 * parameters / chip.memory,
     }
+
+
+def run_time(
+    size: tuple[int, int, int],  # of the encoder: layers, width, parameters
+    report: dict,  # of mixture.Mixture.report or account.account
+    **setting,  # T, devices, chip and utilisation, as `step_time` takes them
+) -> dict[str, float]:  # seconds of matmul, all_reduce, optimizer; if none overlap, add them
+    "Estimate the time of a whole run, whose batches differ in their number of columns."
+    spent = {}
+    for pool in report["pools"]:
+        parts = step_time(*size, texts=pool["columns"] * report["batch_size"], **setting)
+        for name, seconds in parts.items():
+            spent[name] = spent.get(name, 0.0) + pool["batches"] * seconds
+    return spent

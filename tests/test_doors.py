@@ -138,6 +138,10 @@ def test_a_missing_extra_names_the_way_that_the_package_came(monkeypatch, origin
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_source_is_the_repository_of_the_settings():
+    assert machine.SOURCE == f"git+{tool.settings()['git_url']}"
+
+
 def test_an_extra_of_a_package_in_no_environment(monkeypatch):
     def absent(name):
         raise machine.metadata.PackageNotFoundError(name)

@@ -21,7 +21,7 @@ from pages import ROOT
 
 from contrastive_st import recipes
 from contrastive_st.account import account
-from contrastive_st.xla import CHIPS, Chip, step_time
+from contrastive_st.xla import CHIPS, Chip, run_time, step_time
 
 PAGE = ROOT / "docs/scale.md"
 UTILISATION = 0.35  # share of the peak that matrix products reach, on every chip
@@ -63,19 +63,9 @@ def load_report(recipe) -> dict:
 
 def estimate(recipe, report, machine) -> dict[str, float]:
     "Seconds of a run by what they are spent on; nothing overlaps."
-    spent = dict.fromkeys(("matmul", "all_reduce", "optimizer"), 0.0)
-    for pool in report["pools"]:
-        parts = step_time(
-            *recipes.BACKBONES[recipe.model.name],
-            texts=pool["columns"] * report["batch_size"],
-            T=recipe.model.max_length,
-            devices=machine.devices,
-            chip=machine.chip,
-            utilisation=UTILISATION,
-        )
-        for name, seconds in parts.items():
-            spent[name] += pool["batches"] * seconds
-    return spent
+    setting = {"T": recipe.model.max_length, "devices": machine.devices, "chip": machine.chip}
+    size = recipes.BACKBONES[recipe.model.name]
+    return run_time(size, report, **setting, utilisation=UTILISATION)
 
 
 def first_limit(spent, cores) -> str:
@@ -140,9 +130,12 @@ def disk_table(measured: dict) -> str:
 
 def network_table() -> str:
     "What one device sends for the gradients of a step, once round the ring."
-    rows = []
+    rows, link = [], 1e6  # over a link of a megabyte a second, seconds are megabytes
     for hub_id, (layers, width, parameters) in recipes.BACKBONES.items():
-        sent = {P: 2 * (P - 1) / P * 4 * parameters / 1e6 for P in (8, 64, 256)}
+        sent = {
+            P: step_time(layers, width, parameters, P, 1, P, Chip(1, 1, link))["all_reduce"]
+            for P in (8, 64, 256)
+        }
         rows.append(
             {"backbone": hub_id, "layers x width": f"{layers} x {width}"}
             | {f"MB sent, {P} devices": f"{mb:,.0f}" for P, mb in sent.items()}

@@ -40,8 +40,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .atomic import MANIFEST, check_folder, first_problem, is_whole, named
-from .atomic import new_folder, quote, read_json, reading, write_json
+from .atomic import MANIFEST, check_folder, expanded, first_problem, is_whole
+from .atomic import named, new_folder, quote, read_json, reading, write_json
 from .machine import import_extra, install_line
 
 # %% ../nbs/33_modeldir.ipynb #read-chain
@@ -479,8 +479,8 @@ def find_folder(
 ) -> Path:  # a directory that is there
     "Find the directory of a model; download it if the hub has it."
     name = str(name_or_dir)
-    if os.path.isdir(os.path.expanduser(name)):  # False, too, for what can be no path at all
-        return Path(os.path.expanduser(name))
+    if name and os.path.isdir(expanded(name)):
+        return expanded(name)
     if (folder := packaged_folder(name)) is not None:
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or os.path.exists(name):
@@ -878,10 +878,10 @@ _VOLATILE = ("transformers_version", "_name_or_path")  # of config.json: they ch
 
 def _stamp(base):
     "Size and time of the weights of a base on this disk, and its config; None if it is not there."
-    if not base or not os.path.isdir(os.path.expanduser(base)):
+    if not base or not os.path.isdir(expanded(base)):
         return None
     try:
-        first = _chain(Path(os.path.expanduser(base)))[0][1]
+        first = _chain(expanded(base))[0][1]
         config = _read_json(first / "config.json")
         files = [(str(file), file.stat()) for file in _weight_files(first)]
     except (OSError, ValueError):  # half of it was deleted
@@ -980,7 +980,7 @@ def lies_in(
     folder: str | Path,  # which need not be there
 ) -> bool:
     "Say whether a model on this disk is a folder, or lies somewhere in it."
-    place, folder = Path(os.path.expanduser(name or "")), Path(folder).expanduser()
+    place, folder = expanded(name or ""), expanded(folder)
     if not name or not place.is_dir() or not folder.is_dir():
         return False
     place = place.resolve()
@@ -1148,13 +1148,13 @@ def has_lost_base(
     before, now = _STAMPS.get(backbone), _stamp(base)
     if not base or now is None:
         # A hub id can be downloaded again, and an absolute path is none.
-        return bool(base) and (before is not None or os.path.isabs(os.path.expanduser(base)))
+        return bool(base) and (before is not None or expanded(base).is_absolute())
     if now == before or _is_merged(backbone):
         return False
     if before is not None and before[1] != now[1]:
         return True
     try:  # new times alone do no harm
-        lost = not is_base(backbone, Path(os.path.expanduser(base)))
+        lost = not is_base(backbone, expanded(base))
     except ValueError:  # it is damaged
         return True
     if not lost:

@@ -86,7 +86,7 @@ def expanded(
             size = max(len(os.fsencode(part)) for part in full.parts)
             raise ValueError(
                 f"{quote(str(path))}: is too long for the name of a file, its longest part has"
-                f" {size:,} bytes; choose a shorter one"
+                f" {size:,} bytes; give a shorter one"
             ) from None
     return full  # whether something is there is for others to say
 

@@ -980,8 +980,8 @@ def lies_in(
     folder: str | Path,  # which need not be there
 ) -> bool:
     "Say whether a model on this disk is a folder, or lies somewhere in it."
-    place, folder = expanded(name or ""), expanded(folder)
-    if not name or not place.is_dir() or not folder.is_dir():
+    folder = expanded(folder)
+    if not name or not (place := expanded(name)).is_dir() or not folder.is_dir():
         return False
     place = place.resolve()
     return any(above.samefile(folder) for above in (place, *place.parents))

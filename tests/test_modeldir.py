@@ -1014,7 +1014,9 @@ def test_what_a_model_says_is_quoted(saved, key, value):
 
 @pytest.mark.parametrize("name", ["a" * 100_000, "\x1b[31mred", "a\0b", "~nobody-of-this-name/x"])
 def test_a_name_that_is_no_path_is_quoted(name):
-    with pytest.raises(ValueError, match="is not a directory|is no directory here") as error:
+    with pytest.raises(
+        ValueError, match="is not a directory|is no directory here|is too long|holds a NUL"
+    ) as error:
         SentenceEncoder.from_pretrained(name)
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 

@@ -217,7 +217,7 @@ class SentenceEncoder(torch.nn.Module):
         self,
         # a model that is there is replaced once the new one is whole; other files stay
         dir: str | Path,  # made if absent; ~ is the home folder
-        # None = if their base has no name, or would be overwritten
+        # None = if their base has no name, would be overwritten, or is no longer there
         merge: bool | None = None,  # add adapters to the weights
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
@@ -801,7 +801,8 @@ def _merges(base, replaces, dir, merge):
             f"{dir}: holds the base model of these adapters, {quote(base)}, which would be lost;"
             " choose another directory, or pass merge=True"
         )
-    return replaces or not base if merge is None else merge
+    # None leaves it to whether the base is still there when the files are written.
+    return (replaces or not base or None) if merge is None else merge
 
 # %% ../nbs/02_model.ipynb #add-adapters
 def add_adapters(

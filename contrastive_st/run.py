@@ -812,16 +812,20 @@ class Signals:
         if again:
             raise KeyboardInterrupt
         if self._measuring:
+            self._measuring = False  # wherever in the block it came, it ends the block once
             raise Abandoned
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         "A block that a signal ends at once, by `Abandoned`."
-        self._measuring = True
         try:
+            self._measuring = True
             if self.number:
                 raise Abandoned
             yield
+            # Python forgets what is raised in a __del__, and so may the code that measures.
+            if self.number:
+                raise Abandoned
         finally:
             self._measuring = False
 

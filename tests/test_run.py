@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -389,7 +389,7 @@ class Interrupted(Scores):
     def __call__(self, encoder):
         if len(self.seen) + 1 == self.call:
             self.call = None
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread, so it is there at once
         return super().__call__(encoder)
 
 
@@ -414,6 +414,17 @@ def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(
         (e["step"], e["eval_score"]) for e in evaluations[1]
     ]
     assert read(tmp_path / "run", "metrics")["best_step"] == 4
+
+
+def test_a_signal_ends_an_evaluation_whose_code_forgets_it(tmp_path):
+    def forgetful(encoder):
+        with suppress(KeyboardInterrupt):  # as Python does by itself in a __del__
+            signal.raise_signal(signal.SIGTERM)
+        return {"score": 0.1}
+
+    with pytest.raises(Stopped, match="stopped before the first step"):
+        dropout_run(tmp_path, config(6), evaluate=forgetful)
+    assert not checkpoints(tmp_path)
 
 
 def test_a_signal_in_the_last_measurement_saves_the_last_step(tmp_path, whole):

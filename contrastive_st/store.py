@@ -677,14 +677,17 @@ def _describe(shards, columns, noted, origin, mark):
     "A summary of shards, with what was noted while they were written."
     rows, width = len(shards), len(columns)
     rejected, negatives, remarks = noted
+
+    def row_numbers():
+        return (_row_numbers(shard, width) for shard in shards)
+
     return {
         "format": FORMAT,
         "columns": list(columns),
         "rows": rows,
         "rejected": rejected,
         "negatives": negatives,
-        "duplicate_rows": rows
-        - count_distinct(lambda: (_row_numbers(s, width) for s in shards), rows),
+        "duplicate_rows": rows - count_distinct(row_numbers, rows) if rows else 0,
         "distinct": {
             name: count_distinct(lambda: (_ids(s, width, c) for s in shards), rows)
             for c, name in enumerate(columns)

@@ -19,7 +19,8 @@ from conftest import refuses
 from safetensors.numpy import load_file
 from torch.distributed.run import main
 
-from contrastive_st import encoding, store
+from contrastive_st import encoding, run, store
+from contrastive_st.atomic import lock
 from contrastive_st.data import prepare, store_folder
 from contrastive_st.encoding import embedding_blocks, open_embeddings, same_texts, write_embeddings
 from contrastive_st.files import count_lines
@@ -566,8 +567,8 @@ def ends_of(nodes, seconds):
     return [codes.get(node, "too late") for node in nodes]
 
 
-def losses(run):
-    history = json.loads((run / "history.json").read_text())
+def losses(folder):
+    history = json.loads((folder / "history.json").read_text())
     return [line["loss"] for line in history if "loss" in line]
 
 
@@ -596,3 +597,40 @@ def test_a_killed_worker_is_started_again_and_resumes_to_the_same_weights(tmp_pa
     assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
     assert losses(tmp_path / "undisturbed") == losses(tmp_path / "killed")
     assert len(losses(tmp_path / "killed")) == 8
+
+
+def hold(out, seconds):
+    with lock(out):
+        (out.parent / "held").touch()
+        time.sleep(seconds)
+
+
+@pytest.mark.parametrize("under_torchrun, resume", [(True, True), (True, False), (False, True)])
+def test_a_restarted_run_waits_for_the_lock_of_a_dying_process(
+    tmp_path, monkeypatch, capsys, under_torchrun, resume
+):
+    "A file server gives a killed machine's lock away late; only a resumed run of torchrun waits."
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    (tmp_path / "run").mkdir()
+    other = in_process(hold, tmp_path / "run", 0.4)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    if under_torchrun and resume:
+        run.claim(tmp_path / "run", resume=True, make=False)
+        assert "is writing it" in capsys.readouterr().err
+    else:
+        refuses(lambda: run.claim(tmp_path / "run", resume, make=False), "is writing it")
+    other.join()
+
+
+def test_a_lock_that_is_never_given_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr(run, "LOCK_SECONDS", 0.1)
+    (tmp_path / "run").mkdir()
+    other = in_process(hold, tmp_path / "run", 3)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    refuses(lambda: run.claim(tmp_path / "run", resume=True, make=False), "is writing it")
+    other.kill()
+    other.join()

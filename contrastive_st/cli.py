@@ -1294,7 +1294,7 @@ _Part = Annotated[
 ]
 
 
-def _share(part):
+def _part_asked(part):
     "The part that a user asks for; None is the whole."
     from contrastive_st.workers import read_share
 
@@ -1385,7 +1385,7 @@ def prepare(
     part: _Part = None,
 ):
     "Write the datasets of a config into Arrow stores; what is up to date is left alone."
-    share, (mix, folder, longest) = _share(part), _mix(config, data_folder, tiny)
+    share, (mix, folder, longest) = _part_asked(part), _mix(config, data_folder, tiny)
     entries, progress = _to_prepare(mix, folder, out), progress and sys.stderr.isatty()
     # The tokenizer first: a wrong name must not cost an hour.
     tokens = _tokens(tokenizer, max_length or longest) if tokenizer else None
@@ -1518,7 +1518,7 @@ def encode(
     "Write the embeddings of a file's texts, in file order and in constant memory."
     from contrastive_st.encoding import write_embeddings
 
-    share = _share(part)
+    share = _part_asked(part)
     check_output(out)
     check_model(model)
     # A first walk finds a wrong line before hours of work; standard input can be read only once.

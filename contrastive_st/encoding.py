@@ -270,7 +270,7 @@ def _write_arrow(path, pieces, rows, columns, dtype, parquet, ids=None, start=0)
             writer.write_batch(pa.record_batch(parts, schema=schema))
 
 
-def _finish(part, path, settings, ids=None):
+def _finish(part, path, ids=None, settings={}):
     "Join the pieces under the final name, write the card, and delete the pieces."
     whole = settings.get("whole", {"first": 0})
     if not (part.files or "part" in whole):
@@ -961,7 +961,7 @@ def write_embeddings(
                 windows = _embed_windows(source, window, encode_batches, bar.update)
                 _fill(part, source, windows, settings)
             # 3. Join the pieces under the final name.
-            return _finish(part, path, settings, ids)
+            return _finish(part, path, ids, settings)
         except BaseException:
             if not part.files:  # there is nothing to go on with
                 part.discard()

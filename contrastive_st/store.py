@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'MARKED_FORMAT', 'MARKS', 'SUMMARY', 'REJECTS', 'TOKENS', 'MOST_NEGATIVES', 'MANY_NEGATIVES', 'SHARD_ROWS',
            'SHARD_TEXTS', 'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards', 'Store', 'warn_of_width',
            'fit_negatives', 'negatives_changed', 'fit_prompts', 'write_batch', 'count_distinct', 'summary_table',
-           'mark_line', 'is_current', 'part_of_store', 'write_store', 'verify', 'write_tokens']
+           'mark_line', 'part_of_store', 'is_current', 'write_store', 'verify', 'write_tokens']
 
 # %% ../nbs/06_store.ipynb #imports-std
 import json
@@ -757,40 +757,6 @@ def _total_line(summaries):
     where = f"listed with their faults in each store's {REJECTS}"
     return f"{total}; {bad:,} bad lines left out, {where}"
 
-# %% ../nbs/06_store.ipynb #write-store
-def is_current(
-    folder: str | Path,  # a store, or where one will be
-    origin: dict,  # what it is made of
-) -> bool:  # False if it is not there, cut off, of an older format or of other data
-    "Tell whether a store is whole and up to date, by its summary and the sizes of its files."
-    try:
-        return Store(folder).summary["origin"] == origin
-    except (ValueError, KeyError):
-        return False
-
-# %% ../nbs/06_store.ipynb #damage
-_ANEW = "; the store was damaged and is written anew"
-
-
-def _damage(folder, origin):
-    "What is wrong with a finished store or its tokens, if it is of this origin; empty if nothing."
-    # No manifest means unfinished, which is no damage: the part is gone on with.
-    if not is_whole(folder):
-        return ""
-    if not (folder / SUMMARY).is_file():
-        return f"{folder / SUMMARY}: is missing"
-    try:
-        _read_summary(folder)
-        return ""
-    except ValueError as error:
-        damage = str(error).removesuffix(f"; {_ADVICE}")
-    with suppress(ValueError, KeyError):  # a summary that cannot be read is damaged, too
-        summary = read_json(folder / SUMMARY)
-        current = summary["format"] in (FORMAT, MARKED_FORMAT)
-        if not current or summary["origin"] != origin:
-            return ""  # it is replaced anyway
-    return damage
-
 # %% ../nbs/06_store.ipynb #parts-begin
 def part_of_store(
     folder: str | Path,  # the whole store
@@ -885,6 +851,61 @@ def _join(folder, shares, origin, check, mark):
     part.add(REJECTS, write_rejects)
     _add_summary(part, summary)
     part.finish()
+
+# %% ../nbs/06_store.ipynb #parts-tokens
+def _engine_of_parts(store):
+    "With what the parts of a joined store were tokenised; None if they were not."
+    places = [store.folder / part["name"] for part in store.summary.get("parts", ())]
+    parts = [part for part in map(Store, places) if len(part)]  # without rows there are no tokens
+    engines = [(part.tokenised or {}).get("origin") for part in parts]
+    for part, engine in zip(parts, engines):
+        if engine != engines[0]:
+            raise ValueError(
+                f"{part.folder}: holds {_tokens_of(engine)}, and {parts[0].folder} "
+                f"{_tokens_of(engines[0])}; tokenise all parts with one tokenizer"
+            )
+    return engines[0] if engines else None
+
+
+def _tokens_of(engine):
+    "What a part holds, in words."
+    if engine is None:
+        return "no tokens"
+    return f"tokens of {quote(engine['tokenizer'])} with max_length {engine['max_length']}"
+
+# %% ../nbs/06_store.ipynb #write-store
+def is_current(
+    folder: str | Path,  # a store, or where one will be
+    origin: dict,  # what it is made of
+) -> bool:  # False if it is not there, cut off, of an older format or of other data
+    "Tell whether a store is whole and up to date, by its summary and the sizes of its files."
+    try:
+        return Store(folder).summary["origin"] == origin
+    except (ValueError, KeyError):
+        return False
+
+# %% ../nbs/06_store.ipynb #damage
+_ANEW = "; the store was damaged and is written anew"
+
+
+def _damage(folder, origin):
+    "What is wrong with a finished store or its tokens, if it is of this origin; empty if nothing."
+    # No manifest means unfinished, which is no damage: the part is gone on with.
+    if not is_whole(folder):
+        return ""
+    if not (folder / SUMMARY).is_file():
+        return f"{folder / SUMMARY}: is missing"
+    try:
+        _read_summary(folder)
+        return ""
+    except ValueError as error:
+        damage = str(error).removesuffix(f"; {_ADVICE}")
+    with suppress(ValueError, KeyError):  # a summary that cannot be read is damaged, too
+        summary = read_json(folder / SUMMARY)
+        current = summary["format"] in (FORMAT, MARKED_FORMAT)
+        if not current or summary["origin"] != origin:
+            return ""  # it is replaced anyway
+    return damage
 
 # %% ../nbs/06_store.ipynb #fill
 def _fill(folder, origin, read, check, on_progress, negatives, remarks, mark):
@@ -1094,27 +1115,6 @@ def _fill_tokens(store, engine, encode, on_progress):
     summary = {"format": FORMAT, "origin": engine, "truncated": truncated}
     _add_summary(part, summary | {"shards": shards.files})
     part.finish()
-
-
-def _engine_of_parts(store):
-    "With what the parts of a joined store were tokenised; None if they were not."
-    places = [store.folder / part["name"] for part in store.summary.get("parts", ())]
-    parts = [part for part in map(Store, places) if len(part)]  # without rows there are no tokens
-    engines = [(part.tokenised or {}).get("origin") for part in parts]
-    for part, engine in zip(parts, engines):
-        if engine != engines[0]:
-            raise ValueError(
-                f"{part.folder}: holds {_tokens_of(engine)}, and {parts[0].folder} "
-                f"{_tokens_of(engines[0])}; tokenise all parts with one tokenizer"
-            )
-    return engines[0] if engines else None
-
-
-def _tokens_of(engine):
-    "What a part holds, in words."
-    if engine is None:
-        return "no tokens"
-    return f"tokens of {quote(engine['tokenizer'])} with max_length {engine['max_length']}"
 
 
 def _join_tokens(store, engine):

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from .files import MOST_COLUMNS, ROW_FORMATS, EmptyText, Header, Rejects
 from contrastive_st.files import (
     TEXT_COLUMNS,
     choose_columns,
+    count_lines,
     dataset_rows,
     dataset_tables,
     find_spellings,
@@ -45,8 +46,8 @@ from .files import pick_columns, plain_name, read_columns, read_rows
 from .files import regular_file, report_rejects, row_text, sample_value
 from .store import MARKS, MOST_NEGATIVES, REJECTS, SUMMARY, Store, column_names
 from .store import fit_negatives, fit_prompts, negatives_changed, text_identity
-from .store import warn_of_width, write_store
-from .workers import worker_pool
+from .store import part_of_store, warn_of_width, write_store
+from .workers import read_share, worker_pool
 
 # %% ../nbs/07_data.ipynb #example-type
 Example = tuple[str, ...]  # (anchor, positive, *hard negatives): C texts
@@ -1392,16 +1393,48 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None, extra=()):
 
 
 def _open_raw(place, columns, split):
-    "What a file or a hub dataset is made of, and a function that reads its raw rows."
+    "What a file or a hub dataset is made of, a function that reads its raw rows, one that counts."
     if (dataset := open_dataset(place, split)) is not None:
         # datasets has no public name for the hash of what a dataset holds
         origin = {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}
-        return origin, lambda reject, after: dataset_rows(dataset, after)
+        return origin, lambda reject, after: dataset_rows(dataset, after), lambda: len(dataset)
     path = _readable(place)
     # Size and time instead of a digest: to hash 100 GB would take longer than to read 1 GB.
     state = path.stat()
     origin = {"file": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
-    return origin, lambda reject, after: _rows(path, columns, reject, after)
+    return (
+        origin,
+        lambda reject, after: _rows(path, columns, reject, after),
+        lambda: count_lines(path),
+    )
+
+
+class _Between(Rejects):
+    "Takes the bad rows of one part of a file; those of other parts are left to them."
+
+    def __init__(self, lines, *args):
+        super().__init__(*args)
+        self.lines = lines
+
+    def __call__(self, line, problem):
+        if self.lines[0] < line <= self.lines[1]:
+            super().__call__(line, problem)
+
+    def cut(self, rows):
+        "Yield what lies in the part, and read no further."
+        for line, row in takewhile(lambda item: item[0] <= self.lines[1], rows):
+            if line > self.lines[0]:
+                yield line, row
+
+
+def _lines_of(part, count):
+    "The lines of a part: those above the first number, up to the second; without a part all."
+    if part is None:
+        return 0, math.inf
+    share = read_share(part)
+    first, last = share.span(count())
+    # The last part is open, so that no line is lost however the lines were counted.
+    return first, last if share.number < share.count else math.inf
 
 
 def _write_if_needed(
@@ -1415,30 +1448,40 @@ def _write_if_needed(
     full=False,
     mark=None,
     relevance=None,
+    part=None,
 ):
     "The store of a file or a hub dataset, written if it is not there or not up to date."
     asked, columns = columns, _chooser(columns, mark, relevance)
-    origin, rows = _open_raw(place, columns, split)
+    origin, rows, count = _open_raw(place, columns, split)
     origin |= {"columns": list(asked or ()), "on_error": on_error} | _extra(mark, relevance)
     if negatives is not None:
         origin |= {"negatives": negatives}
 
     def read(after, note):
-        reject = Rejects(place, on_error, note)
-        raw = rows(reject, after)
-        if mark:
-            return _marked_examples(raw, columns, reject, after)
+        lines = _lines_of(part, count)
+        reject = _Between(lines, place, on_error, note)
+        some = after or int(part is not None)  # a part may be without rows, a file may not
         if relevance is not None:
-            raw = judged_groups(raw, columns, reject)
-            return _examples(raw, Columns(), reject, after, negatives)
-        return _examples(raw, columns, reject, after, negatives)
+            # From the beginning: rows of one anchor belong together, wherever a part begins.
+            raw = reject.cut(judged_groups(rows(reject, after), columns, reject))
+            return _examples(raw, Columns(), reject, some, negatives)
+        raw = reject.cut(rows(reject, max(after, lines[0])))
+        if mark:
+            return _marked_examples(raw, columns, reject, some)
+        return _examples(raw, columns, reject, some, negatives)
 
     def check(summary):
+        if part is not None:  # the whole is looked at when its parts are joined
+            return
+        if not summary["rows"]:
+            raise _no_example(Rejects(place))
         if mark:
             return _check_marks(summary, mark, place)
         constant = {c for c, n in enumerate(summary["distinct"].values()) if n == 1}
         _check_contrast(constant, len(summary["columns"]), place)
 
+    if part is not None:
+        folder, origin = part_of_store(folder, origin, part)
     return write_store(
         folder,
         origin,
@@ -1648,6 +1691,7 @@ def _prepare_one(
     out,
     on_error,
     full,  # compare every byte of a store that is there
+    part,  # "3/64", or None for the whole
     on_progress,  # called with the rows of each shard
     name,
     path_or_hub_id,
@@ -1677,6 +1721,7 @@ def _prepare_one(
                 full,
                 mark,
                 relevance,
+                part,
             )
             summary, work, problem = store.summary, (store.is_new, store.verified), None
             _warn_of_columns(str(path_or_hub_id), summary["remarks"])
@@ -1761,11 +1806,14 @@ def prepare(
     total: int | None = None,  # rows expected, for the progress bar; None if unknown
     progress: bool = True,  # show a bar
     verify: bool = False,  # read every byte of stores that are there, and write damaged ones anew
+    # "3/64": write the third of 64 parts of each dataset; None writes all, or joins the parts
+    part: str | tuple[int, int] | None = None,
 ) -> Prepared:  # {name: summary}, with `written` and `verified`
     "Write each dataset into a store of its own; what is there and up to date is left alone."
     Rejects("", on_error)  # refuses an unknown on_error before any work
+    part = part and read_share(part)
     _check_names(wanted, [store_folder(out, w["name"]) for w in wanted])
-    args, several = (out, on_error, verify), min(workers, len(wanted))
+    args, several = (out, on_error, verify, part), min(workers, len(wanted))
     look = {"unit": " rows", "unit_scale": True, "desc": "reading"}
     with tqdm(total=total, disable=not progress, **look) as bar:
         if several > 1:

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'MARKED_FORMAT', 'MARKS', 'SUMMARY', 'REJECTS', 'TOKENS', 'MOST_NEGATIVES', 'MANY_NEGATIVES', 'SHARD_ROWS',
            'SHARD_TEXTS', 'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards', 'Store', 'warn_of_width',
            'fit_negatives', 'negatives_changed', 'fit_prompts', 'write_batch', 'count_distinct', 'summary_table',
-           'mark_line', 'is_current', 'write_store', 'verify', 'write_tokens']
+           'mark_line', 'part_of_store', 'is_current', 'write_store', 'verify', 'write_tokens']
 
 # %% ../nbs/06_store.ipynb #imports-std
 import json
@@ -28,8 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .atomic import MANIFEST, Damaged, Part, check_folder, expanded, is_whole
-from .atomic import lock, quote, read_json, reading, remove, tidy, writing
+from .atomic import MANIFEST, Damaged, Part, check_folder, digest_file, expanded
+from .atomic import is_whole, lock, quote, read_json, reading, remove, tidy, writing
+from .workers import Share, check_shares, find_shares, parts_folder, read_share
 
 # %% ../nbs/06_store.ipynb #identity
 def text_identity(
@@ -195,6 +196,21 @@ def _read_summary(folder):
     return summary
 
 # %% ../nbs/06_store.ipynb #store-class
+def _check_parts(folder, summary):
+    "Raise ValueError unless the parts of a joined store are those that were joined."
+    with reading(folder / SUMMARY, _ADVICE):
+        parts = [(folder / part["name"], part["manifest"]) for part in summary.get("parts", ())]
+    for place, digest in parts:
+        _read_summary(place)
+        if (place / TOKENS).exists():
+            _read_summary(place / TOKENS)
+        if digest_file(place / MANIFEST) != digest:
+            raise Damaged(
+                f"{place}: was written again after {folder} was joined; run the command that "
+                "joined the parts once more"
+            )
+
+
 class Store:
     "A prepared dataset: rows of C texts with their identities, and their tokens if prepared."
 
@@ -206,6 +222,7 @@ class Store:
     ):
         self.folder, self.prompts = expanded(folder), prompts
         self.summary = _read_summary(self.folder)
+        _check_parts(self.folder, self.summary)
         # set by `write_store`: whether it wrote the store, and what it compared, in files and bytes
         self.is_new, self.verified = False, {}
         with reading(self.folder / SUMMARY, _ADVICE):
@@ -651,24 +668,33 @@ def _mark_summary(shards, mark):
 def _summary(part, remarks, mark=None):
     "What a dataset holds, from its finished shards."
     shards = Shards(part.folder, _shard_files(part))
-    rows = len(shards)
-    columns = _names(mark, part.notes["width"]) if rows else ()
-    width = len(columns)
+    columns = _names(mark, part.notes["width"]) if len(shards) else ()
+    noted = _rejected(part), part.notes["negatives"], remarks
+    return _describe(shards, columns, noted, part.origin, mark)
+
+
+def _describe(shards, columns, noted, origin, mark):
+    "A summary of shards, with what was noted while they were written."
+    rows, width = len(shards), len(columns)
+    rejected, negatives, remarks = noted
+
+    def row_numbers():
+        return (_row_numbers(shard, width) for shard in shards)
+
     return {
         "format": FORMAT,
         "columns": list(columns),
         "rows": rows,
-        "rejected": _rejected(part),
-        "negatives": part.notes["negatives"],
-        "duplicate_rows": rows
-        - count_distinct(lambda: (_row_numbers(s, width) for s in shards), rows),
+        "rejected": rejected,
+        "negatives": negatives,
+        "duplicate_rows": rows - count_distinct(row_numbers, rows) if rows else 0,
         "distinct": {
             name: count_distinct(lambda: (_ids(s, width, c) for s in shards), rows)
             for c, name in enumerate(columns)
         },
         "characters": {name: _characters(shards, c) for c, name in enumerate(columns)},
         "remarks": remarks,  # of the reader, on the columns
-        "origin": part.origin,
+        "origin": origin,
         "shards": shards.files,
     } | _mark_summary(shards, mark)
 
@@ -730,6 +756,122 @@ def _total_line(summaries):
         return f"{total}; no line was left out"
     where = f"listed with their faults in each store's {REJECTS}"
     return f"{total}; {bad:,} bad lines left out, {where}"
+
+# %% ../nbs/06_store.ipynb #parts-begin
+def part_of_store(
+    folder: str | Path,  # the whole store
+    origin: dict,  # what the whole is made of
+    part: str | tuple[int, int],  # "3/64", or (3, 64)
+) -> tuple[Path, dict]:  # folder and origin of the part, for `write_store`
+    "Say where a part of a store belongs, and refuse one that would never be joined."
+    share, folder = read_share(part), expanded(folder)
+    shares = find_shares(folder)
+    if not shares and is_current(folder, origin):
+        raise ValueError(f"{folder}: is prepared already as a whole; delete it to prepare parts")
+    check_shares(folder, [share, *shares], complete=False)
+    return parts_folder(folder) / share.name, origin | {"part": list(share)}
+
+
+def _open_part(place, share, origin):
+    "A part that is whole and made of the right data."
+    store = Store(place)
+    if store.summary["origin"] != origin | {"part": list(share)}:
+        raise ValueError(
+            f"{place}: was made of other data, or with other options; prepare part {share} again"
+        )
+    return store
+
+
+def _common_columns(stores):
+    "The columns of parts, of which each found its own."
+    filled = [store for store in stores if len(store)]
+    for store in filled:
+        for of in (lambda s: s.columns, lambda s: tuple(s.summary["remarks"].get("guessed", ()))):
+            first, own = next(filter(None, map(of, filled)), ()), of(store)
+            if own and own != first:
+                raise ValueError(
+                    f"{store.folder}: its rows are of {quote(own)}, those of an earlier part of "
+                    f"{quote(first)}; give the dataset columns= and negatives=, then prepare again"
+                )
+    return filled[0].columns if filled else ()
+
+
+def _together(remarks):
+    "The remarks of all parts: lists are joined, and nothing is named twice."
+    joined = {}
+    for key, value in (item for record in remarks for item in record.items()):
+        more = isinstance(value, list) and key in joined
+        joined[key] = list(dict.fromkeys([*joined[key], *value])) if more else value
+    return joined
+
+# %% ../nbs/06_store.ipynb #parts-join
+def _join_files(stores, folder, tokens=False):
+    "The shards of parts, named as seen from a folder."
+    for store in stores:
+        shards = store.token_shards if tokens else store.text_shards
+        for file in shards.files:
+            place = os.path.realpath(shards.folder / file["name"])
+            yield file | {"name": os.path.relpath(place, folder)}
+
+
+def _join_summary(folder, stores, origin, mark):
+    "The summary of a whole, as if one machine had written it."
+    summaries = [store.summary for store in stores]
+    rejected, negatives = (
+        {key: sum(s[name][key] for s in summaries) for key in summaries[0][name]}
+        for name in ("rejected", "negatives")
+    )
+    noted = rejected, negatives, _together(s["remarks"] for s in summaries)
+    shards = Shards(folder, list(_join_files(stores, folder)))
+    parts = [
+        # the digest of a manifest stands for all files that it lists
+        {"name": os.path.relpath(s.folder, folder), "manifest": digest_file(s.folder / MANIFEST)}
+        for s in stores
+    ]
+    return _describe(shards, _common_columns(stores), noted, origin, mark) | {"parts": parts}
+
+
+def _join(folder, shares, origin, check, mark):
+    "Join the parts of a store by a summary and a manifest."
+    check_shares(folder, shares)
+    stores = [_open_part(place, share, origin) for share, place in shares.items()]
+    part = Part(folder, origin | {"parts": len(stores)})
+    try:
+        summary = _join_summary(part.folder, stores, origin, mark)
+        check(summary)
+    except ValueError:
+        part.discard()
+        raise
+
+    def write_rejects(path):
+        with open(path, "wb") as out:
+            for store in stores:
+                out.write((store.folder / REJECTS).read_bytes())
+
+    part.add(REJECTS, write_rejects)
+    _add_summary(part, summary)
+    part.finish()
+
+# %% ../nbs/06_store.ipynb #parts-tokens
+def _engine_of_parts(store):
+    "With what the parts of a joined store were tokenised; None if they were not."
+    places = [store.folder / part["name"] for part in store.summary.get("parts", ())]
+    parts = [part for part in map(Store, places) if len(part)]  # without rows there are no tokens
+    engines = [(part.tokenised or {}).get("origin") for part in parts]
+    for part, engine in zip(parts, engines):
+        if engine != engines[0]:
+            raise ValueError(
+                f"{part.folder}: holds {_tokens_of(engine)}, and {parts[0].folder} "
+                f"{_tokens_of(engines[0])}; tokenise all parts with one tokenizer"
+            )
+    return engines[0] if engines else None
+
+
+def _tokens_of(engine):
+    "What a part holds, in words."
+    if engine is None:
+        return "no tokens"
+    return f"tokens of {quote(engine['tokenizer'])} with max_length {engine['max_length']}"
 
 # %% ../nbs/06_store.ipynb #write-store
 def is_current(
@@ -822,8 +964,14 @@ def write_store(
             # another process may have written it while this one waited
             if is_new := not is_current(folder, origin):
                 remarks = {} if remarks is None else remarks
-                _fill(folder, origin, read, check, on_progress, negatives, remarks, mark)
+                if shares := find_shares(folder):  # parts that other machines may have written
+                    _join(folder, shares, origin, check, mark)
+                else:
+                    _fill(folder, origin, read, check, on_progress, negatives, remarks, mark)
     store = Store(folder)
+    if engine := _engine_of_parts(store):
+        write_tokens(folder, engine, encode=None)
+        store = Store(folder)
     store.is_new, store.verified = is_new, verified
     return store
 
@@ -840,6 +988,13 @@ def _check_all(folder):
     return files
 
 
+def _part_folders(store):
+    "Where the parts of a joined store lie, the folders of their tokens included."
+    for part in store.summary.get("parts", ()):
+        places = (store.folder / part["name"], store.folder / part["name"] / TOKENS)
+        yield from (place for place in places if place.exists())
+
+
 def verify(
     folder: str | Path,  # a store
 ) -> Store:  # open
@@ -847,6 +1002,8 @@ def verify(
     folder = expanded(folder)
     _check_all(folder)
     store = Store(folder)
+    for place in _part_folders(store):
+        _check_all(place)
     if (folder / TOKENS).exists():
         _check_all(folder / TOKENS)
         if len(store.token_shards) != len(store):
@@ -859,7 +1016,8 @@ def verify(
 
 def _drop_damaged(folder):
     "Verify a store and count its files and bytes; warn of damage and take the manifest away."
-    counts = {"files": 0, "bytes": 0}
+    # The parts of a joined store cannot be written anew here, so damage is an error.
+    entries = [e for place in _part_folders(Store(folder)) for e in _check_all(place).values()]
     for place, again in (
         (folder, _ANEW),
         (folder / TOKENS, "; the damaged tokens are deleted, tokenise the store again"),
@@ -876,9 +1034,8 @@ def _drop_damaged(folder):
                 if place != folder:
                     remove(place)
             return {}
-        counts["files"] += len(files)
-        counts["bytes"] += sum(entry["bytes"] for entry in files.values())
-    return counts
+        entries += files.values()
+    return {"files": len(entries), "bytes": sum(entry["bytes"] for entry in entries)}
 
 # %% ../nbs/06_store.ipynb #write-tokens
 def _list_array(ids, lengths, dtype):
@@ -960,6 +1117,33 @@ def _fill_tokens(store, engine, encode, on_progress):
     part.finish()
 
 
+def _join_tokens(store, engine):
+    "List the tokens of all parts as those of the whole."
+    parts = [Store(store.folder / part["name"]) for part in store.summary["parts"]]
+    parts = [part for part in parts if len(part)]
+    counts = [part.tokenised["truncated"] for part in parts]
+    joined = Part(store.folder / TOKENS, engine | {"parts": len(parts)})
+    files = list(_join_files(parts, joined.folder, tokens=True))
+    truncated = {name: sum(count[name] for count in counts) for name in counts[0]}
+    summary = {"format": FORMAT, "origin": engine, "truncated": truncated, "shards": files}
+    _add_summary(joined, summary)
+    joined.finish()
+
+
+def _tokenise(store, engine, encode, on_progress):
+    "Write the tokens of a store, or join those of its parts."
+    made = _engine_of_parts(store)
+    if made is None:
+        _fill_tokens(store, engine, encode, on_progress)
+    elif made == engine:
+        _join_tokens(store, engine)
+    else:
+        raise ValueError(
+            f"{store.folder}: its parts hold {_tokens_of(made)}, and this asks for "
+            f"{_tokens_of(engine)}; tokenise all parts again, or join them with the former"
+        )
+
+
 def write_tokens(
     folder: str | Path,  # a store
     # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary, and "prompts", the
@@ -977,4 +1161,4 @@ def write_tokens(
     with _one_writer(folder):  # the same lock as for the texts: they must not be replaced meanwhile
         store = Store(folder)
         if not _is_tokenised(store, engine):
-            _fill_tokens(store, engine, encode, on_progress)
+            _tokenise(store, engine, encode, on_progress)

@@ -444,7 +444,7 @@ def _make_mark(label, score, score_range, teacher=None, teacher_scale=None):
     asked = [f"{name}={quote(value)}" for name, value in asked.items() if value is not None]
     if len(asked) > 1:
         raise ValueError(
-            f"{' and '.join(asked)}; a dataset has labels, scores or a teacher's scores, "
+            f"{' and '.join(asked)}; a dataset has labels or scores or a teacher's scores, "
             "so give one of them"
         )
     if teacher is not None:
@@ -570,7 +570,11 @@ class Teacher(NamedTuple):
     scale: float = 1.0  # multiplies the scores
 
     kind = "teacher"
-    word = "teacher"
+
+    @property
+    def asked(self) -> str | int | list:  # one column, or several
+        "Write the columns as errors do."
+        return self.column[0] if len(self.column) == 1 else list(self.column)
 
 
 def teacher_columns(
@@ -608,7 +612,7 @@ class TaughtColumns(Columns):
     ):
         if columns is not None and {type(c) for c in columns} != {type(teacher.column[0])}:
             raise ValueError(
-                f"columns={quote(columns, 80)} beside teacher={quote(teacher.column)}; write all "
+                f"columns={quote(columns, 80)} beside teacher={quote(teacher.asked)}; write all "
                 "as names, or all as positions"
             )
         super().__init__(columns, remarks)
@@ -690,7 +694,8 @@ def _split_row(row, columns):
         )
     if not all(0 <= at < len(row) for at in teacher):
         raise ValueError(
-            f"a list of {len(row)} does not fit teacher={quote(teacher)}; give positions such as "
+            f"a list of {len(row)} does not fit teacher={quote(columns.teacher.asked)}; give "
+            "positions such as "
             f"teacher={max(len(row) - 1, 0)}"
         )
     # Without names the texts are all columns beside the scores.
@@ -1381,7 +1386,8 @@ def _check_mark(store, mark, name):
         if store.mark == "teacher":
             has = "has a teacher's scores"
         raise ValueError(
-            f"{name}: {mark.kind}={quote(mark.column)} is asked of a store that {has}; "
+            f"{name}: {mark.kind}={quote(getattr(mark, 'asked', mark.column))} is asked of a "
+            f"store that {has}; "
             f"prepare the data again with {mark.kind}"
         )
 

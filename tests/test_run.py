@@ -1203,7 +1203,7 @@ LOSSES = {
     "tiled guide": dict(tiled=True, guard="guide", guide="not opened here", mask_same=False),
     "gte guide": dict(loss="gte", guard="guide", guide="not opened here", guard_margin=-0.1),
     "relative": dict(guard="guide", guide="not opened here", guard_relative_margin=0.05),
-    "taught margin": dict(loss="margin_mse", widths=(8, 32)),
+    "taught margin": dict(loss="margin_mse", widths=(8, 32), scale=1.0),
     "taught choice": dict(loss="distill_kl"),
 }
 

@@ -127,18 +127,20 @@ def _teacher_scores(guide):
     return (guide[:, :1] * guide[:, 1:]).sum(-1)
 
 
-def _distilled_loss(rows, guide, config):
-    "The loss of rows (B, C, D) that shall be scored as a guide (B, C, G) scores them, a scalar."
-    if guide is None:
+def _distilled_loss(rows, guide, teacher, config):
+    "The loss of rows (B, C, D) that shall be scored as a teacher (B, C - 1) or guide scores them."
+    if guide is None and teacher is None:
         raise ValueError(
-            f"loss is {config.loss!r}, but the batch has no vectors of a guide in its field guide"
+            f"loss is {config.loss!r}, but the batch has no scores of a teacher in its field"
+            " teacher, and has no vectors of a guide in its field guide"
         )
     if rows.shape[1] < 3:
         raise ValueError(
             f"loss is {config.loss!r}, but the rows of the batch have no hard negatives to compare"
             " the positive with"
         )
-    scores, options = _teacher_scores(guide), {"similarity": config.similarity}
+    scores = _teacher_scores(guide) if teacher is None else teacher  # (B, 1 + K)
+    options = {"similarity": config.similarity}
     # The gradient of InfoNCE and CoSENT grows with the scale. So shall these, lest one dataset of a
     # mixture counts for nothing beside another.
     if config.loss == "margin_mse":
@@ -220,14 +222,17 @@ def batch_loss(
     step: int | torch.Tensor | None = None,  # optimiser steps done
     guide: torch.Tensor | None = None,  # vectors of the texts by another encoder, (b, C, G) float
     learned: LearnedScale | None = None,  # instead of the configuration's scale
+    # how a teacher scores positive and negatives, instead of the guide, (b, C - 1) float
+    teacher: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # loss, and candidates masked per anchor; two scalars
     "Compute the loss of the global batch from the embeddings of this rank."
     # 1. rows of anchor, positive and negatives
     C, D = identities.shape[1], embeddings.shape[-1]
     own = embeddings.view(C, -1, D).transpose(0, 1)  # (b, C, D)
     # 2. what all ranks know of the texts; in tiles each rank computes its own rows only
-    marks = [None if x is None else contrastive.gather(x) for x in (labels, scores, guide)]
-    labels, scores, guide = marks  # (B,), (B,), (B, C, G)
+    marks = (labels, scores, guide, teacher)
+    marks = [None if x is None else contrastive.gather(x) for x in marks]
+    labels, scores, guide, teacher = marks  # (B,), (B,), (B, C, G), (B, C - 1)
     if config.tiled and scores is None:
         names = contrastive.gather(identities)
         return _tiled_loss(own, names, labels, guide, config, step, learned)
@@ -236,8 +241,9 @@ def batch_loss(
     if scores is not None:
         value = _graded_loss(rows, scores, config)
         return value, torch.zeros((), device=rows.device)
-    if config.loss in DISTILLED:  # a row's own texts shall be scored as the guide scores them
-        return _distilled_loss(rows, guide, config), torch.zeros((), device=rows.device)
+    if config.loss in DISTILLED:  # a row's own texts shall be scored as a teacher scores them
+        value = _distilled_loss(rows, guide, teacher, config)
+        return value, torch.zeros((), device=rows.device)
     # 4. what must not be pushed away
     same = _no_negatives(
         rows, contrastive.gather(identities), labels, guide, config, step
@@ -263,7 +269,7 @@ def mean_cosine(
 def _contrast(embeddings, batch, config, step, learned):
     "The loss of a batch, a scalar, and what is logged of it."
     marks = batch.labels, batch.scores, step, batch.guide
-    value, masked = batch_loss(embeddings, batch.identities, config, *marks, learned)
+    value, masked = batch_loss(embeddings, batch.identities, config, *marks, learned, batch.teacher)
     # Of the global batch, from (b, C) on each rank: all but the anchors.
     candidates = rank_count() * batch.identities[:, 1:].numel()
     return value, {
@@ -987,7 +993,7 @@ def _texts_digest(source, most=1024):
     numbers = [n * (size - 1) // max(count - 1, 1) for n in range(count)]
     for row in source.rows(numbers):
         digest.update(json.dumps(row).encode())
-    for name in ("labels", "scores"):
+    for name in ("labels", "scores", "teacher"):
         if getattr(source, f"has_{name}", False):
             marks = getattr(source, name)(np.array(numbers, np.int64))
             digest.update(np.asarray(marks).tobytes())
@@ -1180,11 +1186,24 @@ def _check_prompts(encoder, mixture):
 
 # %% ../nbs/04_run.ipynb #check-negatives
 def _check_negatives(mixture, config):
-    "Refuse pairs without hard negatives where a loss needs them."
-    if config.loss not in DISTILLED:
-        return
+    "Refuse pairs without hard negatives, or without a teacher, where a loss needs them."
     for source in mixture.sources:
-        if len(source.columns) < 3 and not getattr(source, "has_scores", False):
+        taught, graded = (getattr(source, f"has_{name}", False) for name in ("teacher", "scores"))
+        if taught and config.loss not in DISTILLED:
+            raise ValueError(
+                f"{source.name}: its rows have the scores of a teacher, but loss is"
+                f" {config.loss!r}, which has no use for them; set loss = 'margin_mse' or"
+                " 'distill_kl', or leave teacher out"
+            )
+        if config.loss not in DISTILLED or taught or graded:
+            continue
+        if not config.guide:
+            raise ValueError(
+                f"{source.name}: its rows have no scores of a teacher, but loss = {config.loss!r}"
+                " copies them; name their column with teacher, or with guide the index folder of"
+                " another encoder's vectors"
+            )
+        if len(source.columns) < 3:
             raise ValueError(
                 f"{source.name}: its rows have no hard negatives, but loss = {config.loss!r} copies"
                 " how far the positive lies above them; add some with contrastive-st mine, or"
@@ -1279,6 +1298,8 @@ class Run:
         "Make the batch of a step, with the guide's vectors if there is a guide."
         batch = tokens(self.mixture.batch(step, rank, ranks))
         if self._guide is None or batch.scores is not None:  # nothing is pushed away in the latter
+            return batch
+        if batch.teacher is not None:  # the guide is the teacher of the other datasets
             return batch
         return batch._replace(guide=self._guide(batch.identities))
 

@@ -778,8 +778,8 @@ def check_row_dropout(
         )
     if not _drops_by_rows(encoder):
         raise ValueError(
-            f"row_dropout is set, but the dropout of this {name} ({encoder.layout}) draws random"
-            " numbers of its own; leave row_dropout out, or train another model"
+            f"row_dropout is set, but with dropout the vectors of this {name} depend on the other"
+            " texts of a batch; leave row_dropout out, or train another model"
         )
 
 

@@ -116,6 +116,11 @@ POOLINGS = {
 }
 
 # %% ../nbs/02_model.ipynb #embed-ragged
+def _by_rows(noise):
+    "A block in which dropout is a function of the rows; without a noise it is by chance."
+    return nullcontext() if noise is None else RowDropout(noise)
+
+
 def _embed_padded(
     embed,  # a rectangle of tokens and its mask (n, T) -> vectors (n, D)
     token_ids,  # all texts one after another, (S,) int
@@ -129,8 +134,7 @@ def _embed_padded(
     runs = split_by_budget(lengths.cpu()[order].tolist(), token_budget, padded=True)
     vectors, texts = [], order.split([len(run) for run in runs])
     for run, rows, part in zip(runs, texts, token_ids.split([sum(run) for run in runs])):
-        # part: (s,)
-        with RowDropout(noise.of(rows)) if noise is not None else nullcontext():
+        with _by_rows(noise and noise.of(rows)):  # part: (s,)
             vectors.append(embed(*pad(part, torch.tensor(run), pad_id=pad_id)))  # (n, D)
     return torch.cat(vectors)[order.argsort().to(token_ids.device)]  # (N, D)
 
@@ -326,9 +330,8 @@ class SentenceEncoder(torch.nn.Module):
         if self.layout == "packed" and device in ("cpu", "cuda"):
             # One call for all vectors: there may be a hundred lengths in a batch.
             pool = partial(self._pool, skip=skip)
-            batch = token_ids, lengths, budget, noise
-            vectors = _embed_packed(self.backbone, pool, *batch)
-            with RowDropout(noise) if noise is not None else nullcontext():  # of the head
+            vectors = _embed_packed(self.backbone, pool, token_ids, lengths, budget, noise)
+            with _by_rows(noise):  # the dropout of the head
                 return self._finish(vectors)
         embed, pad_id = partial(self.embed, skip=skip), self.tokenizer.pad_token_id
         return _embed_padded(embed, token_ids, lengths, pad_id, budget, noise)

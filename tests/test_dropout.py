@@ -411,7 +411,8 @@ def test_another_number_of_processes_is_told(tmp_path, capsys):
 
 # ---- several processes: this file is their program ----
 
-STEPS, PHASES = 4, ((1, 1), (1, 2), (2, 3), (3, 4), (4, 1))
+STEPS = 4
+RUNS = ((1, 2, 0), (2, 3, 60), (3, 4, 40), (4, 1, 25))  # processes, then others; tokens of a chunk
 
 
 def steps_on(rank, ranks, steps, encoder, by_rows, chunk_tokens):
@@ -449,22 +450,19 @@ def phase(rank, ranks, folder, name, steps, by_rows, chunk_tokens, start=None):
 
 
 def on_rank(rank, folder, barrier):
-    "One of four processes; in each phase some of them train."
+    "One of four processes, of which some train at a time."
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
-    for number, (first, second) in enumerate(PHASES):
-        chunk_tokens = (0, 0, 60, 40, 25)[number]
-        for n, name, steps, start in (
-            (first, f"{number}", range(2), None),
-            (second, f"{number}-end", range(2, STEPS), f"{number}"),
-        ):
-            if rank < n:
-                phase(rank, n, folder, name, steps, True, chunk_tokens, start)
-            barrier.wait()
-    for n in (1, 2):  # by chance
-        if rank < n:
-            phase(rank, n, folder, f"chance-{n}", range(1), False, 0)
+    if rank == 0:
+        phase(0, 1, folder, "truth", range(STEPS), True, 0)
+        phase(0, 1, folder, "chance", range(STEPS), False, 0)
+    for first, second, chunk_tokens in RUNS:
+        if rank < first:
+            phase(rank, first, folder, f"{first}", range(2), True, chunk_tokens)
         barrier.wait()
+        if rank < second:
+            name, steps = f"{first}-{second}", range(2, STEPS)
+            phase(rank, second, folder, name, steps, True, chunk_tokens, start=f"{first}")
 
 
 def test_one_to_four_processes_are_one_run(tmp_path):
@@ -476,16 +474,14 @@ def test_one_to_four_processes_are_one_run(tmp_path):
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
-    truth = runs["0-end"]
-    assert len(truth["losses"]) == STEPS
-    for number in range(1, len(PHASES)):
-        found = runs[f"{number}-end"]
+    truth = runs["truth"]
+    for first, second, _ in RUNS:
+        found = runs[f"{first}-{second}"]
         assert found["losses"] == pytest.approx(truth["losses"], rel=1e-5)
         for name, value in truth["weights"].items():
             torch.testing.assert_close(found["weights"][name], value, rtol=1e-5, atol=1e-5)
     # and this is not for want of dropout
-    one, two = runs["chance-1"]["losses"], runs["chance-2"]["losses"]
-    assert abs(one[0] - two[0]) > 1e-3
+    assert abs(truth["losses"][0] - runs["chance"]["losses"][0]) > 1e-3
 
 
 if __name__ == "__main__":

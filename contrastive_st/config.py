@@ -203,6 +203,9 @@ class TrainConfig:
     learn_scale: bool = False
     # info_nce without its matrix of all scores: the same loss in less memory, each rank its rows
     tiled: bool = False
+    # dropout by the number of a text in the global batch instead of the rank, so that a run may go
+    # on with another number of processes; on XLA devices it always is so
+    row_dropout: bool = False
 
     @field_validator("*", mode="before")
     @classmethod

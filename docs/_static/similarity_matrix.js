@@ -45,7 +45,11 @@
 
   const { make, slider, checkbox, choice, figure } = window.Touch;
 
-  const number = (x) => x.toFixed(Math.abs(x) < 9.995 ? 2 : 1).replace("-", "−");
+  // Two digits behind the point and a true minus; what rounds to nothing has no sign.
+  function number(x) {
+    const text = x.toFixed(Math.abs(x) < 9.995 ? 2 : 1);
+    return text === "-0.00" ? "0.00" : text.replace("-", "−");
+  }
 
   // A cell whose colour is as strong as `share`, from -1 to 1.
   function cell(text, share, title) {

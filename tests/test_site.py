@@ -70,7 +70,8 @@ PAGE = """<html><body><nav>x</nav><article role="main"><section id="loss">
 <h1>Loss<a class="headerlink" href="#loss">¶</a></h1>
 <a class="badge" href="https://colab.example">badge</a><div class="touch">moves</div>
 <p><a href="#scale">here</a> <a href="02_model.html#pool">there</a> <a href="api/loss.html">api</a>
-<a href="https://arxiv.org/abs/1">paper</a></p><section id="scale"><img src="_images/a.png"></section>
+<a href="https://arxiv.org/abs/1">paper</a></p>
+<section id="scale"><img src="_images/a.png"></section>
 <details><summary>Answer</summary>Yes.</details><pre><span class="n">a</span></pre>
 </section></article></body></html>"""
 

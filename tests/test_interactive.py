@@ -113,6 +113,12 @@ def test_the_draw_window_in_javascript_equals_the_library():
 # --- what a page holds ---
 
 
+def test_every_page_of_the_site_loads_the_scripts():
+    configured = (ROOT / "docs/conf.py").read_text(encoding="utf-8")
+    assert sorted(SCRIPTS) == sorted(path.name for path in STATIC.glob("*.js"))
+    assert all(f'"{script}"' in configured for script in SCRIPTS)
+
+
 def test_a_figure_is_safe_html_and_says_what_it_is_without_scripts():
     figure = Interactive("some-name", {"texts": ['it\'s <b>"5" & 6</b>']}, "move <it>")
     html = figure._repr_html_()

@@ -115,19 +115,18 @@
       draw();
     };
     const mask = checkbox("mask equal texts", state.mask, change("mask"));
-    place.append(
-      make(
-        "div",
-        { class: "touch-controls" },
-        choice("encoder", names, state.encoder, change("encoder")),
-        slider("scale", { min: 1, max: 100, value: state.scale }, change("scale")),
-        slider("pairs in the batch", { min: 2, max: most, value: most }, change("size")),
-        checkbox(`row ${most} repeats the answer of row 0`, state.repeat, change("repeat")),
-        mask,
-      ),
-      result,
-      tables,
+    const controls = make(
+      "div",
+      { class: "touch-controls" },
+      slider("scale", { min: 1, max: 100, value: state.scale }, change("scale")),
+      checkbox(`row ${most} repeats the answer of row 0`, state.repeat, change("repeat")),
+      mask,
     );
+    // a control with nothing to choose from is left out
+    const size = { min: 2, max: most, value: most };
+    if (most > 2) controls.children[0].after(slider("pairs in the batch", size, change("size")));
+    if (names.length > 1) controls.prepend(choice("encoder", names, names[0], change("encoder")));
+    place.append(controls, result, tables);
     draw();
   });
 })();

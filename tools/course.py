@@ -22,7 +22,9 @@ from pages import ROOT, number, parts, settings
 SITE = ROOT / "_site"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # what helps on a screen only
-FURNITURE = "a.headerlink, a.badge, a.notebook-source, .exported-note, .touch, button, script"
+FURNITURE = (
+    "a.headerlink, a.badge, a.notebook-source, .exported-note, .touch, button, script, section#next"
+)
 # Colours that are left out in code. Each coloured word is an element of the PDF of its own, and a
 # million of them made it ten times as large; keywords, texts and comments keep theirs.
 PLAIN = re.compile(r'<span class="(?:n|p|o|w|si|ow|nb|mi|bp|pre)">([^<]*)</span>')

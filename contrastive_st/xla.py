@@ -147,70 +147,6 @@ def _in_words(step, graphs):
 
     return call
 
-# %% ../nbs/19_xla.ipynb #loop
-class _Due(NamedTuple):
-    "What is to be done after a step."
-
-    log: bool
-    measure: bool
-    save: bool
-    stop: bool
-
-
-def _due(run, last_save):
-    "What is due after this step, if the last checkpoint was written at that time."
-    config, step = run.config, run.tracker.step
-
-    def at_every(steps):
-        return bool(steps) and (step % steps == 0 or step == config.steps)
-
-    alone = _hosts()[1] == 1  # several hosts would disagree about clocks and signals
-    stop = alone and bool(run.signals.number)
-    late = alone and time.monotonic() - last_save > SAVE_SECONDS
-    measure = at_every(config.eval_every)
-    save = at_every(config.save_every or config.eval_every) or late or stop
-    return _Due(measure or save or at_every(config.log_every), measure, save, stop)
-
-
-def _measure_and_save(run, due, optimizer, buckets, lines):
-    "Do what is due, with the devices' weights in the encoder; says whether to stop."
-    save, stop = due.save, due.stop
-    try:
-        stop = (due.measure and _evaluate(run, lines)) or stop
-    except Abandoned:  # the evaluation is made again after a resume
-        save = stop = True
-    if save:
-        _save(run, optimizer, buckets)
-    return stop
-
-
-def _loop(run, replica, optimizer, step, batches, buckets, devices, lines):
-    "The training loop: a few lines a step, and nothing in them waits for the devices."
-    tracker, log, guard = run.tracker, _Log(run, lines), _guard(replica, devices)
-    totals, last_save = log.zero, time.monotonic()
-    count = torch.tensor(tracker.step, dtype=torch.int32, device=totals.device)
-    for batch in batches:  # on the devices already
-        # 1. the step
-        lr = set_learning_rate(optimizer, run.config, tracker.step)
-        with guard(batch["input_ids"]):
-            totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
-        tracker.step += 1
-        # 2. what is due after it
-        due = _due(run, last_save)
-        if due.log:
-            totals = log(totals, lr)
-        if not (due.measure or due.save):
-            continue
-        # 3. measure, save, and perhaps stop: here the loop waits for the devices
-        log.wait()
-        _to_host(run.encoder, replica)
-        if _measure_and_save(run, due, optimizer, buckets, lines):
-            break
-        if due.save:
-            last_save = time.monotonic()
-    log.wait()
-    _to_host(run.encoder, replica)
-
 # %% ../nbs/19_xla.ipynb #seam
 def _same_release(a, b):
     "Whether two versions agree in their first two numbers: 2.9.0+cpu and 2.9.1 do."
@@ -846,6 +782,70 @@ def _load(run, checkpoint, buckets):
     tracker.step, tracker.history = old["step"], old["history"]
     tracker.best_step, tracker.best = old["best_step"], old["best"]
     return old["state"]
+
+# %% ../nbs/19_xla.ipynb #loop
+class _Due(NamedTuple):
+    "What is to be done after a step."
+
+    log: bool
+    measure: bool
+    save: bool
+    stop: bool
+
+
+def _due(run, last_save):
+    "What is due after this step, if the last checkpoint was written at that time."
+    config, step = run.config, run.tracker.step
+
+    def at_every(steps):
+        return bool(steps) and (step % steps == 0 or step == config.steps)
+
+    alone = _hosts()[1] == 1  # several hosts would disagree about clocks and signals
+    stop = alone and bool(run.signals.number)
+    late = alone and time.monotonic() - last_save > SAVE_SECONDS
+    measure = at_every(config.eval_every)
+    save = at_every(config.save_every or config.eval_every) or late or stop
+    return _Due(measure or save or at_every(config.log_every), measure, save, stop)
+
+
+def _measure_and_save(run, due, optimizer, buckets, lines):
+    "Do what is due, with the devices' weights in the encoder; says whether to stop."
+    save, stop = due.save, due.stop
+    try:
+        stop = (due.measure and _evaluate(run, lines)) or stop
+    except Abandoned:  # the evaluation is made again after a resume
+        save = stop = True
+    if save:
+        _save(run, optimizer, buckets)
+    return stop
+
+
+def _loop(run, replica, optimizer, step, batches, buckets, devices, lines):
+    "The training loop: a few lines a step, and nothing in them waits for the devices."
+    tracker, log, guard = run.tracker, _Log(run, lines), _guard(replica, devices)
+    totals, last_save = log.zero, time.monotonic()
+    count = torch.tensor(tracker.step, dtype=torch.int32, device=totals.device)
+    for batch in batches:  # on the devices already
+        # 1. the step
+        lr = set_learning_rate(optimizer, run.config, tracker.step)
+        with guard(batch["input_ids"]):
+            totals, count = step(totals, count, **batch)  # embed, contrast, backward, step
+        tracker.step += 1
+        # 2. what is due after it
+        due = _due(run, last_save)
+        if due.log:
+            totals = log(totals, lr)
+        if not (due.measure or due.save):
+            continue
+        # 3. measure, save, and perhaps stop: here the loop waits for the devices
+        log.wait()
+        _to_host(run.encoder, replica)
+        if _measure_and_save(run, due, optimizer, buckets, lines):
+            break
+        if due.save:
+            last_save = time.monotonic()
+    log.wait()
+    _to_host(run.encoder, replica)
 
 # %% ../nbs/19_xla.ipynb #train
 def train(

@@ -184,7 +184,7 @@ def _wrapped(sentence):
 def report_table(
     report: dict,  # from `Mixture.report`
 ) -> str:  # several lines
-    "Write a report as a table to be read."
+    "Write a report as a table for people."
     width = max(len("dataset"), *(len(d["name"]) for d in report["datasets"]))
     head = f"{'rows':>13} {'columns':>7} {'asked':>7} {'realised':>8} {'epochs':>10}"
     lines = [

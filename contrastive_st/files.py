@@ -190,11 +190,11 @@ def _decode(n, raw, reject):
 
 # %% ../nbs/05_files.ipynb #rejects
 class EmptyText(ValueError):
-    "A row with an empty text."
+    "Say that a row has an empty text."
 
 
 class Rejects:
-    "What to do with bad rows: None or 'raise' stop at the first, 'skip' counts them for a warning."
+    "Decide about bad rows: None or 'raise' stop at the first, 'skip' counts them for a warning."
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ def report_rejects(
     skipped: int,  # that were bad
     first: Sequence[tuple[int, str]],  # (line, problem) of the first of them
 ) -> str:  # several lines
-    "One line with both counts, then the first faults: (line, problem)."
+    "Write both counts in one line, then the first faults, (line, problem) each."
     faults = [f"\n  line {line}: {problem}" for line, problem in first]
     return f"{path}: {rows} rows kept, {skipped} bad rows skipped, the first:" + "".join(faults)
 
@@ -327,7 +327,7 @@ MOST_COLUMNS = 1000  # of a row whose texts we are to find by the names
 
 
 class Header:
-    "What a reader of tables asks about its columns: these names must be there, others may."
+    "Tell a reader of tables which columns must be there, and which others may."
 
     positions = False  # True: the table has no header, so that its rows are lists of cells
     hint = ""  # what else to say where a header is refused

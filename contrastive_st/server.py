@@ -92,7 +92,7 @@ this_work = contextvars.ContextVar("this_work", default=None)  # what the thread
 
 
 def go_on() -> None:
-    "Raise `ValueError` if nobody waits for the result of this thread any longer."
+    "Raise `ValueError` if the result of this thread is no longer wanted."
     # A thread cannot be stopped from outside, so long loops call this between their steps.
     work = this_work.get()
     if work is None:  # called from a script, where Ctrl-C does it

@@ -101,7 +101,7 @@ def _places(numbers, rows):
 
 
 class SameTiles:
-    "The mask of `same_text`, of which you ask for one tile at a time."
+    "Give the mask of `same_text`, one tile at a time."
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class SameTiles:
 
     @property
     def shape(self) -> tuple[int, int]:
-        "Shape of the whole mask, (B, N)."
+        "Return the shape of the whole mask, (B, N)."
         return len(self.anchors), len(self.candidates)
 
     def __call__(
@@ -148,7 +148,7 @@ class SameTiles:
 
 
 class CountedTiles:
-    "A mask by tiles that counts what it masks, while the loss passes over it for the first time."
+    "Count what a mask by tiles masks, while the loss passes over it for the first time."
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ def check_ragged(
     token_ids: Tensor,  # all texts one after another, (S,) int64
     lengths: Tensor,  # tokens of each text, (N,) int64
 ) -> None:
-    "Raise a ValueError unless the lengths cut just these tokens into texts."
+    "Raise a ValueError unless the lengths divide just these tokens into texts."
     if (total := int(lengths.sum())) != len(token_ids):
         raise ValueError(
             f"{len(lengths)} lengths add up to {total:,}, but there are {len(token_ids):,} token"
@@ -48,7 +48,7 @@ def pad(
     length: int | None = None,  # T; None is the longest text
     pad_id: int = 0,  # what fills the rest; the tokenizer's pad_token_id
 ) -> tuple[Tensor, Tensor]:  # input_ids (N, T) int64, attention_mask (N, T) int64, 1 = real token
-    "Make the rectangle of ragged texts."
+    "Pad ragged texts to a rectangle."
     longest = int(lengths.max()) if len(lengths) else 0
     if length is not None and not is_whole_number(length):
         raise ValueError(f"length is {quote(length)}; it must be a whole number of tokens")
@@ -113,7 +113,7 @@ def split_by_budget(
     budget: int,  # tokens of a run; a longer text is alone
     padded: bool = False,  # whether a run is a rectangle, whose padding counts
 ) -> list[list[int]]:  # the same lengths, run by run
-    "Cut sorted texts into runs of at most so many tokens."
+    "Split sorted texts into runs of at most so many tokens."
     runs, size, share, left = [], math.inf, 0, sum(lengths)
     for length in lengths:
         cost = runs[-1][0] if padded and runs else length
@@ -177,7 +177,7 @@ def _word_end(text, most):
 
 # %% ../nbs/10_tokens.ipynb #arrays
 class HeadTokenizer:
-    "Texts to tokens by the engine itself; of a long text only a head is tokenised if it suffices."
+    "Tokenise texts by the engine itself, and of a long text only a head if that suffices."
 
     def __init__(
         self,
@@ -473,7 +473,7 @@ class RaggedTokenizer:
 
 # %% ../nbs/10_tokens.ipynb #token-batch
 class TokenBatch(NamedTuple):
-    "The texts of a global batch as ragged tokens, without padding; a layout makes a rectangle."
+    "Hold the texts of a global batch as ragged tokens, without padding."
 
     # all texts one after another, (sum of lengths,) int64: B anchors, B positives, each negative
     # column
@@ -554,7 +554,7 @@ def _stored(batch):
 
 # %% ../nbs/10_tokens.ipynb #tokens
 class Tokens:
-    "Turn global batches of texts into ragged token ids; nothing is truncated uncounted."
+    "Turn global batches of texts into ragged token ids, and count what is truncated."
 
     def __init__(
         self,
@@ -592,7 +592,7 @@ class Tokens:
 
     @cached_property
     def engine(self) -> dict:  # JSON: fingerprint, tokenizer, max_length, vocabulary
-        "Say what makes the token ids: tokenisations are equal when their fingerprints are."
+        "Say what makes the token ids; tokens are equal when their fingerprints are."
         # a vocabulary may have holes, so its length says too little
         largest = max(self.tokenizer.get_vocab().values())
         return {
@@ -698,7 +698,7 @@ def computed_tokens(
     layout: str,  # one of LAYOUTS
     tokens: Tokens,  # its buckets and max_length
 ) -> int:  # tokens that the model computes, padding included
-    "Count what a layout makes of a batch."
+    "Count the tokens that a model computes for a batch in a layout."
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"unknown layout {quote(layout)}; choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[layout](batch, tokens)

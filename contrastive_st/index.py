@@ -65,7 +65,7 @@ def _numbers(codes, record):
 
 # %% ../nbs/23_index.ipynb #nearest
 class Hit(NamedTuple):
-    "A text that was found."
+    "Hold a text that a search returned."
 
     id: str  # as it was given, or the number of the row
     score: float  # cosine, or product if the model compares so
@@ -143,7 +143,7 @@ class _Columns(Header):
 
 
 class Corpus:
-    "The texts and ids of a file, read anew on each walk."
+    "Read the texts and ids of a file, anew on each walk."
 
     again = True  # it can be walked more than once
 
@@ -409,7 +409,7 @@ def _check_same(folder, model, encoder, wanted="the index"):
 
 # %% ../nbs/23_index.ipynb #index
 class Index:
-    "A corpus that was encoded: vectors, texts and ids in a folder, mapped into memory."
+    "Search a corpus that was encoded: vectors, texts and ids in a folder, mapped into memory."
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ PAGES = {
 # directive -> cell tag
 TAGS = {
     "code-fold: true": "hide-cell",
+    "fold: code": "hide-input",
     "echo: false": "remove-input",
     "hide_input": "remove-input",
     "output: false": "remove-output",
@@ -186,6 +187,25 @@ def number_answers(cells) -> None:
         }
 
 
+def fold_details(cells) -> None:
+    "Fold the exported code below the heading 'Details', and say what a click unfolds."
+    start = next(
+        (i for i, c in enumerate(cells) if re.search(r"^## Details\b", c.source, re.M)), len(cells)
+    )
+    for cell in cells[start:]:
+        if "exported" not in cell.metadata.get("tags", ()):
+            continue
+        cell.metadata["tags"] = sorted({*cell.metadata["tags"], "hide-input"})
+        named = ast.FunctionDef | ast.ClassDef
+        names = [node.name for node in ast.parse(cell.source).body if isinstance(node, named)]
+        more = f" and {len(names) - 3} more" * (len(names) > 3)
+        if names:
+            cell.metadata["mystnb"] = {
+                f"code_prompt_{verb.lower()}": f"{verb} {', '.join(names[:3])}{more}"
+                for verb in ("Show", "Hide")
+            }
+
+
 def badges(path: Path, tpu: bool, depth: int, cfg: dict[str, str]) -> str:
     "The badges of a notebook, Colab and for a TPU Kaggle, and a link to its source."
     where, up = quote(path.relative_to(ROOT).as_posix()), "../" * depth
@@ -207,7 +227,7 @@ def badges(path: Path, tpu: bool, depth: int, cfg: dict[str, str]) -> str:
 
 
 def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
-    "Turn a notebook into a page: no directives or hidden cells, folded answers, links, badges."
+    "Turn a notebook into a page: no directives or hidden cells, folded code, links, badges."
     nb, depth = nbformat.read(path, as_version=4), len(path.relative_to(ROOT / "nbs").parts) - 1
     module, where = module_of(nb), path.relative_to(ROOT).as_posix()
     cells, words = [], ""
@@ -224,6 +244,7 @@ def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
             )
             cells.append(nbformat.v4.new_markdown_cell(text, id=cell.id))
     number_answers(cells)
+    fold_details(cells)
     if cells and cells[0].cell_type == "markdown":
         line = badges(path, nb.metadata.get("accelerator") == "TPU", depth, cfg)
         cells.insert(

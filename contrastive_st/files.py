@@ -4,27 +4,10 @@
 
 # %% auto #0
 __all__ = ['STDIN', 'LINE_BYTES', 'JSON_BYTES', 'MOST_COLUMNS', 'BATCH_BYTES', 'BATCH_ROWS', 'ROW_FORMATS', 'TEXT_COLUMNS',
-           'count_lines', 'format_of', 'regular_file', 'EmptyText', 'Rejects', 'report_rejects', 'read_lines',
-           'read_text', 'plain_name', 'find_spellings', 'list_names', 'choose_columns', 'Header', 'dataset_tables',
+           'format_of', 'regular_file', 'EmptyText', 'Rejects', 'report_rejects', 'read_lines', 'read_text',
+           'count_lines', 'plain_name', 'find_spellings', 'list_names', 'choose_columns', 'Header', 'dataset_tables',
            'dataset_rows', 'parquet_batches', 'sample_value', 'read_rows', 'pick_columns', 'read_columns', 'row_text',
            'read_texts']
-
-# %% ../nbs/05_files.ipynb #count-lines
-def count_lines(
-    path: str | Path,  # a text file, zipped or not, or a .parquet
-) -> int:  # line feeds, whatever the lines hold; of a .parquet its rows
-    "Count lines, or rows, without looking at what is in them."
-    path = regular_file(path)
-    if format_of(path) == ".parquet":
-        with reading(path, "it is not a Parquet file, or damaged; fetch or write it again"):
-            return pq.ParquetFile(path).metadata.num_rows
-    try:
-        with _open(path) as file:
-            return sum(block.count(b"\n") for block in iter(partial(file.read, 2**20), b""))
-    except Exception as error:
-        if isinstance(error, ValueError):
-            raise
-        raise _unreadable(path, 0, error) from error
 
 # %% ../nbs/05_files.ipynb #imports
 import codecs
@@ -292,6 +275,23 @@ def read_text(
             )
         lines.append(text)
     return "\n".join(lines)
+
+# %% ../nbs/05_files.ipynb #count-lines
+def count_lines(
+    path: str | Path,  # a text file, zipped or not, or a .parquet
+) -> int:  # line feeds, whatever the lines hold; of a .parquet its rows
+    "Count lines, or rows, without looking at what is in them."
+    path = regular_file(path)
+    if format_of(path) == ".parquet":
+        with reading(path, "it is not a Parquet file, or damaged; fetch or write it again"):
+            return pq.ParquetFile(path).metadata.num_rows
+    try:
+        with _open(path) as file:
+            return sum(block.count(b"\n") for block in iter(partial(file.read, 2**20), b""))
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise
+        raise _unreadable(path, 0, error) from error
 
 # %% ../nbs/05_files.ipynb #names
 def plain_name(

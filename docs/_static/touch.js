@@ -52,7 +52,9 @@ window.Touch = (() => {
   function figure(name, draw) {
     const fill = () => {
       for (const place of document.querySelectorAll(`[data-touch="${name}"]`)) {
-        place.replaceChildren();
+        const task = place.getAttribute("aria-label");
+        const sentence = `${task[0].toUpperCase()}${task.slice(1)}.`;
+        place.replaceChildren(make("p", { class: "touch-task" }, sentence));
         draw(place, JSON.parse(place.dataset.numbers));
         // the plot of the same cell stays for print only
         place.closest(".cell_output")?.classList.add("touched");

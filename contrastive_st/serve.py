@@ -10,6 +10,7 @@ __all__ = ['GRACE', 'Limits', 'Batcher', 'EmbedRequest', 'SimilarityRequest', 'S
 import asyncio
 import base64
 import difflib
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -117,14 +118,21 @@ class Batcher:
 
     async def _answer(self, batch, thread):
         "Compute a batch, and hand out its results."
+        batch = [(job, i) for job, i in batch if not job.future.done()]  # another text failed
+        if not batch:
+            return
         texts, start = [job.texts[i] for job, i in batch], time.perf_counter()
         try:
             loop = asyncio.get_running_loop()
             results = await loop.run_in_executor(thread, self.compute, texts)
-        except Exception as error:  # of this batch; the next one may be sound
-            for job, _ in batch:
-                if not job.future.done():
-                    job.future.set_exception(error)
+        except Exception as error:
+            # One text must not fail the requests that it happened to be computed with.
+            if len(batch) > 1:
+                for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                    await self._answer(half, thread)
+            else:
+                job, error.text = batch[0]
+                job.future.set_exception(error)
             return
         seconds = time.perf_counter() - start
         self.seconds += 0.1 * (seconds / len(batch) - self.seconds)
@@ -290,7 +298,11 @@ class Service:
             raise Refusal(
                 422, f"dimensions is {quote(dimensions)}; the vectors of this model have {width}"
             )
-        results = await self.batcher([prompt + text for text in texts])
+        try:
+            results = await self.batcher([prompt + text for text in texts])
+        except ValueError as error:  # such as a text without a token; alone it is text 0
+            number = f"text {getattr(error, 'text', 0)}"
+            raise Refusal(422, re.sub(r"^text \d+", number, str(error))) from error
         vectors, tokens, truncated = zip(*results)
         encoded = Encoded(np.stack(vectors), sum(tokens), sum(truncated))  # (N, D)
         self.meter.count_texts(len(texts), encoded)

@@ -223,14 +223,28 @@ class Service:
         self.by_cosine = similarity_of(encoder) == "cos"
         self.batcher = Batcher(self._compute, limits, self._cost, self.meter.count_batch)
 
-    def _cost(self, text):
-        "About as many tokens as the model reads of a text."
-        return min(1 + len(text) // 4, self.encoder.max_length)
+    def _cost(self, pair):
+        "About as many tokens as the model reads of a text and its prompt."
+        return min(1 + sum(map(len, pair)) // 4, self.encoder.max_length)
 
-    def _compute(self, texts):
-        "Vector, tokens and whether it was truncated, for each text."
+    def _encode(self, pairs):
+        "Vectors (n, D) of texts, each with the prompt before it."
+        if self.encoder.include_prompt:  # texts with different prompts are computed together
+            return self.encoder.encode([p + t for p, t in pairs], prompt="", progress=False)
+        # This model leaves prompts out of its pooling, so it must know where each of them ends.
+        parts, order = [], []
+        for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+            rows = [i for i, pair in enumerate(pairs) if pair[0] == prompt]
+            texts = [pairs[i][1] for i in rows]
+            parts.append(self.encoder.encode(texts, prompt=prompt, progress=False))
+            order += rows
+        return np.concatenate(parts)[np.argsort(order)]
+
+    def _compute(self, pairs):
+        "Vector, tokens and whether it was truncated, for each text with its prompt."
+        texts = [prompt + text for prompt, text in pairs]
         with listen():  # what is truncated is counted in the answer
-            vectors = self.encoder.encode(texts, prompt="", progress=False)  # (n, D)
+            vectors = self._encode(pairs)  # (n, D)
         if not np.isfinite(vectors).all():
             raise RuntimeError("the model gives vectors that are no numbers")
         _, lengths, truncated = self.encoder.ragged_tokenizer()(texts)
@@ -299,7 +313,7 @@ class Service:
                 422, f"dimensions is {quote(dimensions)}; the vectors of this model have {width}"
             )
         try:
-            results = await self.batcher([prompt + text for text in texts])
+            results = await self.batcher([(prompt, text) for text in texts])
         except ValueError as error:  # such as a text without a token; alone it is text 0
             number = f"text {getattr(error, 'text', 0)}"
             raise Refusal(422, re.sub(r"^text \d+", number, str(error))) from error

@@ -252,6 +252,25 @@ def test_the_default_prompt_and_the_width_that_a_model_was_saved_with(encoder):
     assert answer["dimensions"] == 16
 
 
+def test_prompts_that_a_model_leaves_out_of_its_pooling():
+    tokenizer, prompts = make_tokenizer(), {"query": "where is: ", "document": "a street: "}
+    encoder = SentenceEncoder(
+        make_backbone(len(tokenizer)), tokenizer, prompts=prompts, include_prompt=False,
+        max_length=32,
+    ).eval()  # fmt: skip
+    encoder.settings["truncate_dim"] = 16
+    service = serve.Service(encoder, "apart")
+
+    async def main():
+        async with service.running():
+            names = ["query", "document", None]
+            asked = [service.embed(TEXTS, service.prompt(name)) for name in names]
+            return await asyncio.gather(*asked)
+
+    for encoded, prompt in zip(asyncio.run(main()), ("query", "document", "")):
+        np.testing.assert_allclose(encoded.vectors, encoder.encode(TEXTS, prompt=prompt), atol=1e-6)
+
+
 def test_similarity(address, encoder):
     answer = post(address, "/similarity", first=TEXTS[:2], second=TEXTS, first_type="query")
     expected = encoder.encode_query(TEXTS[:2]) @ encoder.encode(TEXTS).T

@@ -746,6 +746,12 @@ _BASE = "adapter_base.json"  # our own, beside the two files of peft: what is kn
 _BESIDE = "base"  # folder for a base model that lies nowhere else any more
 
 
+# peft compares each name and each pattern with every layer, so there may not be any number.
+_Names = Annotated[list[str], Field(max_length=10_000)]
+_Numbers = Annotated[list[int], Field(max_length=10_000)]
+_OfPatterns = Field(max_length=1000)
+
+
 class _Lora(_Strict):
     "The keys of adapter_config.json that decide what a plain LoRA computes."
 
@@ -755,13 +761,13 @@ class _Lora(_Strict):
     r: Annotated[int, Field(gt=0, le=2**16)]
     lora_alpha: Annotated[float, Field(gt=0)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | str
-    exclude_modules: list[str] | str | None = None
+    target_modules: _Names | str
+    exclude_modules: _Names | str | None = None
     use_rslora: bool = False
-    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=2**16)]] = {}
-    alpha_pattern: dict[str, float] = {}
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(gt=0, le=2**16)]], _OfPatterns] = {}
+    alpha_pattern: Annotated[dict[str, float], _OfPatterns] = {}
+    layers_to_transform: _Numbers | int | None = None
+    layers_pattern: Annotated[list[str], _OfPatterns] | str | None = None
     init_lora_weights: bool | str | None = True
 
 

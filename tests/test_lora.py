@@ -243,6 +243,25 @@ def test_adapters_that_do_not_fit_are_refused(bases, adapted, tmp_path, change, 
     refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), str(tmp_path), *said)
 
 
+MANY = [f"m{n}" for n in range(20_000)]
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("target_modules", MANY, "at most 10000 items"),
+        ("layers_to_transform", [*range(20_000)], "at most 10000 items"),
+        ("rank_pattern", dict.fromkeys(MANY, 2), "at most 1000 items"),
+        ("alpha_pattern", dict.fromkeys(MANY, 2.0), "at most 1000 items"),
+        ("layers_pattern", MANY, "at most 1000 items"),
+    ],
+)
+def test_names_and_patterns_without_end(adapted, tmp_path, key, value, said):
+    changed(adapted, tmp_path, **{key: value})
+    file = tmp_path / "adapter_config.json"
+    refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), f"{file}: {key}", said)
+
+
 @pytest.mark.parametrize("beginning", [True, False, "gaussian", "orthogonal", "eva"])
 def test_beginnings_that_leave_the_base_alone_open(adapted, tmp_path, beginning):
     changed(adapted, tmp_path, init_lora_weights=beginning)

@@ -22,6 +22,7 @@ from .account import account
 from .atomic import expanded, is_whole_number, quote, read_json, reading
 from .data import Example, Source, is_hub_id, is_saved_dataset, is_store
 from .data import load_source, regular_file, store_folder, teacher_columns
+from .files import Address, as_path
 
 # %% ../nbs/08_mixture.ipynb #permute
 def make_key(
@@ -598,6 +599,8 @@ def _names(root):
 
 def _find(folder, name, where):
     "The store, file or hub dataset of that name."
+    if isinstance(as_path(name), Address):
+        return name  # such as s3://bucket/pairs.jsonl.gz, which lies in no folder
     root = expanded(folder).resolve()
     for system in (PurePosixPath, PureWindowsPath):
         # Both systems' rules, since a config may come from either: C:\x is a name on Linux.

@@ -1193,7 +1193,7 @@ def _tokenise(store, engine, encode, on_progress):
             f"{_tokens_of(engine)}; tokenise all parts again, or join them with the former"
         )
 
-
+# %% ../nbs/06_store.ipynb #write-tokens-call
 def write_tokens(
     folder: str | Path,  # a store
     # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary, and "prompts", the

@@ -1,5 +1,6 @@
 """Work on several machines: parts that are joined, and a training whose machines may die."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -9,7 +10,10 @@ import socket
 import sys
 import time
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +25,10 @@ from torch.distributed.run import main
 
 from contrastive_st import encoding, run, store
 from contrastive_st.atomic import lock
-from contrastive_st.data import prepare, store_folder
+from contrastive_st.data import load_source, prepare, store_folder
 from contrastive_st.encoding import embedding_blocks, open_embeddings, same_texts, write_embeddings
-from contrastive_st.files import count_lines
+from contrastive_st.files import count_lines, read_rows, read_texts
+from contrastive_st.mixture import Mixture, read_config
 from contrastive_st.store import REJECTS, Store, verify, write_tokens
 from contrastive_st.workers import Share, find_shares, parts_folder, read_share
 
@@ -203,8 +208,6 @@ def test_parts_of_any_data_are_the_undivided_store(tmp_path, rows, options, coun
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.parquet", "a.jsonl.gz"])
 def test_parts_of_any_format(tmp_path, name):
-    import gzip
-
     path, rows = tmp_path / name, pairs(20)
     if name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -634,3 +637,92 @@ def test_a_lock_that_is_never_given_away(tmp_path, monkeypatch):
     refuses(lambda: run.claim(tmp_path / "run", resume=True, make=False), "is writing it")
     other.kill()
     other.join()
+
+
+# ---- files at an address ----
+
+
+@pytest.fixture
+def desk():
+    "A folder that lies in no file system of this machine."
+    memory = fsspec.filesystem("memory")
+    yield lambda name, content: memory.pipe(f"/desk/{name}", content)
+    if memory.exists("/desk"):
+        memory.rm("/desk", recursive=True)
+
+
+def lines_of(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.txt"])
+def test_files_at_an_address_are_read_like_others(tmp_path, desk, name):
+    rows = pairs(20)
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        text = lines_of(rows).decode()
+        if name == "a.csv":
+            text = "anchor,positive\n" + "".join(f"{r['anchor']},{r['positive']}\n" for r in rows)
+        (tmp_path / name).write_bytes(text.encode())
+        if name.endswith(".gz"):
+            (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    desk(name, (tmp_path / name).read_bytes())
+    address = f"memory://desk/{name}"
+    reader = read_texts if name == "a.txt" else read_rows
+    assert list(reader(address)) == list(reader(tmp_path / name))
+    assert list(reader(Path(address))) == list(reader(f"file://{tmp_path / name}"))
+    assert count_lines(address) == count_lines(tmp_path / name)
+    if name != "a.txt":
+        source = load_source(address, cache_dir=tmp_path / "cache")
+        assert source.name == name and source.rows([3]) == [("question 3", "answer 3")]
+
+
+def test_a_changed_file_at_an_address_is_read_again(tmp_path, desk):
+    desk("a.jsonl", lines_of(pairs(20)))
+    address, out = "memory://desk/a.jsonl", tmp_path / "out"
+    assert made(out, address).written == ("a",) and made(out, address).written == ()
+    time.sleep(0.01)
+    desk("a.jsonl", lines_of([*pairs(19), {"anchor": "question 9", "positive": "answer 7"}]))
+    assert made(out, address).written == ("a",)
+
+
+def test_parts_and_vectors_of_an_address(tmp_path, desk):
+    desk("a.jsonl", lines_of(pairs(20)))
+    for n in (1, 2):
+        made(tmp_path / "out", "memory://desk/a.jsonl", (n, 2))
+    assert made(tmp_path / "out", "memory://desk/a.jsonl")["a"]["rows"] == 20
+
+
+def test_a_mixture_of_addresses(tmp_path, desk):
+    desk("a.jsonl", lines_of(pairs(20)))
+    config = [{"name": "memory://desk/a.jsonl", "weight": 1}]
+    (entry,) = read_config(config, tmp_path)
+    assert entry.path == "memory://desk/a.jsonl"
+    mixture = Mixture.from_config(config, tmp_path, batch_size=4, cache_dir=tmp_path / "cache")
+    assert len(mixture.batch(0).examples) == 4
+
+
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        ("memory://desk/none.jsonl", ["none.jsonl: no such file; check the address"]),
+        ("memory://desk", ["memory://desk is a folder"]),
+        ("tape://desk/a.jsonl", ["tape://desk/a.jsonl: cannot be read", "tape"]),
+        ("memory://desk/a.doc", ["a.doc: cannot read this kind of file", ".jsonl"]),
+        ("s3://desk/a.jsonl", ["s3://desk/a.jsonl: ", "s3fs"]),
+    ],
+)
+def test_an_address_that_cannot_be_read(desk, address, words):
+    if address.startswith("s3") and find_spec("s3fs"):
+        pytest.skip("s3fs is installed here")
+    desk("a.jsonl", b"x")
+    desk("a.doc", b"x")
+    refuses(lambda: list(read_rows(address)), *words)
+
+
+def test_a_bad_line_at_an_address_is_named(desk):
+    desk("a.jsonl", b'["a", "b"]\nnone\n')
+    refuses(lambda: list(read_rows("memory://desk/a.jsonl")), "memory://desk/a.jsonl:2: not JSON")
+    desk("b.jsonl.gz", gzip.compress(lines_of(pairs(99)))[:60])
+    refuses(lambda: list(read_rows("memory://desk/b.jsonl.gz")), "b.jsonl.gz:1: the gzip data is")

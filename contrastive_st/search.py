@@ -44,7 +44,72 @@ def _leftmost(
     chosen = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))  # k in each row
     return chosen.nonzero()[:, 1].view(-1, k)
 
+# %% ../nbs/22_search.ipynb #above
+_GROUP = 64  # scores of which the largest is looked at first
+
+
+def _above(
+    scores: torch.Tensor,  # (q, n) float
+    limit: torch.Tensor,  # (q, 1) float
+) -> tuple | None:  # row, column and score of each cell above its limit (m,); None = they are many
+    "Find the few scores above a limit, row by row and from left to right."
+    n = scores.shape[1]
+    groups = scores.unflatten(1, (-1, _GROUP))  # (q, n / 64, 64)
+    # Not <= instead of >, so that a NaN is seen as topk sees it, as the largest.
+    hot = ~(groups.amax(dim=2) <= limit)  # (q, n / 64) bool
+    row, group = hot.nonzero(as_tuple=True)  # (g,), (g,)
+    if len(row) * 4 > hot.numel():
+        return None
+    cells = groups[row, group]  # (g, 64)
+    i, j = (~(cells <= limit[row])).nonzero(as_tuple=True)  # (m,), (m,)
+    row, column = row[i], group[i] * _GROUP + j
+    # What comes next makes a table as wide as the longest row of these.
+    if len(row) and row.bincount().max() * 8 > n:
+        return None
+    return row, column, cells[i, j]
+
+
+def _added(
+    scores: torch.Tensor,  # the best so far, (q, k) float, falling
+    numbers: torch.Tensor,  # their rows of the corpus, (q, k) int64
+    row: torch.Tensor,  # of each further cell, (m,), rising
+    number: torch.Tensor,  # its row of the corpus, (m,) int64, rising in each row
+    score: torch.Tensor,  # (m,) float
+) -> tuple[torch.Tensor, torch.Tensor]:  # scores and numbers (q, k)
+    "Take some scores among the best so far; of equal ones the older stays."
+    q, k = scores.shape
+    counts = row.bincount(minlength=q)  # (q,)
+    place = k + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # (m,)
+    width = k + int(counts.max())
+    table = scores.new_full((q, width), -torch.inf)
+    names = numbers.new_zeros((q, width))
+    table[:, :k], names[:, :k] = scores, numbers
+    table[row, place], names[row, place] = score, number
+    best, columns = _stable_topk(table, k)
+    return best, names.gather(1, columns)
+
 # %% ../nbs/22_search.ipynb #nearest-rows
+_BLOCK = 512  # queries at a time, so that a product has at most 512 x n cells
+
+
+def _merged(scores, numbers, cells, start):
+    "The best so far (q, k) and the scores of a further chunk (q, n) -> the best of both."
+    k = scores.shape[1]
+    few = None
+    if start and cells.device.type == "cpu" and cells.shape[1] % _GROUP == 0:
+        few = _above(cells, scores[:, -1:])
+    if few is not None:
+        row, column, score = few
+        return _added(scores, numbers, row, column + start, score)
+    # 1. The best of this chunk: the long rows of scores are looked at once.
+    best, columns = _stable_topk(cells, k)  # (q, k)
+    # 2. The best so far stand to the left, so that of equal scores the lower row wins.
+    together = torch.cat([scores, best], dim=1)
+    numbers = torch.cat([numbers, columns + start], dim=1)
+    best, places = _stable_topk(together, k)  # (q, k)
+    return best, numbers.gather(1, places)
+
+
 @torch.no_grad()
 def nearest_rows(
     queries: torch.Tensor,  # (Q, D) float32
@@ -58,15 +123,10 @@ def nearest_rows(
     indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
     start = 0  # row number of the chunk's first row
     for documents in chunks:
-        for s in range(0, len(queries), 256):  # so that a product has at most 256 x n cells
-            rows = slice(s, s + 256)
-            # 1. The best of this chunk: the long rows of scores are looked at once.
-            best, columns = _stable_topk(product(queries[rows], documents), k)  # (256, k)
-            # 2. The best so far stand to the left, so that of equal scores the lower row wins.
-            together = torch.cat([scores[rows], best], dim=1)
-            numbers = torch.cat([indices[rows], columns + start], dim=1)
-            scores[rows], places = _stable_topk(together, k)  # (256, k)
-            indices[rows] = numbers.gather(1, places)
+        for s in range(0, len(queries), _BLOCK):
+            rows = slice(s, s + _BLOCK)
+            cells = product(queries[rows], documents)  # (q, n)
+            scores[rows], indices[rows] = _merged(scores[rows], indices[rows], cells, start)
         start += len(documents)
     return scores, indices
 

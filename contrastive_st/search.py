@@ -89,7 +89,21 @@ def _added(
     return best, names.gather(1, columns)
 
 # %% ../nbs/22_search.ipynb #nearest-rows
-_BLOCK = 512  # queries at a time, so that a product has at most 512 x n cells
+_BLOCK = 1024  # queries at a time, so that a product has at most 1,024 x n cells
+
+
+class _Products:
+    "Products of queries and documents, all written into the same table."
+
+    def __init__(self):
+        self.space = torch.empty(0)
+
+    def __call__(self, queries, documents):  # (q, D), (n, D) -> (q, n), valid until the next call
+        shape, size = (len(queries), len(documents)), len(queries) * len(documents)
+        if len(self.space) < size:
+            self.space = queries.new_empty(size)
+        # The system hands out the memory of a new table page by page, which takes its time.
+        return torch.matmul(queries, documents.T, out=self.space[:size].view(shape))
 
 
 def _merged(scores, numbers, cells, start):
@@ -115,13 +129,14 @@ def nearest_rows(
     queries: torch.Tensor,  # (Q, D) float32
     chunks: Iterable[torch.Tensor],  # (n, D) float32 each, N rows in all, where the queries are
     k: int,  # rows to find for each query, at most N
-    # (q, D) and a chunk -> scores (q, n); a chunk may be whatever this takes and has a length
-    product: Callable = lambda queries, documents: queries @ documents.T,
+    # (q, D) and a chunk -> scores (q, n); a chunk may be whatever this takes and has a length;
+    # None = the inner products
+    product: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # products float32, rows int64, (Q, k), best first
     "Find the rows with the largest product with each query; of equal ones the lower row wins."
     scores = torch.full((len(queries), k), -torch.inf, device=queries.device)  # below any score
     indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    start = 0  # row number of the chunk's first row
+    start, product = 0, product or _Products()  # row number of the chunk's first row
     for documents in chunks:
         for s in range(0, len(queries), _BLOCK):
             rows = slice(s, s + _BLOCK)
@@ -167,14 +182,15 @@ def _rows(
     first: int = 0,  # number of the first row, for the error
 ) -> torch.Tensor:  # (n, D) float32; a row of zeros stays zero
     "Copy some rows to the device; refuse NaN and inf."
-    if not isinstance(embeddings, torch.Tensor):
+    if is_copied := not isinstance(embeddings, torch.Tensor):
         embeddings = np.asarray(embeddings)
         _check_dtype(embeddings.dtype, where)
         with np.errstate(over="ignore"):  # what does not fit is found below
             embeddings = torch.from_numpy(np.array(embeddings, dtype=np.float32))
     rows = embeddings.detach().to(device, torch.float32)
     if similarity == "cos":
-        rows = torch.nn.functional.normalize(rows, dim=1)
+        # A copy of our own is scaled where it lies.
+        rows = torch.nn.functional.normalize(rows, dim=1, out=rows if is_copied else None)
     if (bad := unsound_row(rows)) is not None:
         raise ValueError(
             f"{where} embedding {first + bad} contains NaN or inf; encode its text again with a"

@@ -44,7 +44,7 @@ class _Options(NamedTuple):
     too_few: str
     output_format: str
     similarity: str
-    output_scores: bool
+    output_scores: bool = False
 
 
 def _check_whole(name, value, least):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .cpu import ByteDropout, RowDropout, RowNoise, drop, drop_mask
+from .cpu import ByteDropout, RowMasks, RowNoise, drop, drop_mask
 from .cpu import drop_scale, fast_copy
 from .tokens import sort_by_length, split_by_budget
 
@@ -98,7 +98,7 @@ class Segments:
         # what a model adds to the scores of each text by distance, (H, L, L), L = longest; or None
         self.bias: Tensor | None = None
         self.masks: dict = {}  # made by the first layer, for the others
-        self.by_rows: RowDropout | None = None  # what decides over dropout; None = chance
+        self.by_rows: RowMasks | None = None  # what decides over dropout; None = chance
 
     @cached_property
     def blocks(self) -> list[_Block]:  # in the order of the lengths
@@ -418,30 +418,27 @@ def packed_states(
         tokens = slice(at, at := at + sum(run))
         inputs = table(token_ids[tokens]) if words is None else words[tokens]  # (s, D)
         clone.segments = segments  # for MPNet, which hands no arguments down
-        with _by_rows(clone, segments, noise, order[: len(run)], place[tokens]):
-            states = clone(
-                inputs_embeds=inputs[None],
-                position_ids=place[None, tokens] + offset,
-                segments=segments,
-                **options,
-            ).last_hidden_state  # (1, s, D)
+        if noise is not None:
+            _drop_by_rows(clone, segments, noise.of(order[: len(run)]), place[tokens])
+        states = clone(
+            inputs_embeds=inputs[None],
+            position_ids=place[None, tokens] + offset,
+            segments=segments,
+            **options,
+        ).last_hidden_state  # (1, s, D)
         _check_calls(segments, config)
         # 4. its texts, length by length
         yield from _rectangles(states[0], run, order)
         order = order[len(run) :]
 
 
-def _by_rows(clone, segments, noise, texts, place):
-    "A block in which a copy's dropout is a function of the rows, if there is a noise."
-    if noise is None:
-        return nullcontext()
-    noise = noise.of(texts)
+def _drop_by_rows(clone, segments, noise, place):
+    "Let the dropout of a copy, and of attention in it, be a function of the rows."
     keys = noise.tokens(torch.tensor(segments.lengths), place)  # (s,)
-    segments.by_rows = RowDropout(noise, keys)
+    segments.by_rows = RowMasks(noise, keys)
     for module in clone.modules():
         if type(module) is ByteDropout:
-            module.by_rows = True
-    return segments.by_rows
+            module.by_rows = segments.by_rows
 
 
 def _check_calls(segments, config):

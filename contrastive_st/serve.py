@@ -35,7 +35,7 @@ from .server import serve as serve_until_stopped
 
 # %% ../nbs/32_serve.ipynb #limits
 class Limits(NamedTuple):
-    "How much a service takes."
+    "Hold how much a service takes."
 
     texts: int = 2_048  # in one request
     characters: int = 100_000  # in one text
@@ -201,7 +201,7 @@ class OpenAIRequest(_Request):
 
 # %% ../nbs/32_serve.ipynb #service
 class Encoded(NamedTuple):
-    "The vectors of some texts, and what was counted on the way."
+    "Hold the vectors of some texts, and what was counted on the way."
 
     vectors: np.ndarray  # (N, D) float32
     tokens: int  # of all texts, as far as the model read them

@@ -348,7 +348,7 @@ def embed(
 
 # %% ../nbs/19_xla.ipynb #norm
 class ShardableLayerNorm(torch.nn.LayerNorm):
-    "LayerNorm written out, so that SPMD shards it."
+    "Normalise as LayerNorm does, but written out, so that SPMD shards it."
 
     # PyTorch's own is lowered to a batch norm, which every device computes in full.
 
@@ -407,7 +407,7 @@ def _positions(shape, device):
 
 
 class Noise:
-    "What decides which activations are dropped: seed, step and row of the global batch."
+    "Decide which activations are dropped, by seed, step and row of the global batch."
 
     def __init__(
         self,
@@ -435,7 +435,7 @@ class Noise:
 
 # %% ../nbs/19_xla.ipynb #dropout
 class HashDropout(torch.nn.Dropout):
-    "Dropout from a hash instead of a random stream: each device makes only its part of the mask."
+    "Drop by a hash instead of a random stream: each device makes only its part of the mask."
 
     noise, layer = None, 0
 
@@ -920,7 +920,7 @@ def _train(run, checkpoint, tokens, mesh, progress):
 
 # %% ../nbs/19_xla.ipynb #step-time
 class Chip(NamedTuple):
-    "What one XLA device can do at best: half a v3 chip, or a whole v4 or v5e chip."
+    "Hold what one XLA device can do at best: half a v3 chip, or a whole v4 or v5e chip."
 
     peak: float  # FLOP/s in bfloat16
     memory: float  # bytes/s to its own memory

@@ -1933,8 +1933,7 @@ def mine(
         str, typer.Option("--format", help="triplet, n-tuple or labeled-pair.")
     ] = "triplet",
     scores: Annotated[
-        bool,
-        typer.Option("--scores", help="Write the scores, too, for losses that copy a teacher."),
+        bool, typer.Option("--scores", help="Write the scores, too, to copy a teacher.")
     ] = False,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,

@@ -147,10 +147,11 @@ class TrainConfig:
     guard_after: Annotated[int, Field(ge=0), _Fewer] | None = None
     # in a recipe its path is relative to the recipe
     guide: str = ""  # index folder with all texts of the run, made with the guide
-    # of pairs and triplets; graded pairs take CoSENT. `symmetric` is of info_nce alone; the last
-    # two copy how a teacher scores the texts of a row, which needs hard negatives: the columns that
-    # `teacher` names in the mix, or the guide. margin_mse is the squared error of the similarities' differences, times the scale, and distill_kl the
-    # divergence of the softmax of the scaled similarities
+    # of pairs and triplets; graded pairs take CoSENT. `symmetric` is of info_nce alone. The last
+    # two copy how a teacher scores the texts of a row, which needs hard negatives. The teacher is
+    # the columns that `teacher` names in the mix, or the guide. margin_mse is the squared error of
+    # the similarities' differences, times the scale, and distill_kl the divergence of the softmax
+    # of the scaled similarities
     loss: Literal["info_nce", "siglip", "gte", "margin_mse", "distill_kl"] = "info_nce"
     # begin at `scale` and train it, with SigLIP's bias; it stays from 1 to 100
     learn_scale: bool = False

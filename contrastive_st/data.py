@@ -1441,7 +1441,7 @@ def _find_limits(table, limits, name):
         )
     return low, high
 
-
+# %% ../nbs/07_data.ipynb #label-pairs
 class _LabelPairs:
     "Rows with labels as pairs: row r + t * n is row r with its partner of turn t, n = len."
 
@@ -1503,7 +1503,7 @@ class _LabelPairs:
         # 0 means "no label" to the loss, so the one hash in 2**64 that is 0 moves aside.
         return np.where(numbers == 0, 1, numbers)
 
-
+# %% ../nbs/07_data.ipynb #source-class
 class Source:
     "A named dataset of examples with random access; texts stay on disk if the dataset's do."
 

@@ -645,7 +645,7 @@ def _check_shapes(index):
                 f" x {r.precision}); {_RENEW}"
             )
 
-
+# %% ../nbs/23_index.ipynb #find-model
 def is_index(
     folder: str | Path,  # a name as a user types it
 ) -> bool:  # True for a damaged one, too

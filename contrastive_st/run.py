@@ -1319,9 +1319,8 @@ class Run:
     ) -> TokenBatch:  # this rank's rows, ragged
         "Make the batch of a step, with the guide's vectors if there is a guide."
         batch = tokens(self.mixture.batch(step, rank, ranks))
-        if self._guide is None or batch.scores is not None:  # nothing is pushed away in the latter
-            return batch
-        if batch.teacher is not None:  # the guide is the teacher of the other datasets
+        # In a graded batch nothing is pushed away, and a batch with a teacher needs no guide.
+        if self._guide is None or batch.scores is not None or batch.teacher is not None:
             return batch
         return batch._replace(guide=self._guide(batch.identities))
 

@@ -1406,7 +1406,10 @@ def _open_table(dataset, name, columns, check, mark, relevance):
         dataset = _rows_of(dataset, name)
     if relevance is not None:
         dataset, columns = _judged_rows(dataset, columns, name, relevance), None
-    columns = _chooser(_columns_asked(columns, mark, None), mark)
+    if isinstance(mark, Teacher):
+        columns = TaughtColumns(mark, _check_columns(columns))
+    else:
+        columns = MarkedColumns(mark, columns) if mark else Columns(_check_columns(columns))
     if isinstance(dataset, (list, tuple)):
         return _from_list(dataset, columns, name)
     return _from_dataset(dataset, columns, name, check)
@@ -1693,7 +1696,7 @@ def _write_if_needed(
     )
 
 # %% ../nbs/07_data.ipynb #marked-store
-def _chooser(columns, mark, relevance=None):
+def _chooser(columns, mark, relevance):
     "What chooses the columns of a file."
     if isinstance(mark, Teacher):
         return TaughtColumns(mark, columns)

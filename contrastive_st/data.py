@@ -1355,29 +1355,7 @@ def _from_list(rows, columns, name):
     _check_contrast(constant, fitted.width, name)
     return _InMemory(examples)
 
-# %% ../nbs/07_data.ipynb #source
-def _row_number(i, rows):
-    "The number that `i` means among so many rows, as in a list: -1 is the last; or IndexError."
-    return range(rows)[operator.index(i)]
-
-
-def _open_table(dataset, name, columns, check, mark, relevance):
-    "What holds the rows of a source."
-    if isinstance(dataset, Store):
-        _check_mark(dataset, mark, name)
-        _check_relevance(dataset, relevance, name)
-        return Store(dataset.folder)  # one of its own, because it knows the source's prompts
-    # Not isinstance: a DatasetDict is a dict as well, whose splits are no columns.
-    if type(dataset) is dict:
-        dataset = _rows_of(dataset, name)
-    if relevance is not None:
-        dataset, columns = _judged_rows(dataset, columns, name, relevance), None
-    columns = _chooser(_columns_asked(columns, mark, None), mark)
-    if isinstance(dataset, (list, tuple)):
-        return _from_list(dataset, columns, name)
-    return _from_dataset(dataset, columns, name, check)
-
-
+# %% ../nbs/07_data.ipynb #source-checks
 def _check_mark(store, mark, name):
     "Refuse labels or scores that a store does not have."
     # A store holds no labels that were not read when it was written.
@@ -1410,6 +1388,31 @@ def _one_of(mark, relevance):
         raise ValueError(
             f"relevance={quote(relevance)} beside a {mark.kind}; a dataset has one of the two"
         )
+
+# %% ../nbs/07_data.ipynb #source
+def _row_number(i, rows):
+    "The number that `i` means among so many rows, as in a list: -1 is the last; or IndexError."
+    return range(rows)[operator.index(i)]
+
+
+def _open_table(dataset, name, columns, check, mark, relevance):
+    "What holds the rows of a source."
+    if isinstance(dataset, Store):
+        _check_mark(dataset, mark, name)
+        _check_relevance(dataset, relevance, name)
+        return Store(dataset.folder)  # one of its own, because it knows the source's prompts
+    # Not isinstance: a DatasetDict is a dict as well, whose splits are no columns.
+    if type(dataset) is dict:
+        dataset = _rows_of(dataset, name)
+    if relevance is not None:
+        dataset, columns = _judged_rows(dataset, columns, name, relevance), None
+    if isinstance(mark, Teacher):
+        columns = TaughtColumns(mark, _check_columns(columns))
+    else:
+        columns = MarkedColumns(mark, columns) if mark else Columns(_check_columns(columns))
+    if isinstance(dataset, (list, tuple)):
+        return _from_list(dataset, columns, name)
+    return _from_dataset(dataset, columns, name, check)
 
 
 def _columns_of(table):
@@ -1735,7 +1738,7 @@ def _write_if_needed(
     )
 
 # %% ../nbs/07_data.ipynb #marked-store
-def _chooser(columns, mark, relevance=None):
+def _chooser(columns, mark, relevance):
     "What chooses the columns of a file."
     if isinstance(mark, Teacher):
         return TaughtColumns(mark, columns)

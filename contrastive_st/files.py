@@ -76,7 +76,10 @@ class Address:
         stamp = next((str(info[key]) for key in changes if info.get(key)), "")
         return SimpleNamespace(st_size=info.get("size"), st_mtime_ns=stamp)
 
-    def open(self, mode="rb"):
+    def open(
+        self,
+        mode: str = "rb",  # the only one there is, as for a Path that is read
+    ) -> io.BufferedReader:
         "Open the file for reading bytes, with a buffer that can be looked into."
         with self._reached():
             files, path = self._files()

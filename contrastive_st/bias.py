@@ -61,7 +61,7 @@ def positive_rate(
     name: str,  # of the figure
     leans: np.ndarray,  # (n,) float, independent; 0 = tie, left out
 ) -> dict:  # name, name_low, name_high (95%, Wilson), name_p (two-sided, against one half)
-    "Share of positive values, with interval and sign test."
+    "Compute the share of positive values, with interval and sign test."
     # The sign test leaves ties out, so n is the number of those that chose a side.
     n = np.count_nonzero(leans)
     if not n:  # nothing but ties: everything is possible
@@ -126,7 +126,7 @@ def label_separation(
     female: np.ndarray,  # (b,) leans of occupations labelled female
     # separation (0.5 = none), separation_low, separation_high (95%, Newcombe), separation_p
 ) -> dict:  # four floats; the interval is Newcombe's, p is Mann and Whitney's
-    "Share of pairs in which the occupation labelled male leans more male; equal ones count half."
+    "Compute the share of pairs in which the one labelled male leans more male; ties count half."
     # Its statistic counts the pairs in which the first is larger, equal ones as a half.
     test = stats.mannwhitneyu(male, female)
     pairs = len(male) * len(female)
@@ -214,7 +214,7 @@ _MEANINGS = {
 def bias_summary(
     report: dict,  # of `gender_bias`
 ) -> str:  # lines of text
-    "Put the figures of a report into words."
+    "Put the numbers of a report into words."
     shift = "moves the rates, not the separation" if "separation" in report else "moves every rate"
     lines = [
         f"{report['n']} items, {report['occupations']} occupations, {report['ties']} ties",

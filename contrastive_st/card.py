@@ -100,7 +100,7 @@ def noted(
     text: str,  # of a run's recipe.toml
     label: str,  # such as "command"
 ) -> Any:  # JSON; None if no comment notes it
-    "What a comment at the end of a recipe notes under a label; None if none does."
+    "Read what a comment at the end of a recipe notes under a label; None if none does."
     # From the end: only comments below the last table are ours, those further up are the user's.
     for line in reversed(text.split("\n")):
         if line.strip() and not line.startswith("#"):

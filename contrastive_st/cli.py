@@ -1876,9 +1876,12 @@ def _show_mined(report, out):
     if report.options["output_format"] == "labeled-pair":
         _say("Next: these rows have labels, so they are for a classifier or a cross-encoder")
     else:
-        entry = f'{{name = "{out.name}", weight = 1}}'
+        scored = report.options["output_scores"]
+        teacher = ', teacher = "scores"' if scored else ""
+        entry = f'{{name = "{out.name}", weight = 1{teacher}}}'
         _say(f"Next: read the list, then add {entry} to the mix of a recipe,")
-        _say(f"whose folder is then {out.parent}, and train")
+        how = ' with loss = "margin_mse" or "distill_kl"' if scored else ""
+        _say(f"whose folder is then {out.parent}, and train{how}")
 
 # %% ../nbs/30_cli.ipynb #mine-options
 _RangeMax = Annotated[
@@ -1929,6 +1932,10 @@ def mine(
     output_format: Annotated[
         str, typer.Option("--format", help="triplet, n-tuple or labeled-pair.")
     ] = "triplet",
+    scores: Annotated[
+        bool,
+        typer.Option("--scores", help="Write the scores, too, for losses that copy a teacher."),
+    ] = False,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
     rescore: _Rescore = None,
@@ -1970,6 +1977,7 @@ def mine(
         seed=seed,
         too_few="fill" if fill else "drop",
         output_format=output_format,
+        output_scores=scores,
         path=out,
         resume=resume,
         progress=progress,

@@ -36,7 +36,7 @@ _SIDES = ("evaluation", "test")
 
 @dataclass
 class RunResult:
-    "What a finished run says of itself."
+    "Hold what a finished run recorded."
 
     name: str  # shown in tables
     folder: Path  # run directory
@@ -188,7 +188,7 @@ _OF_EXAM = "sts", "retrieval", *_OF_LABELS  # keys of a recipe's table that name
 
 
 class ExamData(NamedTuple):
-    "What runs are compared on: the data that a table of their recipe names."
+    "Hold the data on which runs are compared, which a table of their recipe names."
 
     pairs: tuple | None  # of data.read_sts
     questions: tuple | None  # of data.read_retrieval
@@ -394,7 +394,7 @@ def measured(
 
 @dataclass
 class Comparison:
-    "Several runs beside each other."
+    "Hold several runs beside each other."
 
     runs: list[RunResult]  # R of them
     baseline: int  # number of the run that the others are compared with
@@ -688,7 +688,7 @@ _WHOLE_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+")
 
 
 class Variant(NamedTuple):
-    "One run of a sweep."
+    "Hold one run of a sweep."
 
     name: str  # of its directory, such as lr=2e-05
     changes: list[str]  # as given to --set

@@ -32,7 +32,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from . import bias
-from .atomic import reading
+from .atomic import expanded, reading
 from .charts import before_after, clip, curves, heat_chart, is_run, lean_chart
 from .charts import map_chart, project, shares, watch_run
 from .compare import compare_runs
@@ -66,7 +66,7 @@ def batches(
     most: int = 64,  # texts in a batch
     characters: int = 200_000,  # in a batch, unless one text has more
 ) -> Iterator[list[str]]:  # in order
-    "Cut a list of texts into batches that take about a second each."
+    "Split a list of texts into batches that take about a second each."
     batch, size = [], 0
     for text in texts:
         if batch and (len(batch) == most or size + len(text) > characters):
@@ -192,7 +192,7 @@ def titles(
 
 def _model_and_run(place):
     "Where the model of a place is, and the run directory it belongs to or None."
-    folder = Path(place).expanduser()
+    folder = expanded(place)
     if not is_run(folder):
         return place, folder.parent if folder.name == "model" and is_run(folder.parent) else None
     if (folder / "model").is_dir():
@@ -404,7 +404,7 @@ def split_lines(
     what: str,  # what a line is, for the messages: "candidate answer"
     limit: int = LIMIT,  # most lines
 ) -> list[str]:  # lines without the empty ones
-    "Cut a text into lines; raise `ValueError` if there are none or too many."
+    "Split a text into lines; raise `ValueError` if there are none or too many."
     lines = one_text(text, what).split("\n")  # not splitlines, which also cuts at form feeds
     return keep_texts(enumerate(lines, 1), what, limit)
 
@@ -865,7 +865,7 @@ A monkey is playing drums."""
 
 
 class Own(NamedTuple):
-    "Texts of the user's that the search begins with."
+    "Hold the texts of the user with which the search begins."
 
     corpus: list[str]  # N texts, a line each
     queries: list[str]  # one button for each of the first

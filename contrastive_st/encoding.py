@@ -315,7 +315,7 @@ def verify(
     full: bool = True,  # read every byte; False compares the size only
 ) -> dict:  # the card: rows, width, precision, ranges, encoder, options, bytes, xxh3
     "Compare a file of vectors with its card; raise `Damaged`, a ValueError, if it has changed."
-    path = Path(path)
+    path = atomic.expanded(path)
     card = _read_card(path)
     if "parts" in card:
         for part in card["parts"]:
@@ -387,7 +387,7 @@ def open_embeddings(
     path: str | Path,  # a file that `write_embeddings` wrote, its card beside it
 ) -> np.ndarray:  # (N, columns) as they were written; of an .npy a memory map
     "Open a file of vectors, its size checked; codes of 8 or 1 bits stay codes (`dequantize`)."
-    path = Path(path)
+    path = atomic.expanded(path)
     card = verify(path, full=False)
     if "parts" in card:  # a JoinedRows, which is read like an array
         filled = [part["name"] for part in card["parts"] if part["rows"]]
@@ -408,7 +408,7 @@ def embedding_blocks(
     path: str | Path,  # a file that `write_embeddings` wrote, its card beside it
 ) -> Iterator[np.ndarray]:  # (n, columns) as they were written, N rows in all
     "Walk over the vectors of a file of any form, in the memory of some thousand rows."
-    path = Path(path)
+    path = atomic.expanded(path)
     card = verify(path, full=False)
     if "parts" in card:
         for part in card["parts"]:
@@ -574,7 +574,7 @@ def same_texts(
     texts: Iterable[str],  # those that it should be made of, in their order
 ) -> Iterator[str]:  # the same texts; after the last one a ValueError if they are others
     "Pass texts on, and compare them with those that a file of vectors was made of."
-    card, source = _read_card(Path(path)), _Texts(texts)
+    card, source = _read_card(atomic.expanded(path)), _Texts(texts)
     while part := source.take(WINDOW, WINDOW_CHARACTERS):
         yield from part
         if source.row > card["rows"]:  # one text too many proves it, the rest need not be read
@@ -933,7 +933,7 @@ def write_embeddings(
     **options,  # passed to `encoder.encode`, such as prompt or batch_size
 ) -> dict:  # the card, NAME.json: rows, width, precision, ranges, encoder, options, bytes, xxh3
     "Encode texts into a file, in their order and in constant memory."
-    path, source, whole = Path(path), _Texts(texts), {}
+    path, source, whole = atomic.expanded(path), _Texts(texts), {}
     _check_arguments(path, encoder, precision, window, workers, options)
     _check_ids(path, ids)
     if part is not None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'embed_texts', 'sts_cosines', 'similarity_of', 'format_interval', 'evaluate_sts', 'paired_difference',
-           'retrieval_by_query', 'evaluate_retrieval', 'Metric', 'metric', 'Labelled', 'read_labelled',
-           'labels_by_text', 'evaluate_labels', 'with_prompts', 'alignment', 'uniformity', 'collapse']
+           'retrieval_by_query', 'evaluate_retrieval', 'alignment', 'uniformity', 'collapse', 'Metric', 'metric',
+           'Labelled', 'read_labelled', 'labels_by_text', 'evaluate_labels', 'with_prompts']
 
 # %% ../nbs/03_evaluation.ipynb #imports
 import warnings
@@ -42,6 +42,35 @@ def _spearman(
 ) -> np.ndarray:  # (...), 0 where x or y is constant
     "Rank correlation along the last axis; equal values share their mean rank."
     return _pearson(rankdata(x, axis=-1), rankdata(y, axis=-1))
+
+# %% ../nbs/03_evaluation.ipynb #interval
+def _report(
+    names: list[str],  # M figures
+    statistic: Callable,  # row numbers (R, n) -> values (R, M)
+    n: int,  # rows to draw from: pairs or queries
+    resamples: int,  # bootstrap resamples; 0 = values without intervals
+    seed: int,  # of the resampling
+) -> dict:  # name, name_low, name_high for each of the M names
+    "Values on all rows, each with the 95% percentile bootstrap interval over rows."
+    if not is_whole_number(resamples, 0):
+        raise ValueError(
+            f"resamples is {quote(resamples)}; give a whole number, 0 for no intervals"
+        )
+    values = statistic(np.arange(n)[None])  # (1, M)
+    if resamples:
+        # Some resamples at a time: at most 200,000 row numbers are in memory.
+        rng, block = np.random.default_rng(seed), max(1, 200_000 // n)
+        draws = []
+        for s in range(0, resamples, block):
+            rows = rng.integers(n, size=(min(block, resamples - s), n))  # (R, n)
+            draws.append(statistic(rows))  # (R, M)
+        interval = np.percentile(np.vstack(draws), [2.5, 97.5], axis=0)  # (2, M)
+        values = np.vstack([values, interval])  # (3, M)
+    report = {}
+    for name, column in zip(names, values.T):
+        for end, value in zip(("", "_low", "_high"), column):
+            report[f"{name}{end}"] = float(value)
+    return report
 
 # %% ../nbs/03_evaluation.ipynb #embed
 def _check_dtype(
@@ -124,7 +153,7 @@ def sts_cosines(
     encode: Callable,  # list of N texts -> (N, D) array
     sts: tuple,  # sentence1, sentence2, scores: three lists of n
 ) -> np.ndarray:  # (n,) float64, -1..1
-    "Cosine of every sentence pair."
+    "Compute the cosine of every sentence pair."
     return _sts_scores(encode, map(list, sts), "cos")  # also of iterators
 
 
@@ -158,35 +187,6 @@ def similarity_of(
         raise ValueError(f"unknown similarity {quote(similarity)}; choose 'cos' or 'dot'")
     return similarity
 
-# %% ../nbs/03_evaluation.ipynb #interval
-def _report(
-    names: list[str],  # M figures
-    statistic: Callable,  # row numbers (R, n) -> values (R, M)
-    n: int,  # rows to draw from: pairs or queries
-    resamples: int,  # bootstrap resamples; 0 = values without intervals
-    seed: int,  # of the resampling
-) -> dict:  # name, name_low, name_high for each of the M names
-    "Values on all rows, each with the 95% percentile bootstrap interval over rows."
-    if not is_whole_number(resamples, 0):
-        raise ValueError(
-            f"resamples is {quote(resamples)}; give a whole number, 0 for no intervals"
-        )
-    values = statistic(np.arange(n)[None])  # (1, M)
-    if resamples:
-        # Some resamples at a time: at most 200,000 row numbers are in memory.
-        rng, block = np.random.default_rng(seed), max(1, 200_000 // n)
-        draws = []
-        for s in range(0, resamples, block):
-            rows = rng.integers(n, size=(min(block, resamples - s), n))  # (R, n)
-            draws.append(statistic(rows))  # (R, M)
-        interval = np.percentile(np.vstack(draws), [2.5, 97.5], axis=0)  # (2, M)
-        values = np.vstack([values, interval])  # (3, M)
-    report = {}
-    for name, column in zip(names, values.T):
-        for end, value in zip(("", "_low", "_high"), column):
-            report[f"{name}{end}"] = float(value)
-    return report
-
 # %% ../nbs/03_evaluation.ipynb #format-interval
 def format_interval(
     report: Mapping,  # figures by name, such as those of `evaluate_sts`
@@ -195,7 +195,7 @@ def format_interval(
     factor: float = 1,  # 100 writes 0.612 as 61.2 points
     absent: str = "not measured",  # what to write for a figure that is not there
 ) -> str:  # "0.612 [0.580, 0.641]"; "0.612" if the report has no ends
-    "Write a figure with its interval."
+    "Write a score with its interval, such as 0.612 [0.580, 0.641]."
     value, *ends = (report.get(name + end) for end in ("", "_low", "_high"))
     if not _is_number(value):
         return absent
@@ -218,7 +218,7 @@ def evaluate_sts(
     # None = as the encoder was saved, see `similarity_of`
     similarity: str | None = None,  # "cos" or "dot"
 ) -> dict:  # "pearson", "spearman", each also with _low and _high (95%), and "n"
-    "Correlation of cosines (or dot products) with people's scores, with intervals."
+    "Correlate cosines (or dot products) with people's scores, with intervals."
     sts = tuple(map(list, sts))  # also of iterators
     cosines = _sts_scores(encode, sts, similarity_of(encode, similarity))
     gold = np.asarray(sts[2], dtype=np.float64)
@@ -521,7 +521,7 @@ def retrieval_by_query(
     # None = as the encoder was saved, see `similarity_of`
     similarity: str | None = None,  # "cos" or "dot"
 ) -> dict[Hashable, dict[str, float]]:  # query id -> {"accuracy@1", "recall@1", "mrr@1", ...}
-    "Figures of each query that has a relevant document; no query finds itself."
+    "Score each query that has a relevant document; no query finds itself."
     figures, _ = _retrieve(
         encode, corpus, queries, qrels, ks, chunk, encode_corpus, ignore_identical_ids, similarity
     )
@@ -545,7 +545,7 @@ def evaluate_retrieval(
     # None = as the encoder was saved, see `similarity_of`
     similarity: str | None = None,  # "cos" or "dot"
 ) -> dict:  # for each k "accuracy@k", "recall@k", "mrr@k", "ndcg@k", "map@k"; and counts
-    "Mean figures of exact search, with 95% intervals; no query finds itself."
+    "Average the scores of exact search, with 95% intervals; no query finds itself."
     # Each figure comes with _low and _high. The counts are "n" queries, "missing_documents" and
     # "identical_ids".
     figures, counts = _retrieve(
@@ -556,9 +556,83 @@ def evaluate_retrieval(
     report = _report(names, lambda rows: table[rows].mean(axis=1), len(table), resamples, seed)
     return report | {"n": len(table)} | counts
 
+# %% ../nbs/03_evaluation.ipynb #geometry
+def alignment(
+    first: np.ndarray,  # (n, D) float
+    second: np.ndarray,  # (n, D) float, row i is the positive of row i of `first`
+) -> float:  # 0 = all pairs equal; 2 = pairs unrelated; 4 = opposite
+    "Compute the mean squared distance of positive pairs on the unit sphere; smaller is better."
+    first, second = _checked(first), _checked(second)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"the two sides have shapes {first.shape} and {second.shape};"
+            " row i must be the positive of row i"
+        )
+    return float(((first - second) ** 2).sum(axis=1).mean())
+
+
+def uniformity(
+    embeddings: np.ndarray,  # (N, D) float, N >= 2, texts that are not paraphrases of each other
+) -> float:  # 0 = all equal; about -4 at best for large D
+    "Compute the log of the mean Gaussian potential of different rows; smaller is better."
+    x, total = _checked(embeddings), 0.0
+    # On the unit sphere the squared distance is 2 - 2 * cosine, so -2 * distance = 4 * cosine - 4.
+    for s in range(0, len(x), 1024):
+        total += np.exp(np.minimum(4 * (x[s : s + 1024] @ x.T) - 4, 0)).sum()  # (1024, N)
+    total -= len(x)  # without each row against itself
+    return float(np.log(total / (len(x) * (len(x) - 1))))
+
+
+def _checked(
+    embeddings: np.ndarray,  # (N, D)
+) -> np.ndarray:  # (N, D) float64, rows of length one
+    "Unit rows, or an error."
+    x = np.asarray(embeddings)
+    if x.ndim != 2 or len(x) < 2:
+        raise ValueError(
+            f"embeddings of shape {x.shape} cannot be measured;"
+            " give at least two rows, (N, D), all finite"
+        )
+    _check_dtype(x.dtype, "the embeddings are")
+    sound = np.isfinite(x).all(axis=1)
+    if not sound.all():
+        raise ValueError(
+            f"embedding {int(sound.argmin())} contains NaN or inf;"
+            " give at least two rows, (N, D), all finite"
+        )
+    x = x.astype(np.float64)
+    return unit_rows(x)
+
+# %% ../nbs/03_evaluation.ipynb #collapse
+def collapse(
+    embeddings: np.ndarray,  # (N, D) float, N >= 2, of different texts
+) -> dict:  # "mean_cosine" (1 = one spot), "effective_rank", "rank_share" = rank / min(N, D)
+    "Measure how much of the space is in use; warns when the embeddings are nearly equal."
+    x = _checked(embeddings)
+    n, width = x.shape
+    # The squared length of the sum holds all cosines, those of each row with itself too.
+    mean_cosine = (np.square(x.sum(axis=0)).sum() - np.square(x).sum()) / (n * (n - 1))
+    # Singular values from the smaller of the two products; what is 1e-6 of the largest is noise.
+    singular = np.sqrt(np.maximum(np.linalg.eigvalsh(x.T @ x if width <= n else x @ x.T), 0))
+    p = singular[singular > 1e-6 * singular.max()] / singular.sum()
+    rank = np.exp(-(p * np.log(p)).sum())
+    if mean_cosine > 0.99 or rank < 2:
+        warnings.warn(
+            f"embeddings have collapsed: mean cosine of different texts {mean_cosine:.4f},"
+            f" effective rank {rank:.1f} of {min(n, width)}; lower the learning rate, or check that"
+            " positives differ from anchors",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {
+        "mean_cosine": float(mean_cosine),
+        "effective_rank": float(rank),
+        "rank_share": float(rank / min(n, width)),
+    }
+
 # %% ../nbs/03_evaluation.ipynb #metrics
 class Metric(NamedTuple):
-    "One figure of a report or of a run's log."
+    "Hold one score of a report or of a run's log."
 
     key: str  # its name there
     label: str  # its name for people
@@ -606,7 +680,7 @@ def metric(
 
 # %% ../nbs/03_evaluation.ipynb #read-labelled
 class Labelled(NamedTuple):
-    "Texts with a label each."
+    "Hold texts with a label each."
 
     texts: list[str]  # n texts
     labels: list[str]  # n names
@@ -706,7 +780,7 @@ def labels_by_text(
     # None = as the encoder was saved, see `similarity_of`
     similarity: str | None = None,  # "cos" or "dot"
 ) -> np.ndarray:  # (n, 2) float: whether the vote is right, and the average precision
-    "Give what `evaluate_labels` averages, for each text."
+    "Compute what `evaluate_labels` averages, for each text."
     if not is_whole_number(k, 1):
         raise ValueError(f"k is {quote(k)}; give a whole number of neighbors, 1 or more")
     is_same = neighbors is None
@@ -770,77 +844,3 @@ def with_prompts(
     "Return the functions that encode queries and documents, each with its prompt."
     query = _one_side(encoder, "encode_query", query_prompt, options)
     return query, _one_side(encoder, "encode_document", document_prompt, options)
-
-# %% ../nbs/03_evaluation.ipynb #geometry
-def alignment(
-    first: np.ndarray,  # (n, D) float
-    second: np.ndarray,  # (n, D) float, row i is the positive of row i of `first`
-) -> float:  # 0 = all pairs equal; 2 = pairs unrelated; 4 = opposite
-    "Mean squared distance of positive pairs on the unit sphere; smaller is better."
-    first, second = _checked(first), _checked(second)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"the two sides have shapes {first.shape} and {second.shape};"
-            " row i must be the positive of row i"
-        )
-    return float(((first - second) ** 2).sum(axis=1).mean())
-
-
-def uniformity(
-    embeddings: np.ndarray,  # (N, D) float, N >= 2, texts that are not paraphrases of each other
-) -> float:  # 0 = all equal; about -4 at best for large D
-    "Log of the mean Gaussian potential over all pairs of different rows; smaller is better."
-    x, total = _checked(embeddings), 0.0
-    # On the unit sphere the squared distance is 2 - 2 * cosine, so -2 * distance = 4 * cosine - 4.
-    for s in range(0, len(x), 1024):
-        total += np.exp(np.minimum(4 * (x[s : s + 1024] @ x.T) - 4, 0)).sum()  # (1024, N)
-    total -= len(x)  # without each row against itself
-    return float(np.log(total / (len(x) * (len(x) - 1))))
-
-
-def _checked(
-    embeddings: np.ndarray,  # (N, D)
-) -> np.ndarray:  # (N, D) float64, rows of length one
-    "Unit rows, or an error."
-    x = np.asarray(embeddings)
-    if x.ndim != 2 or len(x) < 2:
-        raise ValueError(
-            f"embeddings of shape {x.shape} cannot be measured;"
-            " give at least two rows, (N, D), all finite"
-        )
-    _check_dtype(x.dtype, "the embeddings are")
-    sound = np.isfinite(x).all(axis=1)
-    if not sound.all():
-        raise ValueError(
-            f"embedding {int(sound.argmin())} contains NaN or inf;"
-            " give at least two rows, (N, D), all finite"
-        )
-    x = x.astype(np.float64)
-    return unit_rows(x)
-
-# %% ../nbs/03_evaluation.ipynb #collapse
-def collapse(
-    embeddings: np.ndarray,  # (N, D) float, N >= 2, of different texts
-) -> dict:  # "mean_cosine" (1 = one spot), "effective_rank", "rank_share" = rank / min(N, D)
-    "Measure how much of the space is in use; warns when the embeddings are nearly equal."
-    x = _checked(embeddings)
-    n, width = x.shape
-    # The squared length of the sum holds all cosines, those of each row with itself too.
-    mean_cosine = (np.square(x.sum(axis=0)).sum() - np.square(x).sum()) / (n * (n - 1))
-    # Singular values from the smaller of the two products; what is 1e-6 of the largest is noise.
-    singular = np.sqrt(np.maximum(np.linalg.eigvalsh(x.T @ x if width <= n else x @ x.T), 0))
-    p = singular[singular > 1e-6 * singular.max()] / singular.sum()
-    rank = np.exp(-(p * np.log(p)).sum())
-    if mean_cosine > 0.99 or rank < 2:
-        warnings.warn(
-            f"embeddings have collapsed: mean cosine of different texts {mean_cosine:.4f},"
-            f" effective rank {rank:.1f} of {min(n, width)}; lower the learning rate, or check that"
-            " positives differ from anchors",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return {
-        "mean_cosine": float(mean_cosine),
-        "effective_rank": float(rank),
-        "rank_share": float(rank / min(n, width)),
-    }

@@ -65,7 +65,7 @@ def _numbers(codes, record):
 
 # %% ../nbs/23_index.ipynb #nearest
 class Hit(NamedTuple):
-    "A text that was found."
+    "Hold a text that a search returned."
 
     id: str  # as it was given, or the number of the row
     score: float  # cosine, or product if the model compares so
@@ -143,7 +143,7 @@ class _Columns(Header):
 
 
 class Corpus:
-    "The texts and ids of a file, read anew on each walk."
+    "Read the texts and ids of a file, anew on each walk."
 
     again = True  # it can be walked more than once
 
@@ -409,7 +409,7 @@ def _check_same(folder, model, encoder, wanted="the index"):
 
 # %% ../nbs/23_index.ipynb #index
 class Index:
-    "A corpus that was encoded: vectors, texts and ids in a folder, mapped into memory."
+    "Search a corpus that was encoded: vectors, texts and ids in a folder, mapped into memory."
 
     def __init__(
         self,
@@ -490,7 +490,12 @@ class Index:
             return np.asarray(self.encoder(queries), np.float32)
         options = {name: v for name, v in self.record.options.items() if name != "prompt"}
         prompt = self.record.prompts["query"]
-        return self.encoder.encode(queries, prompt=prompt, progress=False, **options)
+        try:
+            return self.encoder.encode(queries, prompt=prompt, progress=False, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"{self.folder / INDEX}: options do not fit the encoder ({error}); {_RENEW}"
+            ) from error
 
     def nearest(
         self,
@@ -606,8 +611,21 @@ def _read_record(folder, full):
             f"{folder / INDEX}: {problem.key} {problem.text}; another version wrote it, so make the"
             " index again"
         ) from None
-    check_precision(record.precision)
+    _check_record(folder / INDEX, record)
     return record
+
+
+def _check_record(file, record):
+    "Raise `ValueError` for what types alone do not tell."
+    try:
+        check_precision(record.precision)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {_RENEW}") from None
+    places = [record.model.get(name) for name in ("name", "relative")]
+    if not all(isinstance(place, str | None) for place in places):
+        raise ValueError(f"{file}: model has a name that is no text; {_RENEW}")
+    if absent := {"query", "document"} - record.prompts.keys():
+        raise ValueError(f"{file}: prompts has no {min(absent)}; {_RENEW}")
 
 
 def _check_shapes(index):
@@ -649,7 +667,7 @@ def _find_model(folder, model):
         )
     # Index and model may have been moved together, so we look beside the index first.
     relative = folder / model["relative"] if model.get("relative") else None
-    return str(relative) if relative and relative.is_dir() else model["name"]
+    return str(relative) if relative and os.path.isdir(relative) else model["name"]
 
 
 def _query_table(vectors, record, top_k):

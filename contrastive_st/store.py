@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'MARKED_FORMAT', 'MARKS', 'SUMMARY', 'REJECTS', 'TOKENS', 'MOST_NEGATIVES', 'MANY_NEGATIVES', 'SHARD_ROWS',
            'SHARD_TEXTS', 'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards', 'Store', 'warn_of_width',
-           'fit_negatives', 'negatives_changed', 'fit_prompts', 'write_batch', 'count_distinct', 'summary_table',
-           'mark_line', 'part_of_store', 'is_current', 'write_store', 'verify', 'write_tokens']
+           'fit_negatives', 'fit_taught', 'negatives_changed', 'fit_prompts', 'write_batch', 'count_distinct',
+           'summary_table', 'mark_line', 'part_of_store', 'is_current', 'write_store', 'verify', 'write_tokens']
 
 # %% ../nbs/06_store.ipynb #imports-std
 import json
+import math
 import os
 import unicodedata
 import warnings
@@ -89,9 +90,8 @@ class _Shard:
                 raise ValueError(f"{self.batch.num_rows:,} rows where {rows:,} were written")
             columns = self.batch.columns
             # The types tell the columns apart: texts and lists, int64 identities, float64 scores.
-            grades = [c for c in columns if pa.types.is_float64(c.type)]
             self.fixed = [_fixed(c) for c in columns if pa.types.is_int64(c.type)]
-            self.scores = _fixed(grades[0], "d") if grades else None
+            self.scores = [_fixed(c, "d") for c in columns if pa.types.is_float64(c.type)]
             self.ragged = [_ragged(c) for c in columns if not pa.types.is_primitive(c.type)]
 
     def values(self, i):
@@ -171,7 +171,8 @@ class Shards:
 # %% ../nbs/06_store.ipynb #store
 FORMAT = 4  # raise it when the layout or the checks change
 MARKED_FORMAT = 5  # of stores with labels or scores, which earlier versions must not open
-# what a store may hold beside its texts -> its columns; a label is a text, a score a number
+# what a store may hold beside its texts -> its columns; a label is a text, a score a number;
+# "teacher" is not here, as its scores stand beside examples of any width
 MARKS = {"label": ("text", "label"), "score": ("anchor", "positive")}
 SUMMARY, REJECTS, TOKENS = "summary.json", "rejects.jsonl", "tokens"
 
@@ -227,7 +228,7 @@ class Store:
         self.is_new, self.verified = False, {}
         with reading(self.folder / SUMMARY, _ADVICE):
             self.columns = tuple(self.summary["columns"])
-            self.mark = self.summary.get("mark")  # "label", "score" or None
+            self.mark = self.summary.get("mark")  # "label", "score", "teacher" or None
             self.text_shards = Shards(self.folder, self.summary["shards"])
 
     def __len__(self):
@@ -258,7 +259,15 @@ class Store:
         indices: Sequence[int],  # row numbers in any order
     ) -> np.ndarray:  # (n,) float64, as the file has them
         "Read the scores of rows of a graded store."
-        return np.array([shard.scores[i] for shard, i in self.text_shards.find(indices)])
+        return np.array([shard.scores[0][i] for shard, i in self.text_shards.find(indices)])
+
+    def teacher(
+        self,
+        indices: Sequence[int],  # row numbers in any order
+    ) -> np.ndarray:  # (n, C - 1) float64, of the positive and each negative
+        "Read a teacher's scores of rows, of a store that has them."
+        rows = [[c[i] for c in shard.scores] for shard, i in self.text_shards.find(indices)]
+        return np.array(rows, np.float64).reshape(len(rows), len(self.columns) - 1)
 
     def column_identities(
         self,
@@ -319,6 +328,18 @@ def fit_negatives(
     # Repeating weighs a negative more but invents nothing; a positive is masked by the loss.
     own = islice(cycle(negatives or [positive]), width - 2)
     return (anchor, positive, *own), "repeated" if negatives else "none"
+
+
+def fit_taught(
+    example: Sequence,  # C texts, then a teacher's score of all but the first
+    width: int,  # how many texts the example shall have
+) -> tuple[tuple, str]:  # as `fit_negatives`
+    "Give an example with a teacher's scores another number of texts; each keeps its score."
+    C = (len(example) + 1) // 2
+    texts, change = fit_negatives(example[:C], width)
+    # The last text stands where the anchor does, so that the scores are cut as the texts are.
+    scores, _ = fit_negatives(example[C - 1 :], width)
+    return (*texts, *scores[1:]), change
 
 # %% ../nbs/06_store.ipynb #negatives-changed
 def negatives_changed(
@@ -478,8 +499,10 @@ def _add_summary(part, summary):
 def _text_arrays(rows, mark=None):
     "Arrow columns of texts, then of their identities, then of the scores if there are any."
     columns = list(zip(*rows))
-    # A score is no text, but comes as the last value of each row.
-    scores = [pa.array(columns.pop(), pa.float64())] if mark == "score" else []
+    # Scores are no texts, and come last: one beside two texts, or a teacher's of all but the first.
+    count = len(columns) // 2 if mark in ("score", "teacher") else 0
+    scores = [pa.array(c, pa.float64()) for c in columns[len(columns) - count :]]
+    del columns[len(columns) - count :]
     # large_string has offsets of 64 bits: those of 32 end at 2 GiB of text.
     texts = [pa.array(c, pa.large_string()) for c in columns]
     ids = [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
@@ -488,7 +511,7 @@ def _text_arrays(rows, mark=None):
 
 def _names(mark, width):
     "The columns of texts of a store."
-    return MARKS[mark] if mark else column_names(width or 2)
+    return MARKS.get(mark) or column_names(width or 2)
 
 # %% ../nbs/06_store.ipynb #write-texts
 _NOTES = {  # what a part of a store knows beside its pieces, so that the next run can go on
@@ -531,8 +554,9 @@ class _Texts:
 
     def add(self, line, texts):
         "Take one example."
-        if self.width is not None and self.mark is None:
-            texts, change = fit_negatives(texts, self.width)
+        if self.width is not None and self.mark not in MARKS:
+            fit = fit_taught if self.mark else fit_negatives
+            texts, change = fit(texts, self.width)
             self.changed[change] += 1
         self.line = line
         self.rows.append(texts)
@@ -552,6 +576,7 @@ class _Texts:
             os.fsync(self.rejects.fileno())
         names = _names(self.mark, self.width)
         grade = ["score"] if self.mark == "score" else []
+        grade += [f"{name}_score" for name in names[1:]] if self.mark == "teacher" else []
         names = [*names, *(f"{name}_id" for name in names), *grade]
         notes = {
             "line": self.line,
@@ -574,12 +599,13 @@ def _write_texts(part, read, on_progress, remarks, mark=None):
             # A shard ends between two lines, since a resumed run goes on with a whole line.
             if line > texts.line and texts.is_full:
                 on_progress(texts.flush())
-            if texts.width is None and len(example) > 2:  # the first with negatives
-                warn_of_width(f"{part.path}: line {line}", len(example))
+            width = (len(example) + 1) // 2 if mark == "teacher" else len(example)
+            if texts.width is None and width > 2:  # the first with negatives
+                warn_of_width(f"{part.path}: line {line}", width)
                 # Shards of two columns are written already: begin anew, with room for negatives.
-                if part.notes["rows"] or len(texts.rows) * len(example) > SHARD_TEXTS:
-                    return len(example)
-                texts.widen(len(example))
+                if part.notes["rows"] or len(texts.rows) * width > SHARD_TEXTS:
+                    return width
+                texts.widen(width)
             texts.add(line, example)
         if texts.rows:
             on_progress(texts.flush())
@@ -651,18 +677,35 @@ def _classes(shards):
 
 def _grades(shards):
     "The lowest and the highest score, and their mean."
-    scores = [np.asarray(shard.scores) for shard in shards]
+    scores = [np.asarray(shard.scores[0]) for shard in shards]
     ends = min(float(s.min()) for s in scores), max(float(s.max()) for s in scores)
     mean = sum(float(s.sum()) for s in scores) / sum(map(len, scores))
     return {"lowest": ends[0], "highest": ends[1], "mean": round(mean, 4)}
+
+
+def _lessons(shards):
+    "How far a teacher puts the positive above the negatives, and how many of them above it."
+    lowest, highest, total, cells, above = math.inf, -math.inf, 0.0, 0, 0
+    for shard in shards:
+        positive, *negatives = (np.asarray(column) for column in shard.scores)
+        margins = positive - np.stack(negatives)  # (K, rows)
+        lowest, highest = min(lowest, margins.min()), max(highest, margins.max())
+        total, cells = total + margins.sum(), cells + margins.size
+        above += int((margins < 0).sum())
+    ends = {"lowest": float(lowest), "highest": float(highest)}
+    return {**ends, "mean": round(float(total / cells), 4), "above": above / cells}
 
 
 def _mark_summary(shards, mark):
     "What a summary says of labels or scores; nothing where a store has neither."
     if mark is None or not len(shards):
         return {}
-    counts = {"labels": _classes(shards)} if mark == "label" else {"scores": _grades(shards)}
-    return {"format": MARKED_FORMAT, "mark": mark, **counts}
+    counts = {
+        "label": lambda: {"labels": _classes(shards)},
+        "score": lambda: {"scores": _grades(shards)},
+        "teacher": lambda: {"margins": _lessons(shards)},
+    }
+    return {"format": MARKED_FORMAT, "mark": mark, **counts[mark]()}
 
 
 def _summary(part, remarks, mark=None):
@@ -719,13 +762,19 @@ def summary_table(
 
 
 def mark_line(
-    summary: dict,  # of a store with labels or scores
+    summary: dict,  # of a store with labels, scores or a teacher's scores
 ) -> str:  # one line
     "Say which labels or scores a store holds."
     if summary["mark"] == "score":
         s = summary["scores"]
         return (
             f"graded, scores from {s['lowest']:g} to {s['highest']:g}, {s['mean']:.2f} on average"
+        )
+    if summary["mark"] == "teacher":
+        m = summary["margins"]
+        return (
+            f"a teacher's scores, the positive {m['mean']:.3g} above a negative on average (from"
+            f" {m['lowest']:.3g} to {m['highest']:.3g}), below it {m['above']:.1%} of the time"
         )
     c = summary["labels"]
     few, many = c["smallest"], c["largest"]
@@ -911,7 +960,7 @@ def _damage(folder, origin):
 def _fill(folder, origin, read, check, on_progress, negatives, remarks, mark):
     "Write a store, from the beginning or from where an interrupted run stopped."
     width = None if negatives is None else 2 + negatives
-    if mark:
+    if mark in MARKS:
         width = len(MARKS[mark])
     while True:
         part = _resume(folder, origin, _NOTES | {"width": width})
@@ -947,7 +996,8 @@ def write_store(
     full: bool = False,  # read a current store byte by byte, and write it anew if it is damaged
     # JSON: what `read` notes of the file's columns while it reads; the summary keeps it
     remarks: dict | None = None,
-    # "label": the texts that `read` gives are a text and its label, "score": two texts and a number
+    # "label": the texts that `read` gives are a text and its label, "score": two texts and a
+    # number, "teacher": C texts and C - 1 numbers
     mark: str | None = None,
 ) -> Store:  # open; its `is_new` says whether it was written, its `verified` what was compared
     "Write a dataset to disk: whole or not at all; go on where an interrupted run stopped."

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from nbformat.v4 import new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from contrastive_st import machine
 
@@ -583,6 +583,37 @@ def test_the_site_shows_badges_of_its_own():
         assert ("](files/kaggle.svg)" in line) == kaggle
         assert not any("docs/_static" in c.source for c in page.cells)
     assert "devices made of the CPU" in line
+
+
+LESSON = ("word " * 400, 40 * "x = 1\n", "#| code-fold: true\n" + 400 * "x = 1\n")
+
+
+def test_reading_time_ends_where_the_details_begin():
+    "200 words or 40 lines of code are a minute, and a folded answer takes none."
+    kinds = (new_markdown_cell, new_code_cell, new_code_cell)
+    nb = new_notebook(cells=[make(text) for make, text in zip(kinds, LESSON)])
+    assert tool.reading_time(nb) == "about 3 minutes"
+    nb.cells += [new_markdown_cell("## Details\n" + 1000 * "word "), new_code_cell(LESSON[1])]
+    assert tool.reading_time(nb) == "about 3 minutes, without the details"
+
+
+def test_the_site_folds_the_code_below_details():
+    "A reader sees what is there, and a click shows it."
+    site, exported = load("site"), {"tags": ["exported"]}
+    cells = [
+        new_code_cell("def first():\n    pass", metadata=exported),
+        new_markdown_cell("## Details\n\nWhat follows."),
+        new_code_cell("def a():\n    pass\n\n\nclass B:\n    pass", metadata=exported),
+        new_code_cell("print(1)"),
+    ]
+    site.fold_details(cells)
+    assert [cell.metadata.get("tags", []) for cell in cells] == [
+        ["exported"],
+        [],
+        ["exported", "hide-input"],
+        [],
+    ]
+    assert cells[2].metadata["mystnb"]["code_prompt_show"] == "Show a, B"
 
 
 def test_run_times_are_words():

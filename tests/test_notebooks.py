@@ -34,7 +34,6 @@ WIDE_OUTPUTS = {
     "multi_qa_search": "data exams train by-set wins failures ask wrong-loud",
     "nli_to_stsb": "bi sts-look road train recipe by-eye",
     "one_billion_pairs_tpu": "seen prepare plan feed run counters resume left spot",
-    "three_claims": "sources one-why one-run one-plot two-run two-plot three-run all wrong-seed",
 }
 WIDE_OUTPUTS = {name: set(ids.split()) for name, ids in WIDE_OUTPUTS.items()}
 

@@ -11,8 +11,8 @@ keeps its committed output. A notebook in which a cell raises `unittest.SkipTest
 is left as it was.
 
 The repository's address in links and in the install cell is written anew from settings.ini. The
-header under the title takes run times and needs from tools/pages.json, which
-`python tools/colab.py --record` writes.
+header under the title counts how long the page takes to read, and takes run times and needs from
+tools/pages.json, which `python tools/colab.py --record` writes.
 """
 
 import argparse
@@ -31,9 +31,11 @@ from unittest import SkipTest
 from urllib.parse import quote
 
 import nbformat
-from pages import ROOT, flags_of, notebooks, settings, split_directives
+from pages import HIDDEN, ROOT, flags_of, notebooks, settings, split_directives
 
 PAGES = ROOT / "tools/pages.json"  # seconds, date and needs of each notebook
+WORDS, LINES = 200, 40  # of prose and of code that one reads in a minute
+FOLDED = HIDDEN | {"code-fold: true", "fold: code", "echo: false"}  # cells that one need not read
 
 INSTALL = """#| hide
 #| eval: false
@@ -57,6 +59,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} minute{'s' * (minutes > 1)}"
 
 
+def reading_time(nb) -> str:
+    "How long the lesson of a page takes to read: what stands before its details, and unfolded."
+    minutes, details = 0.0, False
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            details = details or bool(re.match(r"## Details\b", cell.source))
+            minutes += 0 if details else len(cell.source.split()) / WORDS
+        elif cell.cell_type == "code" and not details and not flags_of(cell.source) & FOLDED:
+            code = split_directives(cell.source)[1]
+            minutes += len([line for line in code.splitlines() if line.strip()]) / LINES
+    return f"about {duration(60 * max(1, minutes))}{', without the details' * details}"
+
+
 def badge(name: str, address: str, up: str) -> str:
     return f"[![Open in {name}]({up}docs/_static/{name.lower()}.svg)]({address})"
 
@@ -72,7 +87,7 @@ def header(nb, path: Path, cfg: dict[str, str]) -> str:
         source = quote(f"https://{github.replace('github', 'github.com', 1)}", safe="")
         badges.append(badge("Kaggle", f"https://www.kaggle.com/kernels/welcome?src={source}", up))
     page = json.loads(PAGES.read_text(encoding="utf-8")).get(path.stem, {})
-    sentences = []
+    sentences = [f"Reading takes {reading_time(nb)}."]
     if "seconds" in page:
         took = duration(page["seconds"])
         sentences.append(f"All cells take about {took} on {page['cores']} CPU cores.")

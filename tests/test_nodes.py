@@ -22,9 +22,11 @@ import test_trainer  # noqa: F401, for the job below, which is forked from here
 from conftest import refuses
 from safetensors.numpy import load_file
 from torch.distributed.run import main
+from typer.testing import CliRunner
 
 from contrastive_st import encoding, run, store
 from contrastive_st.atomic import lock
+from contrastive_st.cli import app
 from contrastive_st.data import load_source, prepare, store_folder
 from contrastive_st.encoding import embedding_blocks, open_embeddings, same_texts, write_embeddings
 from contrastive_st.files import count_lines, read_rows, read_texts
@@ -726,3 +728,15 @@ def test_a_bad_line_at_an_address_is_named(desk):
     refuses(lambda: list(read_rows("memory://desk/a.jsonl")), "memory://desk/a.jsonl:2: not JSON")
     desk("b.jsonl.gz", gzip.compress(lines_of(pairs(99)))[:60])
     refuses(lambda: list(read_rows("memory://desk/b.jsonl.gz")), "b.jsonl.gz:1: the gzip data is")
+
+
+@pytest.mark.parametrize("words", ["prepare none.json --out x", "encode model none.txt"])
+def test_a_part_is_checked_before_anything_else(words):
+    result = CliRunner().invoke(app, [*words.split(), "--part", "5/4"])
+    assert "part is '5/4'; write for example 3/64" in str(result.exception)
+
+
+def test_standard_input_has_no_parts(monkeypatch):
+    monkeypatch.setattr("contrastive_st.cli.check_model", lambda model: None)
+    result = CliRunner().invoke(app, "encode model - --out v.npy --part 1/2".split())
+    assert "standard input cannot be read twice" in str(result.exception)

@@ -16,7 +16,7 @@ OPENVINO_VENV := .venv-openvino
 XLA_NOTEBOOKS := nbs/19_xla.ipynb $(wildcard nbs/tutorials/one_billion_pairs_tpu.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults test-xla run-xla run-xla-tests test-colab test-mteb test-mpnet bench format notebooks export readme docs screenshots clean
+.PHONY: help install train test test-faults test-xla run-xla run-xla-tests test-colab test-mteb test-mpnet bench format notebooks export readme docs pdf screenshots clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -117,6 +117,9 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb, and the pages that ar
 
 docs: $(READY)  ## build the site into _site/ (needs npm once, for the math renderer)
 	$(BIN)/python tools/site.py
+
+pdf: docs  ## make the lessons one document: _site/course.html, and course.pdf if there is a Chromium
+	$(BIN)/python tools/course.py
 
 screenshots: $(READY)  ## take the demo's pictures anew (needs a Chromium: apt install chromium)
 	$(BIN)/python tools/screenshots.py

@@ -422,6 +422,19 @@ ROWS = (
         ("large_peak_mb", "300,000 queries in 1,000,000", "≤ 2,000 MB", "{:,.0f} MB"),
         ("same_as_peer", "queries with the negatives of the peer", "100%", "{:.1%}"),
     ),
+    *ratio_rows(
+        "guard",
+        "a training step with a guard",
+        *(
+            (f"{way}_percent_at_{B}", f"{what}, batch of {B}", "", "{:+.1f}%")
+            for way, what in (
+                ("self", "by the model itself"),
+                ("stored", "by stored vectors"),
+                ("encoder", "by another encoder of the same size"),
+            )
+            for B in (64, 256)
+        ),
+    ),
     *(
         (
             "families",

@@ -69,8 +69,26 @@ _TYPES = {
 def expanded(
     path: str | Path,  # as a user writes it
 ) -> Path:  # the same, with ~ replaced by the home folder
-    "Replace ~ at the beginning of a path; a name such as ~nobody stays as it is."
-    return Path(os.path.expanduser(path))
+    "Replace ~ at the beginning of a path; refuse one that no file can have."
+    full = path
+    if path == "":  # mostly a variable that was never set; it is not meant to be the folder here
+        raise ValueError("the name of a file or folder is empty; give one, or . for this folder")
+    try:
+        full = Path(os.path.expanduser(path))  # a name such as ~nobody stays as it is
+        os.lstat(full)
+    except ValueError as error:
+        what = "half a character" if isinstance(error, UnicodeError) else "a NUL character"
+        raise ValueError(
+            f"{quote(str(path))}: holds {what}, which no file has in its name; check the name"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            size = max(len(os.fsencode(part)) for part in full.parts)
+            raise ValueError(
+                f"{quote(str(path))}: is too long for the name of a file, its longest part has"
+                f" {size:,} bytes; give a shorter one"
+            ) from None
+    return full  # whether something is there is for others to say
 
 
 def _follow(path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .atomic import read_json, reading
+from .atomic import expanded, read_json, reading
 from .evaluation import METRICS, format_interval, metric
 from .machine import import_extra
 
@@ -272,7 +272,7 @@ def watch_run(
     folder: str | Path,  # run directory, finished or not
 ) -> dict:  # name, history, metrics, datasets, picture (PNG bytes), remarks; empty if not there
     "Read as much as a run directory tells; raise `ValueError` if it is not one."
-    folder, remarks = Path(folder), []
+    folder, remarks = expanded(folder), []
     if not is_run(folder):
         raise ValueError(
             f"{folder} is not a run directory, it has no versions.json; give the --out of"

@@ -325,7 +325,7 @@ def check_output(
         places = (place, *place.parents) if folder else place.parents
         probe = next(p for p in places if p.exists()) / f".{place.name}.probing"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine may look at the same moment
 
 # %% ../nbs/30_cli.ipynb #evaluate
 def _check_evaluate(sts, retrieval, labels, neighbors, prompts, out):
@@ -1183,7 +1183,7 @@ def _to_prepare(config, folder, out):
     return entries
 
 
-def _write_stores(entries, out, on_error, workers, progress, verify):
+def _write_stores(entries, out, on_error, workers, progress, verify, part=None):
     "Write the datasets as stores; return their summaries."
     from contrastive_st import data
 
@@ -1194,7 +1194,7 @@ def _write_stores(entries, out, on_error, workers, progress, verify):
         for e in entries
     ]
     total = sum(e.lines for e in entries) if all(e.lines for e in entries) else None
-    return data.prepare(sources, out, on_error, workers, total, progress, verify)
+    return data.prepare(sources, out, on_error, workers, total, progress, verify, part)
 
 # %% ../nbs/30_cli.ipynb #prepare-tokens
 def _tokens(model, max_length):
@@ -1206,17 +1206,22 @@ def _tokens(model, max_length):
     return Tokens(encoder.tokenizer, encoder.max_length)
 
 
-def _tokenise(tokens, out, entries, summaries, progress):
+def _tokenise(tokens, out, entries, summaries, progress, part=None):
     "Store the token ids of every prepared dataset, those of its prompts included."
     from tqdm.auto import tqdm
 
     from contrastive_st.data import store_folder
+    from contrastive_st.workers import parts_folder
 
     total = sum(s["rows"] for s in summaries.values())
     style = {"unit": " rows", "unit_scale": True, "desc": "tokenising"}
     with tqdm(total=total, disable=not progress, **style) as bar:
         for e in entries:
-            tokens.prepare(store_folder(out, e.name), bar.update, e.marks.get("prompts"))
+            place = store_folder(out, e.name)
+            if part:
+                place = parts_folder(place) / part.name
+            if summaries[e.name]["rows"] or not part:  # a part may be without rows
+                tokens.prepare(place, bar.update, e.marks.get("prompts"))
 
 # %% ../nbs/30_cli.ipynb #prepare-next
 def _data_config(entries, summaries):
@@ -1275,6 +1280,45 @@ def _total(summaries):
     if not bad:
         return f"{total}; no line was left out"
     return f"{total}; {bad:,} bad lines left out, listed with their faults in each {REJECTS}"
+
+# %% ../nbs/30_cli.ipynb #prepare-part
+_Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        help=(
+            "Do one part of the work, such as 3/64. When all parts are there, the same command"
+            " without it joins them."
+        ),
+    ),
+]
+
+
+def _part_asked(part):
+    "The part that a user asks for; None is the whole."
+    from contrastive_st.workers import read_share
+
+    return None if part is None else read_share(part)
+
+
+class _Again:
+    "The texts of a file, read anew each time, since a part is looked for before it is encoded."
+
+    def __init__(self, path, column):
+        self.path, self.column = path, column
+        if str(path) == "-":
+            raise ValueError("--part needs a file, as standard input cannot be read twice")
+
+    def __iter__(self):
+        return _texts(self.path, self.column)
+
+
+def _after_part(share):
+    "What comes after a part."
+    return (
+        f"Next: the other parts of {share.count}, on any machine that sees these files, then the"
+        " same command without --part"
+    )
 
 # %% ../nbs/30_cli.ipynb #prepare
 def _outcome(summaries, out):
@@ -1338,19 +1382,21 @@ def prepare(
             help="Read every byte of the stores that are there, and write damaged ones anew.",
         ),
     ] = False,
+    part: _Part = None,
 ):
     "Write the datasets of a config into Arrow stores; what is up to date is left alone."
-    mix, folder, longest = _mix(config, data_folder, tiny)
+    share, (mix, folder, longest) = _part_asked(part), _mix(config, data_folder, tiny)
     entries, progress = _to_prepare(mix, folder, out), progress and sys.stderr.isatty()
     # The tokenizer first: a wrong name must not cost an hour.
     tokens = _tokens(tokenizer, max_length or longest) if tokenizer else None
-    summaries = _write_stores(entries, out, on_error, workers, progress, verify)
+    summaries = _write_stores(entries, out, on_error, workers, progress, verify, share)
     if tokens:
-        _tokenise(tokens, out, entries, summaries, progress)
-    atomic.write_json(out / "data_config.json", list(_data_config(entries, summaries)))
+        _tokenise(tokens, out, entries, summaries, progress, share)
+    if not share:  # what a part lacks would be missing from the counts
+        atomic.write_json(out / "data_config.json", list(_data_config(entries, summaries)))
     _say(f"{_store_table(summaries)}\n\n{_length_table(summaries)}\n")
     _say("\n".join([*_changed_negatives(summaries), _total(summaries), _outcome(summaries, out)]))
-    _say(f"Next: {_train_command(config, tiny, data_folder, out)}")
+    _say(_after_part(share) if share else f"Next: {_train_command(config, tiny, data_folder, out)}")
 
 # %% ../nbs/30_cli.ipynb #read-texts
 def _read_corpus(path, column="", id_column=None):
@@ -1376,6 +1422,7 @@ class _Counted:
         self.source, self.texts, self.blank, self.first = texts, 0, 0, None
 
     def __iter__(self):
+        self.texts, self.blank, self.first = 0, 0, None  # a part reads them twice
         for text in self.source:
             self.texts += 1
             if not text.strip():
@@ -1466,23 +1513,31 @@ def encode(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a batch.")] = 32,
     progress: _Progress = True,
+    part: _Part = None,
 ):
     "Write the embeddings of a file's texts, in file order and in constant memory."
     from contrastive_st.encoding import write_embeddings
 
+    share = _part_asked(part)
     check_output(out)
     check_model(model)
     # A first walk finds a wrong line before hours of work; standard input can be read only once.
-    total = None if str(texts) == "-" else sum(1 for _ in _read_corpus(texts, column, id_column))
+    walk = str(texts) != "-" and not share  # a part walks over all texts itself
+    total = sum(1 for _ in _read_corpus(texts, column, id_column)) if walk else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    counted, ids = _Counted(_texts(texts, column)), _ids_for(out, texts, column, id_column)
+    counted = _Counted(_Again(texts, column) if share else _texts(texts, column))
+    ids = _ids_for(out, texts, column, id_column)
     progress = progress and sys.stderr.isatty()
     options = {"workers": workers, "resume": resume, "total": total, "progress": progress}
     options |= {"bf16": bf16, "batch_size": batch_size, "ids": ids}
-    options |= {} if prompt is None else {"prompt": prompt}
-    report = write_embeddings(out, model, iter(counted), precision, **options)
+    options |= {"part": share} | ({} if prompt is None else {"prompt": prompt})
+    source = counted if share else iter(counted)
+    report = write_embeddings(out, model, source, precision, **options)
     _say_blank(counted)
-    _say(f"{report['rows']} texts, {report['width']} dimensions -> {out}")
+    where = f"part {share} of {out}" if share else out
+    _say(f"{report['rows']} texts, {report['width']} dimensions -> {where}")
+    if share:
+        _say(_after_part(share))
 
 # %% ../nbs/30_cli.ipynb #index-command
 @app.command()
@@ -1821,9 +1876,12 @@ def _show_mined(report, out):
     if report.options["output_format"] == "labeled-pair":
         _say("Next: these rows have labels, so they are for a classifier or a cross-encoder")
     else:
-        entry = f'{{name = "{out.name}", weight = 1}}'
+        scored = report.options["output_scores"]
+        teacher = ', teacher = "scores"' if scored else ""
+        entry = f'{{name = "{out.name}", weight = 1{teacher}}}'
         _say(f"Next: read the list, then add {entry} to the mix of a recipe,")
-        _say(f"whose folder is then {out.parent}, and train")
+        how = ' with loss = "margin_mse" or "distill_kl"' if scored else ""
+        _say(f"whose folder is then {out.parent}, and train{how}")
 
 # %% ../nbs/30_cli.ipynb #mine-options
 _RangeMax = Annotated[
@@ -1874,6 +1932,10 @@ def mine(
     output_format: Annotated[
         str, typer.Option("--format", help="triplet, n-tuple or labeled-pair.")
     ] = "triplet",
+    scores: Annotated[
+        bool,
+        typer.Option("--scores", help="Write the scores, too, for losses that copy a teacher."),
+    ] = False,
     query_prompt: _QueryPrompt = None,
     document_prompt: _DocumentPrompt = None,
     rescore: _Rescore = None,
@@ -1915,6 +1977,7 @@ def mine(
         seed=seed,
         too_few="fill" if fill else "drop",
         output_format=output_format,
+        output_scores=scores,
         path=out,
         resume=resume,
         progress=progress,

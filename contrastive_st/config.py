@@ -53,9 +53,11 @@ DISTILLED = ("margin_mse", "distill_kl")  # losses that copy how another encoder
 def _check_guide(config):
     "Raise a ValueError for settings of the guard and the guide that do not go together."
     is_copied = config.loss in DISTILLED
-    if (config.guard == "guide" or is_copied) and not config.guide:
-        asks = f"loss is {config.loss!r}" if is_copied else "guard is 'guide'"
-        raise ValueError(f"{asks} but guide is empty; name the index folder of the guide's vectors")
+    # A loss that copies a teacher may find its scores in the data, so a run looks there first.
+    if config.guard == "guide" and not config.guide:
+        raise ValueError(
+            "guard is 'guide' but guide is empty; name the index folder of the guide's vectors"
+        )
     if config.guide and config.guard != "guide" and not is_copied:
         raise ValueError(
             f"guide is {quote(config.guide)} but guard is {config.guard!r}; set guard = 'guide', or"
@@ -146,14 +148,17 @@ class TrainConfig:
     # in a recipe its path is relative to the recipe
     guide: str = ""  # index folder with all texts of the run, made with the guide
     # of pairs and triplets; graded pairs take CoSENT. `symmetric` is of info_nce alone; the last
-    # two copy how the guide scores the texts of a row, which needs hard negatives: margin_mse is
-    # the squared error of the similarities' differences, times the scale, and distill_kl the
+    # two copy how a teacher scores the texts of a row, which needs hard negatives: the columns that
+    # `teacher` names in the mix, or the guide. margin_mse is the squared error of the similarities' differences, times the scale, and distill_kl the
     # divergence of the softmax of the scaled similarities
     loss: Literal["info_nce", "siglip", "gte", "margin_mse", "distill_kl"] = "info_nce"
     # begin at `scale` and train it, with SigLIP's bias; it stays from 1 to 100
     learn_scale: bool = False
     # info_nce without its matrix of all scores: the same loss in less memory, each rank its rows
     tiled: bool = False
+    # dropout by the number of a text in the global batch instead of the rank, so that a run may go
+    # on with another number of processes; on XLA devices it always is so
+    row_dropout: bool = False
 
     @field_validator("*", mode="before")
     @classmethod

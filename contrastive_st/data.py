@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Example', 'ROW_TEXTS', 'ROW_CHARACTERS', 'LOOK_AHEAD', 'AHEAD_CHARACTERS', 'Columns', 'Mark', 'MarkedColumns',
-           'Classes', 'is_saved_dataset', 'read_examples', 'Source', 'judged_groups', 'is_hub_id', 'open_dataset',
-           'load_source', 'is_store', 'store_folder', 'share_counter', 'count_rows', 'Prepared', 'prepare',
-           'ScoredPairs', 'read_sts', 'Retrieval', 'read_retrieval', 'quickstart_folder']
+           'Teacher', 'teacher_columns', 'TaughtColumns', 'Classes', 'is_saved_dataset', 'read_examples', 'Source',
+           'judged_groups', 'is_hub_id', 'open_dataset', 'load_source', 'is_store', 'store_folder', 'share_counter',
+           'count_rows', 'Prepared', 'prepare', 'ScoredPairs', 'read_sts', 'Retrieval', 'read_retrieval',
+           'quickstart_folder']
 
 # %% ../nbs/07_data.ipynb #imports
 import hashlib
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from .files import MOST_COLUMNS, ROW_FORMATS, EmptyText, Header, Rejects
 from contrastive_st.files import (
     TEXT_COLUMNS,
     choose_columns,
+    count_lines,
     dataset_rows,
     dataset_tables,
     find_spellings,
@@ -44,9 +46,9 @@ from .files import list_names
 from .files import pick_columns, plain_name, read_columns, read_rows
 from .files import regular_file, report_rejects, row_text, sample_value
 from .store import MARKS, MOST_NEGATIVES, REJECTS, SUMMARY, Store, column_names
-from .store import fit_negatives, fit_prompts, negatives_changed, text_identity
-from .store import warn_of_width, write_store
-from .workers import worker_pool
+from .store import fit_negatives, fit_prompts, fit_taught, negatives_changed
+from .store import part_of_store, text_identity, warn_of_width, write_store
+from .workers import read_share, worker_pool
 
 # %% ../nbs/07_data.ipynb #example-type
 Example = tuple[str, ...]  # (anchor, positive, *hard negatives): C texts
@@ -436,12 +438,21 @@ class Mark(NamedTuple):
         return "relevance" if self.judges else self.kind
 
 
-def _make_mark(label, score, score_range):
+def _make_mark(label, score, score_range, teacher=None, teacher_scale=None):
     "The mark that the arguments of a source ask for; None if they ask for none."
-    if label is not None and score is not None:
+    asked = {"label": label, "score": score, "teacher": teacher}
+    asked = [f"{name}={quote(value)}" for name, value in asked.items() if value is not None]
+    if len(asked) > 1:
         raise ValueError(
-            f"label={quote(label)} and score={quote(score)}; a dataset has labels or scores, "
-            "so give one of the two"
+            f"{' and '.join(asked)}; a dataset has labels or scores or a teacher's scores, "
+            "so give one of them"
+        )
+    if teacher is not None:
+        scale = 1.0 if teacher_scale is None else _check_scale(teacher_scale)
+        return Teacher(teacher_columns(teacher), scale)
+    if teacher_scale is not None:
+        raise ValueError(
+            "teacher_scale without teacher; name the columns of the teacher's scores with teacher="
         )
     if score_range is not None and score is None:
         raise ValueError("score_range without score; name the column of the scores with score=")
@@ -551,6 +562,174 @@ def _check_text_columns(columns, mark):
         )
     return tuple(columns)
 
+# %% ../nbs/07_data.ipynb #teacher
+class Teacher(NamedTuple):
+    "The columns that hold a teacher's scores of the positive and the negatives."
+
+    column: tuple[str | int, ...]  # names, or positions in rows without names
+    scale: float = 1.0  # multiplies the scores
+
+    kind = "teacher"
+
+    @property
+    def asked(self) -> str | int | list:  # one column, or several
+        "Write the columns as errors do."
+        return self.column[0] if len(self.column) == 1 else list(self.column)
+
+
+def teacher_columns(
+    teacher: str | int | Sequence[str | int],  # a column, or several
+) -> tuple[str | int, ...]:  # one for each text but the first, or one that holds lists or margins
+    "Check which columns hold a teacher's scores."
+    columns = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
+    types = set(map(type, columns))
+    if types not in ({str}, {int}) or {"", -1} & set(columns) or len(set(columns)) < len(columns):
+        raise ValueError(
+            f"teacher is {quote(teacher)}; give the column of the scores, such as 'scores', or a "
+            "list of columns, one for the positive and one for each negative"
+        )
+    return columns
+
+
+def _check_scale(scale):
+    "A finite number above 0."
+    if type(scale) not in (int, float) or not 0 < scale < 1e9:  # not so for NaN
+        raise ValueError(
+            f"teacher_scale is {quote(scale)}; it must be a number above 0, which multiplies the "
+            "scores, such as 0.05 for those from -10 to 10"
+        )
+    return float(scale)
+
+
+class TaughtColumns(Columns):
+    "Which columns of a file hold a teacher's scores, and which hold the texts beside them."
+
+    def __init__(
+        self,
+        teacher: Teacher,  # the columns of the scores
+        columns: Sequence[str | int] | None = None,  # (anchor, positive, *negatives); None: found
+        remarks: dict | None = None,  # where to write down what there is to say
+    ):
+        if columns is not None and {type(c) for c in columns} != {type(teacher.column[0])}:
+            raise ValueError(
+                f"columns={quote(columns, 80)} beside teacher={quote(teacher.asked)}; write all "
+                "as names, or all as positions"
+            )
+        super().__init__(columns, remarks)
+        self.teacher = teacher
+        self.positions = isinstance(teacher.column[0], int)
+
+    def fits(
+        self,
+        cells: Sequence[str],  # of the first line
+    ) -> bool:
+        "Can these cells be the header, or a row, of a table?"
+        if self.positions:
+            return len(cells) > max(*self.teacher.column, *(self.columns or (2,)))
+        spelled = [find_spellings(name, cells) for name in self.teacher.column]
+        return all(spelled) and super().fits([c for c in cells if [c] not in spelled])
+
+    def own(
+        self,
+        names: tuple[str, ...],  # of a row
+    ) -> tuple[str, ...]:  # as the row spells them
+        "The columns of the teacher's scores."
+        return choose_columns(names, self.teacher.column)
+
+    def select(
+        self,
+        names: tuple[str, ...],  # of the columns of a Parquet file
+        samples: dict,  # name -> a value like those of the column
+    ) -> list[str] | None:
+        "The columns to read of a Parquet file, those of the scores among them."
+        texts = super().select(names, samples)
+        return None if texts is None else list(dict.fromkeys([*texts, *self.own(names)]))
+
+    def choose(
+        self,
+        names: tuple[str, ...],  # of a row
+        row: dict,  # its values
+        may_guess: bool = True,  # may columns of unknown names be taken?
+    ) -> Sequence[str]:
+        "The columns of the texts, among those that hold no score of the teacher."
+        # What else judges the rows is no text either, and may stand there unread.
+        own = self.own(names)
+        others = tuple(n for n in names if n not in own and plain_name(n) not in _JUDGED)
+        return super().choose(others, row, may_guess)
+
+# %% ../nbs/07_data.ipynb #taught-rows
+def _taught_row(row, columns):
+    "The texts of a row, then the teacher's scores of all but the first, checked."
+    values, rest = _split_row(row, columns)
+    examples = _texts(rest, columns)
+    # One list of scores cannot say whose they are.
+    if len(examples) > 1:
+        raise ValueError(
+            f"the row has {len(examples):,} positives, and a teacher's scores are of one; write a "
+            "row for each"
+        )
+    texts = _check_texts(examples[0])
+    if len(texts) < 3:
+        raise ValueError(
+            "the row has no negative, so that a teacher's scores compare nothing; add one, or "
+            "delete the row"
+        )
+    _check_width(texts)
+    numbers = [_teacher_score(x) for value in values for x in _numbers_in(value)]
+    return *texts, *_lesson(numbers, len(texts) - 2)
+
+
+def _split_row(row, columns):
+    "The values of the teacher's columns, and the row without them."
+    if hasattr(row, "texts"):  # InputExample of sentence-transformers
+        row = {"texts": list(row.texts), "label": row.label}
+    teacher = columns.teacher.column
+    if isinstance(row, dict):
+        names = columns.own(tuple(row))
+        return [row[name] for name in names], row
+    if not isinstance(row, (list, tuple)) or isinstance(teacher[0], str):
+        raise ValueError(
+            f"the row is no object, so that it has no column {quote(teacher[0])}; name the columns "
+            "of the texts, or give the scores as positions, such as teacher=3"
+        )
+    if not all(0 <= at < len(row) for at in teacher):
+        raise ValueError(
+            f"a list of {len(row)} does not fit teacher={quote(columns.teacher.asked)}; give "
+            "positions such as "
+            f"teacher={max(len(row) - 1, 0)}"
+        )
+    # Without names the texts are all columns beside the scores.
+    rest = row if columns.columns else [x for at, x in enumerate(row) if at not in teacher]
+    return [row[at] for at in teacher], rest
+
+
+def _numbers_in(value):
+    "The numbers of a cell, which holds one or a list."
+    return value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+
+
+def _teacher_score(value):
+    "One score of a teacher as a number."
+    number = _as_number(value)
+    if not abs(number) < 1e9:  # not so for NaN; beyond it a squared error fills float32
+        what = "missing" if value is None else f"{quote(value)}, not a number below a billion"
+        raise ValueError(f"a teacher's score is {what}; mend or delete the row")
+    return number
+
+
+def _lesson(numbers, K):
+    "The scores of the positive and K negatives, from those or from K differences."
+    if len(numbers) == 1 + K:
+        return numbers
+    if len(numbers) == K:
+        # Only differences are ever copied, so that a positive of 0 says the same.
+        return [0.0, *(0.0 - margin for margin in numbers)]
+    raise ValueError(
+        f"the row has {len(numbers):,} score{'s' * (len(numbers) != 1)} of a teacher, for a "
+        f"positive and {K:,} negative{'s' * (K > 1)}; give {1 + K:,}, or {K:,} for how far the "
+        "positive lies above each negative"
+    )
+
 # %% ../nbs/07_data.ipynb #marked-rows
 def _label(value):
     "A label as text; spaces around it do not count."
@@ -567,16 +746,21 @@ def _label(value):
     return value.strip()
 
 
+def _as_number(value):
+    "A number, or the number that a text spells, as a float; NaN if it is neither."
+    if isinstance(value, (int, float, str, np.number)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return math.nan
+
+
 class _OutOfRange(ValueError):
     "A score outside of every scale that we know; the file is at fault, not one of its rows."
 
 
 def _score(value, limits, word="score"):
     "A score as a number, within the limits or, without any, within 0 to 5."
-    number = math.nan
-    if isinstance(value, (int, float, str, np.number)) and not isinstance(value, bool):
-        with suppress(ValueError, OverflowError):
-            number = float(value)
+    number = _as_number(value)
     if not math.isfinite(number):
         raise ValueError(f"the {word} is {quote(value)}, not a number; mend or delete the row")
     # STS files grade from 0 to 5 or from 0 to 1; all of them fit here, and the dataset's
@@ -626,11 +810,12 @@ def _marked_list(row, columns, count):
 
 
 def _marked_examples(rows, columns, reject, after=0):
-    "Yield (line, texts and label or score) for raw rows; bad rows go to `reject`."
+    "Yield (line, texts and label, score or scores) for raw rows; bad rows go to `reject`."
     some = after > 0  # an interrupted run has read some already
+    read = _taught_row if isinstance(columns, TaughtColumns) else _marked_row
     for line, row in rows:
         try:
-            example = _marked_row(row, columns)
+            example = read(row, columns)
         # Never skipped as a bad row: with the wrong scale, every row of the file is wrong.
         except _OutOfRange as problem:
             raise ValueError(f"{reject.path}{reject.between}{line}: {problem}") from None
@@ -932,10 +1117,11 @@ def _check_negative_count(negatives):
 
 # %% ../nbs/07_data.ipynb #table-of-dataset
 class _DatasetRows:
-    "The text columns of a dataset, read by row number; labels or scores are held in memory."
+    "The text columns of a dataset, read by row number; labels and scores are held in memory."
 
     def __init__(self, dataset, fields, mark=None, numbers=None):
-        self.mark, self._numbers = mark, numbers  # "label" or "score", (rows,) of either
+        # "label", "score" or "teacher", (rows,) of the first two or (rows, C - 1) of the last
+        self.mark, self._numbers = mark, numbers
         distinct = list(dict.fromkeys(fields))  # the same text may be anchor and positive
         self._dataset, self._fields = dataset.select_columns(distinct).with_format(None), fields
 
@@ -952,6 +1138,8 @@ class _DatasetRows:
 
     def scores(self, indices):
         return self._numbers[np.asarray(indices, np.int64)]
+
+    teacher = scores
 
     def column_identities(self, column):
         if column == "label":
@@ -979,6 +1167,10 @@ def _from_dataset(dataset, columns, name, check):
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     _warn_of_columns(name, columns.remarks, stacklevel=4)
+    if isinstance(columns, TaughtColumns):
+        _check_types(dataset, fields, name)
+        numbers = _dataset_lessons(dataset, fields, columns, name)
+        return _DatasetRows(dataset, fields, "teacher", numbers)
     if isinstance(columns, MarkedColumns):
         *fields, own = fields
         _check_types(dataset, fields, name)
@@ -1000,6 +1192,19 @@ def _dataset_marks(dataset, fields, own, mark, name):
         return np.fromiter(values, np.float64)
     # Labels repeat, so the cache spares nearly all of the hashing.
     return np.fromiter(map(lru_cache(2**16)(text_identity), values), np.int64)
+
+
+def _dataset_lessons(dataset, fields, columns, name):
+    "A teacher's scores of each row, (rows, C - 1); its texts are looked at, too."
+    try:
+        own = columns.own(tuple(dataset.column_names))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    columns, reject = TaughtColumns(Teacher(own), fields), Rejects(name, between=" row ")
+    rows = dataset_rows(dataset.select_columns(list(dict.fromkeys([*fields, *own]))))
+    examples = _marked_examples(((n - 1, r) for n, r in rows), columns, reject)
+    values = (number for _, example in examples for number in example[len(fields) :])
+    return np.fromiter(values, np.float64).reshape(-1, len(fields) - 1)
 
 
 def _check_types(dataset, fields, name):
@@ -1060,12 +1265,16 @@ class _InMemory:
 
     def __init__(self, examples, mark=None):
         self._examples, self.mark, self._numbers = examples, mark, None
-        if mark == "score":
-            self._numbers = np.array([example[2] for example in examples])
-            self._examples = [example[:2] for example in examples]
+        if mark in ("score", "teacher"):
+            C = (len(examples[0]) + 1) // 2  # a score stands for each text but the first
+            numbers = np.array([example[C:] for example in examples])  # (n, C - 1)
+            self._numbers = numbers[:, 0] if mark == "score" else numbers
+            self._examples = [example[:C] for example in examples]
 
     def scores(self, indices):
         return self._numbers[np.asarray(indices, np.int64)]
+
+    teacher = scores
 
     def column_identities(self, column):
         c = MARKS[self.mark].index(column)
@@ -1113,13 +1322,29 @@ def _judged_rows(dataset, columns, name, relevance):
     return [group for _, group in judged_groups(rows, columns, reject)]
 
 
+def _of_one_width(examples, name):
+    "Examples with a teacher's scores, all as wide as the first; a warning counts what changed."
+    width, changed = (len(examples[0]) + 1) // 2, Counter()
+    warn_of_width(f"{name} row 0", width)
+    fitted = []
+    for example in examples:
+        example, change = fit_taught(example, width)
+        fitted.append(example)
+        changed[change] += 1
+    if changes := negatives_changed(changed, width):
+        warnings.warn(f"{name}: {changes}", stacklevel=6)
+    return fitted
+
+
 def _from_list(rows, columns, name):
     "A list of rows of any form, checked, in memory."
-    if isinstance(columns, MarkedColumns):
+    if isinstance(columns, MarkedColumns | TaughtColumns):
         reject = Rejects(name, between=" row ")
         examples = [e for _, e in _marked_examples(enumerate(rows), columns, reject)]
         _warn_of_columns(name, columns.remarks, stacklevel=5)
-        return _InMemory(examples, columns.mark.kind)
+        if isinstance(columns, MarkedColumns):
+            return _InMemory(examples, columns.mark.kind)
+        return _InMemory(_of_one_width(examples, name), "teacher")
     endless = float("inf")  # the rows are in memory already
     reject, fitted = Rejects(name, between=" row "), _Widths(name, None, endless, endless)
     examples = list(fitted(_examples(enumerate(rows), columns, reject)))
@@ -1147,7 +1372,7 @@ def _open_table(dataset, name, columns, check, mark, relevance):
         dataset = _rows_of(dataset, name)
     if relevance is not None:
         dataset, columns = _judged_rows(dataset, columns, name, relevance), None
-    columns = MarkedColumns(mark, columns) if mark else Columns(_check_columns(columns))
+    columns = _chooser(_columns_asked(columns, mark, None), mark)
     if isinstance(dataset, (list, tuple)):
         return _from_list(dataset, columns, name)
     return _from_dataset(dataset, columns, name, check)
@@ -1158,8 +1383,11 @@ def _check_mark(store, mark, name):
     # A store holds no labels that were not read when it was written.
     if mark is not None and mark.kind != store.mark:
         has = f"has a {store.mark} for each row" if store.mark else "has neither labels nor scores"
+        if store.mark == "teacher":
+            has = "has a teacher's scores"
         raise ValueError(
-            f"{name}: {mark.kind}={quote(mark.column)} is asked of a store that {has}; "
+            f"{name}: {mark.kind}={quote(getattr(mark, 'asked', mark.column))} is asked of a "
+            f"store that {has}; "
             f"prepare the data again with {mark.kind}"
         )
 
@@ -1298,13 +1526,19 @@ class Source:
         # the column that judges pairs: 1 is a positive, 0 a hard negative of the same anchor; of
         # what is no store, the texts are held in memory
         relevance: str | int | None = None,
+        # the columns of a teacher's scores: one for the positive and each negative, one that holds
+        # them as a list, or one that says how far the positive lies above the negative
+        teacher: str | int | Sequence[str | int] | None = None,
+        # multiplies these scores, so that they reach as far as our similarities; None: 1
+        teacher_scale: float | None = None,
     ):
-        self.name, mark = name, _make_mark(label, score, score_range)
+        mark = _make_mark(label, score, score_range, teacher, teacher_scale)
+        self.name = name
         _one_of(mark, relevance)
         self._table = _open_table(dataset, name, columns, check, mark, relevance)
-        self._limits = None if mark is None else mark.limits
-        self.has_labels, self.has_scores = (
-            getattr(self._table, "mark", None) == kind for kind in ("label", "score")
+        self._limits, self._teacher_scale = getattr(mark, "limits", None), getattr(mark, "scale", 1)
+        self.has_labels, self.has_scores, self.has_teacher = (
+            getattr(self._table, "mark", None) == kind for kind in ("label", "score", "teacher")
         )
         if self.has_labels:
             self._table = _LabelPairs(self._table, name)
@@ -1354,6 +1588,13 @@ class Source:
         scores = (self._table.scores(indices) - low) / (high - low)  # (n,), 0 to 1
         return np.clip(scores, 0, 1).astype(np.float32)
 
+    def teacher(
+        self,
+        indices: Sequence[int],  # n row numbers in any order
+    ) -> np.ndarray:  # (n, C - 1) float32, of the positive and each negative
+        "Give a teacher's scores of rows, of a dataset that `has_teacher`."
+        return (self._table.teacher(indices) * self._teacher_scale).astype(np.float32)
+
     def tokens(
         self,
         indices: Sequence[int],  # n row numbers in any order
@@ -1392,16 +1633,48 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None, extra=()):
 
 
 def _open_raw(place, columns, split):
-    "What a file or a hub dataset is made of, and a function that reads its raw rows."
+    "What a file or a hub dataset is made of, a function that reads its raw rows, one that counts."
     if (dataset := open_dataset(place, split)) is not None:
         # datasets has no public name for the hash of what a dataset holds
         origin = {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}
-        return origin, lambda reject, after: dataset_rows(dataset, after)
+        return origin, lambda reject, after: dataset_rows(dataset, after), lambda: len(dataset)
     path = _readable(place)
     # Size and time instead of a digest: to hash 100 GB would take longer than to read 1 GB.
     state = path.stat()
     origin = {"file": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
-    return origin, lambda reject, after: _rows(path, columns, reject, after)
+    return (
+        origin,
+        lambda reject, after: _rows(path, columns, reject, after),
+        lambda: count_lines(path),
+    )
+
+
+class _Between(Rejects):
+    "Takes the bad rows of one part of a file; those of other parts are left to them."
+
+    def __init__(self, lines, *args):
+        super().__init__(*args)
+        self.lines = lines
+
+    def __call__(self, line, problem):
+        if self.lines[0] < line <= self.lines[1]:
+            super().__call__(line, problem)
+
+    def cut(self, rows):
+        "Yield what lies in the part, and read no further."
+        for line, row in takewhile(lambda item: item[0] <= self.lines[1], rows):
+            if line > self.lines[0]:
+                yield line, row
+
+
+def _lines_of(part, count):
+    "The lines of a part: those above the first number, up to the second; without a part all."
+    if part is None:
+        return 0, math.inf
+    share = read_share(part)
+    first, last = share.span(count())
+    # The last part is open, so that no line is lost however the lines were counted.
+    return first, last if share.number < share.count else math.inf
 
 
 def _write_if_needed(
@@ -1415,30 +1688,40 @@ def _write_if_needed(
     full=False,
     mark=None,
     relevance=None,
+    part=None,
 ):
     "The store of a file or a hub dataset, written if it is not there or not up to date."
     asked, columns = columns, _chooser(columns, mark, relevance)
-    origin, rows = _open_raw(place, columns, split)
+    origin, rows, count = _open_raw(place, columns, split)
     origin |= {"columns": list(asked or ()), "on_error": on_error} | _extra(mark, relevance)
     if negatives is not None:
         origin |= {"negatives": negatives}
 
     def read(after, note):
-        reject = Rejects(place, on_error, note)
-        raw = rows(reject, after)
-        if mark:
-            return _marked_examples(raw, columns, reject, after)
+        lines = _lines_of(part, count)
+        reject = _Between(lines, place, on_error, note)
+        some = after or int(part is not None)  # a part may be without rows, a file may not
         if relevance is not None:
-            raw = judged_groups(raw, columns, reject)
-            return _examples(raw, Columns(), reject, after, negatives)
-        return _examples(raw, columns, reject, after, negatives)
+            # From the beginning: rows of one anchor belong together, wherever a part begins.
+            raw = reject.cut(judged_groups(rows(reject, after), columns, reject))
+            return _examples(raw, Columns(), reject, some, negatives)
+        raw = reject.cut(rows(reject, max(after, lines[0])))
+        if mark:
+            return _marked_examples(raw, columns, reject, some)
+        return _examples(raw, columns, reject, some, negatives)
 
     def check(summary):
+        if part is not None:  # the whole is looked at when its parts are joined
+            return
+        if not summary["rows"]:
+            raise _no_example(Rejects(place))
         if mark:
             return _check_marks(summary, mark, place)
         constant = {c for c, n in enumerate(summary["distinct"].values()) if n == 1}
         _check_contrast(constant, len(summary["columns"]), place)
 
+    if part is not None:
+        folder, origin = part_of_store(folder, origin, part)
     return write_store(
         folder,
         origin,
@@ -1452,8 +1735,10 @@ def _write_if_needed(
     )
 
 # %% ../nbs/07_data.ipynb #marked-store
-def _chooser(columns, mark, relevance):
+def _chooser(columns, mark, relevance=None):
     "What chooses the columns of a file."
+    if isinstance(mark, Teacher):
+        return TaughtColumns(mark, columns)
     if mark:
         return MarkedColumns(mark, columns)
     if relevance is not None:
@@ -1465,14 +1750,22 @@ def _extra(mark, relevance):
     "What a store's origin says of labels, scores and judgements; nothing without any."
     extra = {} if relevance is None else {"relevance": relevance}
     if mark:
-        extra[mark.kind] = mark.column
-        extra |= {"score_range": list(mark.limits)} if mark.limits else {}
+        column, limits = mark.column, getattr(mark, "limits", None)
+        extra[mark.kind] = list(column) if isinstance(column, tuple) else column
+        extra |= {"score_range": list(limits)} if limits else {}
     return extra
 
 
 def _check_marks(summary, mark, place):
     "Refuse labels that pair no rows, and scores that are all the same."
-    if mark.kind == "label":
+    if mark.kind == "teacher":
+        ends = [summary["margins"][key] for key in ("lowest", "highest")]
+        if ends == [0, 0]:
+            raise ValueError(
+                f"{place}: the teacher gives all texts of a row the same score, so that there is "
+                "nothing to copy; name another column, or leave it out"
+            )
+    elif mark.kind == "label":
         rows, classes = summary["rows"], summary["labels"]["classes"]
         if classes in (1, rows):
             raise ValueError(_no_classes(place, rows, classes))
@@ -1580,11 +1873,15 @@ def load_source(
     prompts: str | Sequence[str] | dict | None = None,
     # the column that judges pairs: 1 is a positive, 0 a hard negative of the same anchor
     relevance: str | int | None = None,
+    # the columns of a teacher's scores, as `Source` takes them
+    teacher: str | int | Sequence[str | int] | None = None,
+    teacher_scale: float | None = None,  # multiplies these scores; None: 1
 ) -> Source:  # random access in constant memory
     "Open a file, a store or a hub dataset; a file is checked once and memory-mapped from then on."
     marks = {"label": label, "score": score, "score_range": score_range, "prompts": prompts}
-    marks["relevance"] = relevance
-    place, mark = path_or_hub_id, _make_mark(label, score, score_range)
+    marks |= {"relevance": relevance, "teacher": teacher, "teacher_scale": teacher_scale}
+    place = path_or_hub_id
+    mark = _make_mark(label, score, score_range, teacher, teacher_scale)
     if is_store(place):
         return Source(_open_store(Store(place)), name or Path(place).stem, **marks)
     if is_hub_id(place):
@@ -1606,6 +1903,8 @@ def load_source(
 def _columns_asked(columns, mark, relevance):
     "The columns of texts, after a look at their number."
     _one_of(mark, relevance)
+    if isinstance(mark, Teacher):
+        return _check_columns(columns)
     if mark or relevance is not None:
         return _check_text_columns(columns, mark or _judge(relevance)) or None
     return _check_columns(columns)
@@ -1648,6 +1947,7 @@ def _prepare_one(
     out,
     on_error,
     full,  # compare every byte of a store that is there
+    part,  # "3/64", or None for the whole
     on_progress,  # called with the rows of each shard
     name,
     path_or_hub_id,
@@ -1658,6 +1958,8 @@ def _prepare_one(
     score=None,
     score_range=None,
     relevance=None,
+    teacher=None,
+    teacher_scale=None,
 ):
     "Prepare one dataset; returns its summary, what was done, what is wrong, what there is to say."
     folder = store_folder(out, name)
@@ -1665,7 +1967,7 @@ def _prepare_one(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            mark = _make_mark(label, score, score_range)
+            mark = _make_mark(label, score, score_range, teacher, teacher_scale)
             store = _write_if_needed(
                 path_or_hub_id,
                 folder,
@@ -1677,6 +1979,7 @@ def _prepare_one(
                 full,
                 mark,
                 relevance,
+                part,
             )
             summary, work, problem = store.summary, (store.is_new, store.verified), None
             _warn_of_columns(str(path_or_hub_id), summary["remarks"])
@@ -1751,7 +2054,7 @@ def _check_names(wanted, stores):
 
 def prepare(
     # datasets: {"name", "path_or_hub_id"[, "columns", "split", "negatives", "label", "score",
-    # "score_range", "relevance"]}, as `load_source` takes them
+    # "score_range", "relevance", "teacher", "teacher_scale"]}, as `load_source` takes them
     wanted: Sequence[dict],
     out: str | Path,  # folder of stores
     # 'skip' leaves bad rows out and lists them in the store's rejects.jsonl; 'raise' stops at the
@@ -1761,11 +2064,14 @@ def prepare(
     total: int | None = None,  # rows expected, for the progress bar; None if unknown
     progress: bool = True,  # show a bar
     verify: bool = False,  # read every byte of stores that are there, and write damaged ones anew
+    # "3/64": write the third of 64 parts of each dataset; None writes all, or joins the parts
+    part: str | tuple[int, int] | None = None,
 ) -> Prepared:  # {name: summary}, with `written` and `verified`
     "Write each dataset into a store of its own; what is there and up to date is left alone."
     Rejects("", on_error)  # refuses an unknown on_error before any work
+    part = part and read_share(part)
     _check_names(wanted, [store_folder(out, w["name"]) for w in wanted])
-    args, several = (out, on_error, verify), min(workers, len(wanted))
+    args, several = (out, on_error, verify, part), min(workers, len(wanted))
     look = {"unit": " rows", "unit_scale": True, "desc": "reading"}
     with tqdm(total=total, disable=not progress, **look) as bar:
         if several > 1:

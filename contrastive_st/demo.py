@@ -32,7 +32,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from . import bias
-from .atomic import reading
+from .atomic import expanded, reading
 from .charts import before_after, clip, curves, heat_chart, is_run, lean_chart
 from .charts import map_chart, project, shares, watch_run
 from .compare import compare_runs
@@ -192,7 +192,7 @@ def titles(
 
 def _model_and_run(place):
     "Where the model of a place is, and the run directory it belongs to or None."
-    folder = Path(place).expanduser()
+    folder = expanded(place)
     if not is_run(folder):
         return place, folder.parent if folder.name == "model" and is_run(folder.parent) else None
     if (folder / "model").is_dir():

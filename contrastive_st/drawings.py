@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Drawing', 'chain', 'road_of_the_data', 'siamese_encoder', 'candidates', 'gathering', 'packed_attention',
-           'gradient_cache', 'store_life', 'permutation', 'draw_window', 'run_life', 'sharded']
+           'gradient_cache', 'store_life', 'permutation', 'draw_window', 'run_life', 'sharded', 'Interactive']
 
 # %% ../nbs/40_drawings.ipynb #imports
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .atomic import write_text, writing
+from .atomic import quote, write_text, writing
 
 # %% ../nbs/40_drawings.ipynb #drawing
 # readable behind black and behind white letters alike
@@ -417,3 +418,39 @@ def sharded(
         f"A batch of B rows is cut into {P} parts, one for each device; every device holds all"
         " weights, and the compiler gathers the candidates that the loss compares"
     )
+
+# %% ../nbs/40_drawings.ipynb #touch
+class Interactive:
+    "Hold the numbers of a figure that readers of the site can move."
+
+    def __init__(
+        self,
+        name: str,  # of the script in docs/_static, with hyphens: "similarity-matrix"
+        numbers: Mapping,  # what the script draws from; anything that JSON can say
+        alt: str,  # what one can do with it, in a sentence; shown wherever no script runs
+    ):
+        if not re.fullmatch(r"[a-z]+(-[a-z]+)*", name) or not alt:
+            raise ValueError(
+                f"name is {quote(name)} and alt {quote(alt)}: the name has small letters and"
+                " hyphens, and alt says in a sentence what one can do with the figure"
+            )
+        self.name, self.alt = name, alt
+        try:
+            # NaN is no JSON: a browser would refuse all of the figure
+            self.numbers = json.dumps(numbers, allow_nan=False, separators=(",", ":"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the numbers of {name} cannot be written as JSON ({error}): give lists, texts and"
+                " finite numbers, a tensor by its tolist()"
+            ) from error
+
+    def _repr_html_(self):
+        # single quotes around the numbers, which are full of double ones
+        numbers = escape(self.numbers, quote=False).replace("'", "&#39;")
+        return (
+            f'<div class="touch" data-touch="{self.name}" data-numbers=\'{numbers}\' role="group"'
+            f' aria-label="{escape(self.alt)}"><p>On the site: {escape(self.alt)}</p></div>'
+        )
+
+    def __repr__(self):
+        return f"Interactive: {self.alt}"

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STDIN', 'LINE_BYTES', 'JSON_BYTES', 'MOST_COLUMNS', 'BATCH_BYTES', 'BATCH_ROWS', 'ROW_FORMATS', 'TEXT_COLUMNS',
-           'format_of', 'regular_file', 'EmptyText', 'Rejects', 'report_rejects', 'read_lines', 'read_text',
-           'plain_name', 'find_spellings', 'list_names', 'choose_columns', 'Header', 'dataset_tables', 'dataset_rows',
-           'parquet_batches', 'sample_value', 'read_rows', 'pick_columns', 'read_columns', 'row_text', 'read_texts']
+           'Address', 'as_path', 'format_of', 'regular_file', 'EmptyText', 'Rejects', 'report_rejects', 'read_lines',
+           'read_text', 'count_lines', 'plain_name', 'find_spellings', 'list_names', 'choose_columns', 'Header',
+           'dataset_tables', 'dataset_rows', 'parquet_batches', 'sample_value', 'read_rows', 'pick_columns',
+           'read_columns', 'row_text', 'read_texts']
 
 # %% ../nbs/05_files.ipynb #imports
 import codecs
@@ -22,6 +23,7 @@ from difflib import get_close_matches
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -30,6 +32,88 @@ import pyarrow.parquet as pq
 from isal import igzip
 
 from .atomic import expanded, quote, reading
+
+# %% ../nbs/05_files.ipynb #address
+# a path of pathlib has lost a slash of s3://
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])")
+
+
+class Address:
+    "A file at an fsspec address, with the methods of a Path that reading needs."
+
+    def __init__(
+        self,
+        text: str,  # such as "s3://bucket/pairs.jsonl.gz"
+    ):
+        protocol = _ADDRESS.match(text)
+        slashes = "///" if protocol[1] in ("file", "local") else "//"
+        self.text = f"{protocol[1]}:{slashes}{text[protocol.end() :]}"
+        self.name = self.text.rpartition("/")[2]
+        self.suffix = Path(self.name).suffix
+
+    def __str__(self):
+        return self.text
+
+    def __fspath__(self):
+        return self.text
+
+    def resolve(self):
+        "Return itself: an address has no links."
+        return self
+
+    def is_dir(self):
+        "Return False: only files are read from an address."
+        return False
+
+    def stat(self) -> SimpleNamespace:  # st_size in bytes, st_mtime_ns: what changes with the file
+        "Ask for the size, and for whatever tells that the file was changed."
+        with self._reached():
+            files, path = self._files()
+            info = files.info(path)
+        if info.get("type") == "directory":
+            raise ValueError(f"{self} is a folder; name a file in it")
+        changes = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+        stamp = next((str(info[key]) for key in changes if info.get(key)), "")
+        return SimpleNamespace(st_size=info.get("size"), st_mtime_ns=stamp)
+
+    def open(self, mode="rb"):
+        "Open the file for reading bytes, with a buffer that can be looked into."
+        with self._reached():
+            files, path = self._files()
+            return io.BufferedReader(files.open(path, "rb"), 2**20)
+
+    def _files(self):
+        "The file system, and the path in it."
+        from fsspec.core import url_to_fs  # only those who name an address need it
+
+        return url_to_fs(self.text)
+
+    @contextmanager
+    def _reached(self):
+        "Say in one sentence why an address cannot be read."
+        try:
+            yield
+        except FileNotFoundError:
+            raise ValueError(f"{self}: no such file; check the address") from None
+        except ImportError as error:  # fsspec's own words name the package
+            raise ValueError(f"{self}: {' '.join(str(error).split())[:120]}") from None
+        except Exception as error:
+            words = " ".join(str(error).split())[:120] or type(error).__name__
+            raise ValueError(
+                f"{self}: cannot be read ({words}); check the address, the network and your"
+                " credentials"
+            ) from error
+
+
+def as_path(
+    path: str | Path | Address,  # as a user writes it
+) -> Path | Address:  # a file of this machine with ~ replaced, or one at an address
+    "Tell an address from a path."
+    if isinstance(path, Address):
+        return path
+    if _ADDRESS.match(str(path)) and not Path(path).exists():
+        return Address(str(path))
+    return expanded(path)
 
 # %% ../nbs/05_files.ipynb #regular-file
 STDIN = "-"  # what you write instead of a file to read standard input
@@ -43,17 +127,19 @@ def format_of(
 
 
 def regular_file(
-    path: str | Path,  # a name
+    path: str | Path,  # a name, or an address that fsspec knows, such as s3://bucket/name
     formats: Sequence[str] = (),  # endings that are allowed; none: any
-) -> Path:  # the same, with ~ replaced
+) -> Path:  # the same, with ~ replaced; an `Address` for an address
     "Return the path, after it was seen to be a file that has an end and can be read again."
-    path = expanded(path)
-    if path.is_dir():
+    path = as_path(path)
+    if isinstance(path, Address):
+        path.stat()  # which says what is wrong
+    elif path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
-    if not path.exists():
+    elif not path.exists():
         raise ValueError(f"{path}: no such file; check the name and the folder you run in")
     # A pipe would hang or come back empty: files are read once to check and again to train.
-    if not path.is_file():
+    elif not path.is_file():
         raise ValueError(
             f"{path}: is a pipe, a socket or a device, which can be read only once; "
             "copy its content to a file"
@@ -92,7 +178,7 @@ class _Unzipped(io.RawIOBase):
 @contextmanager
 def _open(path):
     "Open a file for reading bytes, through gzip if the name says so; the content must agree."
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.peek(2)[:2]
         # these two bytes begin all gzip data
         zipped, named = head == b"\x1f\x8b", path.suffix.lower() == ".gz"
@@ -127,7 +213,10 @@ def _open_stdin():
 def _damaged_line(path):
     "The number of the line in which gzip data breaks off."
     n = 0  # the slow reader, unlike the fast one, gives every line before that
-    with suppress(Exception), gzip.open(path) as file:  # it breaks off, that is why we are here
+    with (
+        suppress(Exception),
+        gzip.open(path.open("rb")) as file,
+    ):  # it breaks off, that is why we are here
         for raw in iter(partial(file.readline, LINE_BYTES), b""):
             n += raw.endswith(b"\n")
     return n + 1
@@ -274,6 +363,23 @@ def read_text(
             )
         lines.append(text)
     return "\n".join(lines)
+
+# %% ../nbs/05_files.ipynb #count-lines
+def count_lines(
+    path: str | Path,  # a text file, zipped or not, or a .parquet
+) -> int:  # line feeds, whatever the lines hold; of a .parquet its rows
+    "Count lines, or rows, without looking at what is in them."
+    path = regular_file(path)
+    if format_of(path) == ".parquet":
+        with reading(path, "it is not a Parquet file, or damaged; fetch or write it again"):
+            return pq.ParquetFile(_seekable(path)).metadata.num_rows
+    try:
+        with _open(path) as file:
+            return sum(block.count(b"\n") for block in iter(partial(file.read, 2**20), b""))
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise
+        raise _unreadable(path, 0, error) from error
 
 # %% ../nbs/05_files.ipynb #names
 def plain_name(
@@ -667,11 +773,16 @@ def sample_value(
     return [sample_value(arrow_type.value_type)] if lists else 0
 
 
+def _seekable(path):
+    "What pyarrow opens: a path, so that it can map the file, or an open file of an address."
+    return path.open("rb") if isinstance(path, Address) else path
+
+
 def _parquet(path, header, reject, after=0):
     "Yield (row number from 1, {column: value})."
     todo = "fetch or write it again"
     with reading(path, f"it is not a Parquet file, or damaged; {todo}"):
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(_seekable(path))
         samples = {field.name: sample_value(field.type) for field in file.schema_arrow}
     try:
         wanted = header.select(tuple(file.schema_arrow.names), samples)
@@ -740,7 +851,7 @@ def read_columns(
     reject: Callable | None = None,  # takes (line, problem) of a bad row; None raises
 ) -> Iterator[tuple[int, dict[str, Any]]]:  # (line, {column as you spell it: value})
     "Read some columns of a file by their names, in whatever spelling the file has."
-    reject = reject or Rejects(expanded(path))
+    reject = reject or Rejects(as_path(path))
     return _pick_all(read_rows(path, Header(columns, optional), reject), columns, optional, reject)
 
 
@@ -804,7 +915,7 @@ def read_texts(
     if str(path) == STDIN or format_of(path) not in ROW_FORMATS:
         return read_lines(path)
     header = Header((column,) if column else ())
-    return _texts_of_rows(read_rows(path, header), column, Rejects(expanded(path)))
+    return _texts_of_rows(read_rows(path, header), column, Rejects(as_path(path)))
 
 
 def _texts_of_rows(rows, column, reject):

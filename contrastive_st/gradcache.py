@@ -81,7 +81,7 @@ def _check_embeddings(embeddings, lengths):
 
 # %% ../nbs/16_gradcache.ipynb #cached-step
 def cached_step(
-    # called once for the first chunk, twice for others
+    # called once for the first chunk, twice for others; with `noise` if there is one
     encoder: Callable,  # (token_ids (S,), lengths (N,)) -> embeddings (N, D)
     token_ids: Tensor,  # all texts of the batch one after another, (S,) int64
     lengths: Tensor,  # tokens of each text, (N,) int64
@@ -91,21 +91,24 @@ def cached_step(
     chunk_tokens: int = 16384,  # tokens whose activations are kept at a time
     # context in which `backward` exchanges nothing with other ranks
     no_sync: Callable[[], AbstractContextManager] = nullcontext,  # such as the no_sync of DDP
+    # of the texts; each chunk gets its part as the argument `noise`; None passes nothing
+    noise=None,  # cpu.RowNoise, which decides over dropout by the rows
 ) -> Tensor:  # the loss, scalar; gradients were added to the weights' .grad
     "Embed, contrast and go backward chunk by chunk, with the result of one step over all chunks."
     _check(token_ids, lengths, chunk_tokens)
     rows, (first, *rest) = zip(*split_batch(token_ids, lengths, chunk_tokens))
     states, device = [], token_ids.device
+    by_rows = [{} if noise is None else {"noise": noise.of(numbers)} for numbers in rows]
     # 1. Embed. The first chunk keeps its activations, so it needs no second pass. Of the others
     #    we keep the embeddings only, and the random state from which dropout drew.
     with no_sync() if rest else nullcontext():  # DDP decides in the forward pass what to exchange
-        embeddings = encoder(*first)  # (n, D)
+        embeddings = encoder(*first, **by_rows[0])  # (n, D)
     _check_embeddings(embeddings, first[1])
     parts = [embeddings.detach()]
-    for chunk in rest:
+    for chunk, its_noise in zip(rest, by_rows[1:]):
         states.append(_random_state(device))
         with torch.no_grad():
-            parts.append(encoder(*chunk))  # (n, D)
+            parts.append(encoder(*chunk, **its_noise))  # (n, D)
     # 2. Contrast. The loss sees all embeddings at once; its gradient stops there.
     value, gradients = _loss_and_gradients(loss, parts, rows)
     after = _random_state(device)  # what a plain step would leave behind
@@ -115,6 +118,6 @@ def cached_step(
     for i, (chunk, state) in enumerate(zip(rest, states), 1):
         _set_random_state(device, state)
         with no_sync() if i < len(rest) else nullcontext():
-            encoder(*chunk).backward(gradients[i])
+            encoder(*chunk, **by_rows[i]).backward(gradients[i])
     _set_random_state(device, after)
     return value

@@ -490,7 +490,12 @@ class Index:
             return np.asarray(self.encoder(queries), np.float32)
         options = {name: v for name, v in self.record.options.items() if name != "prompt"}
         prompt = self.record.prompts["query"]
-        return self.encoder.encode(queries, prompt=prompt, progress=False, **options)
+        try:
+            return self.encoder.encode(queries, prompt=prompt, progress=False, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"{self.folder / INDEX}: options do not fit the encoder ({error}); {_RENEW}"
+            ) from error
 
     def nearest(
         self,
@@ -606,8 +611,21 @@ def _read_record(folder, full):
             f"{folder / INDEX}: {problem.key} {problem.text}; another version wrote it, so make the"
             " index again"
         ) from None
-    check_precision(record.precision)
+    _check_record(folder / INDEX, record)
     return record
+
+
+def _check_record(file, record):
+    "Raise `ValueError` for what types alone do not tell."
+    try:
+        check_precision(record.precision)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {_RENEW}") from None
+    places = [record.model.get(name) for name in ("name", "relative")]
+    if not all(isinstance(place, str | None) for place in places):
+        raise ValueError(f"{file}: model has a name that is no text; {_RENEW}")
+    if absent := {"query", "document"} - record.prompts.keys():
+        raise ValueError(f"{file}: prompts has no {min(absent)}; {_RENEW}")
 
 
 def _check_shapes(index):
@@ -649,7 +667,7 @@ def _find_model(folder, model):
         )
     # Index and model may have been moved together, so we look beside the index first.
     relative = folder / model["relative"] if model.get("relative") else None
-    return str(relative) if relative and relative.is_dir() else model["name"]
+    return str(relative) if relative and os.path.isdir(relative) else model["name"]
 
 
 def _query_table(vectors, record, top_k):

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .atomic import Damaged, Part, describe_file, expanded
 from .atomic import is_whole_number, lock, named, new_file, quote, writing
 from .search import faiss_search, semantic_search, unsound_row
-from .store import text_identity
+from .store import column_names, text_identity
 
 # %% ../nbs/11_mining.ipynb #options
 RULES = ("absolute_margin", "relative_margin", "max_score", "min_score")
@@ -44,6 +44,7 @@ class _Options(NamedTuple):
     too_few: str
     output_format: str
     similarity: str
+    output_scores: bool = False
 
 
 def _check_whole(name, value, least):
@@ -89,6 +90,11 @@ def _check_choices(options):
         if getattr(options, name) not in values:
             words = " or ".join(map(repr, values))
             raise ValueError(f"{name} is {quote(getattr(options, name))}; choose {words}")
+    if options.output_scores and options.output_format == "labeled-pair":
+        raise ValueError(
+            "output_scores is for training, whose rows have a positive and negatives; choose"
+            " output_format 'triplet' or 'n-tuple', or leave the scores out"
+        )
 
 
 def _check_options(options):
@@ -633,7 +639,19 @@ def _examples(miner, rows):
         chosen = rows.chosen[row]
         groups = rows.answers[first:last], chosen[chosen >= 0]
         positives, negatives = ([corpus[n] for n in passages[x].tolist()] for x in groups)
-        yield from _shaped(options.output_format, options[0], query, positives, negatives)
+        shaped = _shaped(options.output_format, options[0], query, positives, negatives)
+        if not options.output_scores:
+            yield from shaped
+            continue
+        both = rows.answer_scores[first:last], rows.scores[row][chosen >= 0]
+        positives, negatives = ([round(float(s), 6) for s in scores] for scores in both)
+        scores = _shaped(options.output_format, options[0], None, positives, negatives)
+        yield from map(_scored, shaped, scores)
+
+
+def _scored(texts, scores):
+    "A row of texts and the scores of all but the first, under the names that training finds."
+    return dict(zip(column_names(len(texts)), texts)) | {"scores": list(scores[1:])}
 
 
 def _shaped(format, K, query, positives, negatives):
@@ -1049,6 +1067,9 @@ def mine_hard_negatives(
     seed: int = 0,  # of "random" and "fill"; the choice depends on texts and seed alone
     too_few: str = "drop",  # "fill" looks for random passages that keep the rules
     output_format: str = "triplet",  # "triplet", "n-tuple", "labeled-pair"
+    # beside the texts the scores of positive and negatives, by `rescore` if there is one, for
+    # losses that copy a teacher: rows become {"anchor", "positive", "negative", ..., "scores"}
+    output_scores: bool = False,
     path: str | Path | None = None,  # a .jsonl file, written whole; None returns a list
     resume: bool = True,  # a killed mining into the same path goes on; False begins anew
     block: int = 4096,  # queries at a time
@@ -1060,7 +1081,7 @@ def mine_hard_negatives(
     # 1. What is asked, checked before anything is computed.
     range_max = range_max if range_max is not None else _default_range(range_min, num_negatives)
     rules = max_score, min_score, absolute_margin, relative_margin
-    choice = sampling, seed, too_few, output_format, similarity
+    choice = sampling, seed, too_few, output_format, similarity, bool(output_scores)
     options = _Options(num_negatives, range_min, range_max, *rules, *choice)
     _check_options(options)
     _check_whole("block", block, 1)

@@ -21,7 +21,8 @@ import numpy as np
 from .account import account
 from .atomic import expanded, is_whole_number, quote, read_json, reading
 from .data import Example, Source, is_hub_id, is_saved_dataset, is_store
-from .data import load_source, regular_file, store_folder
+from .data import load_source, regular_file, store_folder, teacher_columns
+from .files import Address, as_path
 
 # %% ../nbs/08_mixture.ipynb #permute
 def make_key(
@@ -143,28 +144,32 @@ def draw_window(
 
 # %% ../nbs/08_mixture.ipynb #pools
 class Pool(NamedTuple):
-    "Sources of one column count, all graded or none, which can share a global batch."
+    "Sources of one column count, all graded or none, all taught or none: they can share a batch."
 
     columns: int  # C, texts in an example
     members: list[int]  # source numbers
     weights: tuple[float, ...]  # one per member
     graded: bool = False  # do the rows have scores?
+    taught: bool = False  # do they have the scores of a teacher?
 
 
-def _pools(columns, weights, graded=()):
-    "Group sources by their column count, and graded ones apart from the others."
-    # Rows of another width cannot be stacked, and graded rows have another loss.
-    kinds = list(zip(columns, graded or [False] * len(columns)))
+def _pools(columns, weights, graded=(), taught=()):
+    "Group sources by their column count, and graded and taught ones apart from the others."
+    # Rows of another width cannot be stacked, graded rows have another loss, and a batch has a
+    # teacher's scores of all its rows.
+    no = [False] * len(columns)
+    kinds = list(zip(columns, graded or no, taught or no))
     members = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))}
     return [
-        Pool(columns, numbers, tuple(weights[i] for i in numbers), graded)
-        for (columns, graded), numbers in members.items()
+        Pool(columns, numbers, tuple(weights[i] for i in numbers), *marks)
+        for (columns, *marks), numbers in members.items()
     ]
 
 
 def _pool_key(pool, seed):
     "The key of the draws within a pool."
-    return make_key("sources", seed, pool.columns, *(["graded"] if pool.graded else []))
+    marks = [name for name in ("graded", "taught") if getattr(pool, name)]
+    return make_key("sources", seed, pool.columns, *marks)
 
 
 def _totals(pools):
@@ -280,9 +285,9 @@ def _check_pools(pools, sources, k):
         n, names = len(pool.members), ", ".join(sources[i].name for i in pool.members)
         # A dataset would be drawn twice for one batch, against what was asked for.
         if n < k:
-            kind = (
-                f"scores and {pool.columns} columns" if pool.graded else f"{pool.columns} columns"
-            )
+            kind = f"{pool.columns} columns"
+            if pool.graded or pool.taught:
+                kind = f"{'scores' if pool.graded else 'a teacher'} and {kind}"
             raise ValueError(
                 f"a global batch takes {k} datasets of one column count, but only {n}"
                 f" {'has' if n == 1 else 'have'} {kind} ({names});"
@@ -378,6 +383,13 @@ class GlobalBatch:
             return None
         return np.array(self.read(lambda source, rows: source.scores(rows)), np.float32)
 
+    @cached_property
+    def teacher(self) -> np.ndarray | None:  # (B, C - 1) float32
+        "How a teacher scores the positive and the negatives of each row; None without a teacher."
+        if not getattr(self._sources[self._numbers[0]], "has_teacher", False):
+            return None  # as for scores, all rows of a batch have one or none
+        return np.array(self.read(lambda source, rows: source.teacher(rows)), np.float32)
+
     @property
     def _graded(self):
         "Do the rows have scores? Graded datasets are pools of their own, so all have or none."
@@ -452,7 +464,8 @@ class Mixture:
         _check_sources(self.sources)
         _warn_of_small(self.sources, self.batch_size, k)
         graded = [getattr(s, "has_scores", False) for s in self.sources]
-        self.pools = _pools([len(s.columns) for s in self.sources], self.weights, graded)
+        taught = [getattr(s, "has_teacher", False) for s in self.sources]
+        self.pools = _pools([len(s.columns) for s in self.sources], self.weights, graded, taught)
         if datasets_per_batch is not None:  # asked for, so each column count must have as many
             _check_pools(self.pools, self.sources, k)
 
@@ -586,6 +599,8 @@ def _names(root):
 
 def _find(folder, name, where):
     "The store, file or hub dataset of that name."
+    if isinstance(as_path(name), Address):
+        return name  # such as s3://bucket/pairs.jsonl.gz, which lies in no folder
     root = expanded(folder).resolve()
     for system in (PurePosixPath, PureWindowsPath):
         # Both systems' rules, since a config may come from either: C:\x is a name on Linux.
@@ -624,12 +639,13 @@ class Entry(NamedTuple):
     # (anchor, positive, *negatives), as `load_source` takes them; None finds them
     columns: tuple | None
     split: str  # of a hub dataset
-    # label, score, score_range, prompts and relevance, as `load_source` takes them, where given
+    # label, score, score_range, prompts, relevance, teacher and teacher_scale, as `load_source`
+    # takes them, where given
     marks: dict = {}
 
 
 _KEYS = ("name", "weight", "lines", "columns", "split")
-_MARKS = ("label", "score", "score_range", "prompts", "relevance")
+_MARKS = ("label", "score", "score_range", "prompts", "relevance", "teacher", "teacher_scale")
 _NAME_CHARACTERS = 255  # no file system has longer names
 
 
@@ -737,7 +753,9 @@ def _check_origin(entry, relevance):
         origin = read_json(Path(entry.path) / "summary.json", dict)["origin"]
     asked = {k: v for k, v in entry.marks.items() if k in ("label", "score")}
     asked |= {} if relevance is None else {"relevance": relevance}
-    was = {k: origin[k] for k in ("label", "score", "relevance") if k in origin}
+    if (teacher := entry.marks.get("teacher")) is not None:
+        asked["teacher"] = list(teacher_columns(teacher))
+    was = {k: origin[k] for k in ("label", "score", "relevance", "teacher") if k in origin}
     # A store keeps what it was made with, and a config that says otherwise has no effect.
     if asked != was:
         wanted, made = (", ".join(f"{k} = {quote(v)}" for k, v in m.items()) for m in (asked, was))
@@ -818,7 +836,8 @@ def as_mixture(
     # k, sub-batches in a global batch; None: 1 for one dataset, else as in `Mixture`
     datasets_per_batch: int | None = None,
     cache_dir: str | Path | None = None,  # where `load_source` keeps its stores
-    # label, score, score_range, prompts and relevance of the data, as `Source` takes them
+    # label, score, score_range, prompts, relevance, teacher and teacher_scale of the data, as
+    # `Source` takes them
     **marks,
 ) -> "Mixture":  # a Mixture is returned as it is
     "Make a mixture of whatever holds examples; several datasets are drawn in proportion to rows."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'PART_TEXTS', 'mean_pool', 'cls_pool', 'max_pool', 'mean_sqrt_len_pool', 'weighted_mean_pool',
-           'last_token_pool', 'SentenceEncoder', 'adapters_of', 'add_adapters', 'merge_adapters']
+           'last_token_pool', 'SentenceEncoder', 'check_row_dropout', 'adapters_of', 'add_adapters', 'merge_adapters']
 
 # %% ../nbs/02_model.ipynb #imports
 import os
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .atomic import is_whole_number, named, quote, reading
-from .cpu import has_bf16, keep_memory
+from .cpu import RowDropout, RowNoise, has_bf16, keep_memory
 from .modeldir import ModelParts, ModelSettings, find_folder, head_width, read_model
 from .modeldir import adapter_config, has_adapters, is_base, lies_in, linear_names
 from .modeldir import put_adapters
@@ -116,19 +116,26 @@ POOLINGS = {
 }
 
 # %% ../nbs/02_model.ipynb #embed-ragged
+def _by_rows(noise):
+    "A block in which dropout is a function of the rows; without a noise it is by chance."
+    return nullcontext() if noise is None else RowDropout(noise)
+
+
 def _embed_padded(
     embed,  # a rectangle of tokens and its mask (n, T) -> vectors (n, D)
     token_ids,  # all texts one after another, (S,) int
     lengths,  # tokens per text, (N,) int
     pad_id,  # the tokenizer's padding id
     token_budget,  # padded tokens per call of `embed`
+    noise=None,  # decides over dropout by the rows; None = chance
 ):  # (N, D), in the order of `lengths`
     "Embed a ragged batch in rectangles of similar length."
     token_ids, _, order = sort_by_length(token_ids, lengths)  # (S,), (S,), (N,)
     runs = split_by_budget(lengths.cpu()[order].tolist(), token_budget, padded=True)
-    vectors = []
-    for run, part in zip(runs, token_ids.split([sum(run) for run in runs])):  # part: (s,)
-        vectors.append(embed(*pad(part, torch.tensor(run), pad_id=pad_id)))  # (n, D)
+    vectors, texts = [], order.split([len(run) for run in runs])
+    for run, rows, part in zip(runs, texts, token_ids.split([sum(run) for run in runs])):
+        with _by_rows(noise and noise.of(rows)):  # part: (s,)
+            vectors.append(embed(*pad(part, torch.tensor(run), pad_id=pad_id)))  # (n, D)
     return torch.cat(vectors)[order.argsort().to(token_ids.device)]  # (N, D)
 
 
@@ -138,10 +145,11 @@ def _embed_packed(
     token_ids,  # all texts one after another, (S,) int
     lengths,  # tokens per text, (N,) int
     token_budget,  # tokens at a time
+    noise=None,  # decides over dropout by the rows; None = chance
 ):  # (N, D), in the order of `lengths`
     "Embed a ragged batch without padding."
     order, vectors = [], []
-    for rows, states in packed_states(backbone, token_ids, lengths, token_budget):
+    for rows, states in packed_states(backbone, token_ids, lengths, token_budget, noise):
         # Texts of one length, (n, T, D): every token is real.
         mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)  # (n, T)
         order.append(rows)
@@ -217,7 +225,7 @@ class SentenceEncoder(torch.nn.Module):
         self,
         # a model that is there is replaced once the new one is whole; other files stay
         dir: str | Path,  # made if absent; ~ is the home folder
-        # None = if their base has no name, or would be overwritten
+        # None = if their base has no name, would be overwritten, or is no longer there
         merge: bool | None = None,  # add adapters to the weights
     ) -> None:
         "Write a directory that sentence-transformers and AutoModel open."
@@ -310,6 +318,8 @@ class SentenceEncoder(torch.nn.Module):
         token_ids: Tensor,  # all texts one after another, (S,) int64
         lengths: Tensor,  # tokens per text, (N,) int64
         skip: int = 0,  # tokens at the beginning of each text that are left out of the pooling
+        # of these texts in the global batch; None = chance
+        noise: RowNoise | None = None,  # decides over dropout by the rows
     ) -> Tensor:  # (N, D), float32 under autocast too
         "Embed a ragged batch, packed or padded as `layout` says; training calls this."
         if len(lengths) == 0:
@@ -320,9 +330,11 @@ class SentenceEncoder(torch.nn.Module):
         if self.layout == "packed" and device in ("cpu", "cuda"):
             # One call for all vectors: there may be a hundred lengths in a batch.
             pool = partial(self._pool, skip=skip)
-            return self._finish(_embed_packed(self.backbone, pool, token_ids, lengths, budget))
-        embed = partial(self.embed, skip=skip)
-        return _embed_padded(embed, token_ids, lengths, self.tokenizer.pad_token_id, budget)
+            vectors = _embed_packed(self.backbone, pool, token_ids, lengths, budget, noise)
+            with _by_rows(noise):  # the dropout of the head
+                return self._finish(vectors)
+        embed, pad_id = partial(self.embed, skip=skip), self.tokenizer.pad_token_id
+        return _embed_padded(embed, token_ids, lengths, pad_id, budget, noise)
 
     def encode(
         self,
@@ -756,6 +768,46 @@ def _try_out(encoder, folder, transformer):
             " its weights or its config.json are damaged, or its training failed"
         )
 
+# %% ../nbs/02_model.ipynb #rows
+def check_row_dropout(
+    encoder: SentenceEncoder,  # its modes and the random state stay as they are
+) -> None:
+    "Raise a ValueError unless dropout can be a function of the rows in this encoder."
+    name = getattr(encoder.backbone.config, "model_type", type(encoder.backbone).__name__)
+    if any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules()):
+        raise ValueError(
+            "row_dropout does not go together with gradient checkpointing, which drops anew in the"
+            " backward pass; switch that off, as chunk_tokens saves memory, too"
+        )
+    if not _drops_by_rows(encoder):
+        raise ValueError(
+            f"row_dropout is set, but with dropout the vectors of this {name} depend on the other"
+            " texts of a batch; leave row_dropout out, or train another model"
+        )
+
+
+def _drops_by_rows(encoder):
+    "Whether texts have the same vectors together and alone; what cannot be computed has not."
+    vocabulary, device = encoder.backbone.config.vocab_size, encoder.device
+    lengths = torch.tensor([7, 4, 4])
+    token_ids = ((vocabulary - 1 - torch.arange(15)) % vocabulary).to(device)  # (15,)
+    noise, modes = RowNoise(0, 0, torch.arange(3)), [(m, m.training) for m in encoder.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), torch.autocast(device.type, enabled=False):
+            encoder.train()
+            together, alone = encoder(token_ids, lengths, noise=noise), []  # (3, D)
+            for n, part in enumerate(token_ids.split(lengths.tolist())):
+                torch.manual_seed(n)
+                some = noise.of(slice(n, n + 1))
+                alone.append(encoder(part, lengths[n : n + 1], noise=some))  # (1, D)
+    except ValueError:  # a dropout over what is no row of a text
+        return False
+    finally:
+        for module, training in modes:
+            module.training = training
+    error = (torch.cat(alone) - together).norm() / together.norm()
+    return bool(error < (1e-4 if together.dtype == torch.float32 else 5e-2))
+
 # %% ../nbs/02_model.ipynb #adapters
 def _source(name_or_dir, transformer):
     "The hub id of a model, or the folder of its backbone."
@@ -801,7 +853,8 @@ def _merges(base, replaces, dir, merge):
             f"{dir}: holds the base model of these adapters, {quote(base)}, which would be lost;"
             " choose another directory, or pass merge=True"
         )
-    return replaces or not base if merge is None else merge
+    # None leaves it to whether the base is still there when the files are written.
+    return (replaces or not base or None) if merge is None else merge
 
 # %% ../nbs/02_model.ipynb #add-adapters
 def add_adapters(

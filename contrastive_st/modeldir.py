@@ -6,9 +6,9 @@
 __all__ = ['POOLING_FLAGS', 'PACKAGED', 'ACTIVATIONS', 'read_pooling', 'transformer_file', 'ModelSettings', 'read_settings',
            'packaged_folder', 'find_folder', 'check_manifest', 'take_off_pooler', 'token_limit', 'holds_adapters',
            'has_adapters', 'adapter_config', 'frozen_digest', 'linear_names', 'put_adapters', 'merged_state',
-           'take_off_adapters', 'write_adapters', 'lies_in', 'read_adapters', 'is_base', 'StaticConfig',
-           'StaticBackbone', 'Dense', 'UnitLength', 'head_layout', 'head_width', 'read_head', 'without_special_tokens',
-           'try_tokenizer', 'ModelParts', 'read_model', 'read_weights', 'write_model']
+           'take_off_adapters', 'write_adapters', 'lies_in', 'read_adapters', 'is_base', 'has_lost_base',
+           'StaticConfig', 'StaticBackbone', 'Dense', 'UnitLength', 'head_layout', 'head_width', 'read_head',
+           'without_special_tokens', 'try_tokenizer', 'ModelParts', 'read_model', 'read_weights', 'write_model']
 
 # %% ../nbs/33_modeldir.ipynb #imports
 import base64
@@ -26,6 +26,7 @@ from fnmatch import fnmatch
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -39,8 +40,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .atomic import MANIFEST, check_folder, first_problem, is_whole, named
-from .atomic import new_folder, quote, read_json, reading, write_json
+from .atomic import MANIFEST, check_folder, expanded, first_problem, is_whole
+from .atomic import named, new_folder, quote, read_json, reading, write_json
 from .machine import import_extra, install_line
 
 # %% ../nbs/33_modeldir.ipynb #read-chain
@@ -478,8 +479,8 @@ def find_folder(
 ) -> Path:  # a directory that is there
     "Find the directory of a model; download it if the hub has it."
     name = str(name_or_dir)
-    if os.path.isdir(os.path.expanduser(name)):  # False, too, for what can be no path at all
-        return Path(os.path.expanduser(name))
+    if name and os.path.isdir(expanded(name)):
+        return expanded(name)
     if (folder := packaged_folder(name)) is not None:
         return folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or os.path.exists(name):
@@ -559,6 +560,19 @@ def _shapes(folder):
         with reading(path), safe_open(path, "pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
     return shapes
+
+
+def _check_real(path, is_weight=lambda name: True):
+    "Raise a ValueError for weights that are no floating-point numbers, such as complex ones."
+    # Cast to float32 they would lose their imaginary part, or be 0 and 1, without a word.
+    with reading(path), safe_open(path, "pt") as file:
+        types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+    for name, dtype in types.items():
+        if is_weight(name) and not dtype.startswith(("F", "BF")):
+            raise ValueError(
+                f"{path}: the tensor {named(name, 80)} is of type {named(dtype)}, and a weight must"
+                " be a floating-point number; restore the file from its source"
+            )
 
 # %% ../nbs/33_modeldir.ipynb #read-config
 @contextmanager
@@ -641,7 +655,18 @@ def _skeleton(folder, config, shapes):
             f"{folder / 'config.json'}: describes a model of {size:,} numbers, but the weights"
             f" hold only {total:,}; weights and config.json do not belong together"
         )
+    for path in _weight_files(folder):
+        _check_real(path, lambda name: _becomes_weight(name, model))
     return loader
+
+
+def _becomes_weight(name, model):
+    "Whether a stored tensor is read into a weight, and not into a list of positions or a head."
+    last = name.rpartition(".")[2]
+    counts = {buffer.rpartition(".")[2] for buffer, _ in model.named_buffers()}
+    stem = {child for child, _ in model.named_children()}
+    inside = bool(set(name.split(".")[:2]) & stem)
+    return inside and last not in counts and not last.endswith("_ids")
 
 # %% ../nbs/33_modeldir.ipynb #pooler
 def take_off_pooler(
@@ -718,6 +743,13 @@ def _check_finite(weights, file):
 # %% ../nbs/33_modeldir.ipynb #adapters
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 _BASE = "adapter_base.json"  # our own, beside the two files of peft: what is known of the base
+_BESIDE = "base"  # folder for a base model that lies nowhere else any more
+
+
+# peft compares each name and each pattern with every layer, so there may not be any number.
+_Names = Annotated[list[str], Field(max_length=10_000)]
+_Numbers = Annotated[list[int], Field(max_length=10_000)]
+_OfPatterns = Field(max_length=1000)
 
 
 class _Lora(_Strict):
@@ -729,13 +761,13 @@ class _Lora(_Strict):
     r: Annotated[int, Field(gt=0, le=2**16)]
     lora_alpha: Annotated[float, Field(gt=0)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | str
-    exclude_modules: list[str] | str | None = None
+    target_modules: _Names | str
+    exclude_modules: _Names | str | None = None
     use_rslora: bool = False
-    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=2**16)]] = {}
-    alpha_pattern: dict[str, float] = {}
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(gt=0, le=2**16)]], _OfPatterns] = {}
+    alpha_pattern: Annotated[dict[str, float], _OfPatterns] = {}
+    layers_to_transform: _Numbers | int | None = None
+    layers_pattern: Annotated[list[str], _OfPatterns] | str | None = None
     init_lora_weights: bool | str | None = True
 
 
@@ -778,16 +810,31 @@ def adapter_config(
     return names[0], backbone.peft_config[names[0]]
 
 
+_DIGESTS = WeakKeyDictionary()  # backbone -> marks of its frozen weights, and their digest
+
+
 def frozen_digest(
     backbone: torch.nn.Module,  # with adapters
 ) -> str:  # 16 hexadecimal digits
     "Digest the weights of a base model, every byte of them; its adapters do not count."
+    state = backbone.state_dict().items()
+    frozen = [weight.detach() for name, weight in state if ".lora_" not in name]
+    # A run asks at each checkpoint. torch counts how often a tensor was changed in place
+    # (_version), and one that was replaced lies at another address.
+    marks = [(w.data_ptr(), w._version) if w.is_cpu or w.is_cuda else None for w in frozen]
+    before, digest = _DIGESTS.get(backbone, (None, ""))
+    if None in marks or marks != before:
+        digest = _digest(frozen)
+        _DIGESTS[backbone] = marks, digest
+    return digest
+
+
+def _digest(tensors):
+    "The digest of tensors in their order."
     digest = xxhash.xxh3_64()
-    for name, weight in backbone.state_dict().items():
-        if ".lora_" not in name:
-            # Viewed as bytes, since NumPy knows no bfloat16.
-            rows = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(rows.numpy())
+    for weight in tensors:
+        # Viewed as bytes, since NumPy knows no bfloat16.
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -827,6 +874,26 @@ def put_adapters(
     with warnings.catch_warnings():  # of targets that a pattern excludes
         warnings.simplefilter("ignore")
         peft.inject_adapter_in_model(config, backbone, low_cpu_mem_usage=empty)
+    _DIGESTS.pop(backbone, None)  # peft merges in a way that torch does not count
+    _STAMPS[backbone] = _stamp(base)
+
+
+_STAMPS = WeakKeyDictionary()  # backbone -> what its base looked like when it was read
+_VOLATILE = ("transformers_version", "_name_or_path")  # of config.json: they change no vector
+
+
+def _stamp(base):
+    "Size and time of the weights of a base on this disk, and its config; None if it is not there."
+    if not base or not os.path.isdir(expanded(base)):
+        return None
+    try:
+        first = _chain(expanded(base))[0][1]
+        config = _read_json(first / "config.json")
+        files = [(str(file), file.stat()) for file in _weight_files(first)]
+    except (OSError, ValueError):  # half of it was deleted
+        return None
+    config = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in files], config
 
 
 def _adapted_layers(backbone):
@@ -845,15 +912,23 @@ def _adapter_weights(backbone):
     }
 
 # %% ../nbs/33_modeldir.ipynb #merge-adapters
+def _base_state(backbone):
+    "The weights without adapters, by the names that they have there."
+    return {
+        name.replace(".base_layer.", "."): value.detach()
+        for name, value in backbone.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
 def merged_state(
     backbone: torch.nn.Module,  # stays as it is; with adapters or without
 ) -> dict[str, Tensor]:  # by the names that the backbone has without adapters, on the CPU
     "Give the weights of a backbone with its adapters added."
-    state = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
+    state = {name: value.cpu() for name, value in _base_state(backbone).items()}
     if not has_adapters(backbone):
         return state
     own, _ = adapter_config(backbone)
-    state = {n.replace(".base_layer.", "."): v for n, v in state.items() if ".lora_" not in n}
     for name, layer in _adapted_layers(backbone).items():
         if not layer.merged:
             difference = layer.get_delta_weight(own).detach().cpu()  # (D_out, D_in)
@@ -877,6 +952,7 @@ def take_off_adapters(
 def write_adapters(
     folder: Path,  # of the Transformer module, which is there
     backbone: torch.nn.Module,  # with adapters
+    beside: bool = False,  # whether their base model is going to lie in the folder, too
 ) -> None:
     "Write the two files of peft, and a third one that tells their base from others."
     weights = _adapter_weights(backbone).items()
@@ -887,15 +963,22 @@ def write_adapters(
         if isinstance(value, set):  # the order of which changes from process to process
             setattr(config, name, sorted(value))
     config.save_pretrained(str(folder))
-    if _is_exact(backbone):
-        write_json(folder / _BASE, {"digest": frozen_digest(backbone)})
+    about = {"digest": frozen_digest(backbone)} if _is_exact(backbone) else {}
+    about |= {"beside": True} if beside else {}
+    if about:
+        write_json(folder / _BASE, about)
 
 
 def _is_exact(backbone):
     "Whether a base is held in float32, as it is read; rounded numbers have another digest."
     state = backbone.state_dict().items()
     types = {v.dtype for n, v in state if ".lora_" not in n and v.is_floating_point()}
-    return types == {torch.float32}
+    return types == {torch.float32} and not _is_merged(backbone)
+
+
+def _is_merged(backbone):
+    "Whether somebody has added adapters to the weights, for a time."
+    return any(layer.merged for layer in _adapted_layers(backbone).values())
 
 
 def lies_in(
@@ -903,8 +986,8 @@ def lies_in(
     folder: str | Path,  # which need not be there
 ) -> bool:
     "Say whether a model on this disk is a folder, or lies somewhere in it."
-    place, folder = Path(os.path.expanduser(name or "")), Path(folder).expanduser()
-    if not name or not place.is_dir() or not folder.is_dir():
+    folder = expanded(folder)
+    if not name or not (place := expanded(name)).is_dir() or not folder.is_dir():
         return False
     place = place.resolve()
     return any(above.samefile(folder) for above in (place, *place.parents))
@@ -931,12 +1014,12 @@ def read_adapters(
             f" and the base model with this adapter_config.json needs {shapes.get(differ[0])};"
             " these adapters belong to another base model or other settings"
         )
+    _check_real(file, lambda name: name in own)
     _check_base(folder / _BASE, backbone)
     with reading(file):
-        values = {
-            own[name][0]: value.float() for name, value in load_file(file).items() if name in own
-        }
-    _check_finite(values.items(), file)
+        numbers = {name: x.float() for name, x in load_file(file).items() if name in own}
+    _check_finite(numbers.items(), file)
+    values = {own[name][0]: x for name, x in numbers.items()}
     # Parameters without memory are replaced; an optimiser may hold the others.
     assign = any(value.is_meta for _, value in own.values())
     backbone.load_state_dict(values, strict=False, assign=assign)
@@ -1003,28 +1086,41 @@ def _read_lora(file):
     return options, options.pop("base_model_name_or_path")
 
 
+def _load_base(file, base):
+    "Load the base model that an adapter_config.json names; all that is wrong with it names both."
+    todo = "write the folder or hub id of the base model there as base_model_name_or_path"
+    if not base or not base.strip():
+        raise ValueError(f"{file}: names no base model; {todo}")
+    beside = file.parent / _BESIDE
+    is_ours = _read_json(file.parent / _BASE).get("beside") is True  # we have put it there
+    try:
+        place = beside if is_ours and beside.is_dir() else find_folder(base)
+    except ValueError as error:
+        raise ValueError(f"{file}: the base model is not there: {error}; {todo}") from error
+    try:
+        check_manifest(place)
+        name, first = _chain(place)[0]
+        if name != "Transformer" or holds_adapters(first):
+            raise ValueError("it is no plain transformer; merge it")
+        return _load_backbone(first)
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: the base model {quote(base)} cannot be used: {error}; or {todo}"
+        ) from error
+
+
 def _load_adapted(folder):
     "Load the base model of a folder of adapters, and put these into it."
     file = folder / _ADAPTERS[0]
     options, base = _read_lora(file)
-    if not base:
-        raise ValueError(
-            f"{file}: names no base model; write its folder or hub id as base_model_name_or_path"
-        )
-    try:
-        place = find_folder(base)
-    except ValueError as error:
-        raise ValueError(f"{file}: the base model is not there: {error}") from error
-    check_manifest(place)
-    name, first = _chain(place)[0]
-    if name != "Transformer" or holds_adapters(first):
-        raise ValueError(f"{file}: the base model {quote(base)} is no plain transformer; merge it")
-    backbone = _load_backbone(first)
+    backbone = _load_base(file, base)
     pooler = getattr(backbone, "pooler", None)
     if pooler is not None:  # which gets no adapter, whatever its layers are called
         backbone.pooler = None
     with reading(file, "the adapters do not belong to this base model"):
         put_adapters(backbone, base, options, empty=True)
+    if Path(backbone.config.name_or_path) == folder / _BESIDE:
+        _STAMPS[backbone] = _stamp(str(folder / _BESIDE))  # what the named one should be
     read_adapters(folder, backbone)
     if pooler is not None:
         backbone.pooler = pooler
@@ -1032,11 +1128,11 @@ def _load_adapted(folder):
 
 # %% ../nbs/33_modeldir.ipynb #is-base
 def is_base(
-    backbone: torch.nn.Module,  # without adapters
+    backbone: torch.nn.Module,  # its adapters do not count
     folder: Path,  # of a model
 ) -> bool:
     "Say whether the weights of a backbone are those that a folder holds."
-    own, count = backbone.state_dict(), 0
+    own, count = _base_state(backbone), 0
     prefix = getattr(backbone, "base_model_prefix", "")  # before the names, in files with a head
     for path in _weight_files(_chain(folder)[0][1]):
         with reading(path), safe_open(path, "pt") as file:
@@ -1048,6 +1144,28 @@ def is_base(
                     return False
                 count += 1
     return count > 0
+
+
+def has_lost_base(
+    backbone: torch.nn.Module,  # with adapters or without
+) -> bool:
+    "Say whether the base model of adapters lay on this disk, and was deleted or changed since."
+    base = adapter_config(backbone)[1].base_model_name_or_path if has_adapters(backbone) else None
+    before, now = _STAMPS.get(backbone), _stamp(base)
+    if not base or now is None:
+        # A hub id can be downloaded again, and an absolute path is none.
+        return bool(base) and (before is not None or expanded(base).is_absolute())
+    if now == before or _is_merged(backbone):
+        return False
+    if before is not None and before[1] != now[1]:
+        return True
+    try:  # new times alone do no harm
+        lost = not is_base(backbone, expanded(base))
+    except ValueError:  # it is damaged
+        return True
+    if not lost:
+        _STAMPS[backbone] = now
+    return lost
 
 # %% ../nbs/33_modeldir.ipynb #static
 class StaticConfig(transformers.PretrainedConfig):
@@ -1100,6 +1218,9 @@ class StaticBackbone(torch.nn.Module):
         save_file({"embedding.weight": table}, folder / "model.safetensors", {"format": "pt"})
 
 
+_MOST_NUMBERS = 2**27  # of a table that shares rows, half a gigabyte; a larger file may hold more
+
+
 def _share_rows(table, mapping, weights, file):
     "A row for each token (V, D), of rows (R, D), a row's number (V,) and a weight (V,) or (1,)."
     rows = len(table) if mapping is None else len(mapping) if mapping.ndim else 0
@@ -1113,14 +1234,21 @@ def _share_rows(table, mapping, weights, file):
                 " restore it from its source"
             )
     if weights is not None:
-        fits = weights.shape in ((rows,), (1,)) and not weights.is_complex()
+        fits = weights.shape in ((rows,), (1,)) and weights.is_floating_point()
         if not fits:
             raise ValueError(
                 f"{file}: weights has the shape {list(weights.shape)}, and must be a real number"
                 f" for each of {rows} tokens, or one for all; restore it from its source"
             )
-    table = table if mapping is None else table[mapping.long()]  # (V, D)
-    return table if weights is None else table.float() * weights.float()[:, None]
+    most = max(_MOST_NUMBERS, 16 * table.numel())
+    if rows * table.shape[1] > most:
+        raise ValueError(
+            f"{file}: mapping makes {rows:,} rows of {len(table):,}, which are"
+            f" {rows * table.shape[1]:,} numbers, and at most {most:,} are supported; restore it"
+            " from its source"
+        )
+    table = table.float() if mapping is None else table.float()[mapping.long()]  # (V, D)
+    return table if weights is None else table.mul_(weights.float()[:, None])
 
 
 def _is_below(numbers, most):
@@ -1287,6 +1415,7 @@ def _load_link(name, folder):
             f" config.json describes {shapes.get(differ[0])};"
             " weights and config.json do not belong together"
         )
+    _check_real(file)
     with reading(file):
         weights = {key.removeprefix(stem): value for key, value in load_file(file).items()}
     weights = {key: value.float() for key, value in weights.items()}
@@ -1575,8 +1704,8 @@ def _is_the_users(name):
     return not any(fnmatch(name.partition("/")[0], pattern) for pattern in _OF_A_MODEL)
 
 # %% ../nbs/33_modeldir.ipynb #write-files
-def _write_backbone(folder, parts, pooler_weights, merge):
-    "Write a transformers directory: config.json, model.safetensors and the tokenizer."
+def _write_backbone(folder, parts, state, beside=False):
+    "Write a transformers directory with the weights in `state`, or with adapters if it is None."
     backbone, tokenizer = parts.backbone, copy.deepcopy(parts.tokenizer)  # yours stays as it is
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -1588,11 +1717,10 @@ def _write_backbone(folder, parts, pooler_weights, merge):
         return
     with _quiet():
         tokenizer.save_pretrained(folder)
-        if has_adapters(backbone) and not merge:
-            write_adapters(folder, backbone)  # no config.json, beside which others expect weights
+        if state is None:
+            write_adapters(folder, backbone, beside)  # no config.json, which asks for weights
         else:
-            state = merged_state(backbone)
-            backbone.save_pretrained(folder, state_dict={**state, **pooler_weights})
+            backbone.save_pretrained(folder, state_dict=state)
 
 
 def _modules(names):
@@ -1649,11 +1777,24 @@ def _write_layout(folder, settings, head, width, rest, is_static):
             save_file(state, folder / f"{i}_{name}" / "model.safetensors", {"format": "pt"})
 
 
+def _warn_of_base(backbone, merge):
+    "Say what is done about a base model that is no longer there."
+    base = adapter_config(backbone)[1].base_model_name_or_path
+    todo = "the model is saved whole"
+    if merge is False:
+        todo = f"its weights are saved beside the adapters, in the folder {_BESIDE}: copy it back"
+    warnings.warn(
+        f"{base}: the base model was deleted or changed since these adapters began, so {todo}",
+        stacklevel=4,
+    )
+
+
 def write_model(
     folder: str | Path,  # a model that is there is replaced once the new one is whole
     parts: ModelParts,  # of its settings all but `transformer`, `lower` and `plain` is written
     pooler_weights: dict[str, Tensor],  # what `take_off_pooler` gave
-    merge: bool = True,  # False = of a backbone with adapters, write these alone
+    # False = of a backbone with adapters, write these alone; None = if their base is there
+    merge: bool | None = True,
 ) -> None:
     "Write a sentence-transformers directory, whole or not at all."
     backbone, _, settings, head = parts
@@ -1663,7 +1804,17 @@ def write_model(
         "similarity_fn_name": "cosine",
         **settings.rest,
     }
+    width, is_static = backbone.config.hidden_size, isinstance(backbone, StaticBackbone)
+    lost = not merge and has_lost_base(backbone)
+    if lost:
+        _warn_of_base(backbone, merge)
+    whole = bool(merge) or not has_adapters(backbone) or lost and merge is None
+    state = {**merged_state(backbone), **pooler_weights} if whole else None
     with new_folder(folder, carry=_is_the_users) as new:
-        _write_backbone(new, parts, pooler_weights, merge)
-        width, is_static = backbone.config.hidden_size, isinstance(backbone, StaticBackbone)
+        _write_backbone(new, parts, state, beside=lost)
         _write_layout(new, settings, head, width, rest, is_static)
+        if lost and not whole:
+            (new / _BESIDE).mkdir()
+            state = {name: value.cpu() for name, value in _base_state(backbone).items()}
+            _write_backbone(new / _BESIDE, parts, {**state, **pooler_weights})
+            _write_layout(new / _BESIDE, settings, head, width, rest, is_static)

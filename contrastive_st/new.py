@@ -10,6 +10,7 @@ __all__ = ['TRAIN', 'DEV', 'TEST', 'connect', 'hold_out', 'Layout', 'find_all', 
 import json
 import math
 import re
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -180,11 +181,17 @@ def _guess(names, rows):
     others = [n for n in texts if n not in repeated]
     numbers = [n for n in find_all(_SCORES, names) if all(_is_number(row.get(n)) for row in rows)]
     if len(others) == 1 and repeated:
-        return f"--columns {others[0]} --label {repeated[0]}"
+        return f"--columns {_typed(others[0])} --label {_typed(repeated[0])}"
     pair = [name for name in names if name in (others if len(others) > 1 else texts)[:2]]
     if numbers and len(pair) == 2:
-        return f"--columns {','.join((*pair, numbers[0]))} --scores"
-    return f"--columns {','.join(pair or list(names)[:2])}"
+        return f"--columns {_typed(*pair, numbers[0])} --scores"
+    return f"--columns {_typed(*(pair or list(names)[:2]))}"
+
+
+def _typed(*names):
+    "Names of columns as they are typed in a shell, with quotes where they have a space."
+    text = ",".join(names)
+    return shlex.quote(text) if text.isprintable() else quote(text)
 
 
 def _unclear(what, names, rows):
@@ -203,6 +210,10 @@ def find_layout(
 ) -> Layout:  # columns as the file spells them
     "Find the columns to read; a `ValueError` asks for them by name, with a guess."
     names = tuple(dict.fromkeys(name for row in rows for name in row))
+    if strange := [name for name in names if re.search("[\ud800-\udfff]", name)]:
+        raise ValueError(f"column {quote(strange[0])} holds half a character; rename it")
+    if not names:
+        raise ValueError('no row has a text with a name; write objects such as {"text": ...}')
     chosen = choose_columns(names, tuple(columns))
     _check_distinct(chosen)
     if label:
@@ -830,6 +841,8 @@ def _places(out):
     recipe = expanded(out)
     if recipe.suffix != ".toml" or not recipe.stem.strip():
         raise ValueError(f"{out}: is no name for a recipe; end it in .toml, such as mine.toml")
+    if re.search("[\ud800-\udfff]", recipe.name):  # it stands in the recipe, which is a text
+        raise ValueError(f"{quote(str(out))}: this name holds bytes that are no text; give another")
     folder = recipe.with_suffix("")
     for path, what in ((recipe, "file"), (folder, "folder of data")):
         if path.exists() or path.is_symlink():
@@ -946,10 +959,16 @@ def new_recipe(
     with atomic.new_folder(folder) as beside:
         test_sets, counts = _write_data(beside, table, scan, parts, leaks, voters)
     rows = {"train": counts[TRAIN]} | {name: counts[part] for part, name in _names(parts).items()}
-    title = f"{Path(table.place).name}: {', '.join(table.layout.names)}"
+    # The name of a file may hold bytes that are no text.
+    file = Path(table.place).name.encode(errors="replace").decode()
+    title = f"{file}: {', '.join(table.layout.names)}"
     used = counts[TRAIN] if scan.labels is None else _with_partner(scan.labels[parts == TRAIN])
     text = recipe_text(title, model, folder.name, table.layout, table.bounds, used, test_sets)
-    atomic.write_text(recipe, text)
+    try:
+        atomic.write_text(recipe, text)
+    except BaseException:  # a folder without its recipe would only be in the way
+        atomic.remove(folder)
+        raise
     return NewRecipe(
         recipe, folder, table.layout, rows, list(_remarks(table, folder, counts, test_sets))
     )

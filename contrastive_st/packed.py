@@ -9,6 +9,7 @@ __all__ = ['ATTENTION_NAME', 'Segments', 'ragged_attention', 'fill_to_sixteens',
 # %% ../nbs/14_packed.ipynb #imports
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .cpu import drop, drop_mask, drop_scale, fast_copy
+from .cpu import ByteDropout, RowMasks, RowNoise, drop, drop_mask
+from .cpu import drop_scale, fast_copy
 from .tokens import sort_by_length, split_by_budget
 
 # %% ../nbs/14_packed.ipynb #blocks
@@ -27,6 +29,7 @@ class _Block(NamedTuple):
     "Texts of nearly one length, and where their queries, keys and values lie."
 
     rows: slice  # of the laid-out heads
+    first: int  # number of its first text
     texts: int
     length: int  # T, the longest rounded up
     lengths: list  # of each text
@@ -34,14 +37,14 @@ class _Block(NamedTuple):
 
 def _blocks(lengths, heads, step, most):
     "Cut sorted lengths into blocks of one rounded length and at most `most` attention scores."
-    blocks, at = [], 0
+    blocks, at, first = [], 0, 0
     for T, same in groupby(lengths, lambda length: -(-length // step) * step):
         same, size = list(same), max(1, most // (heads * T * T))  # texts at a time
         for i in range(0, len(same), size):
             part = same[i : i + size]
             end = at + len(part) * heads * T
-            blocks.append(_Block(slice(at, end), len(part), T, part))
-            at = end
+            blocks.append(_Block(slice(at, end), first, len(part), T, part))
+            at, first = end, first + len(part)
     return blocks
 
 # %% ../nbs/14_packed.ipynb #cells
@@ -95,6 +98,7 @@ class Segments:
         # what a model adds to the scores of each text by distance, (H, L, L), L = longest; or None
         self.bias: Tensor | None = None
         self.masks: dict = {}  # made by the first layer, for the others
+        self.by_rows: RowMasks | None = None  # what decides over dropout; None = chance
 
     @cached_property
     def blocks(self) -> list[_Block]:  # in the order of the lengths
@@ -125,6 +129,17 @@ class Segments:
         hidden = (ahead > 0) & causal | (ahead.abs() >= (window or L))
         mask = torch.zeros(1, L, L, device=self.device).masked_fill(hidden, _HIDDEN)
         return mask if self.bias is None else self.bias + mask
+
+    def drop_mask(
+        self,
+        block: _Block,  # of the texts
+        p: float,  # probability of being dropped
+    ) -> Tensor:  # (texts * heads, T, T) int8: 0 = drop, -1 = stay
+        "Decide which attention weights of a block are dropped."
+        if self.by_rows is None:
+            return drop_mask((block.texts * self.heads, block.length, block.length), p)
+        texts = slice(block.first, block.first + block.texts)
+        return self.by_rows.block_mask(texts, self.heads, block.length, p)
 
     def lay_out(
         self,
@@ -174,7 +189,7 @@ class _Attention(torch.autograd.Function):
         for block in segments.blocks:
             Q, K, V, O = _views(block, q, k, v, out)
             W = _weights(Q, K, scale, block, added)
-            mask = drop_mask(W.shape, p) if p else None
+            mask = segments.drop_mask(block, p) if p else None
             torch.bmm(drop(W, mask) if p else W, V, out=O)
             if trains:
                 parts += [W, mask]
@@ -318,17 +333,23 @@ def attention(
     plain = rule == (False, None) and segments.bias is None
     if softcap is not None or not (plain or query.device.type == "cpu"):
         raise ValueError("this attention is not computed packed; set encoder.layout = 'padded'")
-    # 1. a GPU: one kernel for texts of any lengths
-    if query.device.type != "cpu":
+    # 1. a GPU: one kernel for texts of any lengths, which draws by itself what it drops
+    by_rows = segments.by_rows if dropout else None
+    if query.device.type != "cpu" and by_rows is None:
         return ragged_attention(*states, segments, scale, dropout)[None], None
     # 2. a CPU without gradients: texts of one length at a time
     learned = states if segments.bias is None else (*states, segments.bias)
     if not dropout and not any(x.requires_grad for x in learned):
         return _by_length(*states, segments, scale, rule)[None], None
-    # 3. a CPU in training: blocks of nearly one length
+    # 3. a CPU in training, or dropout by rows: blocks of nearly one length
+    if by_rows is not None:
+        by_rows.site += 1
     rows = [x.transpose(1, 2).reshape(S * H, d) for x in states]
     added = segments.added(*rule)
-    return _Attention.apply(*rows, added, segments, scale, dropout).view(1, S, H, d), None
+    # What a GPU's autocast would widen here is narrow on a CPU.
+    with torch.autocast("cuda", enabled=False) if query.is_cuda else nullcontext():
+        out = _Attention.apply(*rows, added, segments, scale, dropout)
+    return out.view(1, S, H, d), None
 
 
 # transformers calls the function by this name; there is no mask to make for it.
@@ -379,6 +400,7 @@ def packed_states(
     token_ids: Tensor,  # all texts one after another, (S,) int64
     lengths: Tensor,  # tokens per text, (N,) int64, at least 1
     token_budget: int = 3072,  # tokens at a time; a longer text is taken alone
+    noise: RowNoise | None = None,  # decides over dropout by the rows; None = chance
 ) -> Iterator[tuple[Tensor, Tensor]]:  # numbers of n texts, (n,), and their states, (n, T, D)
     "Run a backbone on texts laid end to end; return each once, beside others of its length."
     # 1. the longest texts first
@@ -396,6 +418,8 @@ def packed_states(
         tokens = slice(at, at := at + sum(run))
         inputs = table(token_ids[tokens]) if words is None else words[tokens]  # (s, D)
         clone.segments = segments  # for MPNet, which hands no arguments down
+        if noise is not None:
+            _drop_by_rows(clone, segments, noise.of(order[: len(run)]), place[tokens])
         states = clone(
             inputs_embeds=inputs[None],
             position_ids=place[None, tokens] + offset,
@@ -406,6 +430,15 @@ def packed_states(
         # 4. its texts, length by length
         yield from _rectangles(states[0], run, order)
         order = order[len(run) :]
+
+
+def _drop_by_rows(clone, segments, noise, place):
+    "Let the dropout of a copy, and of attention in it, be a function of the rows."
+    keys = noise.tokens(torch.tensor(segments.lengths), place)  # (s,)
+    segments.by_rows = RowMasks(noise, keys)
+    for module in clone.modules():
+        if type(module) is ByteDropout:
+            module.by_rows = segments.by_rows
 
 
 def _check_calls(segments, config):

@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from . import atomic
 from .atomic import first_problem, named, quote
-from .config import TrainConfig, nearest_setting
+from .config import DISTILLED, TrainConfig, nearest_setting
 
 # %% ../nbs/26_recipes.ipynb #imports-types
 # The functions that open data or a model import what they need: a mistyped key is answered before
@@ -374,8 +374,27 @@ def _recipe(table, path, text, where):
             f"{where}: unknown key '{key}'; the keys are {', '.join(_names(Recipe, []))}"
         )
     recipe = build(Recipe, table | {"path": str(path), "text": text}, where)
-    build(TrainConfig, recipe.train, f"{where}: train")  # a wrong setting is told now, too
+    config = build(TrainConfig, recipe.train, f"{where}: train")  # a wrong setting is told now, too
+    if isinstance(recipe.data.mix, list):
+        _check_teacher(recipe.data.mix, config, where)
     return recipe
+
+
+def _check_teacher(entries, config, where):
+    "Raise `ValueError` for a teacher whose scores nothing copies, and a loss that has no teacher."
+    taught = [n for n, entry in enumerate(entries, 1) if entry.get("teacher") is not None]
+    if taught and config.loss not in DISTILLED:
+        raise ValueError(
+            f"{where}: data.mix: dataset {taught[0]} names a teacher, but train.loss is"
+            f" {config.loss!r}, which has no use for its scores; set it to 'margin_mse' or"
+            " 'distill_kl', or leave teacher out"
+        )
+    if config.loss in DISTILLED and not (taught or config.guide):
+        raise ValueError(
+            f"{where}: train.loss is {config.loss!r}, which copies a teacher's scores, and there"
+            " are none; name their column with teacher in data.mix, or with train.guide the index"
+            " folder of another encoder's vectors"
+        )
 
 
 def _tiny(table, path, is_used):
@@ -666,6 +685,8 @@ class SizedSet:
     score_range: list[float] | None = None  # lowest and highest grade
     prompts: dict[str, str] | list[str] | None = None  # before the texts of each column
     relevance: str | None = None  # column that says which pairs are positives
+    teacher: str | list[str] | None = None  # columns of a teacher's scores
+    teacher_scale: float | None = None  # multiplies them
 
     def __len__(self) -> int:
         return self.lines

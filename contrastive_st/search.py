@@ -44,29 +44,104 @@ def _leftmost(
     chosen = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))  # k in each row
     return chosen.nonzero()[:, 1].view(-1, k)
 
+# %% ../nbs/22_search.ipynb #above
+_GROUP = 64  # scores of which the largest is looked at first
+
+
+def _above(
+    scores: torch.Tensor,  # (q, n) float
+    limit: torch.Tensor,  # (q, 1) float
+) -> tuple | None:  # row, column and score of each cell above its limit (m,); None = they are many
+    "Find the few scores above a limit, row by row and from left to right."
+    n = scores.shape[1]
+    groups = scores.unflatten(1, (-1, _GROUP))  # (q, n / 64, 64)
+    # Not <= instead of >, so that a NaN is seen as topk sees it, as the largest.
+    hot = ~(groups.amax(dim=2) <= limit)  # (q, n / 64) bool
+    row, group = hot.nonzero(as_tuple=True)  # (g,), (g,)
+    if len(row) * 4 > hot.numel():
+        return None
+    cells = groups[row, group]  # (g, 64)
+    i, j = (~(cells <= limit[row])).nonzero(as_tuple=True)  # (m,), (m,)
+    row, column = row[i], group[i] * _GROUP + j
+    # What comes next makes a table as wide as the longest row of these.
+    if len(row) and row.bincount().max() * 8 > n:
+        return None
+    return row, column, cells[i, j]
+
+
+def _added(
+    scores: torch.Tensor,  # the best so far, (q, k) float, falling
+    numbers: torch.Tensor,  # their rows of the corpus, (q, k) int64
+    row: torch.Tensor,  # of each further cell, (m,), rising
+    number: torch.Tensor,  # its row of the corpus, (m,) int64, rising in each row
+    score: torch.Tensor,  # (m,) float
+) -> tuple[torch.Tensor, torch.Tensor]:  # scores and numbers (q, k)
+    "Take some scores among the best so far; of equal ones the older stays."
+    q, k = scores.shape
+    counts = row.bincount(minlength=q)  # (q,)
+    place = k + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]  # (m,)
+    width = k + int(counts.max())
+    table = scores.new_full((q, width), -torch.inf)
+    names = numbers.new_zeros((q, width))
+    table[:, :k], names[:, :k] = scores, numbers
+    table[row, place], names[row, place] = score, number
+    best, columns = _stable_topk(table, k)
+    return best, names.gather(1, columns)
+
 # %% ../nbs/22_search.ipynb #nearest-rows
+_BLOCK = 1024  # queries at a time, so that a product has at most 1,024 x n cells
+
+
+class _Products:
+    "Products of queries and documents, all written into the same table."
+
+    def __init__(self):
+        self.space = torch.empty(0)
+
+    def __call__(self, queries, documents):  # (q, D), (n, D) -> (q, n), valid until the next call
+        shape, size = (len(queries), len(documents)), len(queries) * len(documents)
+        if len(self.space) < size:
+            self.space = queries.new_empty(size)
+        # The system hands out the memory of a new table page by page, which takes its time.
+        return torch.matmul(queries, documents.T, out=self.space[:size].view(shape))
+
+
+def _merged(scores, numbers, cells, start):
+    "The best so far (q, k) and the scores of a further chunk (q, n) -> the best of both."
+    k = scores.shape[1]
+    few = None
+    if start and cells.device.type == "cpu" and cells.shape[1] % _GROUP == 0:
+        few = _above(cells, scores[:, -1:])
+    if few is not None:
+        row, column, score = few
+        return _added(scores, numbers, row, column + start, score)
+    # 1. The best of this chunk: the long rows of scores are looked at once.
+    best, columns = _stable_topk(cells, k)  # (q, k)
+    # 2. The best so far stand to the left, so that of equal scores the lower row wins.
+    together = torch.cat([scores, best], dim=1)
+    numbers = torch.cat([numbers, columns + start], dim=1)
+    best, places = _stable_topk(together, k)  # (q, k)
+    return best, numbers.gather(1, places)
+
+
 @torch.no_grad()
 def nearest_rows(
     queries: torch.Tensor,  # (Q, D) float32
     chunks: Iterable[torch.Tensor],  # (n, D) float32 each, N rows in all, where the queries are
     k: int,  # rows to find for each query, at most N
-    # (q, D) and a chunk -> scores (q, n); a chunk may be whatever this takes and has a length
-    product: Callable = lambda queries, documents: queries @ documents.T,
+    # (q, D) and a chunk -> scores (q, n); a chunk may be whatever this takes and has a length;
+    # None = the inner products
+    product: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # products float32, rows int64, (Q, k), best first
     "Find the rows with the largest product with each query; of equal ones the lower row wins."
     scores = torch.full((len(queries), k), -torch.inf, device=queries.device)  # below any score
     indices = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    start = 0  # row number of the chunk's first row
+    start, product = 0, product or _Products()  # row number of the chunk's first row
     for documents in chunks:
-        for s in range(0, len(queries), 256):  # so that a product has at most 256 x n cells
-            rows = slice(s, s + 256)
-            # 1. The best of this chunk: the long rows of scores are looked at once.
-            best, columns = _stable_topk(product(queries[rows], documents), k)  # (256, k)
-            # 2. The best so far stand to the left, so that of equal scores the lower row wins.
-            together = torch.cat([scores[rows], best], dim=1)
-            numbers = torch.cat([indices[rows], columns + start], dim=1)
-            scores[rows], places = _stable_topk(together, k)  # (256, k)
-            indices[rows] = numbers.gather(1, places)
+        for s in range(0, len(queries), _BLOCK):
+            rows = slice(s, s + _BLOCK)
+            cells = product(queries[rows], documents)  # (q, n)
+            scores[rows], indices[rows] = _merged(scores[rows], indices[rows], cells, start)
         start += len(documents)
     return scores, indices
 
@@ -107,14 +182,15 @@ def _rows(
     first: int = 0,  # number of the first row, for the error
 ) -> torch.Tensor:  # (n, D) float32; a row of zeros stays zero
     "Copy some rows to the device; refuse NaN and inf."
-    if not isinstance(embeddings, torch.Tensor):
+    if is_copied := not isinstance(embeddings, torch.Tensor):
         embeddings = np.asarray(embeddings)
         _check_dtype(embeddings.dtype, where)
         with np.errstate(over="ignore"):  # what does not fit is found below
             embeddings = torch.from_numpy(np.array(embeddings, dtype=np.float32))
     rows = embeddings.detach().to(device, torch.float32)
     if similarity == "cos":
-        rows = torch.nn.functional.normalize(rows, dim=1)
+        # A copy of our own is scaled where it lies.
+        rows = torch.nn.functional.normalize(rows, dim=1, out=rows if is_copied else None)
     if (bad := unsound_row(rows)) is not None:
         raise ValueError(
             f"{where} embedding {first + bad} contains NaN or inf; encode its text again with a"

@@ -10,6 +10,7 @@ __all__ = ['GRACE', 'Limits', 'Batcher', 'EmbedRequest', 'SimilarityRequest', 'S
 import asyncio
 import base64
 import difflib
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -117,14 +118,21 @@ class Batcher:
 
     async def _answer(self, batch, thread):
         "Compute a batch, and hand out its results."
+        batch = [(job, i) for job, i in batch if not job.future.done()]  # another text failed
+        if not batch:
+            return
         texts, start = [job.texts[i] for job, i in batch], time.perf_counter()
         try:
             loop = asyncio.get_running_loop()
             results = await loop.run_in_executor(thread, self.compute, texts)
-        except Exception as error:  # of this batch; the next one may be sound
-            for job, _ in batch:
-                if not job.future.done():
-                    job.future.set_exception(error)
+        except Exception as error:
+            # One text must not fail the requests that it happened to be computed with.
+            if len(batch) > 1:
+                for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                    await self._answer(half, thread)
+            else:
+                job, error.text = batch[0]
+                job.future.set_exception(error)
             return
         seconds = time.perf_counter() - start
         self.seconds += 0.1 * (seconds / len(batch) - self.seconds)
@@ -215,14 +223,28 @@ class Service:
         self.by_cosine = similarity_of(encoder) == "cos"
         self.batcher = Batcher(self._compute, limits, self._cost, self.meter.count_batch)
 
-    def _cost(self, text):
-        "About as many tokens as the model reads of a text."
-        return min(1 + len(text) // 4, self.encoder.max_length)
+    def _cost(self, pair):
+        "About as many tokens as the model reads of a text and its prompt."
+        return min(1 + sum(map(len, pair)) // 4, self.encoder.max_length)
 
-    def _compute(self, texts):
-        "Vector, tokens and whether it was truncated, for each text."
+    def _encode(self, pairs):
+        "Vectors (n, D) of texts, each with the prompt before it."
+        if self.encoder.include_prompt:  # texts with different prompts are computed together
+            return self.encoder.encode([p + t for p, t in pairs], prompt="", progress=False)
+        # This model leaves prompts out of its pooling, so it must know where each of them ends.
+        parts, order = [], []
+        for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+            rows = [i for i, pair in enumerate(pairs) if pair[0] == prompt]
+            texts = [pairs[i][1] for i in rows]
+            parts.append(self.encoder.encode(texts, prompt=prompt, progress=False))
+            order += rows
+        return np.concatenate(parts)[np.argsort(order)]
+
+    def _compute(self, pairs):
+        "Vector, tokens and whether it was truncated, for each text with its prompt."
+        texts = [prompt + text for prompt, text in pairs]
         with listen():  # what is truncated is counted in the answer
-            vectors = self.encoder.encode(texts, prompt="", progress=False)  # (n, D)
+            vectors = self._encode(pairs)  # (n, D)
         if not np.isfinite(vectors).all():
             raise RuntimeError("the model gives vectors that are no numbers")
         _, lengths, truncated = self.encoder.ragged_tokenizer()(texts)
@@ -290,7 +312,11 @@ class Service:
             raise Refusal(
                 422, f"dimensions is {quote(dimensions)}; the vectors of this model have {width}"
             )
-        results = await self.batcher([prompt + text for text in texts])
+        try:
+            results = await self.batcher([(prompt, text) for text in texts])
+        except ValueError as error:  # such as a text without a token; alone it is text 0
+            number = f"text {getattr(error, 'text', 0)}"
+            raise Refusal(422, re.sub(r"^text \d+", number, str(error))) from error
         vectors, tokens, truncated = zip(*results)
         encoded = Encoded(np.stack(vectors), sum(tokens), sum(truncated))  # (N, D)
         self.meter.count_texts(len(texts), encoded)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'MARKED_FORMAT', 'MARKS', 'SUMMARY', 'REJECTS', 'TOKENS', 'MOST_NEGATIVES', 'MANY_NEGATIVES', 'SHARD_ROWS',
            'SHARD_TEXTS', 'SHARD_CHARACTERS', 'text_identity', 'column_names', 'Shards', 'Store', 'warn_of_width',
-           'fit_negatives', 'negatives_changed', 'fit_prompts', 'write_batch', 'count_distinct', 'summary_table',
-           'mark_line', 'is_current', 'write_store', 'verify', 'write_tokens']
+           'fit_negatives', 'fit_taught', 'negatives_changed', 'fit_prompts', 'write_batch', 'count_distinct',
+           'summary_table', 'mark_line', 'part_of_store', 'is_current', 'write_store', 'verify', 'write_tokens']
 
 # %% ../nbs/06_store.ipynb #imports-std
 import json
+import math
 import os
 import unicodedata
 import warnings
@@ -28,8 +29,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .atomic import MANIFEST, Damaged, Part, check_folder, expanded, is_whole
-from .atomic import lock, quote, read_json, reading, remove, tidy, writing
+from .atomic import MANIFEST, Damaged, Part, check_folder, digest_file, expanded
+from .atomic import is_whole, lock, quote, read_json, reading, remove, tidy, writing
+from .workers import Share, check_shares, find_shares, parts_folder, read_share
 
 # %% ../nbs/06_store.ipynb #identity
 def text_identity(
@@ -88,9 +90,8 @@ class _Shard:
                 raise ValueError(f"{self.batch.num_rows:,} rows where {rows:,} were written")
             columns = self.batch.columns
             # The types tell the columns apart: texts and lists, int64 identities, float64 scores.
-            grades = [c for c in columns if pa.types.is_float64(c.type)]
             self.fixed = [_fixed(c) for c in columns if pa.types.is_int64(c.type)]
-            self.scores = _fixed(grades[0], "d") if grades else None
+            self.scores = [_fixed(c, "d") for c in columns if pa.types.is_float64(c.type)]
             self.ragged = [_ragged(c) for c in columns if not pa.types.is_primitive(c.type)]
 
     def values(self, i):
@@ -170,7 +171,8 @@ class Shards:
 # %% ../nbs/06_store.ipynb #store
 FORMAT = 4  # raise it when the layout or the checks change
 MARKED_FORMAT = 5  # of stores with labels or scores, which earlier versions must not open
-# what a store may hold beside its texts -> its columns; a label is a text, a score a number
+# what a store may hold beside its texts -> its columns; a label is a text, a score a number;
+# "teacher" is not here, as its scores stand beside examples of any width
 MARKS = {"label": ("text", "label"), "score": ("anchor", "positive")}
 SUMMARY, REJECTS, TOKENS = "summary.json", "rejects.jsonl", "tokens"
 
@@ -195,6 +197,21 @@ def _read_summary(folder):
     return summary
 
 # %% ../nbs/06_store.ipynb #store-class
+def _check_parts(folder, summary):
+    "Raise ValueError unless the parts of a joined store are those that were joined."
+    with reading(folder / SUMMARY, _ADVICE):
+        parts = [(folder / part["name"], part["manifest"]) for part in summary.get("parts", ())]
+    for place, digest in parts:
+        _read_summary(place)
+        if (place / TOKENS).exists():
+            _read_summary(place / TOKENS)
+        if digest_file(place / MANIFEST) != digest:
+            raise Damaged(
+                f"{place}: was written again after {folder} was joined; run the command that "
+                "joined the parts once more"
+            )
+
+
 class Store:
     "A prepared dataset: rows of C texts with their identities, and their tokens if prepared."
 
@@ -206,11 +223,12 @@ class Store:
     ):
         self.folder, self.prompts = expanded(folder), prompts
         self.summary = _read_summary(self.folder)
+        _check_parts(self.folder, self.summary)
         # set by `write_store`: whether it wrote the store, and what it compared, in files and bytes
         self.is_new, self.verified = False, {}
         with reading(self.folder / SUMMARY, _ADVICE):
             self.columns = tuple(self.summary["columns"])
-            self.mark = self.summary.get("mark")  # "label", "score" or None
+            self.mark = self.summary.get("mark")  # "label", "score", "teacher" or None
             self.text_shards = Shards(self.folder, self.summary["shards"])
 
     def __len__(self):
@@ -241,7 +259,15 @@ class Store:
         indices: Sequence[int],  # row numbers in any order
     ) -> np.ndarray:  # (n,) float64, as the file has them
         "Read the scores of rows of a graded store."
-        return np.array([shard.scores[i] for shard, i in self.text_shards.find(indices)])
+        return np.array([shard.scores[0][i] for shard, i in self.text_shards.find(indices)])
+
+    def teacher(
+        self,
+        indices: Sequence[int],  # row numbers in any order
+    ) -> np.ndarray:  # (n, C - 1) float64, of the positive and each negative
+        "Read a teacher's scores of rows, of a store that has them."
+        rows = [[c[i] for c in shard.scores] for shard, i in self.text_shards.find(indices)]
+        return np.array(rows, np.float64).reshape(len(rows), len(self.columns) - 1)
 
     def column_identities(
         self,
@@ -302,6 +328,18 @@ def fit_negatives(
     # Repeating weighs a negative more but invents nothing; a positive is masked by the loss.
     own = islice(cycle(negatives or [positive]), width - 2)
     return (anchor, positive, *own), "repeated" if negatives else "none"
+
+
+def fit_taught(
+    example: Sequence,  # C texts, then a teacher's score of all but the first
+    width: int,  # how many texts the example shall have
+) -> tuple[tuple, str]:  # as `fit_negatives`
+    "Give an example with a teacher's scores another number of texts; each keeps its score."
+    C = (len(example) + 1) // 2
+    texts, change = fit_negatives(example[:C], width)
+    # The last text stands where the anchor does, so that the scores are cut as the texts are.
+    scores, _ = fit_negatives(example[C - 1 :], width)
+    return (*texts, *scores[1:]), change
 
 # %% ../nbs/06_store.ipynb #negatives-changed
 def negatives_changed(
@@ -461,8 +499,10 @@ def _add_summary(part, summary):
 def _text_arrays(rows, mark=None):
     "Arrow columns of texts, then of their identities, then of the scores if there are any."
     columns = list(zip(*rows))
-    # A score is no text, but comes as the last value of each row.
-    scores = [pa.array(columns.pop(), pa.float64())] if mark == "score" else []
+    # Scores are no texts, and come last: one beside two texts, or a teacher's of all but the first.
+    count = len(columns) // 2 if mark in ("score", "teacher") else 0
+    scores = [pa.array(c, pa.float64()) for c in columns[len(columns) - count :]]
+    del columns[len(columns) - count :]
     # large_string has offsets of 64 bits: those of 32 end at 2 GiB of text.
     texts = [pa.array(c, pa.large_string()) for c in columns]
     ids = [pa.array(map(text_identity, c), pa.int64(), size=len(c)) for c in columns]
@@ -471,7 +511,7 @@ def _text_arrays(rows, mark=None):
 
 def _names(mark, width):
     "The columns of texts of a store."
-    return MARKS[mark] if mark else column_names(width or 2)
+    return MARKS.get(mark) or column_names(width or 2)
 
 # %% ../nbs/06_store.ipynb #write-texts
 _NOTES = {  # what a part of a store knows beside its pieces, so that the next run can go on
@@ -514,8 +554,9 @@ class _Texts:
 
     def add(self, line, texts):
         "Take one example."
-        if self.width is not None and self.mark is None:
-            texts, change = fit_negatives(texts, self.width)
+        if self.width is not None and self.mark not in MARKS:
+            fit = fit_taught if self.mark else fit_negatives
+            texts, change = fit(texts, self.width)
             self.changed[change] += 1
         self.line = line
         self.rows.append(texts)
@@ -535,6 +576,7 @@ class _Texts:
             os.fsync(self.rejects.fileno())
         names = _names(self.mark, self.width)
         grade = ["score"] if self.mark == "score" else []
+        grade += [f"{name}_score" for name in names[1:]] if self.mark == "teacher" else []
         names = [*names, *(f"{name}_id" for name in names), *grade]
         notes = {
             "line": self.line,
@@ -557,12 +599,13 @@ def _write_texts(part, read, on_progress, remarks, mark=None):
             # A shard ends between two lines, since a resumed run goes on with a whole line.
             if line > texts.line and texts.is_full:
                 on_progress(texts.flush())
-            if texts.width is None and len(example) > 2:  # the first with negatives
-                warn_of_width(f"{part.path}: line {line}", len(example))
+            width = (len(example) + 1) // 2 if mark == "teacher" else len(example)
+            if texts.width is None and width > 2:  # the first with negatives
+                warn_of_width(f"{part.path}: line {line}", width)
                 # Shards of two columns are written already: begin anew, with room for negatives.
-                if part.notes["rows"] or len(texts.rows) * len(example) > SHARD_TEXTS:
-                    return len(example)
-                texts.widen(len(example))
+                if part.notes["rows"] or len(texts.rows) * width > SHARD_TEXTS:
+                    return width
+                texts.widen(width)
             texts.add(line, example)
         if texts.rows:
             on_progress(texts.flush())
@@ -634,41 +677,67 @@ def _classes(shards):
 
 def _grades(shards):
     "The lowest and the highest score, and their mean."
-    scores = [np.asarray(shard.scores) for shard in shards]
+    scores = [np.asarray(shard.scores[0]) for shard in shards]
     ends = min(float(s.min()) for s in scores), max(float(s.max()) for s in scores)
     mean = sum(float(s.sum()) for s in scores) / sum(map(len, scores))
     return {"lowest": ends[0], "highest": ends[1], "mean": round(mean, 4)}
+
+
+def _lessons(shards):
+    "How far a teacher puts the positive above the negatives, and how many of them above it."
+    lowest, highest, total, cells, above = math.inf, -math.inf, 0.0, 0, 0
+    for shard in shards:
+        positive, *negatives = (np.asarray(column) for column in shard.scores)
+        margins = positive - np.stack(negatives)  # (K, rows)
+        lowest, highest = min(lowest, margins.min()), max(highest, margins.max())
+        total, cells = total + margins.sum(), cells + margins.size
+        above += int((margins < 0).sum())
+    ends = {"lowest": float(lowest), "highest": float(highest)}
+    return {**ends, "mean": round(float(total / cells), 4), "above": above / cells}
 
 
 def _mark_summary(shards, mark):
     "What a summary says of labels or scores; nothing where a store has neither."
     if mark is None or not len(shards):
         return {}
-    counts = {"labels": _classes(shards)} if mark == "label" else {"scores": _grades(shards)}
-    return {"format": MARKED_FORMAT, "mark": mark, **counts}
+    counts = {
+        "label": lambda: {"labels": _classes(shards)},
+        "score": lambda: {"scores": _grades(shards)},
+        "teacher": lambda: {"margins": _lessons(shards)},
+    }
+    return {"format": MARKED_FORMAT, "mark": mark, **counts[mark]()}
 
 
 def _summary(part, remarks, mark=None):
     "What a dataset holds, from its finished shards."
     shards = Shards(part.folder, _shard_files(part))
-    rows = len(shards)
-    columns = _names(mark, part.notes["width"]) if rows else ()
-    width = len(columns)
+    columns = _names(mark, part.notes["width"]) if len(shards) else ()
+    noted = _rejected(part), part.notes["negatives"], remarks
+    return _describe(shards, columns, noted, part.origin, mark)
+
+
+def _describe(shards, columns, noted, origin, mark):
+    "A summary of shards, with what was noted while they were written."
+    rows, width = len(shards), len(columns)
+    rejected, negatives, remarks = noted
+
+    def row_numbers():
+        return (_row_numbers(shard, width) for shard in shards)
+
     return {
         "format": FORMAT,
         "columns": list(columns),
         "rows": rows,
-        "rejected": _rejected(part),
-        "negatives": part.notes["negatives"],
-        "duplicate_rows": rows
-        - count_distinct(lambda: (_row_numbers(s, width) for s in shards), rows),
+        "rejected": rejected,
+        "negatives": negatives,
+        "duplicate_rows": rows - count_distinct(row_numbers, rows) if rows else 0,
         "distinct": {
             name: count_distinct(lambda: (_ids(s, width, c) for s in shards), rows)
             for c, name in enumerate(columns)
         },
         "characters": {name: _characters(shards, c) for c, name in enumerate(columns)},
         "remarks": remarks,  # of the reader, on the columns
-        "origin": part.origin,
+        "origin": origin,
         "shards": shards.files,
     } | _mark_summary(shards, mark)
 
@@ -693,13 +762,19 @@ def summary_table(
 
 
 def mark_line(
-    summary: dict,  # of a store with labels or scores
+    summary: dict,  # of a store with labels, scores or a teacher's scores
 ) -> str:  # one line
     "Say which labels or scores a store holds."
     if summary["mark"] == "score":
         s = summary["scores"]
         return (
             f"graded, scores from {s['lowest']:g} to {s['highest']:g}, {s['mean']:.2f} on average"
+        )
+    if summary["mark"] == "teacher":
+        m = summary["margins"]
+        return (
+            f"a teacher's scores, the positive {m['mean']:.3g} above a negative on average (from"
+            f" {m['lowest']:.3g} to {m['highest']:.3g}), below it {m['above']:.1%} of the time"
         )
     c = summary["labels"]
     few, many = c["smallest"], c["largest"]
@@ -730,6 +805,122 @@ def _total_line(summaries):
         return f"{total}; no line was left out"
     where = f"listed with their faults in each store's {REJECTS}"
     return f"{total}; {bad:,} bad lines left out, {where}"
+
+# %% ../nbs/06_store.ipynb #parts-begin
+def part_of_store(
+    folder: str | Path,  # the whole store
+    origin: dict,  # what the whole is made of
+    part: str | tuple[int, int],  # "3/64", or (3, 64)
+) -> tuple[Path, dict]:  # folder and origin of the part, for `write_store`
+    "Say where a part of a store belongs, and refuse one that would never be joined."
+    share, folder = read_share(part), expanded(folder)
+    shares = find_shares(folder)
+    if not shares and is_current(folder, origin):
+        raise ValueError(f"{folder}: is prepared already as a whole; delete it to prepare parts")
+    check_shares(folder, [share, *shares], complete=False)
+    return parts_folder(folder) / share.name, origin | {"part": list(share)}
+
+
+def _open_part(place, share, origin):
+    "A part that is whole and made of the right data."
+    store = Store(place)
+    if store.summary["origin"] != origin | {"part": list(share)}:
+        raise ValueError(
+            f"{place}: was made of other data, or with other options; prepare part {share} again"
+        )
+    return store
+
+
+def _common_columns(stores):
+    "The columns of parts, of which each found its own."
+    filled = [store for store in stores if len(store)]
+    for store in filled:
+        for of in (lambda s: s.columns, lambda s: tuple(s.summary["remarks"].get("guessed", ()))):
+            first, own = next(filter(None, map(of, filled)), ()), of(store)
+            if own and own != first:
+                raise ValueError(
+                    f"{store.folder}: its rows are of {quote(own)}, those of an earlier part of "
+                    f"{quote(first)}; give the dataset columns= and negatives=, then prepare again"
+                )
+    return filled[0].columns if filled else ()
+
+
+def _together(remarks):
+    "The remarks of all parts: lists are joined, and nothing is named twice."
+    joined = {}
+    for key, value in (item for record in remarks for item in record.items()):
+        more = isinstance(value, list) and key in joined
+        joined[key] = list(dict.fromkeys([*joined[key], *value])) if more else value
+    return joined
+
+# %% ../nbs/06_store.ipynb #parts-join
+def _join_files(stores, folder, tokens=False):
+    "The shards of parts, named as seen from a folder."
+    for store in stores:
+        shards = store.token_shards if tokens else store.text_shards
+        for file in shards.files:
+            place = os.path.realpath(shards.folder / file["name"])
+            yield file | {"name": os.path.relpath(place, folder)}
+
+
+def _join_summary(folder, stores, origin, mark):
+    "The summary of a whole, as if one machine had written it."
+    summaries = [store.summary for store in stores]
+    rejected, negatives = (
+        {key: sum(s[name][key] for s in summaries) for key in summaries[0][name]}
+        for name in ("rejected", "negatives")
+    )
+    noted = rejected, negatives, _together(s["remarks"] for s in summaries)
+    shards = Shards(folder, list(_join_files(stores, folder)))
+    parts = [
+        # the digest of a manifest stands for all files that it lists
+        {"name": os.path.relpath(s.folder, folder), "manifest": digest_file(s.folder / MANIFEST)}
+        for s in stores
+    ]
+    return _describe(shards, _common_columns(stores), noted, origin, mark) | {"parts": parts}
+
+
+def _join(folder, shares, origin, check, mark):
+    "Join the parts of a store by a summary and a manifest."
+    check_shares(folder, shares)
+    stores = [_open_part(place, share, origin) for share, place in shares.items()]
+    part = Part(folder, origin | {"parts": len(stores)})
+    try:
+        summary = _join_summary(part.folder, stores, origin, mark)
+        check(summary)
+    except ValueError:
+        part.discard()
+        raise
+
+    def write_rejects(path):
+        with open(path, "wb") as out:
+            for store in stores:
+                out.write((store.folder / REJECTS).read_bytes())
+
+    part.add(REJECTS, write_rejects)
+    _add_summary(part, summary)
+    part.finish()
+
+# %% ../nbs/06_store.ipynb #parts-tokens
+def _engine_of_parts(store):
+    "With what the parts of a joined store were tokenised; None if they were not."
+    places = [store.folder / part["name"] for part in store.summary.get("parts", ())]
+    parts = [part for part in map(Store, places) if len(part)]  # without rows there are no tokens
+    engines = [(part.tokenised or {}).get("origin") for part in parts]
+    for part, engine in zip(parts, engines):
+        if engine != engines[0]:
+            raise ValueError(
+                f"{part.folder}: holds {_tokens_of(engine)}, and {parts[0].folder} "
+                f"{_tokens_of(engines[0])}; tokenise all parts with one tokenizer"
+            )
+    return engines[0] if engines else None
+
+
+def _tokens_of(engine):
+    "What a part holds, in words."
+    if engine is None:
+        return "no tokens"
+    return f"tokens of {quote(engine['tokenizer'])} with max_length {engine['max_length']}"
 
 # %% ../nbs/06_store.ipynb #write-store
 def is_current(
@@ -769,7 +960,7 @@ def _damage(folder, origin):
 def _fill(folder, origin, read, check, on_progress, negatives, remarks, mark):
     "Write a store, from the beginning or from where an interrupted run stopped."
     width = None if negatives is None else 2 + negatives
-    if mark:
+    if mark in MARKS:
         width = len(MARKS[mark])
     while True:
         part = _resume(folder, origin, _NOTES | {"width": width})
@@ -805,7 +996,8 @@ def write_store(
     full: bool = False,  # read a current store byte by byte, and write it anew if it is damaged
     # JSON: what `read` notes of the file's columns while it reads; the summary keeps it
     remarks: dict | None = None,
-    # "label": the texts that `read` gives are a text and its label, "score": two texts and a number
+    # "label": the texts that `read` gives are a text and its label, "score": two texts and a
+    # number, "teacher": C texts and C - 1 numbers
     mark: str | None = None,
 ) -> Store:  # open; its `is_new` says whether it was written, its `verified` what was compared
     "Write a dataset to disk: whole or not at all; go on where an interrupted run stopped."
@@ -822,8 +1014,14 @@ def write_store(
             # another process may have written it while this one waited
             if is_new := not is_current(folder, origin):
                 remarks = {} if remarks is None else remarks
-                _fill(folder, origin, read, check, on_progress, negatives, remarks, mark)
+                if shares := find_shares(folder):  # parts that other machines may have written
+                    _join(folder, shares, origin, check, mark)
+                else:
+                    _fill(folder, origin, read, check, on_progress, negatives, remarks, mark)
     store = Store(folder)
+    if engine := _engine_of_parts(store):
+        write_tokens(folder, engine, encode=None)
+        store = Store(folder)
     store.is_new, store.verified = is_new, verified
     return store
 
@@ -840,6 +1038,13 @@ def _check_all(folder):
     return files
 
 
+def _part_folders(store):
+    "Where the parts of a joined store lie, the folders of their tokens included."
+    for part in store.summary.get("parts", ()):
+        places = (store.folder / part["name"], store.folder / part["name"] / TOKENS)
+        yield from (place for place in places if place.exists())
+
+
 def verify(
     folder: str | Path,  # a store
 ) -> Store:  # open
@@ -847,6 +1052,8 @@ def verify(
     folder = expanded(folder)
     _check_all(folder)
     store = Store(folder)
+    for place in _part_folders(store):
+        _check_all(place)
     if (folder / TOKENS).exists():
         _check_all(folder / TOKENS)
         if len(store.token_shards) != len(store):
@@ -859,7 +1066,8 @@ def verify(
 
 def _drop_damaged(folder):
     "Verify a store and count its files and bytes; warn of damage and take the manifest away."
-    counts = {"files": 0, "bytes": 0}
+    # The parts of a joined store cannot be written anew here, so damage is an error.
+    entries = [e for place in _part_folders(Store(folder)) for e in _check_all(place).values()]
     for place, again in (
         (folder, _ANEW),
         (folder / TOKENS, "; the damaged tokens are deleted, tokenise the store again"),
@@ -876,9 +1084,8 @@ def _drop_damaged(folder):
                 if place != folder:
                     remove(place)
             return {}
-        counts["files"] += len(files)
-        counts["bytes"] += sum(entry["bytes"] for entry in files.values())
-    return counts
+        entries += files.values()
+    return {"files": len(entries), "bytes": sum(entry["bytes"] for entry in entries)}
 
 # %% ../nbs/06_store.ipynb #write-tokens
 def _list_array(ids, lengths, dtype):
@@ -960,6 +1167,33 @@ def _fill_tokens(store, engine, encode, on_progress):
     part.finish()
 
 
+def _join_tokens(store, engine):
+    "List the tokens of all parts as those of the whole."
+    parts = [Store(store.folder / part["name"]) for part in store.summary["parts"]]
+    parts = [part for part in parts if len(part)]
+    counts = [part.tokenised["truncated"] for part in parts]
+    joined = Part(store.folder / TOKENS, engine | {"parts": len(parts)})
+    files = list(_join_files(parts, joined.folder, tokens=True))
+    truncated = {name: sum(count[name] for count in counts) for name in counts[0]}
+    summary = {"format": FORMAT, "origin": engine, "truncated": truncated, "shards": files}
+    _add_summary(joined, summary)
+    joined.finish()
+
+
+def _tokenise(store, engine, encode, on_progress):
+    "Write the tokens of a store, or join those of its parts."
+    made = _engine_of_parts(store)
+    if made is None:
+        _fill_tokens(store, engine, encode, on_progress)
+    elif made == engine:
+        _join_tokens(store, engine)
+    else:
+        raise ValueError(
+            f"{store.folder}: its parts hold {_tokens_of(made)}, and this asks for "
+            f"{_tokens_of(engine)}; tokenise all parts again, or join them with the former"
+        )
+
+# %% ../nbs/06_store.ipynb #write-tokens-call
 def write_tokens(
     folder: str | Path,  # a store
     # what makes the token ids: fingerprint, tokenizer, max_length, vocabulary, and "prompts", the
@@ -977,4 +1211,4 @@ def write_tokens(
     with _one_writer(folder):  # the same lock as for the texts: they must not be replaced meanwhile
         store = Store(folder)
         if not _is_tokenised(store, engine):
-            _fill_tokens(store, engine, encode, on_progress)
+            _tokenise(store, engine, encode, on_progress)

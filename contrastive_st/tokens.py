@@ -487,6 +487,8 @@ class TokenBatch(NamedTuple):
     scores: Tensor | None = None
     # another encoder's vectors of the texts, (B, C, G) float32; None: there is no guide
     guide: Tensor | None = None
+    # a teacher's scores of the positive and the negatives, (B, C - 1) float32; None: no teacher
+    teacher: Tensor | None = None
 
 
 def _texts(batch):
@@ -628,10 +630,10 @@ class Tokens:
         ids, lengths, truncated = _stored(batch) if all_stored else self._arrays(_texts(batch))
         identities = _identities(batch)  # (B, C)
         counts = truncated.reshape(identities.shape[1], -1).sum(1)  # (C,)
-        marks = (getattr(batch, name, None) for name in ("labels", "scores"))
+        marks = {name: getattr(batch, name, None) for name in ("labels", "scores", "teacher")}
         return TokenBatch(
             *map(torch.from_numpy, (ids, lengths, identities, counts)),
-            *(None if values is None else torch.from_numpy(values) for values in marks),
+            **{name: torch.from_numpy(x) for name, x in marks.items() if x is not None},
         )
 
     def bucket(

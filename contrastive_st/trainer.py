@@ -28,12 +28,13 @@ from .atomic import quote
 from .cpu import choose_matmul, has_bf16, matmul_precision, multiply_with
 from .machine import refuse_torch_tpu
 from .mixture import Mixture, as_mixture
-from .model import SentenceEncoder
+from .model import SentenceEncoder, check_row_dropout
 from .run import SAVE_SECONDS, Abandoned, Lines, Run, Stopped, TrainConfig
 from .run import check_health, format_seconds, progress_style
 from .run import checkpoint_folder, last_checkpoint, learned_scale
 from .run import load_training, load_weights
-from .run import log_line, lr_factor, rank_count, read_record, seed_step, train_step
+from .run import log_line, lr_factor, rank_count, read_record
+from .run import row_noise, seed_step, train_step
 from .tokens import TokenBatch, Tokens, feed
 
 # %% ../nbs/18_trainer.ipynb #steps
@@ -137,9 +138,10 @@ class _ContrastiveTrainer(Trainer):
         low, device = self.compute["dtype"] == "bfloat16", self.args.device.type
         if self.learned is not None:
             self.learned.zero_grad()  # the Trainer does so for the model alone
+        batch = TokenBatch(**self._prepare_inputs(inputs))
         logs = train_step(
             model,
-            TokenBatch(**self._prepare_inputs(inputs)),
+            batch,
             self.config,
             # Autocast goes around the encoder alone: the loss stays in float32.
             embed=torch.autocast(device, torch.bfloat16, enabled=low)(model.__call__),
@@ -147,6 +149,7 @@ class _ContrastiveTrainer(Trainer):
             no_sync=getattr(model, "no_sync", nullcontext),
             step=self.state.global_step,
             learned=self.learned,
+            noise=row_noise(self.config, batch, self.state.global_step),
         )
         loss = logs.pop("loss")  # the Trainer adds it up itself
         self.counts.add(**logs)
@@ -375,6 +378,19 @@ def _keep_computing(compute, out):
         )
 
 
+def _tell_of_ranks(run):
+    "Say that a resumed run takes another course, if its dropout depends on the processes."
+    before, now = read_record(run.out / "versions.json").get("ranks", rank_count()), rank_count()
+    drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in run.encoder.modules())
+    if before != now and drops and not run.config.row_dropout:
+        print(
+            f"the run began with {quote(before)} processes and goes on with {now}, and what dropout"
+            " drops depends on their number: this is no longer the run that it would have been;"
+            " runs that begin with row_dropout = true stay the same",
+            file=sys.stderr,
+        )
+
+
 def _compute_line(compute):
     "Say in one line what a run computes with."
     c = compute
@@ -476,6 +492,8 @@ def _check(encoder, mixture, config):
             " set USE_TORCH_XLA=0 before Python starts to train on CPU or GPU,"
             " or use contrastive_st.xla.train (--xla) for XLA devices"
         )
+    if config.row_dropout:
+        check_row_dropout(encoder)
     tokens = Tokens(encoder.tokenizer, encoder.max_length)
     tokens.check(mixture.sources)
 
@@ -586,8 +604,11 @@ def _train(run, compute, resume, overwrite, recipe, callbacks, style):
         finished = main and run.finished  # before anything is started that writes
         trainer = _trainer(run, compute, callbacks, style)
         finished, checkpoint = _from_main(lambda: (finished, checkpoint and str(checkpoint)))
+        run.versions["ranks"] = rank_count()
         if checkpoint:
             _keep_computing(compute, run.out)
+        if checkpoint and main:
+            _tell_of_ranks(run)
         if finished:
             return run.recorded() if main else {}
         # 2. train, measure and save

@@ -79,9 +79,9 @@ def lay_out(
         "rows": rows[order].int(),  # (C*B,)
         "identities": batch.identities,  # (B, C)
         "truncated": truncated,
-    } | {  # a batch has labels, scores, or neither, (B,), perhaps vectors of a guide, (B, C, G)
+    } | {  # a batch may have labels or scores, (B,), vectors of a guide or scores of a teacher
         name: values
-        for name in ("labels", "scores", "guide")
+        for name in ("labels", "scores", "guide", "teacher")
         if (values := getattr(batch, name)) is not None
     }
 
@@ -590,7 +590,7 @@ def make_step(
 
     def contrastive(
         totals, step, input_ids, lengths, rows, identities, truncated, **marks
-    ):  # marks: labels, scores or guide, where the batch has them
+    ):  # marks: labels, scores, guide or teacher, where the batch has them
         noise.rows, noise.step, columns = rows, step, identities.shape[1]
 
         def embed_columns(input_ids, lengths):
@@ -904,8 +904,11 @@ def _train(run, checkpoint, tokens, mesh, progress):
         return
     # 2. its encoder on the devices, and the compiled step
     replica, optimizer, noise = _device_copy(run.encoder, config, mesh, optimizer_state)
-    # graded pairs take a program of their own
-    forms = {(len(s.columns), getattr(s, "has_scores", False)) for s in run.mixture.sources}
+    # graded pairs take a program of their own, and rows with the scores of a teacher, too
+    marks = ("has_scores", "has_teacher")
+    forms = {
+        (len(s.columns), *(getattr(s, mark, False) for mark in marks)) for s in run.mixture.sources
+    }
     graphs = len(buckets) * len(forms)
     step = make_step(replica, optimizer, config, noise, mesh.size(), graphs)
     # 3. all steps that are left

@@ -42,6 +42,10 @@ smartquotes = False
 mathjax_path = "tex-svg.js"
 html_static_path = ["_static", "../.cache/mathjax"]
 html_css_files = ["site.css"]
+# the figures that readers can move; a page without one is left alone
+html_js_files = [
+    (name, {"defer": "defer"}) for name in ("touch.js", "similarity_matrix.js", "draw_window.js")
+]
 html_favicon = "_static/logo.svg"
 html_logo = "_static/logo.svg"
 html_copy_source = False

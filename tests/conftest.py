@@ -127,6 +127,15 @@ def make_backbone(vocab_size: int):
         return BertModel(config).eval()
 
 
+def forked(function, args, processes):
+    "Run function(rank, *args) on each rank; torch is imported once, for all of them."
+    import torch
+
+    # what a GPU was used for does not survive a fork
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(function, args, processes, start_method=method)
+
+
 def sentences(n, seed):
     "n different sentences of 3 to 9 words."
     rng, found = np.random.default_rng(seed), {}

@@ -23,6 +23,7 @@ from contrastive_st.atomic import (
     Damaged,
     Part,
     check_folder,
+    expanded,
     is_whole,
     lock,
     new_file,
@@ -664,3 +665,47 @@ def test_a_manifest_of_any_content_is_one_sentence(made, files):
     with pytest.raises(Damaged) as error:
         check_folder(made)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+# ---- names that no file can have ----
+
+NAMES = {
+    "a\0b": "holds a NUL character",
+    "~\0": "holds a NUL character",
+    "a/\ud800": "holds half a character",
+    "x" * 300: "300 bytes",
+    "é" * 200: "400 bytes",
+    "x/" * 2500: "too long",
+    "": "is empty",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "use",
+    [
+        expanded,
+        read_json,
+        is_whole,
+        check_folder,
+        lambda path: write_json(path, {}),
+        lambda path: new_folder(path).__enter__(),
+        lambda path: lock(path).__enter__(),
+        lambda path: Part(path, 1),
+    ],
+)
+def test_names_that_no_file_can_have(tmp_path, monkeypatch, use, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        use(name)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 300 and not isinstance(caught.value, UnicodeError)
+    assert NAMES[name] in said or not name
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_name_without_room_for_another_beside_it(tmp_path):
+    path = tmp_path / ("y" * 250)  # while it is written the name has more letters
+    with pytest.raises(ValueError, match="too long") as caught:
+        write_json(path, {})
+    assert str(caught.value).startswith(f"{path}: cannot be written")

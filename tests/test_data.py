@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import pickle
 import random
@@ -1521,3 +1522,198 @@ def test_prompts_are_checked():
     stops("did you mean 'anchor'", Source, rows, prompts={"ancor": "q: "})
     stops("2 prompts for 3 columns", Source, rows, prompts=["a", "b"])
     stops("prompts is 5", Source, rows, prompts=5)
+
+
+# ---- a teacher's scores ----
+
+# (query, positive, two negatives, a teacher's score of each but the query)
+TAUGHT = [(f"q {n}", f"p {n}", f"n {n}", f"m {n}", 9.5 - n, 1.25, n / 4) for n in range(6)]
+TAUGHT_NAMES = ("query", "positive", "negative", "negative_2", "s1", "s2", "s3")
+TAUGHT_SCORES = np.array([row[4:] for row in TAUGHT], np.float32)
+
+
+def lists(rows=TAUGHT, **change):
+    "Rows as objects whose scores are a list."
+    return [dict(zip(TAUGHT_NAMES[:4], row)) | {"scores": list(row[4:])} | change for row in rows]
+
+
+def margins(rows=TAUGHT):
+    return [{**row, "scores": [row["scores"][0] - x for x in row["scores"][1:]]} for row in lists()]
+
+
+def test_a_teacher_s_scores_from_everywhere_are_the_same(tmp_path):
+    names, three = TAUGHT_NAMES, list(TAUGHT_NAMES[4:])
+    objects = [dict(zip(names, row)) for row in TAUGHT]
+    pd.DataFrame(lists()).to_parquet(tmp_path / "list.parquet")
+    tsv = "".join("\t".join(map(str, row)) + "\n" for row in TAUGHT)
+    example = Mock(texts=list(TAUGHT[0][:4]), label=list(TAUGHT[0][4:]), spec=("texts", "label"))
+    datasets.Dataset.from_list(lists()).save_to_disk(tmp_path / "saved")
+    files = [
+        (put(tmp_path / "list.jsonl", lists()), {"teacher": "scores"}),
+        (tmp_path / "list.parquet", {"teacher": "Scores"}),
+        (tmp_path / "saved", {"teacher": "scores"}),
+        (csv(tmp_path, "three.csv", ",".join(names), TAUGHT), {"teacher": three}),
+        (put(tmp_path / "bare.tsv", tsv), {"columns": (0, 1, 2, 3), "teacher": (4, 5, 6)}),
+        (put(tmp_path / "rows.jsonl", [[*r[:4], list(r[4:])] for r in TAUGHT]), {"teacher": 4}),
+        (
+            put(
+                tmp_path / "lists.jsonl",
+                [{"query": q, "pos": [p], "neg": [n, m], "t": s} for q, p, n, m, *s in TAUGHT],
+            ),
+            {"teacher": "t"},
+        ),
+    ]
+    sources = [load_source(path, cache_dir=tmp_path / "c", **how) for path, how in files]
+    sources += [
+        Source(objects, teacher=three),
+        Source(TAUGHT, teacher=[4, 5, 6]),
+        Source(pd.DataFrame(objects), teacher=three),
+        Source(datasets.Dataset.from_list(lists()), teacher="scores", columns=names[:4]),
+        Source({name: [row[name] for row in objects] for name in names}, teacher=three),
+        Source([{"texts": list(row[:4]), "label": row[4:]} for row in TAUGHT], teacher="label"),
+    ]
+    for source in sources:
+        assert source.has_teacher and not source.has_scores and not source.has_labels
+        assert list(source) == [row[:4] for row in TAUGHT], source
+        scores = source.teacher([5, 0, 0, 3])
+        assert scores.dtype == np.float32 and np.array_equal(scores, TAUGHT_SCORES[[5, 0, 0, 3]])
+    assert Source([example], teacher="label").teacher([0])[0].tolist() == [9.5, 1.25, 0]
+
+
+def test_differences_say_the_same_as_scores(tmp_path):
+    source = load_source(
+        put(tmp_path / "m.jsonl", margins()),
+        teacher="scores",
+        teacher_scale=0.5,
+        cache_dir=tmp_path,
+    )
+    expected = (TAUGHT_SCORES - TAUGHT_SCORES[:, :1]) / 2
+    assert np.array_equal(source.teacher(range(6)), expected)
+    # the published files of MarginMSE: one negative and one number, positive minus negative
+    path = csv(tmp_path, "one.csv", "query,positive,negative,score", [("q", "p", "n", -3.5)] * 2)
+    assert load_source(path, teacher="score", cache_dir=tmp_path).teacher([1]).tolist() == [
+        [0, 3.5]
+    ]
+
+
+def test_scores_go_with_their_negatives(tmp_path):
+    "Rows of 3, 1 and 2 negatives, of which the first decides, in memory and in a store."
+    rows = [
+        {"query": "q", "pos": ["p"], "neg": ["a", "b"], "t": [5, 1, 2]},
+        {"query": "r", "pos": ["p"], "neg": ["c"], "t": [6, 3]},
+        {"query": "s", "pos": ["p"], "neg": ["d", "e", "f"], "t": [7, 4, 5, 6]},
+    ]
+    path = put(tmp_path / "a.jsonl", rows)
+    words = "2 negatives each, 1 had more and were cut, 1 had fewer and repeat theirs"
+    for read in (
+        lambda: Source(rows, teacher="t"),
+        lambda: load_source(path, teacher="t", cache_dir=tmp_path / "c"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            source = read()
+        assert [row[2:] for row in source] == [("a", "b"), ("c", "c"), ("d", "e")]
+        assert source.teacher(range(3)).tolist() == [[5, 1, 2], [6, 3, 3], [7, 4, 5]]
+    with pytest.warns(UserWarning, match="which have 1 negative each, 2 had more"):
+        source = load_source(path, teacher="t", negatives=1, cache_dir=tmp_path / "c")
+    assert source.teacher([2]).tolist() == [[7, 4]]
+
+
+def test_a_prepared_teacher_is_opened_and_summed_up(tmp_path):
+    put(tmp_path / "a.jsonl", margins() + lists(scores=["x", 1, 2])[:1])
+    wanted = {"name": "a", "path_or_hub_id": tmp_path / "a.jsonl", "teacher": "scores"}
+    with pytest.warns(UserWarning, match="1 bad row"):
+        made = data.prepare([wanted], tmp_path / "out", progress=False)
+        opened = load_source(tmp_path / "out/a.store")
+    assert made["a"]["rejected"] == {"malformed": 1, "empty": 0}
+    assert made["a"]["margins"]["highest"] == 9.5 and made["a"]["mark"] == "teacher"
+    assert "a teacher's scores, the positive 6.06 above" in store.summary_table(made)
+    assert opened.has_teacher and len(opened) == 6
+    stops(
+        "asked of a store that has a teacher's scores",
+        load_source,
+        tmp_path / "out/a.store",
+        score="scores",
+    )
+    again = data.prepare([wanted | {"teacher_scale": 2.0}], tmp_path / "out", progress=False)
+    assert not again.written  # the scale is of the reading
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scores": [1, "high", 2]}, "a teacher's score is 'high', not a number below a billion"),
+        ({"scores": [1, math.nan, 2]}, "a teacher's score is nan, not a number"),
+        ({"scores": [1, 1e30, 2]}, "not a number below a billion; mend or delete the row"),
+        ({"scores": [1, True, 2]}, "a teacher's score is True, not a number"),
+        ({"scores": [1, None, 2]}, "a teacher's score is missing; mend or delete the row"),
+        ({"scores": None}, "a teacher's score is missing"),
+        ({"scores": [3]}, "the row has 1 score of a teacher, for a positive and 2 negatives; give"),
+        ({"scores": [3, 4, 5, 6]}, "has 4 scores of a teacher, for a positive and 2 negatives"),
+        ({"scores": []}, "the row has 0 scores of a teacher"),
+        ({"negative": None, "negative_2": None}, "the row has no negative, so that a teacher's"),
+        ({"positive": ["a", "b"]}, "has 2 positives, and a teacher's scores are of one; write"),
+    ],
+)
+def test_bad_scores_of_a_teacher(tmp_path, change, words):
+    path = put(tmp_path / "a.jsonl", lists()[:2] + lists(**change)[:1] + lists())
+    read = partial(load_source, path, teacher="scores", cache_dir=tmp_path / "c")
+    refuses(read, f"{path}:3: ", words)
+    refuses(
+        lambda: Source(lists()[:2] + lists(**change)[:1], "mine", teacher="scores"), "mine row 2"
+    )
+    with pytest.warns(UserWarning, match="1 bad row"):
+        assert len(read(on_error="skip")) == 8
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"teacher": "scroes"}, "no column 'scroes' among query, positive, negative, negative_2"),
+        ({"teacher": "scroes"}, "(did you mean 'scores'?)"),
+        ({"teacher": ["scores", "s"]}, "no column 's' among"),
+        ({"teacher": ""}, "teacher is ''; give the column of the scores, such as 'scores', or a"),
+        ({"teacher": ["a", "a"]}, "teacher is ['a', 'a']; give"),
+        ({"teacher": ["a", 1]}, "teacher is ['a', 1]; give"),
+        ({"teacher": {"a": 1}}, "teacher is {'a': 1}; give"),
+        ({"teacher": "scores", "score": "x"}, "score='x' and teacher='scores'; a dataset has"),
+        ({"teacher": "scores", "relevance": "x"}, "relevance='x' beside a teacher"),
+        ({"teacher_scale": 2}, "teacher_scale without teacher; name the columns"),
+        (
+            {"teacher": "scores", "teacher_scale": 0},
+            "teacher_scale is 0; it must be a number above",
+        ),
+        ({"teacher": "scores", "teacher_scale": "2"}, "teacher_scale is '2'; it must be"),
+        ({"teacher": 4, "columns": ("query", "positive")}, "write all as names, or all as"),
+        ({"teacher": "scores", "columns": ("query", "positive")}, "the row has no negative"),
+        (
+            {"teacher": "scores", "columns": TAUGHT_NAMES[:3]},
+            "has 3 scores of a teacher, for a posi",
+        ),
+    ],
+)
+def test_bad_columns_of_a_teacher(tmp_path, options, words):
+    path = put(tmp_path / "a.jsonl", lists())
+    stops(words, load_source, path, cache_dir=tmp_path / "c", **options)
+    stops(words, Source, lists(), **options)
+    if "row" not in words and options.get("teacher") != 4:
+        stops(words, Source, datasets.Dataset.from_list(lists()), **options)
+
+
+def test_a_teacher_that_tells_nothing_apart(tmp_path):
+    path = put(tmp_path / "a.jsonl", lists(scores=[2, 2, 2]))
+    stops(
+        "gives all texts of a row the same score",
+        load_source,
+        path,
+        teacher="scores",
+        cache_dir=tmp_path,
+    )
+    stops(
+        "a list of 5 does not fit teacher=7; give positions such as teacher=4",
+        Source,
+        [[*row[:4], list(row[4:])] for row in TAUGHT],
+        teacher=7,
+    )
+    stops(
+        "the row is no object, so that it has no column 'scores'", Source, TAUGHT, teacher="scores"
+    )

@@ -19,6 +19,7 @@ import pages
 import pytest
 import reference
 import typer
+import yaml
 from conftest import make_tokenizer
 from test_readme import commands, environment, undefined_names
 from torch.distributed.run import get_args_parser
@@ -185,6 +186,10 @@ def launched(words: list[str]) -> list[str]:
 
 def command_lines(block: Block) -> list[list[str]]:
     "Every call of the program in a block, as words."
+    if block.language == "yaml":
+        (jobs,) = yaml.safe_load(block.text)["spec"]["replicatedJobs"]
+        pods = jobs["template"]["spec"]["template"]["spec"]["containers"]
+        return [launched([*pod["command"], *pod["args"]]) for pod in pods]
     if block.language in ("bash", "slurm"):
         lines = [line.partition(" | ")[2] or line for line in commands(block.text)]
         lines = [shlex.split(line) for line in lines]
@@ -340,6 +345,25 @@ def test_a_model_is_pushed_as_the_page_says(desk, monkeypatch):
 # --- several machines ---
 
 
+def is_parsed(words: list[str]):
+    "Read a call of the program as the program does, without running it."
+    program, command, *rest = words
+    assert program == "contrastive-st"
+    known = typer.main.get_command(app).commands[command]
+    known.make_context(command, rest)  # exits with 2 for what it does not know
+
+
+def meets_by_name(options):
+    "Whether a line for torchrun lets it start dead processes again."
+    return (
+        options.rdzv_backend == "c10d"
+        and options.rdzv_id
+        and options.rdzv_endpoint.endswith(":29500")
+        and options.max_restarts > 0
+        and options.training_script_args[-1] == "--resume"
+    )
+
+
 def test_two_machines_get_the_same_line_but_for_their_rank():
     (block,) = [block for block in page("howto_machines") if "--node-rank" in block.text]
     lines = [line for line in commands(block.text) if line.startswith("torchrun")]
@@ -348,19 +372,81 @@ def test_two_machines_get_the_same_line_but_for_their_rank():
     assert len({re.sub(r"--node-rank \d", "", line) for line in lines}) == 1
 
 
+def slurm_jobs() -> list[tuple[Block, dict[str, str]]]:
+    "The jobs for Slurm, and what each asks for."
+    jobs = []
+    for block in page("howto_machines"):
+        if block.language != "slurm":
+            continue
+        done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        wishes = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", block.text, re.M))
+        assert len(wishes) == block.text.count("#SBATCH") and "requeue" in wishes
+        jobs.append((block, wishes))
+    return jobs
+
+
 def test_the_slurm_job_is_a_script_whose_numbers_fit():
-    (block,) = [block for block in page("howto_machines") if block.language == "slurm"]
-    done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    wishes = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", block.text, re.M))
-    assert len(wishes) == block.text.count("#SBATCH") and "requeue" in wishes
+    block, wishes = slurm_jobs()[0]
     assert wishes["ntasks-per-node"] == "1" and re.fullmatch(r"\d\d:\d\d:\d\d", wishes["time"])
     assert re.fullmatch(r"TERM@\d+", wishes["signal"])
     (line,) = [line for line in commands(block.text) if "torchrun" in line]
     words = shlex.split(line)
     options = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     assert options.nproc_per_node == wishes["gpus-per-node"] and "--resume" in words
-    assert options.nnodes == "$SLURM_NNODES" and options.rdzv_backend == "c10d"
+    assert options.nnodes == "$SLURM_NNODES" and meets_by_name(options)
+    is_parsed(launched(words))
+    # the notice of Slurm is longer than what torchrun grants, and that than nothing
+    (granted,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", block.text)
+    assert 30 < int(granted) < int(wishes["signal"].partition("@")[2])
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in block.text
+
+
+def test_the_job_array_gives_each_task_its_part():
+    block, wishes = slurm_jobs()[1]
+    assert wishes["array"] == "1-64"  # a part counts from 1
+    (line,) = commands(block.text)[-1:]
+    words = shlex.split(line)
+    assert words[words.index("--part") + 1] == "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+    assert "--resume" in words and "requeue" in wishes
+    is_parsed(words)
+
+
+def test_the_line_that_starts_again_is_the_same_on_each_machine():
+    (block,) = [b for b in page("howto_machines") if b.language == "bash" and "rdzv" in b.text]
+    export, line = commands(block.text)
+    assert export == "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    options = get_args_parser().parse_args(shlex.split(line)[1:])
+    assert meets_by_name(options) and options.nnodes == "2"
+    is_parsed(launched(shlex.split(line)))
+
+
+def test_the_jobset_is_a_manifest_whose_names_and_numbers_fit():
+    (block,) = [block for block in page("howto_machines") if block.language == "yaml"]
+    jobset = yaml.safe_load(block.text)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    name, spec = jobset["metadata"]["name"], jobset["spec"]
+    (jobs,) = spec["replicatedJobs"]
+    job, pod = jobs["template"]["spec"], jobs["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    words = [*container["command"], *container["args"]]
+    options = get_args_parser().parse_args(words[1:])
+    assert words[0] == "torchrun" and meets_by_name(options)
+    is_parsed(launched(words))
+    # the first pod is the meeting point, and there is a pod for each machine
+    assert options.rdzv_endpoint == f"{name}-{jobs['name']}-0-0.{name}:29500"
+    assert job["parallelism"] == job["completions"] == int(options.nnodes)
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    assert options.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    # a dead pod is the JobSet's business, a dead process that of torchrun
+    assert pod["restartPolicy"] == "Never" and spec["failurePolicy"]["maxRestarts"] > 0
+    env = {item["name"]: item["value"] for item in container["env"]}
+    assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert all(isinstance(value, str) for value in env.values())  # numbers are refused
+    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 # --- what pages quote of the library ---

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from conftest import WORDS, make_backbone, make_tokenizer, refuses, sentences
 
+from contrastive_st.atomic import write_manifest
 from contrastive_st.encoding import embedding_blocks, open_embeddings, write_embeddings
 from contrastive_st.index import Corpus, Hit, Index, build_index, extend_or_build, is_index
 from contrastive_st.model import SentenceEncoder
@@ -399,3 +400,22 @@ def test_an_index_of_another_version(tmp_path):
         write_manifest(path.parent)
         refuses(lambda: Index.open(path.parent), "again")
         path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"prompts": {"query": ""}}, "prompts has no document"),
+        ({"prompts": {}}, "prompts has no document"),
+        ({"model": {"name": "x", "relative": 5}}, "model has a name that is no text"),
+        ({"model": {"name": True}}, "model has a name that is no text"),
+        ({"precision": "int3"}, "precision 'int3' is not supported"),
+    ],
+)
+def test_a_record_that_another_program_wrote(tmp_path, change, said):
+    folder = tmp_path / "index"
+    quiet(folder, bag, TEXTS[:20])
+    file = folder / "index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    write_manifest(folder)
+    refuses(lambda: Index.open(folder), f"{file}: {said}", "make the index again")

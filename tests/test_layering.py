@@ -25,6 +25,7 @@ ALLOWED = {
     "model": {"cpu", "modeldir", "packed", "precision", "tokens"},
     "run": {
         "config",
+        "cpu",
         "gradcache",
         "guard",
         "loss",

@@ -7,19 +7,22 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import xxhash
 from conftest import refuses
 from encoders import TEXTS, backbone_and_tokenizer, theirs
 from test_trainer import At, Crash, config, crash, losses, make_pairs_and_triplets
 
 from contrastive_st.encoding import fingerprint
 from contrastive_st.model import SentenceEncoder, adapters_of, add_adapters, merge_adapters
-from contrastive_st.modeldir import Dense, has_adapters
+from contrastive_st.modeldir import Dense, frozen_digest, has_adapters
 from contrastive_st.recipes import load
 from contrastive_st.run import checkpoint_folder, load_weights
 from contrastive_st.trainer import train
 
 pytest.importorskip("peft", reason="the extra lora is not installed")
+pytestmark = pytest.mark.usefixtures("quick_disk")
 PAIRS = [(f"where is pier {n}", f"behind shed {n}") for n in range(12)]
 
 
@@ -240,6 +243,25 @@ def test_adapters_that_do_not_fit_are_refused(bases, adapted, tmp_path, change, 
     refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), str(tmp_path), *said)
 
 
+MANY = [f"m{n}" for n in range(20_000)]
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("target_modules", MANY, "at most 10000 items"),
+        ("layers_to_transform", [*range(20_000)], "at most 10000 items"),
+        ("rank_pattern", dict.fromkeys(MANY, 2), "at most 1000 items"),
+        ("alpha_pattern", dict.fromkeys(MANY, 2.0), "at most 1000 items"),
+        ("layers_pattern", MANY, "at most 1000 items"),
+    ],
+)
+def test_names_and_patterns_without_end(adapted, tmp_path, key, value, said):
+    changed(adapted, tmp_path, **{key: value})
+    file = tmp_path / "adapter_config.json"
+    refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), f"{file}: {key}", said)
+
+
 @pytest.mark.parametrize("beginning", [True, False, "gaussian", "orthogonal", "eva"])
 def test_beginnings_that_leave_the_base_alone_open(adapted, tmp_path, beginning):
     changed(adapted, tmp_path, init_lora_weights=beginning)
@@ -343,6 +365,83 @@ def test_a_base_that_is_gone_has_no_name(bases, tmp_path):
     refuses(lambda: add_adapters(encoder), "has adapters already")
 
 
+def other_config(base):
+    "Another rounding in every layer, and the same weights."
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_norm_eps": 0.1}))
+
+
+def other_weights(base):
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"] *= 2
+    safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+
+LOSSES = [shutil.rmtree, lambda base: (base / "model.safetensors").unlink(), other_config,
+          other_weights]  # fmt: skip
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_base_that_was_deleted_or_changed_is_no_loss(bases, tmp_path, lose):
+    base, alone = tmp_path / "base", tmp_path / "alone"
+    shutil.copytree(bases / "bert", base)
+    (base / "manifest.json").unlink()
+    encoder = move(add_adapters(SentenceEncoder.from_pretrained(base), r=4))
+    vectors = encoder.encode(TEXTS)
+    lose(base)
+    with pytest.warns(UserWarning, match=f"{base}: .* deleted or changed .* saved whole"):
+        encoder.save_pretrained(tmp_path / "whole")
+    with pytest.warns(UserWarning, match=f"{base}: .* in the folder base: copy it back"):
+        encoder.save_pretrained(alone, merge=False)
+    for again in (SentenceEncoder.from_pretrained(tmp_path / "whole"), theirs(tmp_path / "whole")):
+        np.testing.assert_allclose(again.encode(TEXTS), vectors, atol=1e-6)
+    opened = SentenceEncoder.from_pretrained(alone)
+    np.testing.assert_array_equal(opened.encode(TEXTS), vectors)
+    shutil.rmtree(base, ignore_errors=True)
+    shutil.copytree(alone / "base", base)
+    opened.save_pretrained(tmp_path / "later")  # without a warning
+    (tmp_path / "later" / "manifest.json").unlink()
+    again = SentenceEncoder.from_pretrained(tmp_path / "later")
+    assert has_adapters(again.backbone)
+    np.testing.assert_allclose(again.encode(TEXTS), vectors, atol=1e-6)
+
+
+def test_a_base_that_was_only_touched_is_named(bases, tmp_path, recwarn):
+    base = tmp_path / "base"
+    shutil.copytree(bases / "bert", base)
+    encoder = add_adapters(SentenceEncoder.from_pretrained(base), r=2)
+    SentenceEncoder.from_pretrained(base).save_pretrained(base)
+    copy.deepcopy(encoder).save_pretrained(tmp_path / "a")
+    encoder.save_pretrained(tmp_path / "b")
+    assert not recwarn.list and has_adapters(
+        SentenceEncoder.from_pretrained(tmp_path / "b").backbone
+    )
+
+
+def test_the_digest_of_the_base_is_computed_once(bases, tmp_path, monkeypatch):
+    encoder, digests = add_adapters(SentenceEncoder.from_pretrained(bases / "bert"), r=2), []
+
+    class Counted:
+        def __init__(self):
+            self.digest = new()
+            self.update = self.digest.update
+
+        def hexdigest(self):
+            digests.append(self.digest.hexdigest())
+            return digests[-1]
+
+    new = xxhash.xxh3_64
+    monkeypatch.setattr(xxhash, "xxh3_64", Counted)
+    train(encoder, make_pairs_and_triplets(), config(4, save_every=1), tmp_path, progress=False)
+    assert len(digests) == 1
+    with torch.no_grad():
+        encoder.backbone.embeddings.word_embeddings.weight[3] += 1
+    assert frozen_digest(encoder.backbone) != digests[0] and len(digests) == 2
+    merge_adapters(encoder)
+    add_adapters(encoder, r=2)
+    assert frozen_digest(encoder.backbone) not in digests[:2]
+
+
 @pytest.mark.parametrize("use", [adapters_of, merge_adapters])
 def test_several_adapters_are_refused(adapted, use):
     import peft
@@ -374,6 +473,48 @@ def test_bytes_do_not_depend_on_the_hash_seed(adapted, tmp_path):
     assert targets == sorted(targets) and len(targets) > 3
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda x: x.to(torch.complex64), "is of type C64"),
+        (lambda x: x > 0, "is of type BOOL"),
+        (lambda x: x.to(torch.int32), "is of type I32"),
+        (lambda x: x.to(torch.uint8), "is of type U8"),
+        (lambda x: x * torch.nan, "holds NaN or infinity"),
+        (lambda x: x.double() * torch.inf, "holds NaN or infinity"),
+        (lambda x: x.double() + 1e300, "holds NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize("where", ["adapters", "base"])
+def test_numbers_that_are_no_weights(bases, tmp_path, change, said, where):
+    base, folder = tmp_path / "base", tmp_path / "adapters"
+    shutil.copytree(bases / "bert", base)
+    move(add_adapters(SentenceEncoder.from_pretrained(base), r=2)).save_pretrained(folder)
+    for path in (base, folder):
+        (path / "manifest.json").unlink()
+    file = (
+        folder / "adapter_model.safetensors"
+        if where == "adapters"
+        else (base / "model.safetensors")
+    )
+    weights = safetensors.torch.load_file(file)
+    name = next(name for name in sorted(weights) if name.endswith(".weight"))
+    safetensors.torch.save_file(weights | {name: change(weights[name])}, file, {"format": "pt"})
+    refuses(lambda: SentenceEncoder.from_pretrained(folder), str(file), name[-50:], said)
+    if where == "base":
+        refuses(lambda: SentenceEncoder.from_pretrained(base), str(file), name, said)
+
+
+@pytest.mark.parametrize("base", ["", " ", ".", "/", "..", "a\0b", "x" * 300, "x/" * 3000, "~"])
+def test_a_base_that_is_none_names_the_file(adapted, tmp_path, monkeypatch, base):
+    changed(adapted, tmp_path, base_model_name_or_path=base)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    todo = "there as base_model_name_or_path"
+    file = tmp_path / "adapter_config.json"
+    refuses(lambda: SentenceEncoder.from_pretrained(tmp_path), f"{file}: ", "base model", todo)
+
+
 def test_adapters_whose_numbers_are_gone(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
     (tmp_path / "manifest.json").unlink()
@@ -386,6 +527,35 @@ def test_adapters_whose_numbers_are_gone(adapted, tmp_path):
 
 def start(bases):
     return add_adapters(SentenceEncoder.from_pretrained(bases / "bert"), r=4, lora_dropout=0.1)
+
+
+def test_a_run_whose_base_is_deleted_goes_on_and_opens(bases, tmp_path):
+    base, cut, settings = tmp_path / "base", tmp_path / "cut", config(4, save_every=2)
+    mixture = make_pairs_and_triplets()
+    shutil.copytree(bases / "bert", base)
+
+    def fresh():
+        return add_adapters(SentenceEncoder.from_pretrained(base), r=4)
+
+    whole = fresh()
+    train(whole, mixture, settings, tmp_path / "whole", progress=False)
+    first, second = fresh(), fresh()
+    ways = {"callbacks": [At(1, lambda *_: shutil.rmtree(base))], "progress": False}
+    with pytest.warns(UserWarning, match="deleted or changed"):
+        train(first, mixture, settings, cut, **ways)
+    opened = SentenceEncoder.from_pretrained(cut / "model")
+    np.testing.assert_allclose(opened.encode(TEXTS), whole.encode(TEXTS), atol=1e-6)
+    train(second, mixture, settings, cut, resume=True, progress=False)  # a finished run
+    np.testing.assert_allclose(second.encode(TEXTS), whole.encode(TEXTS), atol=1e-6)
+    # killed at step 3 in its place: the base is copied back, and the run goes on
+    for path in (cut / "model", checkpoint_folder(cut, 4)):
+        shutil.rmtree(path)
+    (cut / "metrics.json").write_text((tmp_path / "whole" / "metrics.json").read_text())
+    shutil.copytree(checkpoint_folder(cut, 2) / "base", base)
+    third = fresh()
+    train(third, mixture, settings, cut, resume=True, progress=False)
+    assert losses(cut) == losses(tmp_path / "whole")
+    np.testing.assert_array_equal(third.encode(TEXTS), whole.encode(TEXTS))
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 60])

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import forked
 
 from contrastive_st.loss import gather, info_nce, matryoshka, same_text
 
@@ -500,7 +500,7 @@ def two_ranks(tmp_path_factory):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_rank, args=(str(folder),), nprocs=P)
+    forked(on_rank, (str(folder),), P)
     return [torch.load(folder / f"{rank}.pt") for rank in range(P)]
 
 

@@ -1,11 +1,17 @@
 """The losses beside InfoNCE against sentence-transformers, loops and finite differences."""
 
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_tokenizer, sentences
+from test_run import dropout_run, guide_index, same
+from test_trainer import At, config, make_encoder, stop
 
+from contrastive_st.data import Source
 from contrastive_st.loss import info_nce, same_text
 from contrastive_st.losses import (
     DIRECTIONS,
@@ -17,6 +23,9 @@ from contrastive_st.losses import (
     margin_mse,
     siglip,
 )
+from contrastive_st.mixture import Mixture, as_mixture
+from contrastive_st.run import Run, TrainConfig, batch_loss
+from contrastive_st.tokens import Tokens
 
 B, D = 7, 12
 
@@ -379,6 +388,115 @@ def test_one_margin_per_row_may_come_without_its_dimension():
     inputs, scores = pairs(k=1), teacher(1)
     margins = scores[:, 0] - scores[:, 1]
     assert margin_mse(*inputs, margins).item() == margin_mse(*inputs, scores).item()
+
+
+# --- a teacher's scores in columns ---
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("k, form", [(1, "scores"), (3, "scores"), (1, "margins"), (3, "margins")])
+@pytest.mark.parametrize("loss", ["margin_mse", "distill_kl"])
+def test_a_run_s_loss_of_a_column_equals_sentence_transformers(peer, loss, k, form, similarity):
+    "From rows with scores or differences, through source, batch and tokens, to 1e-6."
+    scores = teacher(k, seed=k)
+    column = scores if form == "scores" else scores[:, :1] - scores[:, 1:]
+    rows = [
+        (f"a {n}", f"p {n}", *(f"n {n} {j}" for j in range(k)), *column[n].tolist())
+        for n in range(B)
+    ]
+    at = range(2 + k, len(rows[0]))
+    mixture = as_mixture(rows, B, teacher=list(at))
+    batch = Tokens(make_tokenizer(), 16)(mixture.batch(0))
+    order = [int(text.split()[1]) for text, *_ in mixture.batch(0).examples]
+    torch.manual_seed(0)
+    embeddings = torch.randn((2 + k) * B, D, dtype=torch.float64, requires_grad=True)
+    c = TrainConfig(steps=1, loss=loss, scale=1.0, similarity=similarity)
+    ours, masked = batch_loss(embeddings, batch.identities, c, teacher=batch.teacher)
+    losses, util = peer
+    function = {"cos": util.pairwise_cos_sim, "dot": util.pairwise_dot_score}[similarity]
+    Loss = losses.MarginMSELoss if loss == "margin_mse" else losses.DistillKLDivLoss
+    labels = column[order].double()
+    if loss == "distill_kl" and form == "margins":  # it takes scores, of which differences count
+        labels = torch.cat([torch.zeros(B, 1), -labels], dim=1)
+    theirs = Loss(torch.nn.Identity(), similarity_fct=function)
+    expected = theirs.compute_loss_from_embeddings(list(embeddings.split(B)), labels)
+    gradients = [torch.autograd.grad(x, embeddings)[0] for x in (ours, expected)]
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    assert masked == 0
+    with pytest.raises(ValueError, match="no scores of a teacher in its field teacher"):
+        batch_loss(embeddings, batch.identities, c)
+
+
+def taught_rows(n=24, k=2, scale=1.0):
+    "Rows of texts with a teacher that prefers short ones."
+    texts = sentences((2 + k) * n, 3)
+    rows = [tuple(texts[i::n][: 2 + k]) for i in range(n)]
+    return [(*row, [scale * 0.01 * (len(row[0]) - len(text)) for text in row[1:]]) for row in rows]
+
+
+def taught(rows, **options):
+    return as_mixture(Source(rows, "taught", teacher=4, **options), 8)
+
+
+def test_a_run_learns_from_a_column_and_goes_on_exactly(tmp_path):
+    rows, c = taught_rows(), config(6, save_every=2, loss="distill_kl")
+    whole = dropout_run(tmp_path / "whole", c, mixture=taught(rows))
+    dropout_run(tmp_path / "parts", c, mixture=taught(rows), callbacks=[At(3, stop)])
+    same_scores = taught(taught_rows(scale=0.5), teacher_scale=2.0)
+    assert same(whole, dropout_run(tmp_path / "parts", c, mixture=same_scores, resume=True))
+    with pytest.raises(ValueError, match="texts.taught was"):
+        dropout_run(tmp_path / "whole", c, mixture=taught(taught_rows(scale=2)), resume=True)
+
+
+def test_datasets_with_a_teacher_beside_others(tmp_path):
+    "A batch has a column's scores, or the guide's, but never both."
+    sources = [Source(taught_rows(), "column", teacher=4)]
+    sources += [Source([row[:4] for row in taught_rows()], "guided")]
+    texts = sorted({text for source in sources for row in source for text in row})
+    guide = guide_index(tmp_path / "index", texts)
+    mixture = Mixture(sources, [1, 1], 8, 1)
+    assert [(pool.columns, pool.taught) for pool in mixture.pools] == [(4, False), (4, True)]
+    c = config(4, loss="margin_mse", guide=guide)
+    run, tokens = Run(make_encoder(), mixture, c, tmp_path / "run"), Tokens(make_tokenizer(), 64)
+    kinds = Counter()
+    for step in range(8):
+        whole, parts = run.batch(tokens, step), [run.batch(tokens, step, r, 2) for r in (0, 1)]
+        kinds[whole.teacher is None] += 1
+        assert (whole.guide is None) != (whole.teacher is None)
+        if whole.teacher is not None:
+            assert torch.equal(torch.cat([part.teacher for part in parts]), whole.teacher)
+            numbers = mixture.batch(step).teacher
+            assert whole.teacher.dtype == torch.float32 and np.array_equal(whole.teacher, numbers)
+    assert min(kinds.values()) >= 2
+    dropout_run(tmp_path / "trained", c, mixture=mixture)
+
+
+@pytest.mark.parametrize(
+    "rows, options, settings, message",
+    [
+        (
+            taught_rows(),
+            {"teacher": 4},
+            {},
+            "dataset 1: its rows have the scores of a teacher, but loss is 'info_nce'",
+        ),
+        (
+            [row[:4] for row in taught_rows()],
+            {},
+            {"loss": "margin_mse"},
+            "its rows have no scores of a teacher, but loss = 'margin_mse' copies them; name their",
+        ),
+        ([row[:2] for row in taught_rows()], {}, {"loss": "distill_kl"}, "no scores of a teacher"),
+    ],
+)
+def test_a_teacher_without_its_loss_and_the_loss_without_a_teacher(
+    tmp_path, rows, options, settings, message
+):
+    mixture = as_mixture([Source(rows, "dataset 1", **options)], 8)
+    with pytest.raises(ValueError, match=message) as error:
+        dropout_run(tmp_path / "run", config(2, **settings), mixture=mixture)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 # --- refusals ---

@@ -428,6 +428,44 @@ def test_labeled_pairs_are_read_back_as_hard_negatives(tmp_path):
     assert len(tuples) > 50 and set(tuples) <= set(read)
 
 
+@pytest.mark.parametrize("output_format", ["triplet", "n-tuple"])
+def test_scores_are_written_as_the_peer_writes_them(tmp_path, output_format):
+    p, options = problem(), {"num_negatives": 3, "range_max": 40, "relative_margin": 0.05}
+    rows, report = mine(p, output_format=output_format, output_scores=True, **options)
+    plain, _ = mine(p, output_format=output_format, **options)
+    assert [tuple(row.values())[:-1] for row in rows] == plain
+    vectors = [dict(zip(p.queries, p.query_embeddings)), dict(zip(p.corpus, p.corpus_embeddings))]
+    for row in rows:
+        query, *texts, scores = row.values()
+        expected = [float(vectors[0][query] @ vectors[1][text]) for text in texts]
+        assert scores == pytest.approx(expected, abs=1e-6)
+    path, again = mine(
+        p, output_format=output_format, output_scores=True, path=tmp_path / "m.jsonl", **options
+    )
+    assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == rows
+    assert report.options["output_scores"] and str(again) == str(report)
+    source = load_source(path, teacher="scores", cache_dir=tmp_path / "c")
+    assert list(source) == plain == list(read_examples(path))  # the scores may stay unread
+    assert source.teacher(range(len(rows))).tolist() == [
+        pytest.approx(row["scores"], abs=1e-6) for row in rows
+    ]
+    theirs = peer(p, output_format=output_format, output_scores=True, **options)
+    ours = {tuple(row.values())[:-1]: row["scores"] for row in rows}
+    assert {row[:-1]: pytest.approx(row[-1], abs=1e-6) for row in theirs} == ours
+
+
+def test_written_scores_are_those_of_the_cross_encoder():
+    def rescore(pairs):
+        return [float((7 * len(a) + 31 * sum(map(ord, b))) % 97) for a, b in pairs]
+
+    rows, _ = mine(problem(), rescore=rescore, output_scores=True, too_few="fill")
+    for row in rows:
+        query, *texts, scores = row.values()
+        assert scores == rescore([(query, text) for text in texts])
+    with pytest.raises(ValueError, match="choose output_format 'triplet' or 'n-tuple'"):
+        mine(problem(), output_scores=True, output_format="labeled-pair")
+
+
 KILLED = """
 import os, sys
 sys.path.insert(0, {tests!r})
@@ -711,6 +749,15 @@ def test_training_reads_what_the_command_wrote(files):
     mixture = Mixture.from_config(mix, files, batch_size=4, cache_dir=files / "cache")
     batch = mixture.batch(0)
     assert {len(example) for example in batch.examples} == {2 + 5}  # --k is 5
+
+
+def test_the_command_writes_scores(files):
+    said = command(files, "--k 3 --scores --format n-tuple --fill --relative-margin 0")
+    entry = {"name": "mined.jsonl", "weight": 1, "teacher": "scores"}
+    assert '{name = "mined.jsonl", weight = 1, teacher = "scores"}' in said
+    assert 'train with loss = "margin_mse" or "distill_kl"' in said
+    batch = Mixture.from_config([entry], files, 4, cache_dir=files / "cache").batch(0)
+    assert batch.teacher.shape == (4, 4) and (batch.teacher[:, 0] > batch.teacher[:, 1]).all()
 
 
 def test_the_command_with_an_index_and_without_a_corpus(files):

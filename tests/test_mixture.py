@@ -1299,3 +1299,39 @@ def test_labels_and_scores_from_memory():
         as_mixture(Source(PAIRS), label=1)
     with pytest.raises(ValueError, match="'labels' is no option"):
         as_mixture(PAIRS, labels=1)
+
+
+def test_datasets_with_a_teacher_have_batches_of_their_own(tmp_path):
+    rows = [[f"q {n}", f"p {n}", f"n {n}", n / 2, 1] for n in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row[:3]) + "\n" for row in rows))
+    entry = {"name": "a.jsonl", "weight": 1, "teacher": [3, 4], "teacher_scale": 0.5}
+    both = [entry, {"name": "b.jsonl", "weight": 1}]
+    mixture = Mixture.from_config(both, tmp_path, 4, 1, cache_dir=tmp_path / "c")
+    assert [(pool.columns, pool.taught) for pool in mixture.pools] == [(3, False), (3, True)]
+    batches = [mixture.batch(step) for step in range(32)]
+    assert len({batch.teacher is None for batch in batches}) == 2
+    for batch in batches:
+        if batch.teacher is not None:
+            numbers = [int(text.split()[1]) for text, *_ in batch.examples]
+            assert batch.teacher.tolist() == [[n / 4, 0.5] for n in numbers]
+            assert batch.teacher.dtype == np.float32 and set(batch.sources) == {"a.jsonl"}
+    with pytest.raises(ValueError, match="only 1 has a teacher and 3 columns"):
+        three = [*mixture.sources, Source([row[:3] for row in rows], "c")]
+        Mixture(three, [1, 1, 1], 4, 2)
+    prepare(
+        [{"name": "a.jsonl", "path_or_hub_id": tmp_path / "a.jsonl"} | {"teacher": [3, 4]}],
+        tmp_path / "s",
+        progress=False,
+    )
+    assert Mixture.from_config([entry], tmp_path / "s", 4).sources[0].has_teacher
+    for change, words in (
+        (
+            {"teacher": 3},
+            r"asks for teacher = \[3\], the store was prepared with teacher = \[3, 4\]",
+        ),
+        ({"teacher": None, "teacher_scale": None}, "asks for pairs without labels or scores, the"),
+        ({"teacher_scal": 1}, "unknown key 'teacher_scal'; did you mean 'teacher_scale'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Mixture.from_config([entry | change], tmp_path / "s", 4)

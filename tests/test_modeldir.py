@@ -19,8 +19,15 @@ from conftest import make_backbone, make_tokenizer
 from encoders import MINILM, TEXTS, backbone_and_tokenizer, theirs
 
 from contrastive_st import modeldir
+from contrastive_st.charts import watch_run
+from contrastive_st.data import load_source
+from contrastive_st.demo import open_models
+from contrastive_st.encoding import open_embeddings
+from contrastive_st.files import read_rows
+from contrastive_st.index import Index
 from contrastive_st.model import POOLINGS, SentenceEncoder
-from contrastive_st.modeldir import Dense
+from contrastive_st.modeldir import Dense, lies_in
+from contrastive_st.new import new_recipe
 
 
 @pytest.fixture
@@ -1007,7 +1014,9 @@ def test_what_a_model_says_is_quoted(saved, key, value):
 
 @pytest.mark.parametrize("name", ["a" * 100_000, "\x1b[31mred", "a\0b", "~nobody-of-this-name/x"])
 def test_a_name_that_is_no_path_is_quoted(name):
-    with pytest.raises(ValueError, match="is not a directory|is no directory here") as error:
+    with pytest.raises(
+        ValueError, match="is not a directory|is no directory here|is too long|holds a NUL"
+    ) as error:
         SentenceEncoder.from_pretrained(name)
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 
@@ -1222,3 +1231,31 @@ def test_decoders_equal_sentence_transformers_and_learn(tmp_path, kind):
     ours = encoder.encode(TEXTS)
     assert np.abs(ours - expected).max() > 1e-3
     np.testing.assert_allclose(theirs(tmp_path / "again").encode(TEXTS), ours, atol=1e-6)
+
+
+# ---- names that no file can have ----
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~\0", "a/\ud800", "x" * 300, "x/" * 2500, ""])
+@pytest.mark.parametrize(
+    "use",
+    [
+        SentenceEncoder.from_pretrained,
+        lambda name: lies_in("base", name),
+        lambda name: list(read_rows(name)),
+        load_source,
+        lambda name: new_recipe("new.toml", name),
+        lambda name: new_recipe(f"{name}.toml", "pairs.csv"),
+        open_embeddings,
+        Index,
+        watch_run,
+        lambda name: open_models([name]),
+    ],
+)
+def test_names_that_no_file_can_have(tmp_path, monkeypatch, use, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        use(name)
+    words = str(caught.value)
+    assert words.isprintable() and len(words) < 300 and "embedded" not in words
+    assert not isinstance(caught.value, UnicodeError) and not any(tmp_path.iterdir())

@@ -31,6 +31,7 @@ FOREIGN = {
     "_modules": "torch: the children under their names, None among them",
     "_forward_hooks": "torch: a module that somebody watches is left alone",
     "_forward_pre_hooks": "torch: a module that somebody watches is left alone",
+    "_version": "torch: counts the changes of a tensor in place, so its digest need not be new",
     "_base": "torch: tells a view, which costs no memory, from a tensor that does",
     "_XLAC": "torch_xla: the graph of a step as text has no public name",
     "_get_xla_tensors_text": "torch_xla: the graph of a step as text has no public name",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import datasets
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from contrastive_st import recipes
+from contrastive_st import atomic, recipes
 from contrastive_st.cli import app
 from contrastive_st.data import read_retrieval, read_sts
 from contrastive_st.evaluation import read_labelled
@@ -623,9 +624,51 @@ def test_torch_is_not_needed(desk):
     program = f"""
 import sys
 from contrastive_st.new import new_recipe
-from contrastive_st import recipes
+from contrastive_st import atomic, recipes
 new_recipe("mine.toml", {faq()!r})
 recipes.load("mine.toml")
 assert not {{"torch", "transformers"}} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_names_of_columns_are_shown_as_they_are_typed(desk):
+    names = ["my question", "its answer"]
+    rows = [{names[0]: f"where is pier {n}", names[1]: f"behind shed {n}"} for n in range(9)]
+    assert_refused(rows, "--columns 'my question,its answer'")
+    again = [{"a": row[names[0]], 'b\x1b[31m"]': row[names[1]]} for row in rows]
+    assert_refused(again, r"--columns 'a,b\x1b[31m")
+    assert_refused([{}] * 9, "no row has a text with a name")
+    assert_refused([{"a": "x", "\ud800": "y"}] * 9, "holds half a character; rename it")
+
+
+def assert_refused(rows, words):
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError) as caught:
+        new_recipe("rows.toml", "rows.jsonl")
+    assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_file_whose_name_is_no_text(desk):
+    pairs = "".join(f"where is pier {n},behind shed {n}\n" for n in range(30))
+    Path("\udcff.csv").write_text("anchor,positive\n" + pairs)
+    new_recipe("mine.toml", "\udcff.csv")
+    assert recipes.load("mine.toml").title == "?.csv: anchor, positive"
+    with pytest.raises(ValueError, match="holds bytes that are no text"):
+        new_recipe("\udcff.toml", "\udcff.csv")
+
+
+def test_a_recipe_that_cannot_be_written_leaves_no_folder(desk, monkeypatch):
+    pairs = "".join(f"where is pier {n},behind shed {n}\n" for n in range(30))
+    Path("pairs.csv").write_text("anchor,positive\n" + pairs)
+    write_text = atomic.write_text
+
+    def full(path, text):
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr(atomic, "write_text", full)
+    with pytest.raises(ValueError, match="the disk is full"):
+        new_recipe("mine.toml", "pairs.csv")
+    monkeypatch.setattr(atomic, "write_text", write_text)
+    assert {path.name for path in desk.iterdir()} == {"pairs.csv"}
+    new_recipe("mine.toml", "pairs.csv")

@@ -1248,3 +1248,25 @@ def test_labels_are_an_exam(folder):
     exam = build(EvaluationPlan, table, "recipe.toml: test")
     assert (exam.labels, exam.neighbors, exam.text, exam.label) == tuple(table.values())
     assert (EvaluationPlan().labels, EvaluationPlan().text) == ("", "text")
+
+
+@pytest.mark.parametrize(
+    "teacher, loss, words",
+    [
+        (', teacher = "scores"', "info_nce", "dataset 1 names a teacher, but train.loss is 'info"),
+        ("", "margin_mse", "copies a teacher's scores, and there are none; name their column with"),
+        (', teachr = "scores"', "margin_mse", "there are none"),
+        (', teacher = "scores", teacher_scale = 0.05', "distill_kl", ""),
+        (', teacher = ["s1", "s2"]', "margin_mse", ""),
+    ],
+)
+def test_a_teacher_and_its_loss_go_together(folder, teacher, loss, words):
+    "Said when the recipe is read, before any data is opened."
+    text = changed('mix = "data_config.json"', f'mix = [{{name = "a.jsonl", weight = 1{teacher}}}]')
+    (folder / "taught.toml").write_text(text.replace("lr = 1e-3", f'loss = "{loss}"'))
+    if not words:
+        assert load(folder / "taught.toml").train["loss"] == loss
+        return
+    with pytest.raises(ValueError, match=words) as error:
+        load(folder / "taught.toml")
+    assert "taught.toml" in str(error.value) and "\n" not in str(error.value)

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -389,7 +389,7 @@ class Interrupted(Scores):
     def __call__(self, encoder):
         if len(self.seen) + 1 == self.call:
             self.call = None
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread, so it is there at once
         return super().__call__(encoder)
 
 
@@ -414,6 +414,17 @@ def test_a_signal_during_an_evaluation_loses_neither_steps_nor_the_evaluation(
         (e["step"], e["eval_score"]) for e in evaluations[1]
     ]
     assert read(tmp_path / "run", "metrics")["best_step"] == 4
+
+
+def test_a_signal_ends_an_evaluation_whose_code_forgets_it(tmp_path):
+    def forgetful(encoder):
+        with suppress(KeyboardInterrupt):  # as Python does by itself in a __del__
+            signal.raise_signal(signal.SIGTERM)
+        return {"score": 0.1}
+
+    with pytest.raises(Stopped, match="stopped before the first step"):
+        dropout_run(tmp_path, config(6), evaluate=forgetful)
+    assert not checkpoints(tmp_path)
 
 
 def test_a_signal_in_the_last_measurement_saves_the_last_step(tmp_path, whole):
@@ -1203,6 +1214,8 @@ LOSSES = {
     "tiled guide": dict(tiled=True, guard="guide", guide="not opened here", mask_same=False),
     "gte guide": dict(loss="gte", guard="guide", guide="not opened here", guard_margin=-0.1),
     "relative": dict(guard="guide", guide="not opened here", guard_relative_margin=0.05),
+    "taught margin": dict(loss="margin_mse", widths=(8, 32), scale=1.0),
+    "taught choice": dict(loss="distill_kl"),
 }
 
 
@@ -1212,16 +1225,23 @@ def guided(batch):
     return batch._replace(guide=turns.float() / 4 - 1)
 
 
+def taught(batch):
+    "A batch with the scores of a teacher, which follow from its texts."
+    return batch._replace(teacher=(batch.identities[:, 1:] % 7).float() / 4 - 1)
+
+
 def loss_steps(embed, encoder, rank=0, ranks=1):
     "Loss, what it masked and gradients of a step of each loss, whole and in chunks."
     found, no_sync = {}, getattr(embed, "no_sync", nullcontext)
     for columns in (2, 3):
         plain = Tokens(make_tokenizer(), 64)(make_mixture(columns).batch(1, rank, ranks))
         for name, options in LOSSES.items():
+            if "taught" in name and columns == 2:  # there is nothing to compare
+                continue
             for chunk_tokens in (0, 40):
                 c = config(**options)
                 learned = learned_scale(c)
-                batch = guided(plain) if c.guide else plain
+                batch = guided(plain) if c.guide else taught(plain) if "taught" in name else plain
                 logs = train_step(
                     *(encoder, batch, c),
                     embed=embed,
@@ -1374,7 +1394,6 @@ def test_graded_pairs_take_cosent_whatever_the_loss():
         (dict(learn_scale="yes"), "learn_scale"),
         (dict(guard="guide"), "guard is 'guide' but guide is empty; name the index folder"),
         (dict(guide="index"), "guide is 'index' but guard is ''; set guard = 'guide'"),
-        (dict(loss="margin_mse"), "loss is 'margin_mse' but guide is empty; name the index folder"),
         (dict(guard_relative_margin=0.1), "guard_relative_margin is 0.1 but there is no guard"),
         (dict(guard="self", guard_relative_margin=2.0), "guard_relative_margin should be less"),
         (

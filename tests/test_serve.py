@@ -18,11 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_backbone, make_tokenizer
 
 from contrastive_st import serve
 from contrastive_st.index import build_index
 from contrastive_st.model import SentenceEncoder
+from contrastive_st.modeldir import Dense, StaticBackbone, without_special_tokens
 from contrastive_st.server import Refusal, in_background
 
 for package in ("fastapi", "uvicorn", "prometheus_client"):
@@ -152,7 +154,28 @@ def test_what_fails_is_told_to_its_requests_and_the_next_batch_works():
         return results, await batcher(["good"])
 
     (results, after), _ = run_batcher(work, compute, serve.Limits(batch=4))
-    assert [type(r) for r in results] == [RuntimeError] * 2 and after == ["good"]
+    assert type(results[0]) is RuntimeError and results[1] == after == ["good"]
+
+
+def test_a_text_that_cannot_be_encoded_fails_its_own_request_only():
+    tokenizer = without_special_tokens(make_tokenizer())
+    table = StaticBackbone(torch.ones(len(tokenizer), 16))
+    encoder = SentenceEncoder(table, tokenizer, head=[Dense(16, 8)]).eval()
+    service = serve.Service(encoder, "static", limits=serve.Limits(batch=5))
+
+    async def main():
+        async with service.running():
+            asked = [["a dog"], ["a dog", "a cat", " "], ["a cat"] * 3, ["a dog"] * 20 + ["\u200b"]]
+            requests = [service.embed(texts) for texts in asked]
+            return await asyncio.gather(*requests, return_exceptions=True)
+
+    results = asyncio.run(main())
+    for i, texts in ((0, ["a dog"]), (2, ["a cat"] * 3)):
+        np.testing.assert_allclose(results[i].vectors, encoder.encode(texts), atol=1e-6)
+    for i, row in ((1, 2), (3, 20)):
+        status, sentence, *_ = results[i].args
+        assert status == 422 and sentence.startswith(f"text {row} has no token")
+    assert service.batcher.waiting == 0
 
 
 def test_a_full_queue_and_a_closed_one():
@@ -227,6 +250,25 @@ def test_the_default_prompt_and_the_width_that_a_model_was_saved_with(encoder):
     expected = other.encode(TEXTS, progress=False)
     np.testing.assert_allclose(answer["embeddings"], expected, atol=1e-6)
     assert answer["dimensions"] == 16
+
+
+def test_prompts_that_a_model_leaves_out_of_its_pooling():
+    tokenizer, prompts = make_tokenizer(), {"query": "where is: ", "document": "a street: "}
+    encoder = SentenceEncoder(
+        make_backbone(len(tokenizer)), tokenizer, prompts=prompts, include_prompt=False,
+        max_length=32,
+    ).eval()  # fmt: skip
+    encoder.settings["truncate_dim"] = 16
+    service = serve.Service(encoder, "apart")
+
+    async def main():
+        async with service.running():
+            names = ["query", "document", None]
+            asked = [service.embed(TEXTS, service.prompt(name)) for name in names]
+            return await asyncio.gather(*asked)
+
+    for encoded, prompt in zip(asyncio.run(main()), ("query", "document", "")):
+        np.testing.assert_allclose(encoded.vectors, encoder.encode(TEXTS, prompt=prompt), atol=1e-6)
 
 
 def test_similarity(address, encoder):

@@ -120,6 +120,20 @@ def test_tables_of_model2vec_that_do_not_fit(saved, tensors, said):
     refuses(lambda: SentenceEncoder.from_pretrained(saved), f"{file}: ", said, "from its source")
 
 
+@pytest.mark.parametrize("weights", [torch.ones(4) > 0, torch.ones(4, dtype=torch.int64)])
+def test_weights_of_model2vec_are_floating_point_numbers(saved, weights):
+    file = saved / "model.safetensors"
+    safetensors.torch.save_file({"embeddings": torch.ones(4, 2), "weights": weights}, file)
+    refuses(lambda: SentenceEncoder.from_pretrained(saved), f"{file}: ", "weights", "real number")
+
+
+def test_a_row_that_is_shared_too_often(saved):
+    file, mapping = saved / "model.safetensors", torch.zeros(100_000, dtype=torch.int64)
+    safetensors.torch.save_file({"embeddings": torch.ones(1, 8000), "mapping": mapping}, file)
+    said = ("100,000 rows of 1", "800,000,000 numbers", "at most 134,217,728")
+    refuses(lambda: SentenceEncoder.from_pretrained(saved), f"{file}: mapping makes", *said)
+
+
 def test_it_trains_with_a_head_and_opens_elsewhere(encoder, tmp_path):
     encoder = SentenceEncoder(encoder.backbone, encoder.tokenizer, head=[Dense(16, 8)])
     before = encoder.backbone.embedding.weight.detach().clone()

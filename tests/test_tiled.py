@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import forked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_st.loss import gather, info_nce, same_text
@@ -285,7 +285,7 @@ def four_processes(tmp_path_factory):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(on_rank, args=(str(folder),), nprocs=4)
+    forked(on_rank, (str(folder),), 4)
     return folder
 
 

@@ -45,6 +45,23 @@ HOWTO = (
 )
 # then the parts above, and last what one looks up
 REFERENCE = ("docs/recipe_keys.md", "docs/glossary.md")
+# What people type into the search box, and the page that answers it: the site lists these words in
+# its index, and its search shows a page of the index before all others.
+ASKED = {
+    "nbs/tutorials/your_own_data.ipynb": "own data, your own data, my data, fine-tune, fine-tuning",
+    "docs/howto_data.md": "CSV, JSONL, Parquet, data format, bring data",
+    "docs/howto_models.md": "which model, base model, model to start from, multilingual",
+    "docs/howto_settings.md": "batch size, learning rate, steps, epochs, warm-up",
+    "docs/howto_resume.md": "resume, train longer, checkpoint, interrupted",
+    "docs/howto_memory.md": "memory, out of memory, OOM, gradient cache, bfloat16",
+    "docs/howto_machines.md": "torchrun, several GPUs, multi-GPU, DDP, Slurm, distributed",
+    "docs/howto_trouble.md": "troubleshooting, NaN, collapse, loss does not fall",
+    "docs/howto_deploy.md": "deploy, deployment, production, Docker",
+    "docs/howto_serve.md": "serve, server, REST, OpenAI, systemd",
+    "docs/howto_hub.md": "hub, Hugging Face hub, push to the hub, upload",
+    "docs/recipe_keys.md": "recipe keys, configuration keys, all options",
+    "docs/glossary.md": "glossary, terms",
+}
 HIDDEN = {"hide", "include: false"}  # directives of cells that no reader sees
 
 

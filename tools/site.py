@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import nbformat
 from pages import (
+    ASKED,
     HIDDEN,
     HOWTO,
     REFERENCE,
@@ -140,6 +141,23 @@ def symbols(text: str, names: dict[str, str]) -> str:
     return "\n".join(map(linked, text.split("\n")))
 
 
+def indexed(text: str, source: str) -> str:
+    "Put the words that people look for under a page's title, as entries of the site's index."
+    if source not in ASKED:
+        return text
+    # the search shows main entries, which have a !, before whatever else it finds
+    words = ", ".join(f"! {word}" for word in ASKED[source].split(", "))
+    entries = f"```{{index}} {words}\n```"
+    title = r"^# .+(\n+> .+)?$"
+    return re.sub(title, lambda m: f"{m[0]}\n\n{entries}", text, count=1, flags=re.M)
+
+
+def open_answers(text: str) -> str:
+    "Stand what is folded on lines of its own: inside a line of HTML, Markdown would stay as it is."
+    folded = r"<details><summary>(.+?)</summary>(.+?)</details>"
+    return re.sub(folded, r"<details><summary>\1</summary>\n\n\2\n\n</details>\n", text, flags=re.S)
+
+
 # --- one notebook ---
 
 
@@ -211,7 +229,7 @@ def badges(path: Path, tpu: bool, depth: int, cfg: dict[str, str]) -> str:
 def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
     "Turn a notebook into a page: no directives or hidden cells, folded code, links, badges."
     nb, depth = nbformat.read(path, as_version=4), len(path.relative_to(ROOT / "nbs").parts) - 1
-    module = module_of(nb)
+    module, where = module_of(nb), path.relative_to(ROOT).as_posix()
     cells, words = [], ""
     for cell in nb.cells:
         # its badges are made anew for the site, how long it runs and what it needs is kept
@@ -221,7 +239,8 @@ def staged(path: Path, cfg: dict[str, str], names: dict[str, str]):
             cells += [c] if (c := code_cell(cell)) else []
         elif cell.cell_type == "markdown":
             text = outside_fences(
-                lambda t: symbols(links(t, path.parent, depth, cfg), names), cell.source
+                lambda t: symbols(links(open_answers(t), path.parent, depth, cfg), names),
+                indexed(cell.source, where) if cell is nb.cells[0] else cell.source,
             )
             cells.append(nbformat.v4.new_markdown_cell(text, id=cell.id))
     number_answers(cells)
@@ -364,7 +383,7 @@ def stage() -> None:
         if (ROOT / source).exists():
             pages[name] = outside_fences(
                 lambda t: links(t, (ROOT / source).parent, 0, cfg),
-                (ROOT / source).read_text(encoding="utf-8"),
+                indexed((ROOT / source).read_text(encoding="utf-8"), source),
             )
     for old in STAGE.rglob("*"):
         if (

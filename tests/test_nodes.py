@@ -129,6 +129,8 @@ def same_store(one, other):
     assert (one.folder / REJECTS).read_bytes() == (other.folder / REJECTS).read_bytes()
     if one.mark == "score":
         assert one.scores(rows).tolist() == other.scores(rows).tolist()
+    if one.mark == "teacher":
+        assert one.teacher(rows).tolist() == other.teacher(rows).tolist()
 
 
 def tokenise(texts):
@@ -183,6 +185,7 @@ JUDGED = [
     for i in range(21)
 ]
 TRIPLES = [row | {"negative": f"no {i}"} for i, row in enumerate(pairs(20))]
+TAUGHT = [row | {"good": 9 - i % 5, "bad": i % 3} for i, row in enumerate(TRIPLES)]
 
 
 @pytest.mark.parametrize("count", [3, 24])  # of the second some are empty
@@ -195,6 +198,7 @@ TRIPLES = [row | {"negative": f"no {i}"} for i, row in enumerate(pairs(20))]
         ([{"left": f"l{i}", "right": f"r{i}"} for i in range(20)], {}),  # guessed columns
         (MARKED, {"label": "label"}),
         (GRADED, {"score": "grade", "columns": ("a", "b")}),
+        (TAUGHT, {"teacher": ("good", "bad")}),
         # three rows of one anchor belong together, on whichever side of a border they lie
         (JUDGED, {"relevance": "relevance", "columns": ("query", "text")}),
     ],

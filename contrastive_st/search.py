@@ -15,35 +15,6 @@ import torch
 from .atomic import is_whole_number, quote
 from .machine import import_extra
 
-# %% ../nbs/22_search.ipynb #stable-topk
-def _stable_topk(
-    scores: torch.Tensor,  # (Q, N) float
-    k: int,  # how many to keep, >= 1; all N if there are fewer
-) -> tuple[torch.Tensor, torch.Tensor]:  # scores and columns (Q, k); of equal ones the leftmost
-    "The k largest of every row, best first, in an order that does not depend on the machine."
-    # 1. The k largest, and the next one as a witness.
-    top = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    columns = top.indices[:, :k].sort(dim=1).values  # (Q, k), from left to right
-    # 2. If the next one equals the last that was taken, which of them topk took was chance.
-    tied = (top.values[:, k - 1 : k] == top.values[:, k:]).any(dim=1)  # (Q,) bool
-    if tied.any():
-        columns[tied] = _leftmost(scores[tied], top.values[tied, k - 1, None], k)
-    # 3. The columns rise, so a stable sort by score leaves equal scores in their order.
-    best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return best, columns.gather(1, order)
-
-
-def _leftmost(
-    scores: torch.Tensor,  # (Q, N) float
-    last: torch.Tensor,  # (Q, 1) float, the k-th largest of each row
-    k: int,  # how many to keep
-) -> torch.Tensor:  # columns (Q, k), from left to right
-    "Take what is above the k-th largest score, and the leftmost of what equals it."
-    above, equal = scores > last, scores == last  # (Q, N) bool
-    room = k - above.sum(dim=1, keepdim=True)  # (Q, 1), places left for equal ones
-    chosen = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))  # k in each row
-    return chosen.nonzero()[:, 1].view(-1, k)
-
 # %% ../nbs/22_search.ipynb #above
 _GROUP = 64  # scores of which the largest is looked at first
 
@@ -87,6 +58,35 @@ def _added(
     table[row, place], names[row, place] = score, number
     best, columns = _stable_topk(table, k)
     return best, names.gather(1, columns)
+
+# %% ../nbs/22_search.ipynb #stable-topk
+def _stable_topk(
+    scores: torch.Tensor,  # (Q, N) float
+    k: int,  # how many to keep, >= 1; all N if there are fewer
+) -> tuple[torch.Tensor, torch.Tensor]:  # scores and columns (Q, k); of equal ones the leftmost
+    "The k largest of every row, best first, in an order that does not depend on the machine."
+    # 1. The k largest, and the next one as a witness.
+    top = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    columns = top.indices[:, :k].sort(dim=1).values  # (Q, k), from left to right
+    # 2. If the next one equals the last that was taken, which of them topk took was chance.
+    tied = (top.values[:, k - 1 : k] == top.values[:, k:]).any(dim=1)  # (Q,) bool
+    if tied.any():
+        columns[tied] = _leftmost(scores[tied], top.values[tied, k - 1, None], k)
+    # 3. The columns rise, so a stable sort by score leaves equal scores in their order.
+    best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return best, columns.gather(1, order)
+
+
+def _leftmost(
+    scores: torch.Tensor,  # (Q, N) float
+    last: torch.Tensor,  # (Q, 1) float, the k-th largest of each row
+    k: int,  # how many to keep
+) -> torch.Tensor:  # columns (Q, k), from left to right
+    "Take what is above the k-th largest score, and the leftmost of what equals it."
+    above, equal = scores > last, scores == last  # (Q, N) bool
+    room = k - above.sum(dim=1, keepdim=True)  # (Q, 1), places left for equal ones
+    chosen = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))  # k in each row
+    return chosen.nonzero()[:, 1].view(-1, k)
 
 # %% ../nbs/22_search.ipynb #nearest-rows
 _BLOCK = 1024  # queries at a time, so that a product has at most 1,024 x n cells

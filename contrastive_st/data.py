@@ -1661,6 +1661,11 @@ def _write_if_needed(
     relevance=None,
 ):
     "The store of a file or a hub dataset, written if it is not there or not up to date."
+    if isinstance(mark, Teacher) and negatives == 0:
+        raise ValueError(
+            f"{place}: negatives is 0, but a teacher's scores compare the positive with negatives; "
+            "ask for 1 or more"
+        )
     asked, columns = columns, _chooser(columns, mark, relevance)
     origin, rows = _open_raw(place, columns, split)
     origin |= {"columns": list(asked or ()), "on_error": on_error} | _extra(mark, relevance)

@@ -1382,6 +1382,15 @@ def _check_relevance(store, relevance, name):
         )
 
 
+def _check_compared(mark, negatives, name):
+    "Refuse a teacher whose negatives are not read."
+    if isinstance(mark, Teacher) and negatives == 0:
+        raise ValueError(
+            f"{name}: negatives is 0, but a teacher's scores compare the positive with negatives; "
+            "ask for 1 or more"
+        )
+
+
 def _one_of(mark, relevance):
     "Refuse relevance beside labels or scores."
     if mark and relevance is not None:
@@ -1694,6 +1703,7 @@ def _write_if_needed(
     part=None,
 ):
     "The store of a file or a hub dataset, written if it is not there or not up to date."
+    _check_compared(mark, negatives, place)
     asked, columns = columns, _chooser(columns, mark, relevance)
     origin, rows, count = _open_raw(place, columns, split)
     origin |= {"columns": list(asked or ()), "on_error": on_error} | _extra(mark, relevance)

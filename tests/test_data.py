@@ -1702,6 +1702,14 @@ def test_bad_columns_of_a_teacher(tmp_path, options, words):
 def test_a_teacher_that_tells_nothing_apart(tmp_path):
     path = put(tmp_path / "a.jsonl", lists(scores=[2, 2, 2]))
     stops(
+        "negatives is 0, but a teacher's scores compare",
+        load_source,
+        path,
+        teacher="scores",
+        negatives=0,
+        cache_dir=tmp_path,
+    )
+    stops(
         "gives all texts of a row the same score",
         load_source,
         path,

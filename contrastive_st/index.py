@@ -615,19 +615,6 @@ def _read_record(folder, full):
     return record
 
 
-def _check_record(file, record):
-    "Raise `ValueError` for what types alone do not tell."
-    try:
-        check_precision(record.precision)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}; {_RENEW}") from None
-    places = [record.model.get(name) for name in ("name", "relative")]
-    if not all(isinstance(place, str | None) for place in places):
-        raise ValueError(f"{file}: model has a name that is no text; {_RENEW}")
-    if absent := {"query", "document"} - record.prompts.keys():
-        raise ValueError(f"{file}: prompts has no {min(absent)}; {_RENEW}")
-
-
 def _check_shapes(index):
     "Raise `Damaged` unless the files of an index fit each other."
     r = index.record
@@ -686,6 +673,19 @@ def _query_table(vectors, record, top_k):
     if record.similarity == "cos":
         table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
     return table
+
+# %% ../nbs/23_index.ipynb #record-checks
+def _check_record(file, record):
+    "Raise `ValueError` for what types alone do not tell."
+    try:
+        check_precision(record.precision)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {_RENEW}") from None
+    places = [record.model.get(name) for name in ("name", "relative")]
+    if not all(isinstance(place, str | None) for place in places):
+        raise ValueError(f"{file}: model has a name that is no text; {_RENEW}")
+    if absent := {"query", "document"} - record.prompts.keys():
+        raise ValueError(f"{file}: prompts has no {min(absent)}; {_RENEW}")
 
 # %% ../nbs/23_index.ipynb #build-parts
 def _blocks(codes):

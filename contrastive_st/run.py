@@ -1290,8 +1290,7 @@ class Run:
         mixture,  # mixture.Mixture
         config: TrainConfig,  # every number of the loop
         out: str | Path,  # run directory
-        # SentenceEncoder -> dict of numbers; may select the model
-        evaluate: Callable | None = None,
+        evaluate: Callable | None = None,  # SentenceEncoder -> numbers; may select the model
         test: Callable | None = None,  # the same, before and after only
         device: torch.device | str = "cpu",  # where it computes
         versions: dict | None = None,  # what else belongs into the record of software and hardware

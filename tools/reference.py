@@ -136,7 +136,8 @@ def mix_table() -> str:
         "prompts": 'text before the texts of each column, such as `["query: ", "passage: "]`',
         "relevance": "column that judges pairs: 1 is a positive, 0 a hard negative of the anchor",
         "teacher": "column with a teacher's scores of positive and negatives: a list of them, or "
-        'how far the positive lies above the negative; or a list of columns, such as `["s1", "s2"]`',
+        "how far the positive lies above the negative; or a list of columns, such as "
+        '`["s1", "s2"]`',
         "teacher_scale": "multiplies these scores, so that they reach as far as our similarities, "
         "such as `0.05` for scores from -10 to 10; 1 if you leave it out",
     }

@@ -895,6 +895,7 @@ def test_an_interrupted_prepare_says_how_to_go_on(place, monkeypatch):
 
 def test_a_store_that_lacks_a_dataset_names_what_makes_it(place):
     words = ["contrastive-st prepare recipe.toml --out"]
+    (place / "configs").mkdir(exist_ok=True)
     refuses(
         "train", "recipe.toml", "--out", "never", "--store", "nowhere", words=["nowhere", *words]
     )

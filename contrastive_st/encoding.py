@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import accumulate, islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -385,7 +385,7 @@ class JoinedRows:
 
 def open_embeddings(
     path: str | Path,  # a file that `write_embeddings` wrote, its card beside it
-) -> np.ndarray:  # (N, columns) as they were written; of an .npy a memory map
+) -> np.ndarray | JoinedRows:  # (N, columns) as written; of an .npy a memory map, of parts rows
     "Open a file of vectors, its size checked; codes of 8 or 1 bits stay codes (`dequantize`)."
     path = atomic.expanded(path)
     card = verify(path, full=False)
@@ -702,6 +702,14 @@ def _check_cards(places, cards, settings):
             raise ValueError(
                 f"{place}: has {card['columns']} columns, an earlier part {filled[0]}; encode both"
                 " with the same encoder"
+            )
+    ends = list(accumulate((card["rows"] for card in cards), initial=0))
+    begins = [card["whole"]["first"] for card in cards] + [cards[0]["whole"]["rows"]]
+    for place, begin, end in zip([*places, places[-1]], begins, ends):
+        if begin != end:  # parts are cut where windows end
+            raise ValueError(
+                f"{place}: the parts meet at text {begin:,}, and those before it end at {end:,};"
+                " encode all parts with the same window"
             )
 
 

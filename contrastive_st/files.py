@@ -35,7 +35,7 @@ from .atomic import expanded, quote, reading
 
 # %% ../nbs/05_files.ipynb #address
 # a path of pathlib has lost a slash of s3://
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])")
+_ADDRESS = re.compile(r"([a-z][a-z0-9_+.-]+(?:::[a-z][a-z0-9_+.-]+)*):/{1,3}(?=[^/])")
 
 
 class Address:
@@ -46,7 +46,8 @@ class Address:
         text: str,  # such as "s3://bucket/pairs.jsonl.gz"
     ):
         protocol = _ADDRESS.match(text)
-        slashes = "///" if protocol[1] in ("file", "local") else "//"
+        hostless = protocol[0].endswith(":///") or protocol[1] in ("file", "local")
+        slashes = "///" if hostless else "//"
         self.text = f"{protocol[1]}:{slashes}{text[protocol.end() :]}"
         self.name = self.text.rpartition("/")[2]
         self.suffix = Path(self.name).suffix
@@ -72,7 +73,8 @@ class Address:
             info = files.info(path)
         if info.get("type") == "directory":
             raise ValueError(f"{self} is a folder; name a file in it")
-        changes = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+        changes = """ETag etag mtime LastModified last_modified updated created blob_id sha
+            Content-MD5 Digest modify modificationTime""".split()
         stamp = next((str(info[key]) for key in changes if info.get(key)), "")
         return SimpleNamespace(st_size=info.get("size"), st_mtime_ns=stamp)
 
@@ -218,7 +220,8 @@ def _damaged_line(path):
     n = 0  # the slow reader, unlike the fast one, gives every line before that
     with (
         suppress(Exception),
-        gzip.open(path.open("rb")) as file,
+        path.open("rb") as packed,
+        gzip.open(packed) as file,
     ):  # it breaks off, that is why we are here
         for raw in iter(partial(file.readline, LINE_BYTES), b""):
             n += raw.endswith(b"\n")

@@ -600,7 +600,8 @@ def _names(root):
 def _find(folder, name, where):
     "The store, file or hub dataset of that name."
     if isinstance(as_path(name), Address):
-        return name  # such as s3://bucket/pairs.jsonl.gz, which lies in no folder
+        store = store_folder(folder, name)  # it may have been prepared
+        return store if is_store(store) else name
     root = expanded(folder).resolve()
     for system in (PurePosixPath, PureWindowsPath):
         # Both systems' rules, since a config may come from either: C:\x is a name on Linux.

@@ -131,8 +131,10 @@ class Batcher:
                 for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                     await self._answer(half, thread)
             else:
-                job, error.text = batch[0]
-                job.future.set_exception(error)
+                job, i = batch[0]
+                if not job.future.done():  # the client may have left meanwhile
+                    error.text = i
+                    job.future.set_exception(error)
             return
         seconds = time.perf_counter() - start
         self.seconds += 0.1 * (seconds / len(batch) - self.seconds)

@@ -1073,3 +1073,24 @@ def test_texts_of_a_file_are_known_again(tmp_path):
     assert list(encoding.same_texts(path, iter(texts))) == texts
     for others in (texts[:-1], [*texts, "more"], texts[::-1], []):
         refuses(lambda: list(encoding.same_texts(path, others)), "e.npy", "other texts")
+
+
+def test_parts_that_were_cut_by_other_windows_are_refused(tmp_path):
+    "They would meet in the middle of others' texts: one is missing, and all behind it are moved."
+    texts, path = [f"text {n}" for n in range(10)], tmp_path / "v.npy"
+
+    def embed(batch):
+        return np.array([[int(text.split()[1]), 1] for text in batch], np.float32)
+
+    def part(share, window):
+        options = {"part": share, "window": window, "progress": False}
+        return write_embeddings(path, embed, texts, **options)
+
+    part("1/2", 2)
+    part("2/2", 5)
+    words = "00002-of-00002", "meet at text 5", "end at 4", "with the same window"
+    refuses(lambda: part(None, 5), *words)
+    (tmp_path / "v.npy.parts" / "00002-of-00002.npy").unlink()
+    part("2/2", 2)
+    part(None, 2)
+    np.testing.assert_array_equal(np.asarray(open_embeddings(path))[:, 0], range(10))

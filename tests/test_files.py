@@ -14,7 +14,15 @@ import pytest
 from conftest import refuses
 
 from contrastive_st import files
-from contrastive_st.files import Rejects, read_columns, read_lines, read_rows, read_text, read_texts
+from contrastive_st.files import (
+    Rejects,
+    as_path,
+    read_columns,
+    read_lines,
+    read_rows,
+    read_text,
+    read_texts,
+)
 
 GOOD = [
     ("Is it foggy?", "No."),
@@ -281,3 +289,18 @@ def test_the_text_of_a_row(tmp_path, row, column, text):
 def test_a_row_without_a_text(tmp_path, row, column, problem):
     path = put(tmp_path / "a.jsonl", ["fine", row])
     refuses(lambda: list(read_texts(path, column)), f"{path}:2: ", problem)
+
+
+@pytest.mark.parametrize(
+    "typed, address",
+    [
+        ("s3://desk/a.jsonl", "s3://desk/a.jsonl"),
+        (Path("s3://desk/a.jsonl"), "s3://desk/a.jsonl"),  # pathlib takes a slash away
+        ("hdfs:///data/a.jsonl", "hdfs:///data/a.jsonl"),  # no host: the one that is configured
+        ("arrow_hdfs://host/a.jsonl", "arrow_hdfs://host/a.jsonl"),
+        ("simplecache::s3://desk/a.jsonl", "simplecache::s3://desk/a.jsonl"),
+        ("file:///tmp/a.jsonl", "file:///tmp/a.jsonl"),
+    ],
+)
+def test_addresses_stay_as_they_were_typed(typed, address):
+    assert str(as_path(typed)) == address

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from contrastive_st import mixture as module
 from contrastive_st.account import concerns, masked_negatives, report_table
-from contrastive_st.data import Source, prepare, store_folder
+from contrastive_st.data import Source, is_store, load_source, prepare, store_folder
 from contrastive_st.mixture import (
     WINDOW,
     GlobalBatch,
@@ -1335,3 +1335,15 @@ def test_datasets_with_a_teacher_have_batches_of_their_own(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             Mixture.from_config([entry | change], tmp_path / "s", 4)
+
+
+def test_the_store_of_an_address_is_used(tmp_path):
+    import fsspec
+
+    address = "memory://shelf/pairs.jsonl"
+    lines = "".join(f'["question {n}", "answer {n}"]\n' for n in range(8))
+    fsspec.filesystem("memory").pipe("/shelf/pairs.jsonl", lines.encode())
+    prepare([{"name": address, "path_or_hub_id": address}], tmp_path, progress=False)
+    (entry,) = read_config([{"name": address, "weight": 1}], tmp_path)
+    assert is_store(entry.path) and Path(entry.path).parent == tmp_path
+    assert len(load_source(entry.path)) == 8

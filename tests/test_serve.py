@@ -214,6 +214,25 @@ def test_whoever_left_is_not_computed():
     assert seen == ["b"]
 
 
+def test_a_text_that_fails_after_its_client_left_stops_nobody_else():
+    begin = threading.Event()
+
+    def compute(texts):
+        begin.wait(10)
+        if "a" in texts:
+            raise ValueError("no token")
+        return texts
+
+    async def work(batcher):
+        gone = asyncio.create_task(batcher(["a"]))
+        await asyncio.sleep(0.05)  # it is being computed
+        gone.cancel()
+        begin.set()
+        assert await batcher(["b"]) == ["b"]
+
+    run_batcher(work, compute)
+
+
 # --- answers ---
 
 

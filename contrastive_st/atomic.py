@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'remove', 'expanded', 'abandoned', 'new_file', 'write_text', 'write_json', 'read_json', 'quote', 'named',
            'is_whole_number', 'Problem', 'first_problem', 'is_disk_full', 'writing', 'reading', 'tidy', 'Damaged',
-           'digest_file', 'write_manifest', 'describe_file', 'is_whole', 'check_folder', 'new_folder', 'lock', 'Part']
+           'digest_file', 'write_manifest', 'describe_file', 'is_whole', 'check_folder', 'new_folder', 'Busy', 'lock',
+           'Part']
 
 # %% ../nbs/34_atomic.ipynb #imports
 import ctypes
@@ -616,6 +617,10 @@ def _link(source, target):
         shutil.copy2(source, target, follow_symlinks=False)
 
 # %% ../nbs/34_atomic.ipynb #lock
+class Busy(ValueError):
+    "Another process is writing there."
+
+
 @contextmanager
 def lock(
     path: str | Path,  # what is going to be written; the lock is `.NAME.lock` beside it
@@ -631,7 +636,7 @@ def lock(
             # A lock of the system: it ends with its process, however that ends.
             guard.acquire(timeout=-1 if wait else 0)
         except Timeout:
-            raise ValueError(
+            raise Busy(
                 f"{path}: {_owner(owner)} is writing it; "
                 "wait for it to end, stop it, or choose another name"
             ) from None

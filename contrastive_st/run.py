@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .atomic import MANIFEST, Damaged, abandoned, check_folder, digest_file
-from .atomic import expanded, is_whole, lock, named, new_folder
+from .atomic import MANIFEST, Busy, Damaged, abandoned, check_folder
+from .atomic import digest_file, expanded, is_whole, lock, named, new_folder
 from .atomic import quote, read_json, reading, remove, write_json, write_text
 from . import loss as contrastive
 from .config import DISTILLED, TrainConfig, in_one_sentence, of_length
@@ -739,9 +739,9 @@ def _hold(out, resume):
             try:
                 stack.enter_context(lock(out))
                 break
-            except ValueError as error:
+            except Busy as error:
                 # A file server may take a minute and a half to notice that a machine has died.
-                if time.monotonic() >= end or "is writing it" not in str(error):
+                if time.monotonic() >= end:
                     raise
                 if not told:
                     print(f"{error}; this run waits {LOCK_SECONDS} s for it", file=sys.stderr)

@@ -335,6 +335,12 @@ HOLES = [
 ]
 HOLES[2] |= {"negative": ["no", "none", " "]}
 HOLES[4] |= {"negative": None}
+HOLES[9] |= {"negative": " "}  # of the form of the good rows that follow
+
+GUESSED = [
+    {"left": f"l{i}", "right": f"r{i}"} | ({"negative": f"n{i}"} if i > 9 else {})
+    for i in range(20)
+]
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
@@ -348,6 +354,7 @@ HOLES[4] |= {"negative": None}
         ([*pairs(10), *TRIPLES[:10]], {}),  # a whole part is without negatives
         ([*TRIPLES[:10], *pairs(10)], {}),
         (HOLES, {}),
+        (GUESSED, {}),
         ([list(row.values()) for row in [*pairs(10), *TRIPLES[:10]]], {}),
         # a row of too many negatives is left out, and so decides nothing
         ([*pairs(3), pairs(4)[3] | {"negative": ["no"] * 1001}, *TRIPLES[4:]], {}),

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1644,21 +1644,21 @@ def _cache_path(path, columns, on_error, cache_dir, negatives=None, extra=()):
     return folder / f"{re.sub(r'[^A-Za-z0-9_-]', '_', path.name)}-{digest}.store"
 
 
-def _open_raw(place, columns, split):
+def _open_raw(place, split):
     "What a file or a hub dataset is made of, a function that reads its raw rows, one that counts."
     if (dataset := open_dataset(place, split)) is not None:
         # datasets has no public name for the hash of what a dataset holds
         origin = {"file": str(place), "split": split, "fingerprint": dataset._fingerprint}
-        return origin, lambda reject, after: dataset_rows(dataset, after), lambda: len(dataset)
+        return (
+            origin,
+            lambda columns, reject, after: dataset_rows(dataset, after),
+            lambda: len(dataset),
+        )
     path = _readable(place)
     # Size and time instead of a digest: to hash 100 GB would take longer than to read 1 GB.
     state = path.stat()
     origin = {"file": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
-    return (
-        origin,
-        lambda reject, after: _rows(path, columns, reject, after),
-        lambda: count_lines(path),
-    )
+    return origin, partial(_rows, path), lambda: count_lines(path)
 
 
 class _Between(Rejects):
@@ -1705,7 +1705,7 @@ def _write_if_needed(
     "The store of a file or a hub dataset, written if it is not there or not up to date."
     _check_compared(mark, negatives, place)
     asked, columns = columns, _chooser(columns, mark, relevance)
-    origin, rows, count = _open_raw(place, columns, split)
+    origin, rows, count = _open_raw(place, split)
     origin |= {"columns": list(asked or ()), "on_error": on_error} | _extra(mark, relevance)
     if negatives is not None:
         origin |= {"negatives": negatives}
@@ -1716,9 +1716,9 @@ def _write_if_needed(
         some = after or int(part is not None)  # a part may be without rows, a file may not
         if relevance is not None:
             # From the beginning: rows of one anchor belong together, wherever a part begins.
-            raw = reject.cut(judged_groups(rows(reject, after), columns, reject))
+            raw = reject.cut(judged_groups(rows(columns, reject, after), columns, reject))
             return _examples(raw, Columns(), reject, some, negatives)
-        raw = reject.cut(rows(reject, max(after, lines[0])))
+        raw = reject.cut(rows(columns, reject, max(after, lines[0])))
         if mark:
             return _marked_examples(raw, columns, reject, some)
         return _examples(raw, columns, reject, some, negatives)
@@ -1733,19 +1733,68 @@ def _write_if_needed(
         constant = {c for c, n in enumerate(summary["distinct"].values()) if n == 1}
         _check_contrast(constant, len(summary["columns"]), place)
 
+    count_of_all = negatives
     if part is not None:
         folder, origin = part_of_store(folder, origin, part)
+        if negatives is None:
+            # Found where the whole finds it, and like there no part of the origin.
+            own = _chooser(asked, mark, relevance)
+            count_of_all = partial(_first_negatives, place, rows, own, mark, relevance)
     return write_store(
         folder,
         origin,
         read,
         check,
         on_progress,
-        negatives,
+        count_of_all,
         full,
         columns.remarks,
         mark and mark.kind,
     )
+
+# %% ../nbs/07_data.ipynb #first-negatives
+_SINGLE = {str, int, float, bool}  # no lists, and nothing that is missing in this row alone
+
+
+def _form(row):
+    "What tells how many texts a row has; None if its values must be looked at."
+    if isinstance(row, dict) and _SINGLE.issuperset(map(type, row.values())):
+        return tuple(row)
+    return len(row) if isinstance(row, list) and _SINGLE.issuperset(map(type, row)) else None
+
+
+def _maybe_wide(rows, columns, reject):
+    "Yield (line, example) for raw rows, but for rows of the form of a pair that came before."
+    pairs = set()
+    for line, row in rows:
+        form = _form(row)
+        if form is not None and form in pairs:
+            continue
+        for _, example in _examples([(line, row)], columns, reject, 1):
+            if form is not None and len(example) == 2 and len(pairs) < 64:
+                pairs.add(form)
+            yield line, example
+
+
+def _first_negatives(place, rows, columns, mark, relevance):
+    "How many negatives the first row of a dataset has that has any; None without any."
+    # Bad rows are left to the parts in which they lie.
+    reject = Rejects(place, "skip")
+    raw = rows(columns, reject, 0)
+    if isinstance(mark, Teacher):
+        examples = _marked_examples(raw, columns, reject, 1)
+    elif mark:
+        return None  # labels and scores have no negatives
+    elif relevance is not None:
+        examples = _examples(judged_groups(raw, columns, reject), Columns(), reject, 1)
+    else:
+        examples = _maybe_wide(raw, columns, reject)
+    for line, example in examples:
+        width = (len(example) + 1) // 2 if mark else len(example)
+        if width > 2:
+            warn_of_width(f"{place}: line {line}", width)
+            return width - 2
+    return None
 
 # %% ../nbs/07_data.ipynb #marked-store
 def _chooser(columns, mark, relevance):

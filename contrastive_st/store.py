@@ -198,7 +198,7 @@ def _read_summary(folder):
 
 # %% ../nbs/06_store.ipynb #store-class
 def _check_parts(folder, summary):
-    "Raise ValueError unless the parts of a joined store are those that were joined."
+    "Raise ValueError unless the parts of a joined store, or of its tokens, are those joined."
     with reading(folder / SUMMARY, _ADVICE):
         parts = [(folder / part["name"], part["manifest"]) for part in summary.get("parts", ())]
     for place, digest in parts:
@@ -280,14 +280,20 @@ class Store:
     @cached_property
     def tokenised(self) -> dict | None:  # as `write_tokens` left it; None if there are only texts
         "Say with which tokenizer the rows were tokenised."
-        return _read_summary(self.folder / TOKENS) if (self.folder / TOKENS).exists() else None
+        return self._token_summary() if (self.folder / TOKENS).exists() else None
 
     @cached_property
     def token_shards(self) -> Shards:
         "Open the files of the tokens; ValueError if there are none, or not whole ones."
-        summary = _read_summary(self.folder / TOKENS)
+        summary = self._token_summary()
         with reading(self.folder / TOKENS / SUMMARY, _ADVICE):
             return Shards(self.folder / TOKENS, summary["shards"])
+
+    def _token_summary(self):
+        "The summary of the tokens, after a look at those of the parts that were joined."
+        summary = _read_summary(self.folder / TOKENS)
+        _check_parts(self.folder / TOKENS, summary)
+        return summary
 
     def tokens(
         self,
@@ -826,22 +832,29 @@ def _open_part(place, share, origin):
     store = Store(place)
     if store.summary["origin"] != origin | {"part": list(share)}:
         raise ValueError(
-            f"{place}: was made of other data, or with other options; prepare part {share} again"
+            f"{place}: was made of other data, or with other options; prepare part {share} again, "
+            f"or delete {place.parent} to do it undivided"
         )
     return store
 
 
 def _common_columns(stores):
-    "The columns of parts, of which each found its own."
+    "The columns of parts, after a look whether they are the same in all of them."
     filled = [store for store in stores if len(store)]
-    for store in filled:
-        for of in (lambda s: s.columns, lambda s: tuple(s.summary["remarks"].get("guessed", ()))):
-            first, own = next(filter(None, map(of, filled)), ()), of(store)
-            if own and own != first:
-                raise ValueError(
-                    f"{store.folder}: its rows are of {quote(own)}, those of an earlier part of "
-                    f"{quote(first)}; give the dataset columns= and negatives=, then prepare again"
-                )
+    guesses = [store.summary["remarks"].get("guessed") for store in filled]
+    first = next(filter(None, guesses), None)
+    for store, guess in zip(filled, guesses):
+        own, others = len(store.columns), len(filled[0].columns)
+        if own != others:
+            raise ValueError(
+                f"{store.folder}: its rows have {own} columns, those of an earlier part {others}; "
+                "say how many negatives a row has with negatives=, then prepare all parts again"
+            )
+        if guess and guess != first:
+            raise ValueError(
+                f"{store.folder}: its texts are of the columns {quote(guess)}, those of an earlier "
+                f"part of {quote(first)}; name them with columns=, then prepare all parts again"
+            )
     return filled[0].columns if filled else ()
 
 
@@ -863,6 +876,18 @@ def _join_files(stores, folder, tokens=False):
             yield file | {"name": os.path.relpath(place, folder)}
 
 
+def _list_parts(places, folder):
+    "The folders of parts, named as seen from a folder."
+    # the digest of a manifest stands for all files that it lists
+    return [
+        {
+            "name": os.path.relpath(os.path.realpath(place), folder),
+            "manifest": digest_file(place / MANIFEST),
+        }
+        for place in places
+    ]
+
+
 def _join_summary(folder, stores, origin, mark):
     "The summary of a whole, as if one machine had written it."
     summaries = [store.summary for store in stores]
@@ -872,11 +897,7 @@ def _join_summary(folder, stores, origin, mark):
     )
     noted = rejected, negatives, _together(s["remarks"] for s in summaries)
     shards = Shards(folder, list(_join_files(stores, folder)))
-    parts = [
-        # the digest of a manifest stands for all files that it lists
-        {"name": os.path.relpath(s.folder, folder), "manifest": digest_file(s.folder / MANIFEST)}
-        for s in stores
-    ]
+    parts = _list_parts([store.folder for store in stores], folder)
     return _describe(shards, _common_columns(stores), noted, origin, mark) | {"parts": parts}
 
 
@@ -959,6 +980,8 @@ def _damage(folder, origin):
 # %% ../nbs/06_store.ipynb #fill
 def _fill(folder, origin, read, check, on_progress, negatives, remarks, mark):
     "Write a store, from the beginning or from where an interrupted run stopped."
+    if callable(negatives):  # it may read a whole file, which a current store does without
+        negatives = negatives()
     width = None if negatives is None else 2 + negatives
     if mark in MARKS:
         width = len(MARKS[mark])
@@ -992,7 +1015,9 @@ def write_store(
     read: Callable,
     check: Callable = lambda summary: None,  # raises ValueError for a summary that will not do
     on_progress: Callable = lambda rows: None,  # called with the rows of each shard
-    negatives: int | None = None,  # of each row; None: as many as the first row has that has any
+    # of each row, or a function that finds out, called only if rows are to be read; None: as many
+    # as the first row has that has any
+    negatives: int | Callable | None = None,
     full: bool = False,  # read a current store byte by byte, and write it anew if it is damaged
     # JSON: what `read` notes of the file's columns while it reads; the summary keeps it
     remarks: dict | None = None,
@@ -1176,7 +1201,9 @@ def _join_tokens(store, engine):
     files = list(_join_files(parts, joined.folder, tokens=True))
     truncated = {name: sum(count[name] for count in counts) for name in counts[0]}
     summary = {"format": FORMAT, "origin": engine, "truncated": truncated, "shards": files}
-    _add_summary(joined, summary)
+    # A part can be tokenised anew without a change of its texts, so its tokens are listed, too.
+    places = _list_parts([part.folder / TOKENS for part in parts], joined.folder)
+    _add_summary(joined, summary | {"parts": places})
     joined.finish()
 
 

@@ -161,6 +161,13 @@ def find_shares(
     return dict(sorted(shares.items()))
 
 
+def _shown(path):
+    "The folder of the parts, spelled like the whole where that leads to it."
+    beside = Path(f"{Path(os.path.expanduser(path))}.parts")
+    # where the whole is a link, its parts lie elsewhere
+    return beside if Path(os.path.realpath(beside)) == parts_folder(path) else parts_folder(path)
+
+
 def check_shares(
     path: str | Path,  # of the whole
     shares: Iterable[Share],  # that lie there
@@ -171,8 +178,8 @@ def check_shares(
     if len(counts := sorted({share.count for share in shares})) > 1:
         numbers = ", ".join(map(str, counts[:-1]))
         raise ValueError(
-            f"{parts_folder(path)}: holds parts of {numbers} and of {counts[-1]}; "
-            "delete those of the wrong number"
+            f"{_shown(path)}: holds parts of {numbers} and of {counts[-1]}; "
+            "delete those of the wrong number, or the folder, to do it undivided"
         )
     missing = {Share(n + 1, count) for count in counts for n in range(count)} - shares
     if complete and missing:
@@ -181,5 +188,6 @@ def check_shares(
         one = len(missing) == 1
         raise ValueError(
             f"{path}: part{'s' * (not one)} {names} {'is' if one else 'are'} missing; run the same "
-            "command with --part (part= in Python) for each, then without it"
+            "command with --part (part= in Python) for each, then without it, or delete "
+            f"{_shown(path)} to do it undivided"
         )

@@ -31,7 +31,7 @@ from contrastive_st.data import load_source, prepare, store_folder
 from contrastive_st.encoding import embedding_blocks, open_embeddings, same_texts, write_embeddings
 from contrastive_st.files import count_lines, read_rows, read_texts
 from contrastive_st.mixture import Mixture, read_config
-from contrastive_st.store import REJECTS, Store, verify, write_tokens
+from contrastive_st.store import REJECTS, Store, part_of_store, verify, write_store, write_tokens
 from contrastive_st.workers import Share, find_shares, parts_folder, read_share
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -277,7 +277,30 @@ def test_parts_that_are_missing_or_of_another_number(three):
     made(out, path, "1/3")
     made(out, path, "3/3")
     shutil.copytree(parts / "00001-of-00003", parts / "00001-of-00002")
-    refuses(lambda: made(out, path), "holds parts of 2 and of 3")
+    refuses(
+        lambda: made(out, path), "holds parts of 2 and of 3", "or the folder, to do it undivided"
+    )
+
+
+def test_the_folder_of_parts_is_named_as_the_whole_is(three, tmp_path, monkeypatch):
+    path, out, parts = three
+    monkeypatch.chdir(tmp_path)
+    refuses(lambda: made("out", path), "without it, or delete out/a.store.parts to do it undivided")
+    Path("links").mkdir()
+    Path("links/a.store").symlink_to(out / "a.store")
+    refuses(lambda: made("links", path), f"or delete {parts} to do it undivided")
+
+
+def test_leftover_parts_leave_a_way_back(three):
+    path, out, parts = three
+    refuses(lambda: made(out, path), f"then without it, or delete {parts} to do it undivided")
+    made(out, path, "3/3")
+    refuses(
+        lambda: made(out, path, negatives=1),
+        f"prepare part 1/3 again, or delete {parts} to do it undivided",
+    )
+    shutil.rmtree(parts)
+    assert made(out, path, negatives=1)["a"]["rows"] == 60
 
 
 def test_parts_of_other_data_or_options(three):
@@ -289,11 +312,107 @@ def test_parts_of_other_data_or_options(three):
     refuses(lambda: made(out, path), "00001-of-00003: was made of other data")
 
 
+# groups of one to five rows, the first of them a pair
+UNEVEN = [
+    json.dumps({"query": f"q{n}", "text": f"text {n}.{k}", "relevance": int(k == 0)})
+    for n, rows in enumerate([1, 5, 2, 3, 1, 4, 1, 1, 2, 5, 1, 3])
+    for k in range(rows)
+]
+LISTS = [
+    row | {"pos": [row["positive"], f"yes {i}"], "neg": [f"no {k}" for k in range(i % 4)]}
+    for i, row in enumerate(pairs(20))
+]
+for listed in LISTS:
+    del listed["positive"]
+UNEVEN_TAUGHT = [
+    {"anchor": f"q{i}", "positive": f"p{i}", "negative": no, "scores": [9 - i % 5, *range(len(no))]}
+    for i in range(20)
+    for no in [[f"no {k}" for k in range(1 + (i + 2) % 3)]]
+]
+# a negative in the third column, but none in the first rows; a bad row has the most of all
+HOLES = [
+    row | ({"id": f"{i}"} if i < 9 else {"negative": f"no {i}"}) for i, row in enumerate(pairs(20))
+]
+HOLES[2] |= {"negative": ["no", "none", " "]}
+HOLES[4] |= {"negative": None}
+HOLES[9] |= {"negative": " "}  # of the form of the good rows that follow
+
+GUESSED = [
+    {"left": f"l{i}", "right": f"r{i}"} | ({"negative": f"n{i}"} if i > 9 else {})
+    for i in range(20)
+]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize(
+    "rows, options",
+    [
+        (UNEVEN, {"relevance": "relevance", "columns": ("query", "text")}),
+        (LISTS, {}),
+        (LISTS[::-1], {}),
+        (UNEVEN_TAUGHT, {"teacher": "scores"}),
+        ([*pairs(10), *TRIPLES[:10]], {}),  # a whole part is without negatives
+        ([*TRIPLES[:10], *pairs(10)], {}),
+        (HOLES, {}),
+        (GUESSED, {}),
+        ([list(row.values()) for row in [*pairs(10), *TRIPLES[:10]]], {}),
+        # a row of too many negatives is left out, and so decides nothing
+        ([*pairs(3), pairs(4)[3] | {"negative": ["no"] * 1001}, *TRIPLES[4:]], {}),
+    ],
+)
+def test_parts_have_the_width_of_the_whole(tmp_path, rows, options, count):
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    made(tmp_path / "one", path, **options)
+    for n in range(count, 0, -1):
+        made(tmp_path / "parts", path, (n, count), **options)
+    made(tmp_path / "parts", path, **options)
+    assert len(Store(store_folder(tmp_path / "one", "a")).columns) > 2
+    same_store(store_folder(tmp_path / "one", "a"), store_folder(tmp_path / "parts", "a"))
+
+
+def test_a_part_is_not_refused_for_a_bad_row_of_another(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", ["no JSON", *pairs(10), *TRIPLES[:9]])
+    entry = [{"name": "a", "path_or_hub_id": path}]
+    refuses(
+        lambda: prepare(entry, tmp_path / "out", "raise", progress=False, part="1/2"),
+        "a.jsonl:1: not JSON",
+    )
+    part = prepare(entry, tmp_path / "out", "raise", progress=False, part="2/2")["a"]
+    assert part["columns"] == ["anchor", "positive", "negative"]
+
+
+def test_a_part_warns_of_many_negatives(tmp_path):
+    row = {"anchor": "a", "positive": "b", "negative": [f"no {i}" for i in range(65)]}
+    path = write_rows(tmp_path / "a.jsonl", [*pairs(9), row])
+    with pytest.warns(UserWarning, match="a.jsonl: line 10: is the first row with negatives"):
+        prepare([{"name": "a", "path_or_hub_id": path}], tmp_path, progress=False, part="1/2")
+
+
 def test_parts_that_decided_differently(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [*pairs(10), *TRIPLES[:10]])
+    "Each part read by itself, as `write_store` does without a word on negatives."
+    folder, origin = tmp_path / "a.store", {"file": "a"}
+    for n, row in ((1, ("a", "b")), (2, ("c", "d", "e", "f"))):
+        place, own = part_of_store(folder, origin, (n, 2))
+        write_store(place, own, lambda after, reject, row=row: [(1, row)])
+    refuses(
+        lambda: write_store(folder, origin, None),
+        "00002-of-00002: its rows have 4 columns, those of an earlier part 2; say how many "
+        "negatives a row has with negatives=, then prepare all parts again",
+    )
+    assert not folder.exists()
+
+
+def test_parts_that_guessed_differently(tmp_path):
+    rows = [{"left": f"l{i}", "right": f"r{i}"} for i in range(9)]
+    turned = [{"right": f"r{i}", "left": f"l{i}"} for i in range(9)]
+    path = write_rows(tmp_path / "a.jsonl", [*rows, *turned])
     for n in (1, 2):
         made(tmp_path / "out", path, (n, 2))
-    refuses(lambda: made(tmp_path / "out", path), "'negative'", "negatives=")
+    refuses(
+        lambda: made(tmp_path / "out", path),
+        "00002-of-00002: its texts are of the columns ['right', 'left'], those of an earlier part "
+        "of ['left', 'right']; name them with columns=, then prepare all parts again",
+    )
     assert not store_folder(tmp_path / "out", "a").exists()
 
 
@@ -334,6 +453,54 @@ def test_parts_of_other_tokenizers(three):
     refuses(
         lambda: write_tokens(folder, engine(fingerprint="g"), tokenise), "its parts hold tokens of"
     )
+
+
+@pytest.mark.parametrize("shorter", [0, 1])  # tokens as many as before, and fewer
+def test_parts_that_are_tokenised_again_after_they_were_joined(three, shorter):
+    path, out, parts = three
+    made(out, path, "3/3")
+    folder, everything = store_folder(out, "a"), range(60)
+
+    def other(texts):
+        ids, lengths, truncated = tokenise([text[: -shorter or None] for text in texts])
+        return (ids + 1, lengths, truncated)
+
+    def tokenise_parts(own, encode):
+        for n in (1, 2, 3):
+            shutil.rmtree(parts / Share(n, 3).name / "tokens", ignore_errors=True)
+            write_tokens(parts / Share(n, 3).name, own, encode)
+
+    tokenise_parts(engine(), tokenise)
+    made(out, path)
+    before = Store(folder).tokens(everything)
+    tokenise_parts(engine(fingerprint="g"), other)
+    for look in (
+        lambda: Store(folder).tokenised,
+        lambda: Store(folder).tokens([0]),
+        lambda: verify(folder),
+    ):
+        words = "run the command that joined the parts once more"
+        refuses(look, "00001-of-00003/tokens: was written again after", words)
+    assert Store(folder).rows([0]) == [("question 0", "answer 0")]  # the texts are not affected
+    made(out, path)
+    assert Store(folder).tokenised["origin"] == engine(fingerprint="g")
+    assert Store(folder).tokens(everything) != before
+    verify(folder)
+    shutil.move(out, out.with_name("moved"))
+    verify(store_folder(out.with_name("moved"), "a"))
+
+
+def test_tokens_are_joined_where_a_link_leads(three, tmp_path):
+    path, out, parts = three
+    made(out, path, "3/3")
+    for n in (1, 2, 3):
+        write_tokens(parts / Share(n, 3).name, engine(), tokenise)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    link = store_folder(tmp_path / "deep/er", "a")
+    link.symlink_to(store_folder(out, "a"))
+    made(tmp_path / "deep/er", path)
+    assert len(Store(link).tokens(range(60))) == 60
+    verify(link)
 
 
 def test_tokens_of_a_store_whose_parts_have_none(three):

@@ -95,7 +95,7 @@ class Task(NamedTuple):
 OURS_STSB = (
     "contrastive-st train recipes/nli.toml --data {data} --out {out} --no-progress"
     " --set model.layers=4 --set model.width=256 --set data.batch_size=128 --set train.steps=212"
-    " --set train.warmup=21 --set train.lr=5e-4 --set train.eval_every=0"
+    " --set train.warmup=21 --set train.lr=5e-4 --set train.eval_every=0 --set 'train.metric=\"\"'"
 )
 TASKS = {
     "harbour": Task(

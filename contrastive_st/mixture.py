@@ -599,7 +599,11 @@ def _names(root):
 
 def _find(folder, name, where):
     "The store, file or hub dataset of that name."
-    if isinstance(as_path(name), Address):
+    try:
+        place = as_path(name)
+    except ValueError as error:  # no file can have this name
+        raise ValueError(f"{where}: {error}") from None
+    if isinstance(place, Address):
         store = store_folder(folder, name)  # it may have been prepared
         return store if is_store(store) else name
     root = expanded(folder).resolve()

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -127,13 +128,24 @@ def make_backbone(vocab_size: int):
         return BertModel(config).eval()
 
 
+def run_itself(file, folder):
+    "Run a test file as a program of its own, which forks its ranks by `forked`."
+    # Here a fork might wait for ever, for a lock that a thread of another test holds.
+    subprocess.run([sys.executable, file, folder], check=True, timeout=240)
+
+
+def start_method():
+    "How ranks begin; what a GPU was used for does not survive a fork."
+    import torch
+
+    return "spawn" if torch.cuda.is_available() else "fork"
+
+
 def forked(function, args, processes):
     "Run function(rank, *args) on each rank; torch is imported once, for all of them."
     import torch
 
-    # what a GPU was used for does not survive a fork
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    torch.multiprocessing.start_processes(function, args, processes, start_method=method)
+    torch.multiprocessing.start_processes(function, args, processes, start_method=start_method())
 
 
 def sentences(n, seed):

@@ -296,7 +296,9 @@ def test_odd_names(tmp_path, name):
 @pytest.mark.parametrize("place", ["a file/x", "/proc/nowhere/x", "n" * 300])
 def test_where_nothing_can_be_written(tmp_path, write, place):
     (tmp_path / "a file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written .*choose a folder|too long for the name"):
+    with pytest.raises(
+        ValueError, match="cannot be written .*choose a folder|too long for the name"
+    ):
         write(tmp_path / place)
     assert names(tmp_path) == ["a file"]
 

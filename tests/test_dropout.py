@@ -2,11 +2,20 @@
 
 import hashlib
 import json
+import sys
 
 import pytest
 import torch
 import transformers as tf
-from conftest import make_backbone, make_tokenizer, refuses, sentences
+from conftest import (
+    forked,
+    make_backbone,
+    make_tokenizer,
+    refuses,
+    run_itself,
+    sentences,
+    start_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_st.config import TrainConfig
@@ -462,11 +471,7 @@ def on_rank(rank, folder, barrier):
 def test_one_to_four_processes_are_one_run(tmp_path):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    # torch is imported once, for all four; what a GPU was used for does not survive a fork
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    barrier = torch.multiprocessing.get_context(method).Barrier(4, timeout=60)
-    arguments = (str(tmp_path), barrier)
-    torch.multiprocessing.start_processes(on_rank, arguments, 4, start_method=method)
+    run_itself(__file__, tmp_path)
     runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     truth = runs["truth"]
     for first, second, _ in RUNS:
@@ -476,3 +481,8 @@ def test_one_to_four_processes_are_one_run(tmp_path):
             torch.testing.assert_close(found["weights"][name], value, rtol=1e-5, atol=1e-5)
     # and this is not for want of dropout
     assert abs(truth["losses"][0] - runs["chance"]["losses"][0]) > 1e-3
+
+
+if __name__ == "__main__":
+    everyone = torch.multiprocessing.get_context(start_method()).Barrier(4, timeout=60)
+    forked(on_rank, (sys.argv[1], everyone), 4)

@@ -2,13 +2,14 @@
 
 import math
 import os
+import sys
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import forked
+from conftest import forked, run_itself
 
 from contrastive_st.loss import gather, info_nce, matryoshka, same_text
 
@@ -500,7 +501,7 @@ def two_ranks(tmp_path_factory):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    forked(on_rank, (str(folder),), P)
+    run_itself(__file__, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(P)]
 
 
@@ -554,3 +555,7 @@ def test_imports_torch_only():
             line.split()[1].split(".")[0] for line in file if line.startswith(("import ", "from "))
         }
     assert imported == {"collections", "torch"}, os.path.basename(module.__file__)
+
+
+if __name__ == "__main__":
+    forked(on_rank, (sys.argv[1],), P)

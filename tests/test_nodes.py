@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import test_trainer  # noqa: F401, for the job below, which is forked from here
-from conftest import refuses
+from conftest import refuses, run_itself
 from safetensors.numpy import load_file
 from torch.distributed.run import main
 from typer.testing import CliRunner
@@ -748,20 +748,27 @@ def losses(folder):
     return [line["loss"] for line in history if "loss" in line]
 
 
-def test_a_killed_worker_is_started_again_and_resumes_to_the_same_weights(tmp_path):
-    "Two agents of torchrun on loopback, as on two machines."
-    (tmp_path / "job.py").write_text(JOB.format(out=str(tmp_path)))
+def two_agents(folder):
+    "Run the job on two agents, and write how they ended; this process has no other threads."
+    (folder / "job.py").write_text(JOB.format(out=str(folder)))
     words = [
         *("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-id", "job"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"),
         *("--local-addr", "127.0.0.1", "--monitor-interval", "0.1"),
-        *("--start-method", "fork", "--run-path", str(tmp_path / "job.py")),
+        *("--start-method", "fork", "--run-path", str(folder / "job.py")),
     ]
     # as the page on several machines says; the other two are for a test on one machine
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     env |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    nodes = [torchrun(words, folder / f"log-{n}", env) for n in (1, 2)]
+    (folder / "codes.json").write_text(json.dumps(ends_of(nodes, 120)))
+
+
+def test_a_killed_worker_is_started_again_and_resumes_to_the_same_weights(tmp_path):
+    "Two agents of torchrun on loopback, as on two machines."
+    run_itself(__file__, tmp_path)
+    codes = json.loads((tmp_path / "codes.json").read_text())
     logs = [tmp_path / f"log-{n}" for n in (1, 2)]
-    codes = ends_of([torchrun(words, log, env) for log in logs], 60)
     said = "".join(log.read_text(encoding="utf-8") for log in logs)
     assert codes == [0, 0], said[-5000:]
     ends = {path.name for path in tmp_path.glob("killed-*")}
@@ -911,3 +918,7 @@ def test_standard_input_has_no_parts(monkeypatch):
     monkeypatch.setattr("contrastive_st.cli.check_model", lambda model: None)
     result = CliRunner().invoke(app, "encode model - --out v.npy --part 1/2".split())
     assert "standard input cannot be read twice" in str(result.exception)
+
+
+if __name__ == "__main__":
+    two_agents(Path(sys.argv[1]))

@@ -273,10 +273,13 @@ def test_damaged_parquet_names_the_file(tmp_path):
 def test_a_file_that_cannot_be_read_is_not_called_a_folder_that_cannot_be_written(
     tmp_path, monkeypatch
 ):
-    def fails(path, mode):
-        raise OSError(errno.EIO, "Input/output error")
+    def fails(path, mode="r", **options):
+        if path.name == "a.jsonl" and mode == "rb":
+            raise OSError(errno.EIO, "Input/output error")
+        return opens(path, mode, **options)
 
-    monkeypatch.setattr(files, "open", fails, raising=False)
+    opens = Path.open
+    monkeypatch.setattr(Path, "open", fails)
     refuses(
         lambda: one(tmp_path, put(tmp_path / "a.jsonl", GOOD)),
         f"{tmp_path / 'a.jsonl'}:1: cannot be read (Input/output error)",

@@ -1,9 +1,11 @@
 """The loss without its matrix: equal to the plain loss, tile by tile and rank by rank."""
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import forked
+from conftest import forked, run_itself
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_st.loss import gather, info_nce, same_text
@@ -285,7 +287,7 @@ def four_processes(tmp_path_factory):
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    forked(on_rank, (str(folder),), 4)
+    run_itself(__file__, folder)
     return folder
 
 
@@ -329,3 +331,7 @@ def test_without_ranks_it_is_the_tiled_loss():
     inputs = batch(6, 1)
     one, two = own_rows_info_nce(*inputs, tile=4), tiled_info_nce(*inputs, tile=4)
     assert one.item() == two.item()
+
+
+if __name__ == "__main__":
+    forked(on_rank, (sys.argv[1],), 4)

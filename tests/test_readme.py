@@ -122,6 +122,15 @@ def test_python_blocks_stand_alone():
     assert "F821" in undefined_names("print(hidden)")
 
 
+def shorten(line: str, folder: Path) -> None:
+    "Let a recipe that a command has made train for one pass: a tutorial trains the same whole."
+    if line.startswith("contrastive-st new "):
+        recipe = folder / shlex.split(line)[2]
+        shorter = re.sub(r"^epochs = \d+", "epochs = 1", recipe.read_text(), flags=re.M)
+        assert shorter != recipe.read_text()
+        recipe.write_text(shorter)
+
+
 def test_commands_run(desk):
     ran, left = [], []
     for line in (line for block in blocks(readme(), "bash") for line in commands(block)):
@@ -143,6 +152,7 @@ def test_commands_run(desk):
             f" {done.returncode}:\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
         )
         ran.append(line)
+        shorten(line, desk)
     if left:
         pytest.skip(f"ran {len(ran)} commands; not run: " + " | ".join(left))
 

@@ -32,8 +32,9 @@ WORDS = """
 """.split()
 # The files that take longest, the longest first: begun last, one keeps a single worker busy.
 LONGEST = """
-    readme trainer demo faults run evaluation prepare howto encoding packed cli store tokens
-    model export serve compare doors index mixture loss search notebooks data
+    readme trainer demo faults run cli evaluation prepare encoding howto card modeldir guard
+    mining nodes mixture packed store tokens model speed_benchmark export serve compare doors
+    index recipes search lora loss notebooks data
 """.split()
 
 

@@ -1,7 +1,7 @@
 """The leaderboard: three tasks that anyone can run on a laptop, and one line for each who tried.
 
-python benchmarks/leaderboard.py harbour   # two minutes: train on the quickstart corpus
-python benchmarks/leaderboard.py stsb      # three minutes: train on NLI, score on STS-B
+python benchmarks/leaderboard.py harbour   # some minutes: train on the quickstart corpus
+python benchmarks/leaderboard.py stsb      # some minutes: train on NLI, score on STS-B
 python benchmarks/leaderboard.py encode    # a minute: embed 10,000 short texts
 
 Without options it runs our own entry. To run yours, give the command that does the work and a name:

@@ -525,8 +525,7 @@ class MarkedColumns(Columns):
         if self.columns or self.positions:
             return super().choose(names, row, may_guess)
         [own] = choose_columns(names, (self.mark.column,))
-        # what else judges the rows is no text either, and may stand there unread
-        others = tuple(n for n in names if n != own and plain_name(n) not in _JUDGED)
+        others = _unmarked(names, [own])
         if self.mark.kind == "label":
             return *self._only_text(others, row), own
         return *super().choose(others, row, may_guess)[:2], own
@@ -544,6 +543,12 @@ class MarkedColumns(Columns):
         for name in [n for n in likely if known and n != known[0] and row.get(n)]:
             self._leave_out(name)
         return (known or likely)[:1]
+
+
+def _unmarked(names, own):
+    "The columns that may hold texts, beside our own ones of labels or scores."
+    # What else judges the rows is no text either, and may stand there unread.
+    return tuple(n for n in names if n not in own and plain_name(n) not in _JUDGED)
 
 
 def _check_text_columns(columns, mark):
@@ -652,10 +657,7 @@ class TaughtColumns(Columns):
         may_guess: bool = True,  # may columns of unknown names be taken?
     ) -> Sequence[str]:
         "The columns of the texts, among those that hold no score of the teacher."
-        # What else judges the rows is no text either, and may stand there unread.
-        own = self.own(names)
-        others = tuple(n for n in names if n not in own and plain_name(n) not in _JUDGED)
-        return super().choose(others, row, may_guess)
+        return super().choose(_unmarked(names, self.own(names)), row, may_guess)
 
 # %% ../nbs/07_data.ipynb #taught-rows
 def _taught_row(row, columns):
@@ -1415,10 +1417,7 @@ def _open_table(dataset, name, columns, check, mark, relevance):
         dataset = _rows_of(dataset, name)
     if relevance is not None:
         dataset, columns = _judged_rows(dataset, columns, name, relevance), None
-    if isinstance(mark, Teacher):
-        columns = TaughtColumns(mark, _check_columns(columns))
-    else:
-        columns = MarkedColumns(mark, columns) if mark else Columns(_check_columns(columns))
+    columns = _chooser(_columns_asked(columns, mark, None), mark, None)
     if isinstance(dataset, (list, tuple)):
         return _from_list(dataset, columns, name)
     return _from_dataset(dataset, columns, name, check)

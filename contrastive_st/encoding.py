@@ -544,18 +544,23 @@ def _skip(path, source, rows, digest):
         )
 
 
+def _check_texts(path, source, card, made, todo):
+    "Raise a ValueError unless the texts are those of a card, and no more."
+    _skip(path, source, card["rows"], card["texts"])
+    if source.take(1):
+        raise ValueError(
+            f"{path}: {made} the first {card['rows']:,} of these texts only; delete {todo} to begin"
+            " anew"
+        )
+
+
 def _check_finished(path, source, settings, ids=None):
     "The card of a file that is there, if it was made in the same way from the same texts."
     card = _read_card(path)
     _check_same(path, card, settings)
     if ids is not None and not card.get("ids"):
         raise ValueError(f"{path}: was made without ids; delete it to begin anew")
-    _skip(path, source, card["rows"], card["texts"])
-    if source.take(1):
-        raise ValueError(
-            f"{path}: made from the first {card['rows']:,} of these texts only; delete it to begin"
-            " anew"
-        )
+    _check_texts(path, source, card, "made from", "it")
     return verify(path) if "xxh3" in card else card  # an older version wrote no digest
 
 
@@ -735,12 +740,7 @@ def _join(path, shares, source, settings, ids):
     card = _joined_card(path, places, cards)
     if ids is not None and not card.get("ids"):
         raise ValueError(f"{places[0]}: was made without ids; delete the parts to begin anew")
-    _skip(path, source, card["rows"], card["texts"])
-    if source.take(1):
-        raise ValueError(
-            f"{path}: its parts are of the first {card['rows']:,} of these texts only; delete"
-            f" {parts_folder(path)} to begin anew"
-        )
+    _check_texts(path, source, card, "its parts are of", parts_folder(path))
     # The old card and file go first: no card ever stands beside vectors of another.
     for old in (_card_of(path), Path(os.path.realpath(path))):
         atomic.remove(old)

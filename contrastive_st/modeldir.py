@@ -568,7 +568,7 @@ def _check_real(path, is_weight=lambda name: True):
     with reading(path), safe_open(path, "pt") as file:
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
     for name, dtype in types.items():
-        if is_weight(name) and not dtype.startswith(("F", "BF")):
+        if not dtype.startswith(("F", "BF")) and is_weight(name):  # which walks over the model
             raise ValueError(
                 f"{path}: the tensor {named(name, 80)} is of type {named(dtype)}, and a weight must"
                 " be a floating-point number; restore the file from its source"

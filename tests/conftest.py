@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tools"))  # its programs import each other
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789.,;:?!'-")
 WORDS = """
     the a of to in is are was on how do i my what where when who why does it you can
@@ -196,3 +200,19 @@ def quick_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A headless Chromium for a file's tests, which are skipped where there is none."
+    if not CHROMIUM:
+        pytest.skip("no browser is installed: apt-get install chromium")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="no browser driver is installed: pip install playwright"
+    )
+    with sync.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"]
+        )
+        yield chromium
+        chromium.close()

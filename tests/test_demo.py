@@ -1447,25 +1447,6 @@ def test_20_000_texts_do_not_hang(client, tmp_path):
 
 # --- in a browser ---
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("no browser is installed: apt-get install chromium")
-    sync = pytest.importorskip(
-        "playwright.sync_api", reason="no browser driver is installed: pip install playwright"
-    )
-    with sync.sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"]
-        )
-        yield chromium
-        chromium.close()
-
 
 @pytest.fixture
 def page(request, browser, server):

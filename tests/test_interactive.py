@@ -15,9 +15,6 @@ from contrastive_st.loss import info_nce, same_text
 from contrastive_st.mixture import WINDOW, draw_counts, draw_window
 
 STATIC = ROOT / "docs/_static"
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 SCRIPTS = ("touch.js", "similarity_matrix.js", "draw_window.js")
 
 
@@ -144,21 +141,6 @@ def test_what_a_browser_could_not_draw_is_refused(name, numbers, alt, part):
 
 
 # --- in a browser ---
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("no browser is installed: apt-get install chromium")
-    sync = pytest.importorskip(
-        "playwright.sync_api", reason="no browser driver is installed: pip install playwright"
-    )
-    with sync.sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"]
-        )
-        yield chromium
-        chromium.close()
 
 
 def opened(browser, folder, html: str, width=1280):

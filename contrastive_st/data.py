@@ -1406,6 +1406,27 @@ def _row_number(i, rows):
     return range(rows)[operator.index(i)]
 
 
+def _columns_asked(columns, mark, relevance):
+    "The columns of texts, after a look at their number."
+    _one_of(mark, relevance)
+    if isinstance(mark, Teacher):
+        return _check_columns(columns)
+    if mark or relevance is not None:
+        return _check_text_columns(columns, mark or _judge(relevance)) or None
+    return _check_columns(columns)
+
+
+def _chooser(columns, mark, relevance):
+    "What chooses the columns of a file."
+    if isinstance(mark, Teacher):
+        return TaughtColumns(mark, columns)
+    if mark:
+        return MarkedColumns(mark, columns)
+    if relevance is not None:
+        return MarkedColumns(_judge(relevance), columns)
+    return Columns(columns)
+
+
 def _open_table(dataset, name, columns, check, mark, relevance):
     "What holds the rows of a source."
     if isinstance(dataset, Store):
@@ -1796,17 +1817,6 @@ def _first_negatives(place, rows, columns, mark, relevance):
     return None
 
 # %% ../nbs/07_data.ipynb #marked-store
-def _chooser(columns, mark, relevance):
-    "What chooses the columns of a file."
-    if isinstance(mark, Teacher):
-        return TaughtColumns(mark, columns)
-    if mark:
-        return MarkedColumns(mark, columns)
-    if relevance is not None:
-        return MarkedColumns(_judge(relevance), columns)
-    return Columns(columns)
-
-
 def _extra(mark, relevance):
     "What a store's origin says of labels, scores and judgements; nothing without any."
     extra = {} if relevance is None else {"relevance": relevance}
@@ -1959,16 +1969,6 @@ def load_source(
     # The first run pays for the check and the copy, and all later ones open the store.
     store = _write_if_needed(path, folder, columns, split, on_error, **options)
     return Source(_open_store(store), name or path.name, **marks)
-
-
-def _columns_asked(columns, mark, relevance):
-    "The columns of texts, after a look at their number."
-    _one_of(mark, relevance)
-    if isinstance(mark, Teacher):
-        return _check_columns(columns)
-    if mark or relevance is not None:
-        return _check_text_columns(columns, mark or _judge(relevance)) or None
-    return _check_columns(columns)
 
 
 def is_store(

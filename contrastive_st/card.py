@@ -23,8 +23,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import StrictUndefined, Template
 from safetensors import safe_open
 
-from .atomic import MANIFEST, check_folder, is_whole, new_file, read_json, reading
-from .atomic import is_whole_number, write_text, writing
+from .atomic import MANIFEST, check_folder, expanded, is_whole, is_whole_number
+from .atomic import new_file, read_json, reading, write_text, writing
 from .evaluation import METRICS, format_interval
 
 # %% ../nbs/28_card.ipynb #read-run
@@ -73,7 +73,7 @@ def read_records(
     # recipe holds its tables, text the recipe as written; both are empty for a run from Python.
 ) -> dict:  # dir; config, mixture, metrics, versions; recipe, text, model_is_folder; title; model
     "Collect the records of a finished run."
-    run_dir = Path(run_dir)
+    run_dir = expanded(run_dir)
     names = [*(f"{r}.json" for r in _RECORDS), "model/modules.json"]
     # All at once, before one is read: a run that was stopped lacks most of them.
     lacks = [name for name in names if not (run_dir / name).is_file()]
@@ -738,7 +738,7 @@ def write_card(
     metadata: dict = {},  # more for the hub
 ) -> Path:  # the README.md in the run's model directory
     "Write the card into the run's model directory."
-    path = Path(run_dir) / "model" / "README.md"
+    path = expanded(run_dir) / "model" / "README.md"
     write_text(path, model_card(run_dir, metadata=metadata))
     return path
 
@@ -774,7 +774,7 @@ def card_to_send(
     metadata: dict = {},  # more for the hub, as in `model_card`
 ) -> str:  # Markdown
     "Return the card to upload: the user's own if there is one, else a new one."
-    path, today = Path(run_dir) / "model/README.md", model_card(run_dir)
+    path, today = expanded(run_dir) / "model/README.md", model_card(run_dir)
     with reading(path, "write it again with contrastive_st.card.write_card"):
         there = path.read_text(encoding="utf-8") if path.is_file() else ""
     # The usage code names the hub's address once the card goes there, so ours is written anew.
@@ -828,7 +828,7 @@ def push_to_hub(
     metadata: dict = {},  # more for the hub, as in `model_card`
 ) -> str:  # address of the commit
     "Upload a run's model and card to the Hugging Face hub; needs a token, see `hf auth login`."
-    folder, api, title = Path(run_dir) / "model", HfApi(), read_records(run_dir)["title"]
+    folder, api, title = expanded(run_dir) / "model", HfApi(), read_records(run_dir)["title"]
     card_to_send(run_dir, repo_id, metadata)  # refused now, before a repository is made
     names = files_to_send(folder)
     try:

@@ -21,7 +21,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -42,7 +41,7 @@ from contrastive_st.files import (
     dataset_tables,
     find_spellings,
 )
-from .files import list_names
+from .files import as_number, list_names
 from .files import pick_columns, plain_name, read_columns, read_rows
 from .files import regular_file, report_rejects, row_text, sample_value
 from .store import MARKS, MOST_NEGATIVES, REJECTS, SUMMARY, Store, column_names
@@ -712,7 +711,7 @@ def _numbers_in(value):
 
 def _teacher_score(value):
     "One score of a teacher as a number."
-    number = _as_number(value)
+    number = as_number(value)
     if not abs(number) < 1e9:  # not so for NaN; beyond it a squared error fills float32
         what = "missing" if value is None else f"{quote(value)}, not a number below a billion"
         raise ValueError(f"a teacher's score is {what}; mend or delete the row")
@@ -748,21 +747,13 @@ def _label(value):
     return value.strip()
 
 
-def _as_number(value):
-    "A number, or the number that a text spells, as a float; NaN if it is neither."
-    if isinstance(value, (int, float, str, np.number)) and not isinstance(value, bool):
-        with suppress(ValueError, OverflowError):
-            return float(value)
-    return math.nan
-
-
 class _OutOfRange(ValueError):
     "A score outside of every scale that we know; the file is at fault, not one of its rows."
 
 
 def _score(value, limits, word="score"):
     "A score as a number, within the limits or, without any, within 0 to 5."
-    number = _as_number(value)
+    number = as_number(value)
     if not math.isfinite(number):
         raise ValueError(f"the {word} is {quote(value)}, not a number; mend or delete the row")
     # STS files grade from 0 to 5 or from 0 to 1; all of them fit here, and the dataset's
@@ -2162,20 +2153,10 @@ class ScoredPairs(NamedTuple):
 _STS = ("score", "sentence1", "sentence2")
 
 
-def _number(value):
-    "A number, or the number that a cell of a table spells, as a float; -1 if it is neither."
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return -1.0
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return -1.0
-
-
 def _score_pair(row, top):
     "One row -> (sentence1, sentence2, score in 0..1)."
     grade, *texts = pick_columns(row, _STS).values()
-    score = _number(grade)
+    score = as_number(grade)
     if not 0 <= score <= top:  # not so for NaN
         raise ValueError(
             f"score {quote(grade)} is not a number from 0 to {top}; "

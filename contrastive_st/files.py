@@ -6,8 +6,8 @@
 __all__ = ['STDIN', 'LINE_BYTES', 'JSON_BYTES', 'MOST_COLUMNS', 'BATCH_BYTES', 'BATCH_ROWS', 'ROW_FORMATS', 'TEXT_COLUMNS',
            'Address', 'as_path', 'format_of', 'regular_file', 'EmptyText', 'Rejects', 'report_rejects', 'read_lines',
            'read_text', 'count_lines', 'plain_name', 'find_spellings', 'list_names', 'choose_columns', 'Header',
-           'dataset_tables', 'dataset_rows', 'parquet_batches', 'sample_value', 'read_rows', 'pick_columns',
-           'read_columns', 'row_text', 'read_texts']
+           'as_number', 'dataset_tables', 'dataset_rows', 'parquet_batches', 'sample_value', 'read_rows',
+           'pick_columns', 'read_columns', 'row_text', 'read_texts']
 
 # %% ../nbs/05_files.ipynb #imports
 import codecs
@@ -15,6 +15,8 @@ import csv
 import gzip
 import io
 import json
+import math
+import numbers
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -697,6 +699,17 @@ def _separator_hint(names):
         f"; cells seem to be separated by {quote(other)}, "
         "so the file may need another ending, .csv or .tsv"
     )
+
+# %% ../nbs/05_files.ipynb #number
+def as_number(
+    value: Any,  # a cell of a table, or what JSON holds there
+) -> float:  # NaN if it is no number and spells none
+    "Return a number, or the number that a text spells, as a float."
+    if isinstance(value, (numbers.Real, str)) and not isinstance(value, bool):
+        if "_" not in str(value):
+            with suppress(ValueError, OverflowError):
+                return float(value)
+    return math.nan
 
 # %% ../nbs/05_files.ipynb #batch-size
 BATCH_BYTES, BATCH_ROWS = 2**26, 512  # of what is read at once: whichever comes first

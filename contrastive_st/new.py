@@ -26,7 +26,7 @@ from . import atomic
 from .atomic import expanded, quote
 from .files import ROW_FORMATS, TEXT_COLUMNS, EmptyText, Header, Rejects
 from .files import choose_columns, dataset_rows, find_spellings, list_names
-from .files import read_rows, regular_file, report_rejects
+from .files import as_number, read_rows, regular_file, report_rejects
 from .store import REJECTS, column_names, text_identity
 
 # %% ../nbs/27_new.ipynb #connect
@@ -149,10 +149,7 @@ _SCORES = """score similarity similarity_score relatedness_score rating grade la
 
 def _is_number(value):
     "Whether a cell is a finite number, or spells one."
-    try:
-        return not isinstance(value, bool) and math.isfinite(float(value))
-    except (TypeError, ValueError, OverflowError):
-        return False
+    return math.isfinite(as_number(value))
 
 
 def _text_columns(names, rows):

@@ -90,11 +90,6 @@ class LoraPlan:
     # names, or ends of names, of linear layers, such as ["query", "value"]; None = all
     target_modules: list[str] | None = None
 
-    def __post_init__(self):
-        others = (self.lora_alpha, self.lora_dropout, self.target_modules)
-        if self.r is None and others != (16, 0.0, None):
-            raise ValueError("r is missing, the rank of the adapters; add it, such as r = 8")
-
 
 @dataclass(frozen=True, config=_STRICT)
 class DataPlan:
@@ -374,6 +369,11 @@ def _recipe(table, path, text, where):
             f"{where}: unknown key '{key}'; the keys are {', '.join(_names(Recipe, []))}"
         )
     recipe = build(Recipe, table | {"path": str(path), "text": text}, where)
+    if "lora" in table and recipe.lora.r is None:  # without a rank all weights would be trained
+        raise ValueError(
+            f"{where}: key 'lora.r' is missing, the rank of the adapters; add it, such as r = 8, or"
+            " delete the table [lora] to train all weights"
+        )
     config = build(TrainConfig, recipe.train, f"{where}: train")  # a wrong setting is told now, too
     if isinstance(recipe.data.mix, list):
         _check_teacher(recipe.data.mix, config, where)

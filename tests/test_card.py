@@ -405,6 +405,12 @@ def test_the_card_is_a_function_of_the_records(copy):
     assert model_card(copy) != card
 
 
+def test_a_run_in_the_home_folder(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert write_card(f"~/{copy.name}") == copy / "model/README.md"
+    assert card_to_send(f"~/{copy.name}", "me/model")
+
+
 def test_recipe_is_one_block_and_changes_count(copy):
     text = (
         RECIPE

@@ -3,11 +3,13 @@
 import gzip
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ from conftest import refuses
 from contrastive_st import files
 from contrastive_st.files import (
     Rejects,
+    as_number,
     as_path,
     read_columns,
     read_lines,
@@ -56,6 +59,19 @@ def test_lines_of_any_system(tmp_path, mark, end):
     path = put(tmp_path / "a.txt.gz", (end.join(lines) + end * (end != "\r")).encode(mark))
     assert list(read_lines(path)) == list(read_texts(path)) == list(enumerate(lines, 1))
     assert read_text(path) == "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "value, number",
+    [(3, 3), ("0.75", 0.75), (" 4 ", 4), (np.float32(0.5), 0.5), (np.int64(2), 2), ("1e2", 100)],
+)
+def test_a_cell_that_is_a_number(value, number):
+    assert as_number(value) == number
+
+
+@pytest.mark.parametrize("value", ["1_0", "", "four", True, np.True_, None, [1], 10**400, 1j])
+def test_a_cell_that_is_no_number(value):
+    assert math.isnan(as_number(value))
 
 
 def test_a_line_that_is_not_utf8(tmp_path):

@@ -656,7 +656,8 @@ def test_a_recipe_has_adapters(bases, tmp_path):
     [
         ("r = 0", "lora.r"),
         ("r = 8\nalpha = 3", "did you mean 'lora_alpha'?"),
-        ("lora_alpha = 3", "r is missing"),
+        ("lora_alpha = 3", "'lora.r' is missing"),
+        ("", "'lora.r' is missing"),
         ("r = 2\nlora_dropout = 1.5", "lora.lora_dropout"),
         ('r = 2\ntarget_modules = "query"', "lora.target_modules"),
     ],

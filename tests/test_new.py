@@ -397,6 +397,8 @@ def test_scores_out_of_range(desk):
     )
     words = write("words.csv", options["columns"], [(a, b, "good") for a, b, _ in GRADED])
     fails("score 'good' is not a number", words, **options)
+    names = write("names.csv", options["columns"], [(a, b, "1_0") for a, b, _ in GRADED])
+    fails("score '1_0' is not a number", names, **options)
 
 
 def test_three_rows(desk):

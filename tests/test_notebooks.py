@@ -123,7 +123,7 @@ def look_up(sources) -> None:
 def printed_lines(output) -> list[str]:
     "The lines that an output shows as plain text: not those of a table or plot, which is drawn."
     data = output.get("data", {})
-    drawn = any(kind in data for kind in ("text/html", "text/markdown", "image/png"))
+    drawn = any(kind.startswith(("text/html", "text/markdown", "image/")) for kind in data)
     text = output.get("text", "") or ("" if drawn else data.get("text/plain", ""))
     return re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
 
@@ -231,7 +231,8 @@ def rule_sections(nb):
 
 def is_picture(data):
     "Whether an output is a picture: a plot, or a drawing as SVG."
-    return "image/png" in data or data.get("text/html", "").startswith("<svg ")
+    plot = "image/png" in data or "image/svg+xml" in data
+    return plot or data.get("text/html", "").startswith("<svg ")
 
 
 def rule_plot(nb):
@@ -647,3 +648,26 @@ def test_a_notebook_that_lacks_its_data_is_left_as_it_was(tmp_path, monkeypatch,
     assert tool.execute(tmp_path / "a.ipynb")[2] == ""
     assert (tmp_path / "a.ipynb").read_bytes() == before
     assert "a.ipynb: skipped at cell run: no data here" in capsys.readouterr().out
+
+
+def plot(svg: str, **more):
+    "What the shell gives for a plot that was drawn twice."
+    return {"image/svg+xml": svg, "image/png": "aGVsbG8=", "text/plain": "<Figure>"} | more
+
+
+def test_a_plot_is_kept_as_svg_unless_it_is_large_or_holds_pixels():
+    "One of the two stays, without the date and with letters of the reader."
+    font = "font: 10px 'DejaVu Sans', 'Verdana', sans-serif"
+    svg = f'<svg>\n <metadata><date>today</date></metadata><text style="{font}">a</text></svg>'
+    small = tool.lean_plot(plot(svg))
+    assert small.keys() == {"image/svg+xml", "text/plain"}
+    assert small["image/svg+xml"] == '<svg><text style="font: 10px sans-serif">a</text></svg>'
+    for other in ("<svg>" + "x" * tool.LARGEST_SVG, '<svg><image href="data:"/></svg>'):
+        assert tool.lean_plot(plot(other)).keys() == {"image/png", "text/plain"}
+    assert tool.lean_plot({"image/png": "a"}) == {"image/png": "a"}  # a picture, not a plot
+
+
+def test_the_lint_takes_an_svg_for_a_plot(tmp_path):
+    drawn = shows_data("fig, ax = plt.subplots()", text_plain="x" * 101)
+    drawn.outputs[0].data["image/svg+xml"] = "<svg></svg>"
+    assert lint(tmp_path, good(plot=drawn)) == []

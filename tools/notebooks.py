@@ -35,6 +35,7 @@ from pages import HIDDEN, ROOT, flags_of, notebooks, settings, split_directives
 
 PAGES = ROOT / "tools/pages.json"  # seconds, date and needs of each notebook
 WORDS, LINES = 200, 40  # of prose and of code that one reads in a minute
+LARGEST_SVG = 100_000  # characters; a plot of more shapes is kept as pixels
 FOLDED = HIDDEN | {"code-fold: true", "fold: code", "echo: false"}  # cells that one need not read
 
 INSTALL = """#| hide
@@ -118,6 +119,32 @@ def skipped_flags(forced: str) -> set[str]:
     return {"eval: false"} | set(settings()["tst_flags"].split()) - set(forced.split())
 
 
+# Each plot is drawn twice, and `lean_plot` keeps one. Letters stay letters, and equal plots are
+# equal bytes.
+PLOTS = """import matplotlib
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "plot"})
+set_matplotlib_formats("svg", "png")
+del matplotlib"""
+
+
+def lean_svg(svg: str) -> str:
+    "A plot of matplotlib without its date, and in the reader's own letters."
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
+    return re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", svg)
+
+
+def lean_plot(data: dict) -> dict:
+    "Of a plot that was drawn as SVG and as pixels, keep the SVG unless it is large or an image."
+    if not {"image/svg+xml", "image/png"} <= data.keys():
+        return data
+    svg = lean_svg("".join(data["image/svg+xml"]))
+    if len(svg) > LARGEST_SVG or "<image" in svg:
+        return {kind: value for kind, value in data.items() if kind != "image/svg+xml"}
+    return {kind: value for kind, value in data.items() if kind != "image/png"} | {
+        "image/svg+xml": svg
+    }
+
+
 def as_output(out) -> nbformat.NotebookNode:
     "Execnb's output as nbformat wants it: streams as one string, no execution count."
     out = nbformat.from_dict(dict(out))
@@ -125,6 +152,8 @@ def as_output(out) -> nbformat.NotebookNode:
         out.text = "".join(out.text)
     if out.output_type == "execute_result":
         out.execution_count = None
+    if "data" in out:
+        out.data = lean_plot(out.data)
     return out
 
 
@@ -139,6 +168,7 @@ def execute(path: Path, forced: str = "") -> tuple[str, float, str]:
     sys.path.insert(0, str(ROOT))
     start, skip, error = time.time(), skipped_flags(forced), ""
     shell = CaptureShell(path, mpl_format="png")
+    shell.run(PLOTS)
     nb = nbformat.read(path, as_version=4)
     readdress(nb, path, settings())
     for cell in (c for c in nb.cells if c.cell_type == "code" and not flags_of(c.source) & skip):

@@ -361,7 +361,7 @@ def _read(path):
         text = path.read_text(encoding="utf-8-sig")
     return text, parse(text, str(path))
 
-
+# %% ../nbs/26_recipes.ipynb #recipe-of
 def _recipe(table, path, text, where):
     "The record of a recipe's tables."
     for key in {"path", "text"} & table.keys():

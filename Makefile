@@ -40,7 +40,7 @@ test: $(READY)  ## run everything: notebooks, tests, freshness, README blocks
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/python tools/run_pages.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)  ## kill, fill up, damage and confuse everything that writes, at every point (15 minutes on two cores; Linux with gcc)
 	$(BIN)/python tests/faults/sweep.py --scenario $(INTERRUPTED) --twice 20 --full 14 --damage -1 --checks all --fuzz 2000

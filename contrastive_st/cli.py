@@ -17,6 +17,8 @@ import signal
 import sys
 import unicodedata
 import warnings
+from array import array
+from bisect import bisect
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -1419,16 +1421,30 @@ class _Counted:
     "Pass texts on, and count those that hold only white space."
 
     def __init__(self, texts):
-        self.source, self.texts, self.blank, self.first = texts, 0, 0, None
+        self.source, self.texts, self.blanks = texts, 0, array("q")
 
     def __iter__(self):
-        self.texts, self.blank, self.first = 0, 0, None  # a part reads them twice
+        self.texts, self.blanks = 0, array("q")  # a part reads them twice
         for text in self.source:
             self.texts += 1
             if not text.strip():
-                self.blank += 1
-                self.first = self.first or self.texts
+                self.blanks.append(self.texts)
             yield text
+
+    @property
+    def blank(self):
+        "How many were blank."
+        return len(self.blanks)
+
+    @property
+    def first(self):
+        "The number of the first blank one, from 1."
+        return self.blanks[0]
+
+    def leave_out(self, before):
+        "Forget the texts of the parts before this one, which count them themselves."
+        self.texts -= before
+        self.blanks = self.blanks[bisect(self.blanks, before) :]
 
 # %% ../nbs/30_cli.ipynb #encode-parts
 _Column = Annotated[
@@ -1533,6 +1549,8 @@ def encode(
     options |= {"part": share} | ({} if prompt is None else {"prompt": prompt})
     source = counted if share else iter(counted)
     report = write_embeddings(out, model, source, precision, **options)
+    if share:
+        counted.leave_out(report["whole"]["first"])
     _say_blank(counted)
     where = f"part {share} of {out}" if share else out
     _say(f"{report['rows']} texts, {report['width']} dimensions -> {where}")
@@ -1666,7 +1684,8 @@ def _searched(model, words, index_model, exact, options):
     if words[0] != STDIN and not os.path.exists(os.path.expanduser(words[0])):
         raise ValueError(
             f"{model} is no index, so {atomic.quote(words[0])} should be a file of texts, and there"
-            " is no such file; check both names, and the folder you run in"
+            " is no such file; check both names, and the folder you run in. An index is made with:"
+            f" contrastive-st index MODEL TEXTS --out {model}"
         )
     prompts = options["--query-prompt"], options["--document-prompt"]
     return _SearchedFile(model, words[0], options["--column"], options["--id"], prompts), words[1:]

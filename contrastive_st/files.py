@@ -267,6 +267,11 @@ def _raw_lines(path):
                         f"{name}:{n}: the line is longer than {LINE_BYTES:,} bytes; "
                         "write one example per line, or leave it out"
                     )
+                if n == 1 and b"\0" in raw[:2]:  # valid UTF-8, and never what was meant
+                    raise ValueError(
+                        f"{name}:1: looks like UTF-16 without its mark at the beginning; save the"
+                        " file as UTF-8"
+                    )
                 if n == 1 and b"\r" in raw and not raw.endswith(b"\n"):
                     yield from enumerate(raw.split(b"\r"), 1)  # no line feed: as on old Macs
                 else:

@@ -784,7 +784,8 @@ def _check_free(out, state):
     if state != "none":
         raise ValueError(
             f"{out} already holds a {'finished run' if state == 'finished' else 'run'}; "
-            "choose another directory, or pass resume to continue it, or overwrite to delete it"
+            "choose another directory, or pass resume (--resume) to continue it, or overwrite"
+            " (--overwrite) to delete it"
         )
     if (out / "config.json").exists() and not (out / "versions.json").exists():
         raise ValueError(

@@ -1596,6 +1596,19 @@ def test_blank_lines_are_no_passages(place):
     refuses("search", "encoder", "blank.txt", "a dog", words=["blank.txt", "all texts are blank"])
 
 
+def test_a_part_counts_its_own_blank_texts(place, monkeypatch):
+    "A window is a text here, or a blank one and the next."
+    monkeypatch.setattr("contrastive_st.encoding.WINDOW_CHARACTERS", 1)
+    (place / "five.txt").write_text("\na dog is playing\n  \nrain and snow\n\n")
+    for part, note in (
+        ("1/2", "2 of 3 texts are blank, the first is text 1"),
+        ("2/2", "1 of 2 texts are blank, the first is text 5"),
+    ):
+        words = f"encode encoder five.txt --out five.npy --no-progress --part {part}"
+        code, out, err = command(*words.split())
+        assert code == 0 and note in err
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [

@@ -61,6 +61,13 @@ def test_lines_of_any_system(tmp_path, mark, end):
     assert read_text(path) == "\n".join(lines)
 
 
+@pytest.mark.parametrize("code", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_utf16_without_its_mark(tmp_path, code, name):
+    path = put(tmp_path / name, '"text","other"\n"a","b"\n'.encode(code))
+    refuses(lambda: rows(path), f"{path}:1: looks like UTF-16 without its mark", "as UTF-8")
+
+
 @pytest.mark.parametrize(
     "value, number",
     [(3, 3), ("0.75", 0.75), (" 4 ", 4), (np.float32(0.5), 0.5), (np.int64(2), 2), ("1e2", 100)],

@@ -230,9 +230,16 @@ def _damaged_line(path):
     return n + 1
 
 
-def _line_reader(file):
+def _line_reader(file, name):
     "A function that reads the next line of a file as UTF-8, of at most so many characters."
-    if file.peek(2)[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    start = file.peek(16)[:16]
+    # Every other byte is NUL, and no other one: valid UTF-8, and never what was meant.
+    halves = start[::2], start[1::2]
+    if len(start) > 7 and any(all(a) and not any(b) for a, b in (halves, halves[::-1])):
+        raise ValueError(
+            f"{name}:1: looks like UTF-16 without its mark at the beginning; save the file as UTF-8"
+        )
+    if start[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return file.readline
     # Excel saves "Unicode text" as UTF-16; the mark at the beginning says so without a guess.
     text = io.TextIOWrapper(file, "utf-16", newline="\n")
@@ -259,18 +266,13 @@ def _raw_lines(path):
     n, name = 0, "standard input" if str(path) == STDIN else path
     try:
         with _open_stdin() if str(path) == STDIN else _open(path) as file:
-            read_line = _line_reader(file)
+            read_line = _line_reader(file, name)
             # A bounded read: a file of another kind may have no line feed in gigabytes.
             for n, raw in enumerate(iter(partial(read_line, LINE_BYTES), b""), 1):
                 if len(raw) >= LINE_BYTES and not raw.endswith(b"\n"):
                     raise ValueError(
                         f"{name}:{n}: the line is longer than {LINE_BYTES:,} bytes; "
                         "write one example per line, or leave it out"
-                    )
-                if n == 1 and b"\0" in raw[:2]:  # valid UTF-8, and never what was meant
-                    raise ValueError(
-                        f"{name}:1: looks like UTF-16 without its mark at the beginning; save the"
-                        " file as UTF-8"
                     )
                 if n == 1 and b"\r" in raw and not raw.endswith(b"\n"):
                     yield from enumerate(raw.split(b"\r"), 1)  # no line feed: as on old Macs
@@ -710,10 +712,11 @@ def as_number(
     value: Any,  # a cell of a table, or what JSON holds there
 ) -> float:  # NaN if it is no number and spells none
     "Return a number, or the number that a text spells, as a float."
-    if isinstance(value, (numbers.Real, str)) and not isinstance(value, bool):
-        if "_" not in str(value):
-            with suppress(ValueError, OverflowError):
-                return float(value)
+    if isinstance(value, str) and "_" in value or isinstance(value, bool):
+        return math.nan
+    if isinstance(value, (float, int, str, numbers.Real)):  # the usual ones first, for speed
+        with suppress(ValueError, OverflowError):
+            return float(value)
     return math.nan
 
 # %% ../nbs/05_files.ipynb #batch-size

@@ -69,6 +69,13 @@ def test_utf16_without_its_mark(tmp_path, code, name):
 
 
 @pytest.mark.parametrize(
+    "text", ["\0", "\0a\0", "a\0b", "\0\0\0\0\0\0\0\0", "\0 is no mark of UTF-16"]
+)
+def test_a_text_may_hold_nul(tmp_path, text):
+    assert list(read_lines(put(tmp_path / "a.txt", text))) == [(1, text)]
+
+
+@pytest.mark.parametrize(
     "value, number",
     [(3, 3), ("0.75", 0.75), (" 4 ", 4), (np.float32(0.5), 0.5), (np.int64(2), 2), ("1e2", 100)],
 )
@@ -76,7 +83,10 @@ def test_a_cell_that_is_a_number(value, number):
     assert as_number(value) == number
 
 
-@pytest.mark.parametrize("value", ["1_0", "", "four", True, np.True_, None, [1], 10**400, 1j])
+@pytest.mark.parametrize(
+    "value",
+    ["1_0", "", "four", True, np.True_, None, [1], 1j, 10**400, pytest.param(10**5000, id="long")],
+)
 def test_a_cell_that_is_no_number(value):
     assert math.isnan(as_number(value))
 

@@ -1421,7 +1421,8 @@ class _Counted:
     "Pass texts on, and count those that hold only white space."
 
     def __init__(self, texts):
-        self.source, self.texts, self.blanks = texts, 0, array("q")
+        self.source, self.texts = texts, 0
+        self.blanks = array("q")  # their numbers, from 1
 
     def __iter__(self):
         self.texts, self.blanks = 0, array("q")  # a part reads them twice
@@ -1430,16 +1431,6 @@ class _Counted:
             if not text.strip():
                 self.blanks.append(self.texts)
             yield text
-
-    @property
-    def blank(self):
-        "How many were blank."
-        return len(self.blanks)
-
-    @property
-    def first(self):
-        "The number of the first blank one, from 1."
-        return self.blanks[0]
 
     def leave_out(self, before):
         "Forget the texts of the parts before this one, which count them themselves."
@@ -1472,10 +1463,10 @@ def _ids_for(out, path, column, id_column):
 
 def _say_blank(counted):
     "Say which texts were blank."
-    if counted.blank:
+    if counted.blanks:
         _say(
-            f"note: {counted.blank:,} of {counted.texts:,} texts are blank, the first is text"
-            f" {counted.first:,}; each has a vector, so that the order stays that of the file",
+            f"note: {len(counted.blanks):,} of {counted.texts:,} texts are blank, the first is text"
+            f" {counted.blanks[0]:,}; each has a vector, so that the order stays that of the file",
             err=True,
         )
 
@@ -1791,8 +1782,8 @@ def _questions(queries):
     yield from (line.strip() for line in counted if line.strip())
     if not counted.texts:
         _say("note: standard input held no question", err=True)
-    if counted.blank:
-        lines = f"{counted.blank:,} of {counted.texts:,} lines"
+    if counted.blanks:
+        lines = f"{len(counted.blanks):,} of {counted.texts:,} lines"
         _say(f"note: {lines} of standard input are blank", err=True)
 
 
@@ -1803,10 +1794,10 @@ def _passages(path, column="", id_column=None):
     pairs = [(id, text) for (id, text), _ in zip(rows, counted) if text.strip()]
     if not pairs:
         raise ValueError(f"{path}: all texts are blank; give at least one passage")
-    if counted.blank:
+    if counted.blanks:
         _say(
-            f"note: {path}: {counted.blank:,} of {counted.texts:,} texts are blank and left out,"
-            f" the first is text {counted.first:,}",
+            f"note: {path}: {len(counted.blanks):,} of {counted.texts:,} texts are blank and left"
+            f" out, the first is text {counted.blanks[0]:,}",
             err=True,
         )
     return tuple(zip(*pairs))

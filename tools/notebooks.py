@@ -119,18 +119,22 @@ def skipped_flags(forced: str) -> set[str]:
     return {"eval: false"} | set(settings()["tst_flags"].split()) - set(forced.split())
 
 
-# Each plot is drawn twice, and `lean_plot` keeps one. Letters stay letters, and equal plots are
-# equal bytes.
-PLOTS = """import matplotlib
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "plot"})
+def drawn_twice() -> str:
+    "Code that lets a page draw each plot as SVG and as pixels, of which `lean_plot` keeps one."
+    from contrastive_st.drawings import SVG_SETTINGS  # --format works without
+
+    return f"""import matplotlib
+matplotlib.rcParams.update({SVG_SETTINGS})
 set_matplotlib_formats("svg", "png")
 del matplotlib"""
 
 
 def lean_svg(svg: str) -> str:
     "A plot of matplotlib without its date, and in the reader's own letters."
+    from contrastive_st.drawings import in_own_letters
+
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", svg)
+    return in_own_letters(svg)
 
 
 def lean_plot(data: dict) -> dict:
@@ -168,7 +172,7 @@ def execute(path: Path, forced: str = "") -> tuple[str, float, str]:
     sys.path.insert(0, str(ROOT))
     start, skip, error = time.time(), skipped_flags(forced), ""
     shell = CaptureShell(path, mpl_format="png")
-    shell.run(PLOTS)
+    shell.run(drawn_twice())
     nb = nbformat.read(path, as_version=4)
     readdress(nb, path, settings())
     for cell in (c for c in nb.cells if c.cell_type == "code" and not flags_of(c.source) & skip):
